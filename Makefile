@@ -1,0 +1,57 @@
+# `make` prints the verbs. Anything set on the command line reaches the program: make serve HYPER_PORT=9000
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+# cpu or gpu: the engine's build. Each has an environment of its own, since the two cannot share one.
+DEVICE ?= cpu
+VENV ?= $(if $(filter gpu,$(DEVICE)),.venv-gpu,.venv)
+INSTALL := requirements/install.sh $(VENV) $(DEVICE)
+BIN := $(VENV)/bin
+# Where training keeps its audio, features and runs.
+WORK ?= build
+
+.PHONY: help serve test check venv lock bank scenes train eval clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+serve: ## Start the service on the embedded checkpoint (HYPER_PORT=9000, HYPER_CHECKPOINT=DIR, ... may follow)
+	@$(INSTALL)
+	@exec $(BIN)/hyper serve
+
+test: ## Run every test, the real engine included (ARGS="-k name" narrows)
+	@$(INSTALL) train dev
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+check: ## Lint, format, types, Dockerfile
+	@$(INSTALL) train dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/hadolint Dockerfile
+
+venv: ## Build .venv from the lock files and check that it imports (DEVICE=gpu for an NVIDIA card)
+	@$(INSTALL)
+
+lock: ## Write the lock files anew from pyproject.toml (UPGRADE=--upgrade takes newer releases)
+	@$(INSTALL) dev
+	@requirements/lock.sh $(VENV)
+
+bank: ## Fetch voices and recordings to WORK=build and let every voice speak its lines
+	@$(INSTALL) train data
+	@exec $(BIN)/hyper data bank --work $(WORK)
+
+scenes: ## Mix the bank and the recordings into clips and their encoder states
+	@$(INSTALL) train data
+	@exec $(BIN)/hyper data scenes --work $(WORK)
+
+train: ## Train the embedded checkpoint's recipe, going on where it stopped, and export to WORK/hyper-mini
+	@$(INSTALL) train
+	@exec $(BIN)/hyper train --work $(WORK) --export $(WORK)/hyper-mini --overwrite
+
+eval: ## Print the model card's figures as one JSON line
+	@$(INSTALL) train data
+	@exec $(BIN)/hyper eval --suite held-out --json --work $(WORK)
+
+clean: ## Remove environments and caches; leaves built data and runs
+	rm -rf .venv .venv-gpu .pytest_cache .ruff_cache .hypothesis *.egg-info

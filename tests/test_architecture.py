@@ -1,0 +1,271 @@
+"""Holds the house to its plan: who may import whom, names, settings that are read, locks that lock.
+
+Reads syntax trees and text; imports nothing of the project into this process.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("hyper_model", "server", "training", "loadtests", "tests")
+
+MAY_IMPORT = {
+    "hyper_model": set[str](),
+    "server": {"hyper_model"},
+    "training": {"hyper_model"},
+    "loadtests": set[str](),
+    "tests": {"hyper_model", "server", "training", "loadtests"},
+}
+"""Which of our packages each may import besides itself; loadtests speaks HTTP."""
+
+VLLM_MODULES = {
+    "server.engine_vllm",
+    "hyper_model.pause_vllm",
+    "hyper_model.vllm_plugin",
+    "training.rollout",
+}
+"""The adapters, which alone may import vLLM: the engine changes most of all that we use."""
+
+PURE_MODULES = ("hyper_model.errors", "hyper_model.trace", "hyper_model.pause", "training.rewards")
+"""Modules that, with all that they import at any depth, are free of torch, transformers and vLLM."""
+
+HEAVY = {"torch", "transformers", "vllm"}
+
+HTTP_LIBRARIES = {"fastapi", "starlette", "uvicorn", "httpx"}
+
+VAGUE_NAMES = re.compile(r"^(utils?|common|helpers?|misc|core|services?_?layer|base_.*|managers?|.*_v\d+|.*_utils)$")
+"""Names that say nobody decided where the thing belongs."""
+
+LOCKS = ("cpu", "gpu", "train", "data", "dev")
+BROKEN_BESIDE_CPU_TORCH = {"torchvision", "torchaudio", "torchcodec"}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Returns every module of the five packages by its dotted name; a package stands for its `__init__`."""
+    found: dict[str, Path] = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(modules()[module].read_text(encoding="utf-8"))
+
+
+def imports(module: str, *, at_import_time_only: bool = False) -> set[str]:
+    """Returns the dotted names that a module imports; a name imported from a package counts as a possible sub-module.
+
+    With `at_import_time_only`, imports inside functions and under `if TYPE_CHECKING:` are left out.
+    """
+    names: set[str] = set()
+    for node in statements(tree(module)) if at_import_time_only else ast.walk(tree(module)):
+        match node:
+            case ast.Import():
+                names.update(alias.name for alias in node.names)
+            case ast.ImportFrom():
+                origin = absolute(node, module)
+                names.add(origin)
+                names.update(f"{origin}.{alias.name}" for alias in node.names)
+            case _:
+                pass
+    return names
+
+
+def absolute(node: ast.ImportFrom, module: str) -> str:
+    """Returns the full name of the module that a `from` import names."""
+    if not node.level:
+        return node.module or ""
+    is_package = modules()[module].name == "__init__.py"
+    parts = module.split(".")
+    parents = parts[: len(parts) - node.level + is_package]
+    return ".".join([*parents, *([node.module] if node.module else [])])
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Yields the nodes that run when a module is imported."""
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
+                continue
+            case ast.If(test=ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING")):
+                for other in child.orelse:
+                    yield other
+                    yield from statements(other)
+            case _:
+                yield child
+                yield from statements(child)
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def reachable(module: str) -> set[str]:
+    """Returns all that importing a module brings in, through our own modules, by name."""
+    seen: set[str] = set()
+    outside: set[str] = set()
+    todo = [module]
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        names = imports(current, at_import_time_only=True)
+        parents = {".".join(current.split(".")[:depth]) for depth in range(1, current.count(".") + 1)}
+        todo.extend(name for name in names | parents if name in modules())
+        outside.update(names)
+    return outside | seen
+
+
+def test_each_package_imports_only_what_it_may() -> None:
+    wrong = [
+        f"{module} imports {name}"
+        for module in modules()
+        for name in imports(module)
+        if top(name) in PACKAGES and top(name) != top(module) and top(name) not in MAY_IMPORT[top(module)]
+    ]
+    assert not wrong
+
+
+def test_only_the_adapters_import_vllm() -> None:
+    allowed = {*VLLM_MODULES, *(f"tests.test_{name.replace('.', '_')}" for name in VLLM_MODULES)}
+    allowed |= {f"tests.test_{name.rpartition('.')[2]}" for name in VLLM_MODULES}
+    assert not [
+        module for module in modules() if module not in allowed and "vllm" in {top(name) for name in imports(module)}
+    ]
+
+
+@pytest.mark.parametrize("module", PURE_MODULES)
+def test_a_pure_module_reaches_no_torch_and_no_engine(module: str) -> None:
+    if module in modules():
+        assert not HEAVY & {top(name) for name in reachable(module)}
+        assert not HEAVY & {top(name) for name in imports(module)}, "not inside a function either"
+
+
+def test_in_the_service_only_the_engine_adapter_touches_tensors() -> None:
+    assert not [
+        module
+        for module in modules()
+        if top(module) == "server"
+        and module != "server.engine_vllm"
+        and HEAVY & {top(name) for name in imports(module)}
+    ]
+
+
+def test_the_model_package_knows_no_http() -> None:
+    names = {module: {top(name) for name in imports(module)} for module in modules() if top(module) == "hyper_model"}
+    assert not {module for module, tops in names.items() if tops & HTTP_LIBRARIES}
+
+
+def test_loadtests_know_the_service_by_http_alone() -> None:
+    names = {top(name) for module in modules() if top(module) == "loadtests" for name in imports(module)}
+    assert not names & (HEAVY | {"fastapi", "starlette"})
+
+
+HELP = """
+from hyper_model.cli import main
+sys.argv = ["hyper", "--help"]
+try:
+    main()
+except SystemExit as exit:
+    assert not exit.code
+"""
+
+
+@pytest.mark.parametrize("code", ["import server, server.settings, server.commands", HELP], ids=["server", "help"])
+def test_help_and_import_stay_light(code: str) -> None:
+    """Runs in a fresh interpreter, because this one may have loaded torch for another test."""
+    check = f"import sys\n{code}\nprint(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
+    command = [sys.executable, "-c", check]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert (run.returncode, run.stderr.strip().splitlines()[-1:]) == (0, ["[]"]), run.stderr
+
+
+@pytest.mark.parametrize("module", sorted(name for name in modules() if not name.startswith("tests.test_")))
+def test_a_module_says_what_it_is_for(module: str) -> None:
+    assert ast.get_docstring(tree(module)), f"{module} has no docstring"
+
+
+def test_a_package_is_one_level_deep() -> None:
+    deep = [module for module in modules() if module.count(".") > 1]
+    assert not deep
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    assert not [module for module in modules() if VAGUE_NAMES.match(module.rpartition(".")[2])]
+
+
+def configuration_fields() -> Iterator[tuple[str, str]]:
+    """Yields (class, field) of each class that holds configuration: Settings, ...Config, ...Recipe, ...Limits."""
+    for module in modules():
+        if top(module) == "tests":
+            continue
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.ClassDef) and re.search(r"(Settings|Config|Recipe|Limits)$", node.name):
+                for statement in node.body:
+                    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                        yield f"{module}.{node.name}", statement.target.id
+
+
+def test_every_configuration_field_is_read_somewhere() -> None:
+    read = {
+        node.attr
+        for module in modules()
+        if top(module) != "tests"
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    fields = set(configuration_fields())
+    assert fields, "no configuration found: the test looks in the wrong place"
+    assert not sorted(f"{owner}.{field}" for owner, field in fields if field not in read)
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_pins_every_package_by_hash_and_names_no_place(name: str) -> None:
+    text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
+    entries = [entry for entry in text.replace("\\\n", " ").splitlines() if entry and not entry.startswith("#")]
+    assert entries
+    for entry in entries:
+        assert re.match(r"^[a-z0-9][a-z0-9._-]*==\S+ .*--hash=sha256:[0-9a-f]{64}", entry), entry[:100]
+    assert not re.search(r"://|index-url|find-links|^\s*/|@ |trusted-host", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_leaves_out_the_three_wheels_that_break_transformers(name: str) -> None:
+    text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
+    assert not BROKEN_BESIDE_CPU_TORCH & set(re.findall(r"^([a-z0-9._-]+)==", text, flags=re.MULTILINE))
+
+
+def test_the_locks_agree_on_every_version() -> None:
+    """An environment is built from several locks without a resolver, so the last one installed would win."""
+    versions: dict[str, set[str]] = {}
+    for name in LOCKS:
+        if name == "gpu":
+            continue  # an environment of its own
+        text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
+        for package, version, marker in re.findall(r"^([a-z0-9._-]+)==(\S+)(?: ; (.*?))? \\", text, flags=re.MULTILINE):
+            versions.setdefault(f"{package} {marker}", set()).add(version)
+    assert not {package: found for package, found in versions.items() if len(found) > 1}
+
+
+def test_torch_is_the_same_release_wherever_it_is_named() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    pins = {requirement for extra in extras.values() for requirement in extra if re.match(r"torch[=<>~]", requirement)}
+    build = re.search(r"^(torch==[\d.]+)\+cpu$", (ROOT / "requirements/torch-cpu.txt").read_text(), flags=re.MULTILINE)
+    assert build
+    assert pins == {build[1]}
