@@ -1,0 +1,300 @@
+"""Makes a HyPeR checkpoint of somebody else's Qwen2-Audio: the stock model, an R1-AQA model, a published HyPeR model.
+
+What changes: the weights get the names that vLLM wants, tokens that the tokenizer lacks are added with rows of their
+own, and a manifest says how the model writes. What a model has learned does not change: one that never saw `<PAUSE>` is
+adopted with pauses off.
+
+Only config, tokenizer and safetensors of the source are read, one tensor at a time; pickles and code are never opened,
+and nothing is copied but licence texts. Knows nothing of training or serving.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hyper_model import weights
+from hyper_model.checkpoint import Checkpoint, export, refuse_code, require_architecture
+from hyper_model.errors import CheckpointError
+from hyper_model.manifest import MANIFEST_FILE, parse_json
+from hyper_model.trace import AUDIO, CONTROL_TOKENS, PAUSE, PAUSE_CLOSE, Section, TagStyle
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+TagNames = Literal["hyper", "r1"]
+AnswerStyle = Literal["letter", "text"]
+# How models of each kind spell their sections. Published HyPeR code asks for <BGM>; R1-AQA has these two sections only.
+_SPELLINGS: Mapping[TagNames, Mapping[Section, tuple[str, str]]] = {
+    "hyper": {section: section.tags for section in Section} | {Section.ENV: ("<BGM>", "</BGM>")},
+    "r1": {Section.THINK: ("<think>", "</think>"), Section.FINAL_ANSWER: ("<answer>", "</answer>")},
+}
+_LATENT_SPAN = ("<IMPLICIT_THINK>", "</IMPLICIT_THINK>")
+_HYPER_MARKS = frozenset(
+    {
+        *(tag for section in Section for tag in section.tags),
+        PAUSE,
+        PAUSE_CLOSE,
+        *_LATENT_SPAN,
+        *_SPELLINGS["hyper"][Section.ENV],
+    }
+)
+_SETTINGS_FILES = (
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "NOTICE")
+# Whisper's front end, which the encoder was trained on; a source that says otherwise would be heard wrongly.
+_FEATURES = {"sampling_rate": 16_000, "hop_length": 160, "n_fft": 400, "chunk_length": 30}
+_MAX_MODEL_LEN = 8192
+_ROW_MULTIPLE = 64  # matrix kernels like round sizes; vLLM pads to this anyway
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """Tells what `adopt` made and decided.
+
+    Attributes:
+        added_tokens: What the tokenizer lacked.
+        num_rows_before, num_rows: Rows of the embedding; equal when the new tokens fitted into rows that padded it.
+        tag_names: Which spellings the manifest lists.
+    """
+
+    checkpoint: Checkpoint
+    added_tokens: tuple[str, ...]
+    num_rows_before: int
+    num_rows: int
+    tag_names: TagNames
+
+
+def adopt(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    name: str | None = None,
+    tag_style: TagStyle | None = None,
+    tag_names: TagNames | None = None,
+    answer_style: AnswerStyle | None = None,
+    base_model: str | None = None,
+    max_shard_bytes: int = weights.DEFAULT_SHARD_BYTES,
+) -> Adoption:
+    """Writes a checkpoint at `destination` from a transformers directory of a Qwen2-Audio model.
+
+    What is not given is decided from the source's tokenizer alone:
+      - tag_style: "token" when all 24 tags are tokens of it, else "text". Giving "token" adds them (to fine-tune on).
+      - tag_names: "hyper" when the style is "token" or the tokenizer holds any tag, `<PAUSE>` or `<IMPLICIT_THINK>`,
+        else "r1" (`<think>`, `<answer>`). A published HyPeR model with Qwen's own tokenizer must be named by hand.
+      - answer_style: "letter" for "hyper", "text" for "r1".
+      - pauses: `<IMPLICIT_THINK>` spans, sampled, where the tokenizer has them; `<PAUSE>` spans where it has that; else
+        `<PAUSE>` is added and pauses are off.
+
+    Args:
+        source: The directory; links, as in a hub cache, are followed.
+        destination: Where to; must not exist or be empty.
+        name: The checkpoint's name; the source directory's by default.
+        base_model: Said in the manifest; the source directory's name by default.
+        max_shard_bytes: The size of the weight files, and about the memory that writing them takes.
+
+    Raises:
+        CheckpointError: The source is not a plain Qwen2-Audio in safetensors, or the destination is taken.
+    """
+    root = Path(source)
+    try:
+        return _adopt(
+            root,
+            Path(destination),
+            name=name or _default_name(root),
+            tag_style=tag_style,
+            tag_names=tag_names,
+            answer_style=answer_style,
+            base_model=base_model or root.resolve().name,
+            max_shard_bytes=max_shard_bytes,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{root} cannot be adopted: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be adopted: {error.strerror or error}") from error
+
+
+def _adopt(
+    root: Path,
+    destination: Path,
+    *,
+    name: str,
+    tag_style: TagStyle | None,
+    tag_names: TagNames | None,
+    answer_style: AnswerStyle | None,
+    base_model: str,
+    max_shard_bytes: int,
+) -> Adoption:
+    config = _read_config(root)
+    entries = weights.read_entries(weights.weight_files(root))
+    is_tied = bool(config["text_config"].get("tie_word_embeddings") or config.get("tie_word_embeddings"))
+    _check_source_tensors(entries, config, is_tied=is_tied)
+    tokenizer = _read_tokenizer(root, config)
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+
+    style = tag_style or (TagStyle.TOKEN if all(set(section.tags) <= known for section in Section) else TagStyle.TEXT)
+    names: TagNames = tag_names or ("hyper" if style is TagStyle.TOKEN or known & _HYPER_MARKS else "r1")
+    spellings = {section: section.tags for section in Section} if style is TagStyle.TOKEN else _SPELLINGS[names]
+    pause = _pause_fields(known)
+
+    num_trained = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    num_rows_before: int = config["text_config"]["vocab_size"]
+    if num_trained > num_rows_before:
+        raise CheckpointError(f"its tokenizer has {num_trained} tokens but its embedding only {num_rows_before} rows")
+    wanted = [pause["open"], pause["close"]]
+    if style is TagStyle.TOKEN:
+        wanted += [tag for tags in spellings.values() for tag in tags]
+    added = _add_tokens(tokenizer, wanted)
+    num_needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    num_rows = num_rows_before if num_needed <= num_rows_before else -(-num_needed // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+    checkpoint = export(
+        destination,
+        state_dict=_GrownTensors(entries, num_trained=num_trained, num_used=num_needed, num_rows=num_rows),
+        config=config,
+        tokenizer_json=tokenizer.to_str(),
+        manifest_fields={
+            "name": name,
+            "base_model": base_model,
+            "recipe": f"adopted; tokens added: {', '.join(added) or 'none'}",
+            "max_model_len": min(config["text_config"]["max_position_embeddings"], _MAX_MODEL_LEN),
+            "trace": {
+                "tag_style": style.value,
+                "tags": {section.value: {"open": tags[0], "close": tags[1]} for section, tags in spellings.items()},
+                "answer_style": answer_style or ("letter" if names == "hyper" else "text"),
+            },
+            "pause": pause,
+        },
+        max_shard_bytes=max_shard_bytes,
+    )
+    for licence in _LICENCE_FILES:
+        if (root / licence).is_file():
+            shutil.copyfile(root / licence, destination / licence)
+    return Adoption(checkpoint, added, num_rows_before, num_rows, names)
+
+
+def _default_name(root: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", root.resolve().name).strip("-._")[:100] or "adopted"
+
+
+def _read_config(root: Path) -> dict[str, Any]:
+    from transformers import Qwen2AudioConfig
+
+    if not root.is_dir():
+        raise CheckpointError("there is no such directory")
+    if (root / MANIFEST_FILE).exists():
+        raise CheckpointError(f"it has a {MANIFEST_FILE} and so is a HyPeR checkpoint already")
+    if (root / "adapter_config.json").exists():
+        raise CheckpointError("it is an adapter (adapter_config.json); merge it into its base model first")
+    if not (root / "config.json").is_file():
+        raise CheckpointError("it has no config.json")
+    config = parse_json((root / "config.json").read_bytes(), "config.json")
+    refuse_code(config, "config.json")
+    for name in _SETTINGS_FILES:
+        if (root / name).is_file():
+            settings = parse_json((root / name).read_bytes(), name)
+            refuse_code(settings, name)
+            for field, value in _FEATURES.items() if name == "preprocessor_config.json" else ():
+                if settings.get(field, value) != value:
+                    raise CheckpointError(f"{name} has {field} {settings[field]}; only {value} is served")
+    require_architecture(config)
+    # Fills in what published configs leave to the defaults of the class, such as the width of the decoder.
+    return Qwen2AudioConfig.from_dict(config).to_dict()  # pyright: ignore[reportUnknownMemberType]
+
+
+def _check_source_tensors(
+    entries: Mapping[str, weights.TensorEntry], config: Mapping[str, Any], *, is_tied: bool
+) -> None:
+    """Refuses a source before anything is written: a 7B model takes minutes to write."""
+    found = {canonical: entries[name] for canonical, name in weights.canonical_names(list(entries)).items()}
+    if is_tied and weights.EMBEDDING in found:
+        found.setdefault(weights.LM_HEAD, found[weights.EMBEDDING])
+    weights.check_tensors(found, config)
+
+
+def _read_tokenizer(root: Path, config: Mapping[str, Any]) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    path = root / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError("it has no tokenizer.json; load and save its tokenizer with transformers once")
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises bare Exception, whatever is wrong
+        raise CheckpointError("tokenizer.json is not a tokenizer file") from error
+    for token in CONTROL_TOKENS:
+        if tokenizer.token_to_id(token) is None:
+            raise CheckpointError(f"its tokenizer lacks {token}")
+    if tokenizer.token_to_id(AUDIO) != config["audio_token_index"]:
+        raise CheckpointError(f"{AUDIO} is not the token that config.json names as audio_token_index")
+    return tokenizer
+
+
+def _pause_fields(known: set[str]) -> dict[str, Any]:
+    if set(_LATENT_SPAN) <= known:
+        return {"mode": "sampled", "open": _LATENT_SPAN[0], "close": _LATENT_SPAN[1]}
+    # A token that the model never saw refines nothing: its row is a mean of others until it is trained.
+    budget = {} if PAUSE in known else {"max_pauses": 0}
+    return {"mode": "parallel", "open": PAUSE, "close": PAUSE_CLOSE} | budget
+
+
+def _add_tokens(tokenizer: Tokenizer, wanted: list[str]) -> tuple[str, ...]:
+    """Makes special tokens of all that are wanted; those that the tokenizer knows keep their ids."""
+    from tokenizers import AddedToken
+
+    before = {token: tokenizer.token_to_id(token) for token in wanted}
+    tokens = [AddedToken(token, special=True, normalized=False) for token in wanted]
+    tokenizer.add_special_tokens(tokens)  # pyright: ignore[reportUnknownMemberType]
+    for token, token_id in before.items():
+        if token_id is not None and tokenizer.token_to_id(token) != token_id:
+            raise CheckpointError(f"{token} cannot be made a special token of this tokenizer")
+    return tuple(token for token, token_id in before.items() if token_id is None)
+
+
+class _GrownTensors(Mapping[str, "torch.Tensor"]):
+    """Reads a source's tensors one at a time, with embedding and head grown to the new tokens.
+
+    A new row is the mean of the rows that were trained (Hewitt 2021): a fresh random row could take most of the
+    probability, a mean row cannot. Padding rows that become tokens are overwritten in the same way; the rest is kept.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, weights.TensorEntry],
+        *,
+        num_trained: int,
+        num_used: int,
+        num_rows: int,
+    ) -> None:
+        self._stored = weights.StoredTensors(entries)
+        self._sources = weights.canonical_names(list(entries))
+        self._num_trained, self._num_used, self._num_rows = num_trained, num_used, num_rows
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._stored[self._sources[name]]
+        return self._grow(tensor) if name in (weights.EMBEDDING, weights.LM_HEAD) else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def _grow(self, tensor: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        mean = tensor[: self._num_trained].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
+        num_old = tensor.shape[0]
+        if self._num_rows > num_old:
+            tensor = torch.cat([tensor, mean.expand(self._num_rows - num_old, -1)])
+        tensor[self._num_trained : self._num_used] = mean
+        return tensor

@@ -1,0 +1,112 @@
+"""Says what one clip may cost, and refuses the one that costs more.
+
+Shared by the two ways of decoding (in this process, and in the ffmpeg child), so that both refuse in the same words.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import NoReturn
+
+from hyper_model.errors import AudioCancelledError, AudioTooLargeError, InvalidAudioError
+
+SAMPLE_RATE_HZ = 16_000
+
+# Real recorders stay inside these; a 1 Hz or 655,350 Hz header exists to make the resampler work for hours.
+MIN_SOURCE_RATE_HZ = 2_000
+MAX_SOURCE_RATE_HZ = 384_000
+MAX_SOURCE_CHANNELS = 32
+# Ten minutes of 48 kHz stereo, and a little. A megabyte of constant FLAC frames holds a hundred times that.
+MAX_SOURCE_SAMPLES = 2**26
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioLimits:
+    """Bounds what one clip may cost.
+
+    Attributes:
+        max_bytes: Size of the uploaded file.
+        min_duration_s: Shortest clip; an encoder fed with less makes no frame at all.
+        max_duration_s: Longest clip, counted in decoded samples.
+        decode_timeout_s: Wall-clock time after which decoding is given up.
+        max_decoder_memory_bytes: Writable memory of the ffmpeg child (peak on hostile files: 165 MiB resident).
+    """
+
+    max_bytes: int = 25 * 2**20
+    min_duration_s: float = 0.1
+    max_duration_s: float = 600.0
+    decode_timeout_s: float = 10.0
+    max_decoder_memory_bytes: int = 512 * 2**20
+
+
+def _require_sane_source(rate_hz: int, channels: int) -> None:
+    if not MIN_SOURCE_RATE_HZ <= rate_hz <= MAX_SOURCE_RATE_HZ:
+        above = rate_hz > MAX_SOURCE_RATE_HZ
+        raise InvalidAudioError(
+            f"The clip's sample rate is {rate_hz} Hz; {MIN_SOURCE_RATE_HZ} to {MAX_SOURCE_RATE_HZ} Hz are accepted.",
+            code="bad_sample_rate",
+            limit=MAX_SOURCE_RATE_HZ if above else MIN_SOURCE_RATE_HZ,
+            actual=rate_hz,
+        )
+    if not 1 <= channels <= MAX_SOURCE_CHANNELS:
+        raise InvalidAudioError(
+            f"The clip has {channels} channels; 1 to {MAX_SOURCE_CHANNELS} are accepted.",
+            code="bad_channel_count",
+            limit=MAX_SOURCE_CHANNELS if channels else 1,
+            actual=channels,
+        )
+
+
+class Allowance:
+    """Watches one decode: its deadline, its canceller and how much sound it has produced."""
+
+    def __init__(self, limits: AudioLimits, cancel: threading.Event | None) -> None:
+        self.limits = limits
+        self._cancel = cancel
+        self._deadline_s = time.monotonic() + limits.decode_timeout_s
+        self._max_duration_s = limits.max_duration_s
+
+    @property
+    def remaining_s(self) -> float:
+        return max(0.0, self._deadline_s - time.monotonic())
+
+    def check(self) -> None:
+        if self._cancel is not None and self._cancel.is_set():
+            raise AudioCancelledError("Decoding was cancelled.")
+        if not self.remaining_s:
+            raise InvalidAudioError(
+                f"The clip could not be decoded within {self.limits.decode_timeout_s:g} s.",
+                code="decode_timeout",
+                limit=self.limits.decode_timeout_s,
+            )
+
+    def set_source(self, rate_hz: int, channels: int) -> None:
+        """Refuses rates and channel counts that no recorder has; the others get as much time as their samples allow."""
+        _require_sane_source(rate_hz, channels)
+        self._max_duration_s = min(self.limits.max_duration_s, MAX_SOURCE_SAMPLES / (rate_hz * channels))
+
+    def require_duration(self, duration_s: float) -> None:
+        if duration_s > self._max_duration_s:
+            is_wide = self._max_duration_s < self.limits.max_duration_s
+            raise AudioTooLargeError(
+                f"The clip lasts longer than {self._max_duration_s:.4g} s"
+                + (", which is the limit at its sample rate and number of channels." if is_wide else "."),
+                code="audio_duration_too_large",
+                limit=round(self._max_duration_s, 3),
+                hint="Send it in one channel at 16000 Hz." if is_wide else "Send a shorter clip.",
+            )
+
+
+def refuse_damaged(message: str = "The clip is damaged: it could not be decoded to its end.") -> NoReturn:
+    # Without the decoder's own exception as a cause: its text holds addresses.
+    raise InvalidAudioError(message, code="damaged_audio", hint="Send the file again, or export it anew.") from None
+
+
+def refuse_broken_off() -> NoReturn:
+    raise InvalidAudioError(
+        "The clip breaks off: its end is missing.",
+        code="truncated_audio",
+        hint="Send the whole file, or export it anew.",
+    )

@@ -1,0 +1,78 @@
+"""The `hyper` command: finds its sub-commands and turns faults into one line and an exit code.
+
+A package adds a sub-command by an entry point of the group "hyper.commands"; so this module, and hyper_model with it,
+imports neither server nor training. A sub-command's module is imported when it is run, or for its line in `--help`;
+those modules keep their heavy imports inside their functions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
+
+import click
+
+from hyper_model.errors import AudioError, CheckpointError, HyperError
+
+ENTRY_POINT_GROUP = "hyper.commands"
+# From sysexits.h where it has a word for the fault, so that a supervisor can tell "will never start" from "try again".
+EXIT_CODES: tuple[tuple[type[HyperError], int], ...] = ((CheckpointError, 78), (AudioError, 65), (HyperError, 2))
+
+
+class _CommandGroup(click.Group):
+    """Lists and loads sub-commands from entry points."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_find_commands()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry_point = _find_commands().get(cmd_name)
+        return super().get_command(ctx, cmd_name) if entry_point is None else _load(entry_point)
+
+
+def _find_commands() -> dict[str, EntryPoint]:
+    return {entry_point.name: entry_point for entry_point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _load(entry_point: EntryPoint) -> click.Command:
+    try:
+        command = entry_point.load()
+    except ModuleNotFoundError as error:
+        # `hyper --help` must work where only part of the project is installed; the command itself says what it lacks.
+        return _unavailable(entry_point.name, error.name or str(error))
+    if not isinstance(command, click.Command):
+        raise TypeError(f"the entry point {entry_point.name} is {type(command).__name__}, not a click command")
+    return command
+
+
+def _unavailable(name: str, module: str) -> click.Command:
+    @click.command(
+        name,
+        short_help=f"(not available: {module} is not installed)",
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+    def refuse() -> None:
+        raise HyperError(f"`hyper {name}` needs the Python package {module}, which is not installed")
+
+    return refuse
+
+
+@click.group(cls=_CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hyper-audio")
+def hyper() -> None:
+    """Ask a recording a question: what was heard, how it was reasoned, and the answer."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; ends the process with 0, or with the fault's exit code."""
+    try:
+        hyper.main(args=arguments, prog_name="hyper")
+    except HyperError as error:
+        click.echo(f"hyper: {error}", err=True)
+        sys.exit(next(code for kind, code in EXIT_CODES if isinstance(error, kind)))
+
+
+if __name__ == "__main__":
+    main()

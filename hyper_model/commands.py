@@ -1,0 +1,126 @@
+"""The commands of `hyper checkpoint`: verify one, describe one, make one of somebody else's model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import click
+
+_DIRECTORY = click.Path(path_type=Path)
+
+
+@click.group()
+def checkpoint() -> None:
+    """Verify, describe and adopt checkpoints."""
+
+
+@checkpoint.command()
+@click.argument("directory", type=_DIRECTORY)
+def verify(directory: Path) -> None:
+    """Check everything in DIRECTORY: sums, names, tokens, and that nothing in it could run code."""
+    from hyper_model.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(directory)
+    click.echo(f"{opened.manifest.name}: {len(opened.manifest.files)} files are whole and can be served")
+    click.echo(f"manifest sha256 {opened.manifest_sha256}")
+
+
+@checkpoint.command()
+@click.argument("directory", type=_DIRECTORY)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(directory: Path, as_json: bool) -> None:
+    """Say what the checkpoint in DIRECTORY is; file sums are not checked (see verify)."""
+    from hyper_model import weights
+    from hyper_model.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(directory, verify=False)
+    manifest = opened.manifest
+    entries = weights.read_entries(weights.weight_files(directory))
+    num_parameters = sum(math.prod(entry.shape) for entry in entries.values())
+    num_bytes = sum((directory / name).stat().st_size for name in manifest.files)
+    dtypes = sorted({weights.DTYPES[entry.dtype] for entry in entries.values()})
+    if as_json:
+        facts = {"manifest_sha256": opened.manifest_sha256, "num_parameters": num_parameters, "num_bytes": num_bytes}
+        click.echo(json.dumps(facts | {"dtypes": dtypes, "manifest": manifest.model_dump(mode="json")}, indent=2))
+        return
+    pause = manifest.pause
+    pauses = f"at most {pause.max_pauses} of {pause.latent_tokens} tokens, {pause.mode}" if pause.max_pauses else "off"
+    for label, value in (
+        ("name", manifest.name),
+        ("manifest sha256", opened.manifest_sha256),
+        ("parameters", f"{num_parameters:,} in {', '.join(dtypes)}, {num_bytes / 1e6:,.1f} MB on disk"),
+        ("base model", manifest.base_model or "not said"),
+        ("recipe", manifest.recipe or "not said"),
+        ("data card", manifest.data_card or "not said"),
+        ("trace", f"tags as {manifest.trace.tag_style.value}, choices by {manifest.trace.answer_style}"),
+        ("pauses", pauses),
+        ("longest sequence", f"{manifest.max_model_len} tokens"),
+        ("window", f"{manifest.audio.window_s:g} s"),
+        ("environment", ", ".join(manifest.environment_labels) or "open vocabulary"),
+    ):
+        click.echo(f"{label + ':':<18}{value}")
+
+
+@checkpoint.command()
+@click.argument("source", type=_DIRECTORY)
+@click.argument("destination", type=_DIRECTORY)
+@click.option("--name", help="The checkpoint's name.  [default: that of the SOURCE directory]")
+@click.option(
+    "--tag-style",
+    type=click.Choice(["token", "text"]),
+    help="How the model writes its tags; token adds them to the tokenizer.  "
+    "[default: token when it has them all, else text]",
+)
+@click.option(
+    "--tag-names",
+    type=click.Choice(["hyper", "r1"]),
+    help="Which tags it writes: those of published HyPeR models, or <think> and <answer>.  "
+    "[default: hyper when the tokenizer holds any of its tokens, else r1]",
+)
+@click.option(
+    "--answer-style",
+    type=click.Choice(["letter", "text"]),
+    help="Whether its answer to choices starts with a letter or is the choice's text.  "
+    "[default: letter for hyper, text for r1]",
+)
+@click.option("--base-model", help="What to call the source in the manifest.  [default: the SOURCE directory's name]")
+def adopt(
+    source: Path,
+    destination: Path,
+    name: str | None,
+    tag_style: str | None,
+    tag_names: str | None,
+    answer_style: str | None,
+    base_model: str | None,
+) -> None:
+    """Make a checkpoint at DESTINATION of a Qwen2-Audio model.
+
+    SOURCE is a directory as transformers writes it, with config.json, tokenizer.json and safetensors. A published HyPeR
+    model whose tokenizer is Qwen's own cannot be told from others: give --tag-names hyper.
+    """
+    from typing import cast
+
+    from hyper_model import adopt as adoption
+    from hyper_model.trace import TagStyle
+
+    adopted = adoption.adopt(
+        source,
+        destination,
+        name=name,
+        tag_style=TagStyle(tag_style) if tag_style else None,
+        tag_names=cast("adoption.TagNames | None", tag_names),
+        answer_style=cast("adoption.AnswerStyle | None", answer_style),
+        base_model=base_model,
+    )
+    manifest = adopted.checkpoint.manifest
+    click.echo(f"{manifest.name}: written to {destination}")
+    click.echo(
+        f"tags: {manifest.trace.tag_style.value}, spelled as {adopted.tag_names}; "
+        f"choices by {manifest.trace.answer_style}"
+    )
+    rows = f"{adopted.num_rows} embedding rows (were {adopted.num_rows_before})"
+    click.echo(f"tokens added: {', '.join(adopted.added_tokens) or 'none'}; {rows}")
+    if not manifest.pause.max_pauses:
+        click.echo("pauses: off, because this model never saw them")

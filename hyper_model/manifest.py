@@ -1,0 +1,170 @@
+"""The manifest: what a checkpoint says about itself, as hyper.json.
+
+Everything that depends on a model stands here: its trace grammar, the calibrated settings of its gate, what a clip must
+be, where the weights come from, and a sum for every other file. Knows nothing of weights, engines or HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hyper_model.errors import CheckpointError
+from hyper_model.trace import PAUSE, PAUSE_CLOSE, TRACE_SCHEMA_VERSION, Section, TagStyle
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "hyper.json"
+TOKENS_PER_S = 25.0  # 100 mel frames a second, halved by the second convolution and again by the pooling
+# Perception and reasoning may pause; the answer and the gaps between sections never.
+GATED_SECTIONS = (
+    Section.ENV,
+    Section.SPEAKER,
+    Section.ASR,
+    Section.DESCRIPTION,
+    Section.REASONING,
+    Section.SUMMARY,
+    Section.REFLECT,
+)
+_LISTABLE_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".md")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tag(_Frozen):
+    """Names the two ends of a section, and their token ids where each end is one token."""
+
+    open: str = Field(min_length=1)
+    close: str = Field(min_length=1)
+    open_id: int | None = None
+    close_id: int | None = None
+
+
+class TraceFields(_Frozen):
+    """Says which grammar the model writes and how its choices are scored.
+
+    Attributes:
+        tags: By section name. With tag_style "token" all sections and their ids; with "text" those the model knows.
+        answer_style: "letter" when the answer to choices starts with "A", "B", ...; "text" when it is their words.
+    """
+
+    schema_version: int = TRACE_SCHEMA_VERSION
+    tag_style: TagStyle = TagStyle.TOKEN
+    tags: dict[Section, Tag]
+    answer_style: Literal["letter", "text"] = "letter"
+
+
+class PauseFields(_Frozen):
+    """Holds the calibrated settings of the gate; max_pauses 0 means that the model never pauses."""
+
+    mode: Literal["parallel", "sampled"] = "parallel"
+    open: str = PAUSE
+    close: str = PAUSE_CLOSE
+    open_id: int
+    close_id: int
+    latent_tokens: int = Field(default=64, ge=1, le=1024)
+    max_pauses: int = Field(default=3, ge=0, le=16)
+    tau_pause: float = Field(default=0.5, ge=0, le=1)
+    tau_abort: float = Field(default=0.05, ge=0, le=1)
+    window_tokens: int = Field(default=16, ge=1)
+    rest_tokens: int = Field(default=16, ge=0)
+    sections: tuple[Section, ...] = GATED_SECTIONS
+    acoustic_bias: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tau_abort > self.tau_pause:
+            raise ValueError("tau_abort is above tau_pause")
+        if Section.FINAL_ANSWER in self.sections:
+            raise ValueError("FINAL_ANSWER never pauses")
+        return self
+
+
+class AudioFields(_Frozen):
+    """Says what a clip must be for this model."""
+
+    sample_rate_hz: Literal[16_000] = 16_000
+    window_s: float = Field(default=30.0, gt=0, le=30)
+    min_duration_s: float = Field(default=0.1, ge=0)
+    tokens_per_s: float = Field(default=TOKENS_PER_S, gt=0)
+
+
+class Manifest(_Frozen):
+    """Describes a checkpoint completely; stored as hyper.json.
+
+    Attributes:
+        base_model, recipe, data_card: Where the weights come from, in words.
+        environment_labels: The sounds that the model can name; empty when that is open.
+        max_model_len: The longest prompt and completion together, audio tokens included.
+        files: The sha256 of every other file.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    trace: TraceFields
+    pause: PauseFields
+    audio: AudioFields = AudioFields()
+    base_model: str = ""
+    recipe: str = ""
+    data_card: str = ""
+    environment_labels: tuple[str, ...] = ()
+    max_model_len: int = Field(gt=0)
+    files: dict[str, str]
+
+    @field_validator("files")
+    @classmethod
+    def _check_files(cls, files: dict[str, str]) -> dict[str, str]:
+        for name, digest in files.items():
+            if name != Path(name).name or name.startswith(".") or "\\" in name or name == MANIFEST_FILE:
+                raise ValueError(f"{name!r} is not a plain file name")
+            if not name.endswith(_LISTABLE_SUFFIXES):
+                raise ValueError(
+                    f"{name} is of a kind that a checkpoint may not hold (pickles and code can run programs)"
+                )
+            if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+                raise ValueError(f"the sum of {name} is not a sha256")
+        return files
+
+
+def read_manifest(raw: bytes) -> Manifest:
+    """Reads the bytes of a hyper.json.
+
+    Raises:
+        CheckpointError: It is of another version, or not valid; the message names the first field at fault.
+    """
+    document = parse_json(raw, MANIFEST_FILE)
+    # Before pydantic: a newer manifest has fields that we do not know, and the version is what its reader must hear.
+    if document.get("format_version") != FORMAT_VERSION:
+        found = document.get("format_version", "none")
+        raise CheckpointError(f"{MANIFEST_FILE} has format_version {found}; this release reads {FORMAT_VERSION}")
+    manifest = make_manifest(document)
+    if manifest.trace.schema_version != TRACE_SCHEMA_VERSION:
+        found = manifest.trace.schema_version
+        raise CheckpointError(f"its traces have schema version {found}; this release reads {TRACE_SCHEMA_VERSION}")
+    return manifest
+
+
+def make_manifest(fields: dict[str, Any]) -> Manifest:
+    """Makes a manifest of plain fields; a fault becomes one line."""
+    try:
+        # In JSON mode, where enums and tuples are written as strings and lists.
+        return Manifest.model_validate_json(json.dumps(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise CheckpointError(f"{MANIFEST_FILE} is not valid at {where}: {first['msg']}") from error
+
+
+def parse_json(raw: bytes, name: str) -> dict[str, Any]:
+    """Parses a file that must hold one JSON object."""
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} is not JSON") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{name} is not a JSON object")
+    return cast("dict[str, Any]", document)

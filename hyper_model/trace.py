@@ -1,0 +1,503 @@
+"""The perceptual trace: its grammar, how one is written, and the prompt that asks for one.
+
+A trace is written as text (`render`) and read as token ids (`hyper_model.trace_parser`). Between the two stands
+`TraceTokenizer`, which keeps words apart from markup: `encode_text` can never yield a special token, whatever the text
+says, and only `encode_trace` (for traces that we rendered ourselves) may.
+
+How text is kept from looking like markup in a rendered trace:
+  - a markup string inside a section gets a backslash: `<THINK>` is written `<\\THINK>`, `<\\THINK>` is written
+    `<\\\\THINK>`, and so on; nothing else changes. The parser takes one backslash off again.
+  - in a SPEAKER line, inside quotes, `"`, `\\` and a line break are written `\\"`, `\\\\` and `\\n`; in a speaker's
+    description a colon is written `\\:` as well, so that the first bare colon ends the head of the line.
+
+This module knows no torch, no engine and no HTTP, and nothing of how a trace is read back.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from hyper_model.errors import CheckpointError, PromptError
+
+TRACE_SCHEMA_VERSION = 1
+
+
+class Section(StrEnum):
+    """Names the sections of a trace, in the order in which a strict trace opens them."""
+
+    THINK = "THINK"
+    PLANNING = "PLANNING"
+    CAPTION = "CAPTION"
+    ENV = "ENV"
+    SPEAKER = "SPEAKER"
+    ASR = "ASR"
+    DESCRIPTION = "DESCRIPTION"
+    REASONING = "REASONING"
+    SUMMARY = "SUMMARY"
+    RESPONSE = "RESPONSE"
+    REFLECT = "REFLECT"
+    FINAL_ANSWER = "FINAL_ANSWER"
+
+    @property
+    def tags(self) -> tuple[str, str]:
+        """Spells the opening and the closing tag."""
+        return f"<{self.value}>", f"</{self.value}>"
+
+
+PARENTS: Mapping[Section, Section | None] = {
+    Section.THINK: None,
+    Section.PLANNING: Section.THINK,
+    Section.CAPTION: Section.THINK,
+    Section.ENV: Section.CAPTION,
+    Section.SPEAKER: Section.CAPTION,
+    Section.ASR: Section.CAPTION,
+    Section.DESCRIPTION: Section.CAPTION,
+    Section.REASONING: Section.THINK,
+    Section.SUMMARY: Section.THINK,
+    Section.RESPONSE: None,
+    Section.REFLECT: None,
+    Section.FINAL_ANSWER: None,
+}
+OPTIONAL_SECTIONS = frozenset({Section.DESCRIPTION, Section.REFLECT})
+REQUIRED_SECTIONS = tuple(section for section in Section if section not in OPTIONAL_SECTIONS)
+
+END_OF_TEXT = "<|endoftext|>"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+AUDIO_BOS, AUDIO, AUDIO_EOS = "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"
+PAUSE, PAUSE_CLOSE = "<PAUSE>", "</PAUSE>"
+CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END, AUDIO_BOS, AUDIO, AUDIO_EOS)
+# The order is part of the format: a checkpoint made by `train_tokenizer` numbers its special tokens by it.
+SPECIAL_TOKENS: tuple[str, ...] = (
+    *CONTROL_TOKENS,
+    *(tag for section in Section for tag in section.tags),
+    PAUSE,
+    PAUSE_CLOSE,
+)
+# Other spellings that older data and adopted checkpoints use, with what they mean here. Accepted on input only.
+TAG_ALIASES: Mapping[str, str] = {
+    "<BGM>": "<ENV>",
+    "</BGM>": "</ENV>",
+    "<DESC>": "<DESCRIPTION>",
+    "</DESC>": "</DESCRIPTION>",
+    "<think>": "<THINK>",
+    "</think>": "</THINK>",
+    "<answer>": "<FINAL_ANSWER>",
+    "</answer>": "</FINAL_ANSWER>",
+    "<IMPLICIT_THINK>": PAUSE,
+    "</IMPLICIT_THINK>": PAUSE_CLOSE,
+}
+MARKUP: tuple[str, ...] = (*SPECIAL_TOKENS, *TAG_ALIASES)
+# What each spelling of a tag means, in our own spelling.
+TAG_MEANINGS: Mapping[str, str] = {tag: TAG_ALIASES.get(tag, tag) for tag in MARKUP if tag not in CONTROL_TOKENS}
+_MARKUP_BODIES = "|".join(re.escape(markup[1:]) for markup in MARKUP)
+_MARKUP = re.compile(rf"<({_MARKUP_BODIES})")
+_ESCAPABLE = re.compile(rf"<(\\*(?:{_MARKUP_BODIES}))")
+
+MAX_QUESTION_CHARS = 2000
+MAX_CHOICE_CHARS = 500
+MAX_CHOICES = 26
+
+
+class TagStyle(StrEnum):
+    """Says how a checkpoint writes its tags: one special token each, or plain text over several tokens."""
+
+    TOKEN = "token"
+    TEXT = "text"
+
+
+class PauseMode(StrEnum):
+    """Says what a pause looks like among the token ids.
+
+    PARALLEL is a run of PAUSE ids and nothing else; SAMPLED is everything between PAUSE and PAUSE_CLOSE.
+    """
+
+    PARALLEL = "parallel"
+    SAMPLED = "sampled"
+
+
+class Termination(StrEnum):
+    """Says how a trace came to its end."""
+
+    COMPLETE = "complete"
+    TRUNCATED = "truncated"
+    ABORTED = "aborted"
+    MALFORMED = "malformed"
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Describes one voice: its id ("S1"), what it sounds like ("woman"), and its words, quote by quote."""
+
+    id: str
+    description: str = ""
+    quotes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("S[0-9]+", self.id):
+            raise ValueError(f"a speaker's id is S and a number, not {self.id!r}")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Holds what a trace says, section by section; None where the section is absent ("" where it is there but empty).
+
+    Of a trace without sub-sections (R1-AQA), `reasoning` is all that THINK says.
+    """
+
+    planning: str | None = None
+    environment: str | None = None
+    speakers: tuple[Speaker, ...] = ()
+    transcript: str | None = None
+    description: str | None = None
+    reasoning: str | None = None
+    summary: str | None = None
+    response: str | None = None
+    reflection: str | None = None
+    final_answer: str | None = None
+
+
+def canonical_text(text: str) -> str:
+    """Brings text into the form that survives tokenizing and parsing: NFC, no white space at either end."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def escape_markup(text: str) -> str:
+    """Puts a backslash into every string that could be taken for markup; the parser takes it out again."""
+    return _ESCAPABLE.sub(r"<\\\1", text)
+
+
+def render(trace: Trace) -> str:
+    """Writes a trace as compact text, which `TraceTokenizer.encode_trace` turns into token ids.
+
+    Sections whose field is None are left out; THINK and CAPTION stand when something stands in them, and SPEAKER
+    wherever CAPTION does (a clip without speech has an empty one). `parse(render(t)) == t` for every trace whose texts
+    are canonical (see `canonical_text`) and whose quotes are NFC.
+    """
+    caption = _section(Section.ENV, trace.environment)
+    has_caption = bool(trace.speakers) or any(
+        text is not None for text in (trace.environment, trace.transcript, trace.description)
+    )
+    if has_caption:
+        caption += _section(Section.SPEAKER, render_speakers(trace.speakers))
+    caption += _section(Section.ASR, trace.transcript) + _section(Section.DESCRIPTION, trace.description)
+    think = _section(Section.PLANNING, trace.planning)
+    if has_caption:
+        think += caption.join(Section.CAPTION.tags)
+    think += _section(Section.REASONING, trace.reasoning) + _section(Section.SUMMARY, trace.summary)
+    return (
+        (think.join(Section.THINK.tags) if think else "")
+        + _section(Section.RESPONSE, trace.response)
+        + _section(Section.REFLECT, trace.reflection)
+        + _section(Section.FINAL_ANSWER, trace.final_answer)
+    )
+
+
+def _section(section: Section, text: str | None) -> str:
+    return "" if text is None else escape_markup(canonical_text(text)).join(section.tags)
+
+
+def render_speakers(speakers: Sequence[Speaker]) -> str:
+    """Writes one line a speaker: `S1 woman: "words one" "words two"`."""
+    return "\n".join(
+        " ".join(
+            (
+                f"{speaker.id} {_backslash(canonical_text(speaker.description), ':')}".rstrip(" ") + ":",
+                *(f'"{_backslash(quote)}"' for quote in speaker.quotes),
+            )
+        )
+        for speaker in speakers
+    )
+
+
+def _backslash(text: str, extra: str = "") -> str:
+    return re.sub(rf'([\\"{extra}])', r"\\\1", unicodedata.normalize("NFC", text)).replace("\n", "\\n")
+
+
+def environment_labels(text: str) -> list[str]:
+    """Splits an ENV text such as "rain, engine and birds" into its labels, in order and without repeats."""
+    parts = re.split(r"[,;\n]|\band\b", text.strip().rstrip("."))
+    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+
+
+def choice_label(index: int) -> str:
+    """Names a choice by its letter: 0 is "A", 25 is "Z"."""
+    if not 0 <= index < MAX_CHOICES:
+        raise ValueError(f"choices are numbered 0 to {MAX_CHOICES - 1}, not {index}")
+    return string.ascii_uppercase[index]
+
+
+def render_choice(index: int, choices: Sequence[str]) -> str:
+    """Writes a choice as prompts and final answers show it: `B. two`, on one line."""
+    return f"{choice_label(index)}. {' '.join(choices[index].split())}"
+
+
+class TraceTokenizer:
+    """Encodes text without markup, traces with it, and gives each token's bytes back.
+
+    Args:
+        tokenizer: A byte-level BPE tokenizer; it is not changed.
+        tag_style: Whether the tags are added tokens of this tokenizer or plain text.
+        tags: The (open, close) spelling of the sections whose tags the checkpoint spells otherwise, such as `<BGM>`.
+        pause_tags: The same for a pause, such as `<IMPLICIT_THINK>`.
+
+    Attributes:
+        tag_ids: The (open, close) token ids of each section's tags; empty where tags are plain text (see `open_ids`).
+        pause_id: The id that opens a pause, None where pauses are plain text; `pause_close_id` closes it.
+        special_ids: What no text can encode to: every added token, flagged special or not.
+        control_ids: Special tokens that no reader sees (turns, audio), tags and pauses not among them.
+        stop_ids: What ends a completion.
+
+    Raises:
+        CheckpointError: If the tokenizer is not byte-level, lacks a token, or a spelling is none that `MARKUP` lists.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        tag_style: TagStyle = TagStyle.TOKEN,
+        *,
+        tags: Mapping[Section, tuple[str, str]] | None = None,
+        pause_tags: tuple[str, str] = (PAUSE, PAUSE_CLOSE),
+    ) -> None:
+        if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+            raise CheckpointError("the tokenizer is not a byte-level BPE")
+        self.tokenizer = tokenizer
+        self.tag_style = tag_style
+        self.tags = {section: (tags or {}).get(section, section.tags) for section in Section}
+        self.pause_tags = pause_tags
+        # Added tokens are matched in the text before BPE runs, so the same model without any cannot produce one.
+        # (`encode_special_tokens` would still match the added tokens that are not flagged special.)
+        self._plain = Tokenizer(tokenizer.model)
+        if tokenizer.normalizer is not None:
+            self._plain.normalizer = tokenizer.normalizer
+        if tokenizer.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = tokenizer.pre_tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._added_texts = {token_id: token.content for token_id, token in added.items()}
+        self._added_ids = {token.content: token_id for token_id, token in added.items()}
+        self.special_ids = frozenset(self._added_texts)
+        self.control_ids = frozenset(
+            token_id for token_id, token in added.items() if token.special and token.content not in TAG_MEANINGS
+        )
+        self.end_of_text_id, self.im_start_id, self.im_end_id = map(self._added_id, (END_OF_TEXT, IM_START, IM_END))
+        self.audio_bos_id, self.audio_id, self.audio_eos_id = map(self._added_id, (AUDIO_BOS, AUDIO, AUDIO_EOS))
+        self.stop_ids = (self.im_end_id, self.end_of_text_id)
+        self.tag_ids: dict[Section, tuple[int, int]] = {}
+        if tag_style is TagStyle.TOKEN:
+            self.tag_ids = {s: (self._added_id(a), self._added_id(b)) for s, (a, b) in self.tags.items()}
+        self.pause_id = self._added_ids.get(pause_tags[0])
+        self.pause_close_id = self._added_ids.get(pause_tags[1])
+        spellings = {section.tags: self.tags[section] for section in Section} | {(PAUSE, PAUSE_CLOSE): pause_tags}
+        own = {meaning: tag for pair, ours in spellings.items() for meaning, tag in zip(pair, ours, strict=True)}
+        for meaning, tag in own.items():
+            if TAG_MEANINGS.get(tag) != meaning:
+                raise CheckpointError(f"{tag!r} is not a known spelling of {meaning}")
+        self._markup_ids = {
+            markup: self._encode_tag(own[TAG_MEANINGS[markup]]) if markup in TAG_MEANINGS else [self._added_ids[markup]]
+            for markup in MARKUP
+        }
+        self._token_bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_file(cls, path: str | Path, tag_style: TagStyle = TagStyle.TOKEN) -> TraceTokenizer:
+        """Opens a `tokenizer.json`.
+
+        Raises:
+            CheckpointError: If the file is missing or is not a tokenizer that can carry traces.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read the tokenizer {Path(path).name}") from error
+        try:
+            tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception, whatever is wrong with the file
+            raise CheckpointError(f"{Path(path).name} is not a tokenizer file") from error
+        return cls(tokenizer, tag_style)
+
+    @property
+    def vocab_size(self) -> int:
+        """Counts the ids that mean something; a model's output layer may be padded beyond it."""
+        return self.tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Encodes words: no id of `special_ids` can come out, whatever the text spells."""
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        if self.special_ids.isdisjoint(ids):
+            return ids
+        # Only where the BPE vocabulary itself holds an added token's text (some trainers put it there).
+        return [token_id for char in text for token_id in self._plain.encode(char, add_special_tokens=False).ids]
+
+    def encode_trace(self, text: str) -> list[int]:
+        """Encodes a rendered trace, each markup string on its own; never for text from outside.
+
+        Aliases (`<BGM>`) encode as the tag they mean.
+        """
+        ids: list[int] = []
+        end = 0
+        for match in _MARKUP.finditer(text):
+            ids += self.encode_text(text[end : match.start()])
+            ids += self._markup_ids[match[0]]
+            end = match.end()
+        return ids + self.encode_text(text[end:])
+
+    def open_ids(self, section: Section) -> list[int]:
+        """Returns the ids that open a section: one where tags are tokens, several where they are text."""
+        return self._encode_tag(self.tags[section][0])
+
+    def close_ids(self, section: Section) -> list[int]:
+        """Returns the ids that close a section."""
+        return self._encode_tag(self.tags[section][1])
+
+    def close_pause_ids(self) -> list[int]:
+        """Returns the ids that close a pause whose tokens are sampled."""
+        return self._encode_tag(self.pause_tags[1])
+
+    def label_ids(self, num_choices: int) -> list[int]:
+        """Returns the one token of each label "A", "B", ... as it stands right after the FINAL_ANSWER tag.
+
+        Raises:
+            CheckpointError: If a label is not one token, so that choices cannot be scored in one engine step.
+        """
+        ids = [self.encode_text(f"{choice_label(index)}. x")[0] for index in range(num_choices)]
+        if self.decode(ids) != string.ascii_uppercase[:num_choices]:
+            raise CheckpointError("the tokenizer does not write a choice's letter as a token of its own")
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns the bytes a token stands for; none for an id outside the vocabulary."""
+        known = self._token_bytes.get(token_id)
+        if known is None:
+            known = self._token_bytes[token_id] = self._look_up_bytes(token_id)
+        return known
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Decodes ids to text with all their markup; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", errors="replace")
+
+    def _look_up_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added_texts:
+            return self._added_texts[token_id].encode()
+        token = self.tokenizer.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        if token is None:
+            return b""
+        if all(char in _BYTE_OF_CHAR for char in token):
+            return bytes(_BYTE_OF_CHAR[char] for char in token)
+        return token.encode()
+
+    def _added_id(self, content: str) -> int:
+        try:
+            return self._added_ids[content]
+        except KeyError:
+            raise CheckpointError(f"the tokenizer has no token {content}") from None
+
+    def _encode_tag(self, tag: str) -> list[int]:
+        return [self._added_ids[tag]] if tag in self._added_ids else self.encode_text(tag)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Maps the printable character that byte-level BPE (GPT-2) writes for a byte back to that byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_level_alphabet()
+
+
+def build_prompt(
+    tokenizer: TraceTokenizer, question: str, choices: Sequence[str] = (), num_clips: int = 1
+) -> list[int]:
+    """Writes the prompt that serving and training share: the clips first, then the question, then the choices.
+
+    One AUDIO id stands for each clip; the engine (or the trainer's processor) repeats it as long as the clip needs.
+
+    Raises:
+        PromptError: If the question or the choices are not usable.
+    """
+    if num_clips < 1:
+        raise ValueError(f"a prompt asks about at least one clip, not {num_clips}")
+    check_question(question, choices)
+    ids = [tokenizer.im_start_id, *tokenizer.encode_text("user\n")]
+    for number in range(1, num_clips + 1):
+        ids += tokenizer.encode_text(f"Audio {number}: ")
+        ids += [tokenizer.audio_bos_id, tokenizer.audio_id, tokenizer.audio_eos_id]
+        ids += tokenizer.encode_text("\n")
+    lines = [question.strip(), *(render_choice(index, choices) for index in range(len(choices)))]
+    ids += tokenizer.encode_text("".join(f"{line}\n" for line in lines))
+    return [
+        *ids,
+        tokenizer.im_end_id,
+        *tokenizer.encode_text("\n"),
+        tokenizer.im_start_id,
+        *tokenizer.encode_text("assistant\n"),
+    ]
+
+
+def check_question(question: str, choices: Sequence[str] = ()) -> None:
+    """Checks what a caller asks, before anything is spent on it.
+
+    Raises:
+        PromptError: With `param` "question" or "choices".
+    """
+    _check_text(question, "question", MAX_QUESTION_CHARS)
+    if choices and not 2 <= len(choices) <= MAX_CHOICES:
+        raise PromptError(f"give no choices or 2 to {MAX_CHOICES}, not {len(choices)}", param="choices")
+    for choice in choices:
+        _check_text(choice, "choices", MAX_CHOICE_CHARS)
+    if len({unicodedata.normalize("NFC", " ".join(choice.split())) for choice in choices}) < len(choices):
+        raise PromptError("two choices are the same", param="choices")
+
+
+def _check_text(text: str, param: str, max_chars: int) -> None:
+    name = "the question" if param == "question" else "a choice"
+    if not text.strip():
+        raise PromptError(f"{name} is empty", param=param)
+    if len(text) > max_chars:
+        raise PromptError(f"{name} has {len(text)} characters, more than {max_chars}", param=param)
+    if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in text):
+        raise PromptError(f"{name} holds a character that is no text (NUL or a lone surrogate)", param=param)
+
+
+# The rule by which Qwen2 cuts text into words before BPE: digits one by one, a line break never with letters.
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE tokenizer of Qwen2's shape, with all SPECIAL_TOKENS after the learnt vocabulary.
+
+    Any text encodes, since all 256 bytes are in the vocabulary whatever the texts hold.
+
+    Args:
+        texts: What to learn merges from; no markup.
+        vocab_size: The size in all, special tokens included; fewer when the texts have too few merges to learn.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    special_tokens: list[str | AddedToken] = [AddedToken(s, special=True, normalized=False) for s in SPECIAL_TOKENS]
+    tokenizer.add_special_tokens(special_tokens)  # pyright: ignore[reportUnknownMemberType]
+    return tokenizer

@@ -1,0 +1,325 @@
+"""Tensors of a Qwen2-Audio model on disk: their names, their shapes, and safetensors files read and written in pieces.
+
+One spelling is used on disk, the one of the hub's Qwen2-Audio, which both vLLM and transformers read:
+
+    audio_tower.*    multi_modal_projector.linear.*    language_model.model.*    language_model.lm_head.weight
+
+Knows nothing of manifests, tokenizers or traces. Importing it loads neither torch nor safetensors: reading headers,
+which is all that opening a checkpoint needs, is plain JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hyper_model.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDING = "language_model.model.embed_tokens.weight"
+LM_HEAD = "language_model.lm_head.weight"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_SHARD_BYTES = 2 * 1024**3
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+# Only to say what is wrong; a trainer leaves other pickles (training_args.bin) beside perfectly good weights.
+_PICKLED_WEIGHTS = ("pytorch_model*.bin", "model*.bin", "model*.pt", "model*.pth")
+# A header lists a few hundred tensors; anything near this is a damaged or hostile file (the format's own bound).
+_MAX_HEADER_BYTES = 100_000_000
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
+# In order: first match wins. transformers saves a model *built from a config* as `language_model.model.model.*` (vLLM
+# refuses that), keeps `model.language_model.*` in memory, and saves a model *loaded from hub names* under those.
+_RENAMES = (
+    ("model.language_model.model.", "language_model.model."),
+    ("model.language_model.", "language_model.model."),
+    ("language_model.model.model.", "language_model.model."),
+    ("language_model.model.", "language_model.model."),
+    ("language_model.lm_head.", "language_model.lm_head."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.audio_tower.", "audio_tower."),
+    ("audio_tower.", "audio_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("multi_modal_projector.", "multi_modal_projector."),
+)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Locates one stored tensor.
+
+    Attributes:
+        shape: Its axes, as safetensors lists them.
+        dtype: The safetensors spelling, such as "BF16".
+        file: The file that holds it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+def canonical_name(name: str) -> str:
+    """Spells a tensor's name as it stands on disk.
+
+    Raises:
+        CheckpointError: The name belongs to no part of a Qwen2-Audio model, or to an adapter that was not merged.
+    """
+    bare = _WRAPPERS.sub("", name)
+    if "lora_" in bare or ".base_layer." in bare or bare.startswith("base_model."):
+        raise CheckpointError(f"the weights hold an adapter that was not merged ({name}); merge it first")
+    for prefix, replacement in _RENAMES:
+        if bare.startswith(prefix):
+            return replacement + bare[len(prefix) :]
+    raise CheckpointError(f"the weights hold {name}, which is no part of a Qwen2-Audio model")
+
+
+def canonical_names(names: list[str]) -> dict[str, str]:
+    """Maps each canonical name to the name it has in the source; two sources for one tensor are refused."""
+    sources: dict[str, str] = {}
+    for name in names:
+        canonical = canonical_name(name)
+        if canonical in sources:
+            raise CheckpointError(f"the weights hold {canonical} twice, as {sources[canonical]} and as {name}")
+        sources[canonical] = name
+    return sources
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Lists every tensor that a Qwen2-Audio config asks for, under its name on disk (pure Python, no model is built).
+
+    `language_model.lm_head.weight` is in the list even for tied embeddings: vLLM can do without, but transformers never
+    ties this architecture and would fill a missing head with random numbers.
+
+    Raises:
+        CheckpointError: The config lacks a dimension.
+    """
+    try:
+        return _text_shapes(config["text_config"]) | _audio_shapes(config["audio_config"], config["text_config"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"config.json does not describe a Qwen2-Audio model (at {error})") from error
+
+
+def _text_shapes(text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, heads, kv_heads = text["hidden_size"], text["num_attention_heads"], text["num_key_value_heads"]
+    inner, head_dim = text["intermediate_size"], hidden // heads
+    if text.get("head_dim") not in (None, head_dim):
+        # transformers reads the field, vLLM's Qwen2 does not: the two would compute different things.
+        raise CheckpointError(f"config.json has heads of {text['head_dim']}; only hidden_size / num_heads works")
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (text["vocab_size"], hidden),
+        LM_HEAD: (text["vocab_size"], hidden),
+        "language_model.model.norm.weight": (hidden,),
+    }
+    for layer in range(text["num_hidden_layers"]):
+        prefix = f"language_model.model.layers.{layer}."
+        for projection, num_heads in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            shapes[f"{prefix}self_attn.{projection}_proj.weight"] = (num_heads * head_dim, hidden)
+            shapes[f"{prefix}self_attn.{projection}_proj.bias"] = (num_heads * head_dim,)
+        shapes |= {
+            f"{prefix}self_attn.o_proj.weight": (hidden, heads * head_dim),
+            f"{prefix}mlp.gate_proj.weight": (inner, hidden),
+            f"{prefix}mlp.up_proj.weight": (inner, hidden),
+            f"{prefix}mlp.down_proj.weight": (hidden, inner),
+            f"{prefix}input_layernorm.weight": (hidden,),
+            f"{prefix}post_attention_layernorm.weight": (hidden,),
+        }
+    return shapes
+
+
+def _audio_shapes(audio: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    width, inner = audio["d_model"], audio["encoder_ffn_dim"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "audio_tower.conv1.weight": (width, audio["num_mel_bins"], 3),
+        "audio_tower.conv1.bias": (width,),
+        "audio_tower.conv2.weight": (width, width, 3),
+        "audio_tower.conv2.bias": (width,),
+        "audio_tower.embed_positions.weight": (audio["max_source_positions"], width),
+        "audio_tower.layer_norm.weight": (width,),
+        "audio_tower.layer_norm.bias": (width,),
+        "multi_modal_projector.linear.weight": (text["hidden_size"], width),
+        "multi_modal_projector.linear.bias": (text["hidden_size"],),
+    }
+    for layer in range(audio["encoder_layers"]):
+        prefix = f"audio_tower.layers.{layer}."
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes[f"{prefix}self_attn.{projection}.weight"] = (width, width)
+            if projection != "k_proj":  # Whisper's keys have no bias
+                shapes[f"{prefix}self_attn.{projection}.bias"] = (width,)
+        for norm in ("self_attn_layer_norm", "final_layer_norm"):
+            shapes |= {f"{prefix}{norm}.weight": (width,), f"{prefix}{norm}.bias": (width,)}
+        shapes |= {
+            f"{prefix}fc1.weight": (inner, width),
+            f"{prefix}fc1.bias": (inner,),
+            f"{prefix}fc2.weight": (width, inner),
+            f"{prefix}fc2.bias": (width,),
+        }
+    return shapes
+
+
+def check_tensors(entries: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:
+    """Refuses stored tensors that are not exactly those of the config, under the names that vLLM accepts."""
+    expected = expected_shapes(config)
+    for name in entries:
+        if name not in expected:
+            hint = ""
+            try:
+                if canonical_name(name) != name:
+                    hint = f"; vLLM wants it named {canonical_name(name)}"
+            except CheckpointError:
+                pass
+            raise CheckpointError(f"the weights hold {name}, which this model does not have{hint}")
+    for name, shape in expected.items():
+        if name not in entries:
+            raise CheckpointError(f"the weights lack {name}")
+        if entries[name].shape != shape:
+            raise CheckpointError(f"{name} has shape {entries[name].shape} but config.json asks for {shape}")
+        if entries[name].dtype not in DTYPES:
+            raise CheckpointError(f"{name} is stored as {entries[name].dtype}; only {', '.join(DTYPES)} can be served")
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Reads what a safetensors file holds without reading the tensors.
+
+    Raises:
+        CheckpointError: The file is not safetensors (a renamed pickle, say), or is cut short.
+    """
+    refusal = f"{path.name} is not a whole safetensors file"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        num_header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= num_header_bytes <= min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(refusal)
+        raw = file.read(num_header_bytes)
+    try:
+        header = json.loads(raw)
+        entries = {
+            name: TensorEntry(tuple(value["shape"]), value["dtype"], path)
+            for name, value in header.items()
+            if name != "__metadata__"
+        }
+        end = max((value["data_offsets"][1] for name, value in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(refusal) from error
+    if end != size - 8 - num_header_bytes:
+        raise CheckpointError(refusal)
+    return entries
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Names the safetensors files of a directory in the transformers layout: one file, or an index and its shards.
+
+    Raises:
+        CheckpointError: There is none, an index is damaged, or it names a file outside the directory.
+    """
+    index = directory / INDEX_FILE
+    if not index.exists():
+        single = directory / SINGLE_FILE
+        if single.is_file():
+            return [single]
+        pickles = sorted(path.name for pattern in _PICKLED_WEIGHTS for path in directory.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"the weights are pickles ({pickles[0]}), which can run code; save them as safetensors"
+            )
+        raise CheckpointError(f"no {SINGLE_FILE} and no {INDEX_FILE} in the directory")
+    try:
+        names = set(cast("dict[str, str]", json.loads(index.read_text(encoding="utf-8"))["weight_map"]).values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{INDEX_FILE} is damaged") from error
+    for name in names:
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX_FILE} names {name}, which is not a safetensors file of this directory")
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{INDEX_FILE} names {name}, which is missing")
+    return [directory / name for name in sorted(names)]
+
+
+def read_entries(files: list[Path]) -> dict[str, TensorEntry]:
+    """Reads the headers of several files as one; a tensor stored twice is refused."""
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise CheckpointError(f"{name} is stored in both {entries[name].file.name} and {file.name}")
+            entries[name] = entry
+    return entries
+
+
+class StoredTensors(Mapping[str, "torch.Tensor"]):
+    """Reads tensors of safetensors files one at a time, by the names they have there.
+
+    Nothing is kept: a 7B model passes through with one tensor in memory.
+    """
+
+    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
+        self.entries = entries
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        # Opened for each tensor: the file is mapped, not read, and no handle outlives the call.
+        with cast("Any", safe_open(self.entries[name].file, framework="pt")) as file:
+            return cast("torch.Tensor", file.get_tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def write_tensors(
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Writes tensors in name order, as one file or as shards and an index; one shard is in memory at a time."""
+    import torch
+    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
+
+    shard: dict[str, torch.Tensor] = {}
+    shard_names: list[list[str]] = []
+    num_shard_bytes = num_total_bytes = 0
+
+    def flush() -> None:
+        path = directory / f"shard-{len(shard_names)}"
+        # Made by us first: safetensors creates files that only their owner can read, and servers run as someone else.
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)
+        shard_names.append(list(shard))
+        shard.clear()
+
+    for name in sorted(tensors):
+        # clone, not contiguous alone: a tied head shares the embedding's memory, which safetensors refuses.
+        tensor = tensors[name].detach().to(device="cpu", dtype=dtype).clone(memory_format=torch.contiguous_format)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} holds values that are not finite numbers")
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shard and num_shard_bytes + num_bytes > max_shard_bytes:
+            flush()
+            num_shard_bytes = 0
+        shard[name] = tensor
+        num_shard_bytes += num_bytes
+        num_total_bytes += num_bytes
+    flush()
+    if len(shard_names) == 1:
+        (directory / "shard-0").rename(directory / SINGLE_FILE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shard_names):
+        file_name = f"model-{number + 1:05d}-of-{len(shard_names):05d}.safetensors"
+        (directory / f"shard-{number}").rename(directory / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    index = {"metadata": {"total_size": num_total_bytes}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
