@@ -1,0 +1,71 @@
+"""What holds of the figures."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from hyper_model.trace import render
+from hyper_model.trace_parser import parse_text
+from tests.training_data import write_bank, write_sounds
+from training.evaluate import draw_items, judge, normalise, word_errors
+from training.questions import KINDS, draw_example
+from training.scenes import SceneBuilder
+from training.voices import Bank
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> SceneBuilder:
+    folder = tmp_path_factory.mktemp("evaluate")
+    return SceneBuilder(Bank(write_bank(folder / "bank")), write_sounds(folder / "sounds"), "test")
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "errors"),
+    [
+        ("a b c", "a b c", 0),
+        ("a b c", "a x c", 1),
+        ("a b c", "b c", 1),
+        ("", "a b", 2),
+        ("a b", "", 2),
+        ("a b", "b a", 2),
+    ],
+)
+def test_word_errors_count_substitutions_deletions_and_insertions(reference: str, hypothesis: str, errors: int) -> None:
+    assert word_errors(reference.split(), hypothesis.split()) == errors
+
+
+def test_normalised_words_have_no_case_or_punctuation() -> None:
+    assert normalise("Anna, cannot come. On FRIDAY") == ["anna", "cannot", "come", "on", "friday"]
+
+
+def test_the_gold_trace_is_judged_right_in_every_figure(builder: SceneBuilder) -> None:
+    for seed in range(60):
+        scene, _ = builder.draw(seed)
+        example = draw_example(scene, random.Random(seed))
+        scores = [0.0 if choice == example.answer else -9.0 for choice in example.choices]
+        verdict = judge(example, parse_text(render(example.trace)), scores)
+        assert verdict.is_right in (True, None)
+        assert verdict.free_is_right in (True, None)
+        assert verdict.environment_is_right
+        assert verdict.count_is_right in (True, None)
+        assert verdict.word_errors == 0
+        assert verdict.is_strict
+
+
+def test_an_empty_completion_is_judged_wrong_and_not_dropped(builder: SceneBuilder) -> None:
+    scene, _ = builder.draw(1)
+    example = draw_example(scene, random.Random(0), kind="count", with_choices=False)
+    verdict = judge(example, parse_text(""), [])
+    assert verdict.free_is_right is False
+    assert not verdict.environment_is_right
+    assert not verdict.is_strict
+    assert verdict.word_errors == verdict.num_words
+
+
+def test_items_ask_every_kind_about_equally_often(builder: SceneBuilder) -> None:
+    items = draw_items(builder, num_items=200, first_seed=0)
+    counts = {kind: sum(item.example.kind == kind for item in items) for kind in KINDS}
+    assert min(counts[kind] for kind in KINDS if kind != "source") >= 10
+    assert len({item.example.scene.seed for item in items}) == 200

@@ -1,0 +1,1 @@
+"""Builds perception-aware audio QA data, trains HyPeR checkpoints on it, evaluates and exports them."""

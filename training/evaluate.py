@@ -1,0 +1,200 @@
+"""Measures a checkpoint on scenes of held-out voices and recordings, through vLLM and the service's prompt and parser.
+
+Every figure is over all items it is defined on, with a 95 % bootstrap interval (resampling items, fixed seed).
+`swapped_clip_accuracy` asks each question of another item's clip: a model that listens falls to chance.
+Knows nothing of how scenes sound or of training.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hyper_model.checkpoint import Checkpoint
+from hyper_model.trace import build_prompt
+from hyper_model.trace_parser import ParsedTrace, TraceFormat, parse
+from training import sounds
+from training.clips import SEED_STRIDE
+from training.questions import KINDS, Example, chance_accuracy, draw_example, possible_kinds
+from training.rollout import Prompt, VllmBackend
+from training.scenes import SceneBuilder
+from training.voices import Bank, Split
+
+NUM_BOOTSTRAP = 1_000
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """An example and its clip, float32 [S]."""
+
+    example: Example
+    samples_S: np.ndarray  # noqa: N815  # the axis suffix
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One item's outcomes; None where a figure does not apply to it."""
+
+    is_right: bool | None
+    free_is_right: bool | None
+    environment_is_right: bool
+    count_is_right: bool | None
+    word_errors: int
+    num_words: int
+    is_strict: bool
+
+
+def draw_items(builder: SceneBuilder, *, num_items: int, first_seed: int) -> list[Item]:
+    """Draw items from consecutive seeds, each asking the least asked kind that its scene can answer."""
+    asked: dict[str, int] = dict.fromkeys(KINDS, 0)
+    items: list[Item] = []
+    for seed in range(first_seed, first_seed + num_items):
+        scene, samples_S = builder.draw(seed)
+        kind = min(possible_kinds(scene), key=lambda k: asked[k])
+        asked[kind] += 1
+        items.append(Item(draw_example(scene, random.Random(seed), kind=kind), samples_S))
+    return items
+
+
+def normalise(text: str) -> list[str]:
+    """Return the words of a text, lower case, without punctuation."""
+    return "".join(c if c.isalnum() or c.isspace() else " " for c in text.lower()).split()
+
+
+def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
+    """Return the Levenshtein distance in words (Levenshtein 1966, one row at a time)."""
+    row = list(range(len(hypothesis) + 1))
+    for i, word in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(hypothesis, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
+    return row[-1]
+
+
+def judge(example: Example, parsed: ParsedTrace, choice_scores: Sequence[float]) -> Judged:
+    """Compare one completion with the scene's truth."""
+    scene, trace = example.scene, parsed.trace
+    reference = normalise(scene.transcript)
+    answer = " ".join(normalise(parsed.answer_text or ""))
+    num_people = len(scene.speakers)
+    return Judged(
+        is_right=int(np.argmax(choice_scores)) == example.answer_index if example.choices else None,
+        free_is_right=None if example.choices else answer == " ".join(normalise(example.answer)),
+        environment_is_right=(trace.environment or "").strip().lower() == scene.environment,
+        count_is_right=len(trace.speakers) == num_people if num_people else None,
+        word_errors=word_errors(reference, normalise(trace.transcript or "")),
+        num_words=len(reference),
+        is_strict=parsed.format is TraceFormat.STRICT,
+    )
+
+
+def _interval(values: Sequence[Any], statistic: Callable[[Sequence[Any]], float]) -> list[float]:
+    rng = random.Random(0)
+    draws = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(NUM_BOOTSTRAP))
+    return [round(draws[int(0.025 * NUM_BOOTSTRAP)], 4), round(draws[int(0.975 * NUM_BOOTSTRAP)], 4)]
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def _word_error_rate(judged: Sequence[Judged]) -> float:
+    return sum(j.word_errors for j in judged) / max(1, sum(j.num_words for j in judged))
+
+
+def ask(backend: VllmBackend, items: Sequence[Item], clips: Sequence[np.ndarray], *, use_tqdm: bool) -> list[Judged]:
+    """Ask every item of the clip at the same place of `clips`."""
+    tokenizer = backend.checkpoint.tokenizer
+    prompts = [
+        Prompt(build_prompt(tokenizer, i.example.question, i.example.choices), clip, len(i.example.choices))
+        for i, clip in zip(items, clips, strict=True)
+    ]
+    completions = backend.complete(prompts, use_tqdm=use_tqdm)
+    return [
+        judge(item.example, parse(completion.token_ids, tokenizer), completion.choice_scores)
+        for item, completion in zip(items, completions, strict=True)
+    ]
+
+
+def evaluate(
+    checkpoint: Checkpoint, bank: Bank, sounds_folder: Path, *, split: Split, num_items: int, use_tqdm: bool = True
+) -> dict[str, Any]:
+    """Run the whole suite; returns the figures, their intervals, and breakdowns by kind, class and head count."""
+    first_seed = SEED_STRIDE[split]
+    items = draw_items(SceneBuilder(bank, sounds_folder, split), num_items=num_items, first_seed=first_seed)
+    one_voice = draw_items(
+        SceneBuilder(bank, sounds_folder, split, one_voice_turns=4),
+        num_items=max(20, num_items // 10),
+        first_seed=first_seed + 5_000_000,
+    )
+    backend = VllmBackend(checkpoint)
+    judged = ask(backend, items, [item.samples_S for item in items], use_tqdm=use_tqdm)
+    shortcut = ask(backend, one_voice, [item.samples_S for item in one_voice], use_tqdm=use_tqdm)
+    chosen = [item for item in items if item.example.choices]
+    swapped = ask(backend, chosen, _other_clips(chosen), use_tqdm=use_tqdm)
+
+    right = [j.is_right for j in judged if j.is_right is not None]
+    free = [j.free_is_right for j in judged if j.free_is_right is not None]
+    environment = [j.environment_is_right for j in judged]
+    counted = [j.count_is_right for j in judged if j.count_is_right is not None]
+    spoken = [j for j in judged if j.num_words]
+    strict = [j.is_strict for j in judged]
+    swapped_right = [bool(j.is_right) for j in swapped]
+    recorded = [
+        j.environment_is_right for i, j in zip(items, judged, strict=True) if i.example.scene.recording is not None
+    ]
+    figures: dict[str, tuple[float, Sequence[Any], Callable[[Sequence[Any]], float]]] = {
+        "choice_accuracy": (_mean(right), right, _mean),
+        "environment_accuracy": (_mean(environment), environment, _mean),
+        "environment_accuracy_recorded": (_mean(recorded), recorded, _mean),
+        "speaker_count_accuracy": (_mean(counted), counted, _mean),
+        "one_voice_counted_as_one": (
+            _mean([bool(j.count_is_right) for j in shortcut]),
+            [bool(j.count_is_right) for j in shortcut],
+            _mean,
+        ),
+        "wer": (_word_error_rate(spoken), spoken, _word_error_rate),
+        "strict_format_rate": (_mean(strict), strict, _mean),
+        "free_answer_accuracy": (_mean(free), free, _mean),
+        "swapped_clip_accuracy": (_mean(swapped_right), swapped_right, _mean),
+    }
+    result: dict[str, Any] = {name: round(value, 4) for name, (value, _, _) in figures.items()}
+    result["chance_accuracy"] = round(chance_accuracy([item.example for item in items]), 4)
+    result["num_items"] = len(items)
+    result["split"] = split
+    result["interval_95"] = {name: _interval(values, statistic) for name, (_, values, statistic) in figures.items()}
+    result["choice_accuracy_by_kind"] = _by(items, judged, lambda e: e.kind, lambda j: j.is_right)
+    result["environment_accuracy_by_class"] = _by(
+        items, judged, lambda e: e.scene.environment, lambda j: j.environment_is_right
+    )
+    result["speaker_count_accuracy_by_count"] = _by(
+        items, judged, lambda e: str(len(e.scene.speakers)), lambda j: j.count_is_right
+    )
+    result["num_environment_classes"] = len(sounds.labels()) + 2
+    return result
+
+
+def _other_clips(items: Sequence[Item]) -> list[np.ndarray]:
+    """Give each item the clip of the item half the list away: never its own."""
+    shift = max(1, len(items) // 2)
+    return [items[(i + shift) % len(items)].samples_S for i in range(len(items))]
+
+
+def _by(
+    items: Sequence[Item],
+    judged: Sequence[Judged],
+    key: Callable[[Example], str],
+    outcome: Callable[[Judged], bool | None],
+) -> dict[str, float]:
+    groups: defaultdict[str, list[bool]] = defaultdict(list)
+    for item, verdict in zip(items, judged, strict=True):
+        value = outcome(verdict)
+        if value is not None:
+            groups[key(item.example)].append(value)
+    return {name: round(_mean(values), 3) for name, values in sorted(groups.items())}

@@ -1,0 +1,309 @@
+"""Turns a scene into examples: a question of one kind, its choices, and the strict trace that answers it.
+
+Every answer follows from the scene's truth, so the trace's perception is right by construction. Wrong choices come from
+the same slot, class or clip as the right one, so that a choice cannot be told by its form.
+Knows nothing of sound, tokens or models.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from hyper_model.trace import Speaker, Trace, render_choice
+from training import sounds
+from training.lines import SLOTS, draw_line
+from training.scenes import Scene
+
+NUMBER_WORDS = ("nobody", "one", "two", "three", "four")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One data-set row: what is asked of which clip, the gold answer and the gold trace."""
+
+    scene: Scene
+    kind: str
+    question: str
+    choices: tuple[str, ...]
+    answer: str
+    """The gold answer; with choices, exactly one of them."""
+    trace: Trace
+    num_pauses: int = 0
+    """Latent spans to insert before the sections that are hard to hear."""
+
+    @property
+    def answer_index(self) -> int | None:
+        return self.choices.index(self.answer) if self.choices else None
+
+
+@dataclass(frozen=True)
+class _Item:
+    question: str
+    answer: str
+    wrong: tuple[str, ...]
+    """Wrong choices; empty where the kind is always asked freely."""
+    planning: str
+    reasoning: str
+
+
+_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "environment": (
+        "What is in the background?",
+        "What sound is in the background?",
+        "Which background sound can be heard?",
+        "What is that noise?",
+        "What environment is this?",
+    ),
+    "present": (
+        "Is there {x} in the background?",
+        "Can you hear {x}?",
+        "Does the clip contain {x}?",
+        "Is {x} audible?",
+    ),
+    "count": (
+        "How many people speak?",
+        "How many speakers are there?",
+        "How many different voices can be heard?",
+        "How many people are talking?",
+    ),
+    "first": ("Who speaks first?", "Is the first speaker a woman or a man?", "Which voice starts?"),
+    "says": (
+        "What does speaker {n} say?",
+        "What does the {nth} speaker say first?",
+        "Which sentence does speaker {n} say?",
+    ),
+    "word": (
+        "Which of these words is said?",
+        "Which word can be heard?",
+        "Which of the words occurs?",
+    ),
+    "last": ("What is said last?", "Which sentence comes last?", "How does the conversation end?"),
+    "order": ("What is said first?", "Which sentence comes first?", "How does the conversation start?"),
+    "source": (
+        'Does a speaker or the background say "{x}"?',
+        'Where does "{x}" come from, a speaker or the background?',
+        'Who says "{x}", a speaker or the background?',
+    ),
+}
+_ORDINALS = {"S1": "first", "S2": "second", "S3": "third", "S4": "fourth"}
+
+
+def environment_text(scene: Scene) -> str:
+    """Return what the ENV section says of a scene."""
+    return scene.environment
+
+
+def describe_people(scene: Scene) -> str:
+    """Return "two women and one man speak" and the like."""
+    if not scene.speakers:
+        return "nobody speaks"
+    women = sum(s.sex == "woman" for s in scene.speakers)
+    men = len(scene.speakers) - women
+    parts = []
+    if women:
+        parts.append(f"{NUMBER_WORDS[women]} {'woman' if women == 1 else 'women'}")
+    if men:
+        parts.append(f"{NUMBER_WORDS[men]} {'man' if men == 1 else 'men'}")
+    return f"{' and '.join(parts)} {'speaks' if len(scene.speakers) == 1 else 'speak'}"
+
+
+def _ask_environment(scene: Scene, rng: random.Random) -> _Item:
+    wrong = [x for x in (*sounds.labels(), sounds.QUIET, sounds.BACKGROUND_SPEECH) if x != scene.environment]
+    return _Item(
+        rng.choice(_QUESTIONS["environment"]),
+        scene.environment,
+        tuple(rng.sample(wrong, 4)),
+        "name the background",
+        f"the background is {scene.environment}",
+    )
+
+
+def _ask_present(scene: Scene, rng: random.Random) -> _Item:
+    heard = [x for x in (*sounds.labels(), sounds.BACKGROUND_SPEECH)]
+    is_there = scene.environment in heard and rng.random() < 0.5
+    thing = scene.environment if is_there else rng.choice([x for x in heard if x != scene.environment])
+    reasoning = f"the background is {scene.environment}" + ("" if is_there else f", not {thing}")
+    return _Item(
+        rng.choice(_QUESTIONS["present"]).format(x=thing),
+        "yes" if is_there else "no",
+        ("no" if is_there else "yes",),
+        f"listen for {thing}",
+        reasoning,
+    )
+
+
+def _ask_count(scene: Scene, rng: random.Random) -> _Item:
+    answer = NUMBER_WORDS[len(scene.speakers)]
+    low = 0 if not scene.speakers or rng.random() < 0.2 else 1
+    wrong = [word for word in NUMBER_WORDS[low:] if word != answer]
+    rng.shuffle(wrong)
+    return _Item(rng.choice(_QUESTIONS["count"]), answer, tuple(wrong), "count the voices", describe_people(scene))
+
+
+def _ask_first(scene: Scene, rng: random.Random) -> _Item:
+    sex = scene.speakers[0].sex
+    return _Item(
+        rng.choice(_QUESTIONS["first"]),
+        f"a {sex}",
+        ("a man" if sex == "woman" else "a woman",),
+        "find the first voice",
+        f"S1 is a {sex}",
+    )
+
+
+def _other_lines(scene: Scene, rng: random.Random, answer: str, count: int) -> list[str]:
+    """Wrong lines: others of the clip first, then drawn ones."""
+    wrong = [turn.line.text for turn in scene.turns if turn.line.text != answer]
+    rng.shuffle(wrong)
+    wrong = list(dict.fromkeys(wrong))[: rng.randint(0, 2)]
+    while len(wrong) < count:
+        text = draw_line(rng).text
+        if text != answer and text not in wrong:
+            wrong.append(text)
+    return wrong[:count]
+
+
+def _ask_says(scene: Scene, rng: random.Random) -> _Item:
+    speaker = rng.choice(scene.speakers)
+    answer = next(turn.line.text for turn in scene.turns if turn.speaker == speaker.id)
+    # Other lines of the same speaker would be right as well, so wrong choices are other people's or drawn.
+    own = {turn.line.text for turn in scene.turns if turn.speaker == speaker.id}
+    wrong = [text for text in _other_lines(scene, rng, answer, 4) if text not in own]
+    question = rng.choice(_QUESTIONS["says"]).format(n=speaker.id[1:], nth=_ORDINALS[speaker.id])
+    return _Item(question, answer, tuple(wrong), f"find what {speaker.id} says", f"{speaker.id} says {answer}")
+
+
+def _ask_word(scene: Scene, rng: random.Random) -> _Item:
+    turn, asked = rng.choice([(t, q) for t in scene.turns for q in t.line.questions])
+    said = set(scene.transcript.replace(".", "").split())
+    wrong = [word for word in SLOTS[asked.slot] if word not in said]
+    return _Item(
+        rng.choice(_QUESTIONS["word"]),
+        asked.answer,
+        tuple(rng.sample(wrong, min(4, len(wrong)))),
+        "look for the word",
+        f"{turn.speaker} says {asked.answer}",
+    )
+
+
+def _ask_end(kind: str) -> Callable[[Scene, random.Random], _Item]:
+    def ask(scene: Scene, rng: random.Random) -> _Item:
+        turn = scene.turns[-1 if kind == "last" else 0]
+        wrong = _other_lines(scene, rng, turn.line.text, 4)
+        place = "last" if kind == "last" else "first"
+        return _Item(
+            rng.choice(_QUESTIONS[kind]),
+            turn.line.text,
+            tuple(wrong),
+            f"find the {place} sentence",
+            f"{turn.speaker} speaks {place}",
+        )
+
+    return ask
+
+
+def _ask_source(scene: Scene, rng: random.Random) -> _Item:
+    is_background = scene.background_line is not None and rng.random() < 0.6
+    line = scene.background_line if is_background else rng.choice(scene.turns).line.text
+    who = "the background" if is_background else "a speaker"
+    reasoning = "no speaker says it" if is_background else "the transcript has it"
+    question = rng.choice(_QUESTIONS["source"]).format(x=line)
+    return _Item(question, who, ("a speaker" if is_background else "the background",), "find who says it", reasoning)
+
+
+def _ask_content(scene: Scene, rng: random.Random) -> _Item:
+    turn, asked = rng.choice([(t, q) for t in scene.turns for q in t.line.questions])
+    said = set(scene.transcript.replace(".", "").split())
+    wrong = [word for word in SLOTS[asked.slot] if word not in said]
+    return _Item(
+        asked.question,
+        asked.answer,
+        tuple(rng.sample(wrong, min(4, len(wrong)))),
+        "find the sentence about it",
+        f"{turn.speaker} says {turn.line.text}",
+    )
+
+
+_ASK: dict[str, Callable[[Scene, random.Random], _Item]] = {
+    "environment": _ask_environment,
+    "present": _ask_present,
+    "count": _ask_count,
+    "first": _ask_first,
+    "says": _ask_says,
+    "word": _ask_word,
+    "order": _ask_end("order"),
+    "last": _ask_end("last"),
+    "source": _ask_source,
+    "free": _ask_content,
+}
+KINDS = tuple(_ASK)
+
+
+def possible_kinds(scene: Scene) -> list[str]:
+    """List the kinds of question that this scene can answer without ambiguity."""
+    kinds = ["environment", "present", "count"]
+    if scene.turns:
+        kinds += ["first", "says"]
+        if any(turn.line.questions for turn in scene.turns):
+            # The same question must not have two answers in one clip.
+            questions = [q.question for turn in scene.turns for q in turn.line.questions]
+            kinds += ["word", "free"] if len(set(questions)) == len(questions) else ["word"]
+        if len(scene.turns) > 1:
+            kinds += ["order", "last"]
+        if scene.background_line is not None:
+            kinds.append("source")
+    return kinds
+
+
+def perception(scene: Scene) -> Trace:
+    """Return the part of the trace that does not depend on the question."""
+    speakers = tuple(
+        Speaker(s.id, s.sex, tuple(turn.line.text for turn in scene.turns if turn.speaker == s.id))
+        for s in scene.speakers
+    )
+    return Trace(environment=environment_text(scene), speakers=speakers, transcript=scene.transcript)
+
+
+def draw_example(
+    scene: Scene, rng: random.Random, *, kind: str | None = None, with_choices: bool | None = None
+) -> Example:
+    """Draw one example about a scene.
+
+    Args:
+        kind: ask this kind (one of `possible_kinds(scene)`); drawn when None.
+        with_choices: force or forbid choices; drawn when None (three of four examples have 2 to 5).
+    """
+    if kind is None:
+        kind = rng.choice(possible_kinds(scene))
+    item = _ASK[kind](scene, rng)
+    choices: tuple[str, ...] = ()
+    ask_choices = rng.random() < 0.75 if with_choices is None else with_choices
+    # "Which of these words" needs its choices.
+    if item.wrong and (ask_choices or kind == "word"):
+        count = rng.randint(1, min(4, len(item.wrong)))
+        mixed = [item.answer, *item.wrong[:count]]
+        rng.shuffle(mixed)
+        choices = tuple(mixed)
+    final = render_choice(choices.index(item.answer), choices) if choices else item.answer
+    trace = replace(
+        perception(scene),
+        planning=item.planning,
+        reasoning=item.reasoning,
+        summary=item.answer,
+        response=item.answer,
+        final_answer=final,
+    )
+    is_hard = scene.has_overlap or len(scene.speakers) > 2 or (scene.snr_db is not None and scene.snr_db < 5.0)
+    if is_hard and item.wrong and rng.random() < 0.06:
+        wrong = rng.choice([c for c in choices if c != item.answer] or list(item.wrong))
+        trace = replace(trace, response=wrong, reflection=f"{wrong} is wrong, {item.reasoning}")
+    num_pauses = rng.choice((1, 1, 2)) if is_hard and rng.random() < 0.25 else 0
+    return Example(scene, kind, item.question, choices, item.answer, trace, num_pauses)
+
+
+def chance_accuracy(examples: Sequence[Example]) -> float:
+    """Return the accuracy of guessing uniformly among each example's choices."""
+    with_choices = [e for e in examples if e.choices]
+    return sum(1 / len(e.choices) for e in with_choices) / max(1, len(with_choices))

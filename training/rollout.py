@@ -1,0 +1,123 @@
+"""Generates completions with vLLM in this process: what evaluation, and later rollouts, run on.
+
+Takes and returns token ids; choices are scored as the service scores them. Knows nothing of rewards or metrics.
+The environment that vLLM reads is set before it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from hyper_model.audio import SAMPLE_RATE_HZ
+from hyper_model.checkpoint import Checkpoint
+from hyper_model.trace import Section
+from hyper_model.trace_parser import TraceParser
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One question about one clip."""
+
+    token_ids: list[int]
+    samples_S: np.ndarray  # noqa: N815  # the axis suffix
+    num_choices: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote, and how it scored the choices (log-probabilities, a number a choice)."""
+
+    token_ids: list[int]
+    choice_scores: tuple[float, ...]
+    is_truncated: bool
+
+
+class VllmBackend:
+    """Holds one in-process engine on a checkpoint."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+        max_num_seqs: int = 32,
+    ) -> None:
+        for name, value in {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CONFIGURE_LOGGING": "0",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self.checkpoint = checkpoint
+        self.llm = LLM(
+            model=str(checkpoint.path),
+            dtype=dtype,
+            max_model_len=checkpoint.manifest.max_model_len,
+            max_num_seqs=max_num_seqs,
+            limit_mm_per_prompt={"audio": 1},
+            enable_prefix_caching=True,
+            enforce_eager=current_platform.is_cpu(),
+            generation_config="vllm",
+            seed=0,
+        )
+
+    def complete(self, prompts: Sequence[Prompt], *, max_tokens: int = 512, use_tqdm: bool = True) -> list[Completion]:
+        """Complete every prompt greedily; where there are choices, up to FINAL_ANSWER, then score their letters."""
+        from vllm import SamplingParams
+
+        tokenizer = self.checkpoint.tokenizer
+        final_id = tokenizer.open_ids(Section.FINAL_ANSWER)[-1]
+        banned = {token_id: -100.0 for token_id in (tokenizer.audio_id, tokenizer.pause_id) if token_id is not None}
+
+        def params(prompt: Prompt) -> SamplingParams:
+            stop = [*tokenizer.stop_ids, *([final_id] if prompt.num_choices else [])]
+            return SamplingParams(
+                max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop, logit_bias=banned, detokenize=False
+            )
+
+        outputs = self._generate(prompts, [p.token_ids for p in prompts], [params(p) for p in prompts], use_tqdm)
+        written = [list(output.outputs[0].token_ids) for output in outputs]
+        truncated = [output.outputs[0].finish_reason == "length" for output in outputs]
+        asked = [i for i, prompt in enumerate(prompts) if prompt.num_choices]
+        for i in asked:
+            parser = TraceParser(tokenizer)
+            for token_id in written[i]:
+                parser.feed(token_id)
+            written[i] += parser.ids_to_final_answer()
+        labels = {i: tokenizer.label_ids(prompts[i].num_choices) for i in asked}
+        scored = self._generate(
+            [prompts[i] for i in asked],
+            [[*prompts[i].token_ids, *written[i]] for i in asked],
+            [
+                SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=labels[i], detokenize=False)
+                for i in asked
+            ],
+            use_tqdm,
+        )
+        scores: dict[int, tuple[float, ...]] = {}
+        for i, output in zip(asked, scored, strict=True):
+            (logprobs,) = output.outputs[0].logprobs
+            scores[i] = tuple(logprobs[label].logprob for label in labels[i])
+            best = int(np.argmax(scores[i]))
+            written[i] += [labels[i][best], *tokenizer.close_ids(Section.FINAL_ANSWER)]
+        return [Completion(tokens, scores.get(i, ()), truncated[i]) for i, tokens in enumerate(written)]
+
+    def _generate(
+        self, prompts: Sequence[Prompt], ids: list[list[int]], params: list[Any], use_tqdm: bool
+    ) -> list[Any]:
+        inputs: list[Any] = [
+            {"prompt_token_ids": token_ids, "multi_modal_data": {"audio": [(prompt.samples_S, SAMPLE_RATE_HZ)]}}
+            for prompt, token_ids in zip(prompts, ids, strict=True)
+        ]
+        return self.llm.generate(inputs, params, use_tqdm=use_tqdm) if inputs else []

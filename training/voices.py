@@ -1,0 +1,250 @@
+"""Builds the utterance bank: many synthetic voices, each speaking lines of its own, made once and remixed for ever.
+
+Axes: S samples at 16 kHz. A voice's lines come in rounds; one round is one file pair (`VOICE.R.i16`, `VOICE.R.json`),
+so the build runs in parallel, stops anywhere and goes on where it stopped, and an unfinished bank is already usable.
+Knows nothing of scenes, environments or questions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import soundfile
+import soxr
+from tqdm import tqdm
+
+from hyper_model.audio import SAMPLE_RATE_HZ
+from training.assets import KOKORO_FILE, KOKORO_VOICES_FOLDER, package_folder
+from training.lines import draw_line
+
+Split = Literal["train", "validation", "test"]
+
+TARGET_RMS = 0.06
+"""Root mean square every utterance is brought to (-24 dBFS), so that scene levels are decided by the scene alone."""
+
+TEST_VOICES = frozenset({"af_nova", "af_sarah", "am_michael", "am_fenrir", "bf_emma", "bm_george", "slt", "rms"})
+"""Voices no training or tuning may touch."""
+
+VALIDATION_VOICES = frozenset({"af_sky", "am_liam", "bm_lewis", "bf_lily"})
+"""Voices for choosing settings; not trained on either."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """One speaker that a synthesizer offers."""
+
+    name: str
+    engine: Literal["kokoro", "hibari", "flite", "espeak"]
+    sex: str
+    """`woman` or `man`, as the trace says it."""
+    argument: str
+    num_rounds: int
+
+    @property
+    def split(self) -> Split:
+        if self.name in TEST_VOICES:
+            return "test"
+        return "validation" if self.name in VALIDATION_VOICES else "train"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One spoken line in the bank."""
+
+    voice: str
+    sex: str
+    text: str
+    start: int
+    """First sample inside its round's file."""
+    num_samples: int
+
+
+LINES_PER_ROUND = 12
+
+_KOKORO = (
+    "af_alloy af_aoede af_bella af_heart af_jessica af_kore af_nicole af_nova af_river af_sarah af_sky "
+    "am_adam am_echo am_eric am_fenrir am_liam am_michael am_onyx am_puck am_santa bf_alice bf_emma "
+    "bf_isabella bf_lily bm_daniel bm_fable bm_george bm_lewis ef_dora em_alex em_santa ff_siwis hf_alpha "
+    "hf_beta hm_omega hm_psi if_sara im_nicola jf_alpha jf_gongitsune jf_nezumi jf_tebukuro jm_kumo "
+    "pf_dora pm_alex pm_santa zf_xiaobei zf_xiaoni zf_xiaoxiao zf_xiaoyi zm_yunjian zm_yunxi zm_yunxia "
+    "zm_yunyang"
+).split()
+
+# espeak-ng ignores variants of plain `en-gb` (every one gives the same audio), so only bases that honour them are used.
+_ESPEAK = (
+    "en-us+m1 en-us+m3 en-us+m4 en-us+m7 en-us+f1 en-us+f2 en-us+f4 en-gb-scotland+m2 en-gb-scotland+f3 "
+    "en-gb-x-rp+m5 en-gb-x-rp+f5 en-gb-x-rp+m8"
+).split()
+
+
+def list_voices() -> tuple[Voice, ...]:
+    """List every voice of the bank, in a fixed order."""
+    voices: list[Voice] = []
+    for name in _KOKORO:
+        num_rounds = 5 if name in TEST_VOICES else 3
+        voices.append(Voice(name, "kokoro", "woman" if name[1] == "f" else "man", name, num_rounds))
+    # hibari's only voice is distilled from af_heart: more lines of that speaker, not another speaker.
+    voices.append(Voice("af_heart_fast", "hibari", "woman", "heart", 24))
+    for name, sex in (("kal16", "man"), ("awb", "man"), ("slt", "woman"), ("rms", "man")):
+        voices.append(Voice(name, "flite", sex, name, 6 if name in TEST_VOICES else 20))
+    for argument in _ESPEAK:
+        sex = "woman" if "+f" in argument else "man"
+        voices.append(Voice(f"espeak_{argument.replace('+', '_')}", "espeak", sex, argument, 6))
+    return tuple(voices)
+
+
+def same_speaker(voice: str) -> str:
+    """Return the speaker a voice name stands for; two voices of one speaker are never two people in a scene."""
+    return "af_heart" if voice == "af_heart_fast" else voice
+
+
+def trim_silence(samples_S: np.ndarray, *, threshold_dbfs: float = -45.0, keep_s: float = 0.03) -> np.ndarray:
+    """Cut leading and trailing silence from float samples, keeping `keep_s` at each end."""
+    frame = SAMPLE_RATE_HZ // 100
+    num_frames = len(samples_S) // frame
+    if num_frames == 0:
+        return samples_S
+    rms = np.sqrt(np.mean(samples_S[: num_frames * frame].reshape(num_frames, frame) ** 2, axis=1))
+    loud = np.flatnonzero(rms > 10 ** (threshold_dbfs / 20) * max(1e-9, float(np.abs(samples_S).max())))
+    if len(loud) == 0:
+        return samples_S
+    keep = int(keep_s * SAMPLE_RATE_HZ)
+    return samples_S[max(0, loud[0] * frame - keep) : (loud[-1] + 1) * frame + keep]
+
+
+@lru_cache(maxsize=1)
+def _hibari() -> Any:
+    from hibari import Hibari  # pyright: ignore[reportMissingImports]
+
+    return Hibari()
+
+
+@lru_cache(maxsize=1)
+def _kokoro(assets: Path) -> tuple[Any, dict[str, int]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(assets / KOKORO_FILE), options, providers=["CPUExecutionProvider"])
+    # hibari's phonemizer writes Kokoro's alphabet, with Kokoro's token numbers.
+    return session, json.loads((package_folder("hibari") / "assets/vocab.json").read_text(encoding="utf-8"))
+
+
+def _speak_kokoro(text: str, voice: Voice, assets: Path, rng: random.Random) -> tuple[np.ndarray, int]:
+    session, vocab = _kokoro(assets)
+    phonemes = "".join(_hibari().phonemize(text))
+    tokens = [vocab[p] for p in phonemes if p in vocab]
+    styles = np.fromfile(assets / KOKORO_VOICES_FOLDER / f"{voice.argument}.bin", np.float32).reshape(-1, 256)
+    inputs = {
+        "tokens": np.array([[0, *tokens, 0]], np.int64),
+        "style": styles[len(tokens) - 1][None],
+        "speed": np.array([rng.uniform(0.95, 1.25)], np.float32),
+    }
+    return session.run(None, inputs)[0].ravel(), 24_000
+
+
+def _speak_by_program(text: str, voice: Voice, rng: random.Random) -> tuple[np.ndarray, int]:
+    with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
+        if voice.engine == "flite":
+            stretch = rng.uniform(0.9, 1.15)
+            command = ["flite", "-voice", voice.argument, "--setf", f"duration_stretch={stretch:.3f}", "-t", text]
+            command += ["-o", wav.name]
+        else:
+            command = ["espeak-ng", "-v", voice.argument, "-s", str(rng.randint(135, 185)), "-w", wav.name, text]
+        subprocess.run(command, check=True, capture_output=True)
+        samples_S, rate_hz = soundfile.read(wav.name, dtype="float32")
+    return samples_S, rate_hz
+
+
+def speak(text: str, voice: Voice, assets: Path, rng: random.Random) -> np.ndarray:
+    """Synthesize one line: float32 [S] at 16 kHz, trimmed and at `TARGET_RMS`."""
+    if voice.engine == "kokoro":
+        samples_S, rate_hz = _speak_kokoro(text, voice, assets, rng)
+    elif voice.engine == "hibari":
+        samples_S, rate_hz = _hibari()(text), 24_000
+    else:
+        samples_S, rate_hz = _speak_by_program(text, voice, rng)
+    samples_S = soxr.resample(np.asarray(samples_S, np.float32), rate_hz, SAMPLE_RATE_HZ, quality="HQ")
+    samples_S = trim_silence(samples_S)
+    samples_S = samples_S * (TARGET_RMS / max(1e-6, float(np.sqrt(np.mean(samples_S**2)))))
+    return np.clip(samples_S, -1.0, 1.0).astype(np.float32)
+
+
+def _seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
+
+
+def _build_round(job: tuple[Voice, int, Path, Path, int]) -> str:
+    voice, round_index, assets, bank, seed = job
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    rng = random.Random(_seed(seed, voice.name, round_index))
+    utterances: list[Utterance] = []
+    pieces: list[np.ndarray] = []
+    start = 0
+    for _ in range(LINES_PER_ROUND):
+        text = draw_line(rng).text
+        samples_S = (speak(text, voice, assets, rng) * 32767).astype("<i2")
+        utterances.append(Utterance(voice.name, voice.sex, text, start, len(samples_S)))
+        pieces.append(samples_S)
+        start += len(samples_S)
+    stem = f"{voice.name}.{round_index}"
+    (bank / f"{stem}.i16").write_bytes(np.concatenate(pieces).tobytes())
+    # The index is written last and renamed into place: a round without one is made again.
+    partial = bank / f"{stem}.json.partial"
+    partial.write_text(json.dumps([asdict(u) for u in utterances]), encoding="utf-8")
+    partial.rename(bank / f"{stem}.json")
+    return stem
+
+
+def build_bank(assets: Path, bank: Path, *, seed: int, num_workers: int, voices: Iterable[Voice] | None = None) -> None:
+    """Make every missing round of the bank, cheap synthesizers and first rounds first."""
+    bank.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (voice, round_index, assets, bank, seed)
+        for voice in voices or list_voices()
+        for round_index in range(voice.num_rounds)
+        if not (bank / f"{voice.name}.{round_index}.json").exists()
+    ]
+    jobs.sort(key=lambda job: (job[0].engine == "kokoro", job[1]))
+    with ProcessPoolExecutor(num_workers) as pool:
+        for _ in tqdm(pool.map(_build_round, jobs), total=len(jobs), desc="voices", unit="round"):
+            pass
+
+
+class Bank:
+    """The finished rounds of a bank, opened for reading.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished round.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.utterances: dict[str, list[tuple[Utterance, Path]]] = {}
+        for index in sorted(folder.glob("*.json")):
+            for row in json.loads(index.read_text(encoding="utf-8")):
+                utterance = Utterance(**row)
+                self.utterances.setdefault(utterance.voice, []).append((utterance, index.with_suffix(".i16")))
+        if not self.utterances:
+            raise FileNotFoundError(f"no utterances in {folder}: build the bank first (make bank)")
+
+    def voices(self, split: Split) -> Iterator[Voice]:
+        """Yield the voices of a split that have at least one finished round."""
+        return (v for v in list_voices() if v.split == split and v.name in self.utterances)
+
+    @staticmethod
+    def samples(utterance: Utterance, path: Path) -> np.ndarray:
+        """Read one utterance as float32 [S]."""
+        raw = np.fromfile(path, "<i2", utterance.num_samples, offset=2 * utterance.start)
+        return raw.astype(np.float32) / 32768.0
