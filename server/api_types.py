@@ -1,0 +1,216 @@
+"""The shapes that travel over HTTP: what a request may hold and what a reply is made of.
+
+Unknown fields are refused, so that a misspelt option is an error and not silence. `NaN` and infinity are refused too.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_SEED = 2**32 - 1
+
+
+class Wire(BaseModel):
+    """The settings that all of these share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class QaOptions(Wire):
+    """Asks one question about one clip."""
+
+    question: str = Field(description="What to find out; at most 2000 characters.")
+    choices: list[str] = Field(default=[], description="None, or 2 to 26 different options to choose from.")
+    stream: bool = Field(default=False, description="Answer with server-sent events as the trace is written.")
+    pause: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto", description="Pauses the model may take: as the checkpoint says, none, or at most this many."
+    )
+    reasoning: Literal["full", "answer"] = Field(default="full", description="What to show; the trace is always made.")
+    long_audio: Literal["error", "window", "chunk"] = Field(
+        default="error", description="What to do with a clip longer than one window. Only `error` exists so far."
+    )
+    max_tokens: int | None = Field(default=None, ge=1, description="Most visible tokens of the trace.")
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    timeout_ms: int | None = Field(default=None, ge=1, description="Deadline, counted from the request's first byte.")
+
+
+class AudioData(Wire):
+    """A clip inside a JSON body."""
+
+    data: str = Field(description="The file's bytes as base64.")
+
+
+class QaBody(QaOptions):
+    """The JSON form of a question: the options and the clip."""
+
+    audio: AudioData
+
+
+class Answer(Wire):
+    """What the model answers; `scores` has one probability a choice and sums to 1."""
+
+    text: str
+    choice_index: int | None = None
+    choice: str | None = None
+    confidence: float | None = None
+    scores: list[float] | None = None
+
+
+class SpeakerReply(Wire):
+    """One voice of the clip and what it says."""
+
+    id: str
+    description: str
+    quotes: list[str]
+
+
+class Perception(Wire):
+    """What the model heard."""
+
+    environment: list[str]
+    environment_text: str | None
+    speakers: list[SpeakerReply]
+    transcript: str | None
+    description: str | None
+
+
+class Reflection(Wire):
+    """The model's second thought and whether its answer changed after it."""
+
+    text: str
+    changed_answer: bool
+
+
+class Reasoning(Wire):
+    """How the model came from what it heard to what it answers."""
+
+    planning: str | None
+    reasoning: str | None
+    summary: str | None
+    reflection: Reflection | None
+
+
+class TraceReply(Wire):
+    """The trace as written, tags included and pauses left out; `raw` is null when only the answer is shown."""
+
+    raw: str | None
+    format: Literal["strict", "weak", "malformed"]
+    missing_sections: list[str]
+
+
+class PauseAt(Wire):
+    """Where the model paused."""
+
+    section: str | None
+    confidence: float | None = None
+
+
+class PauseReply(Wire):
+    """The pauses of a trace."""
+
+    mode: str
+    count: int
+    latent_tokens: int
+    at: list[PauseAt]
+    lowest_group_confidence: float | None = None
+
+
+class QualityReply(Wire):
+    """Plain measurements of a clip."""
+
+    silence_ratio: float
+    clipping_ratio: float
+    peak_dbfs: float
+
+
+class AudioReply(Wire):
+    """How much of a clip was used, and what it is."""
+
+    duration_s: float
+    used_s: float
+    truncated: bool
+    windows: int
+    sample_rate_hz: int
+    channels: int
+    codec: str
+    quality: QualityReply
+
+
+class Usage(Wire):
+    """Tokens of a request; `prompt_tokens` holds the audio and the cached ones, `pause_tokens` were never shown."""
+
+    prompt_tokens: int
+    audio_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    pause_tokens: int
+    total_tokens: int
+
+
+class Timings(Wire):
+    """Milliseconds; `first_token`, `first_answer_token` and `total` count from the request's first byte."""
+
+    receive: float
+    decode: float
+    queue: float | None
+    prefill: float | None
+    first_token: float | None
+    first_answer_token: float | None
+    sections: dict[str, float]
+    total: float
+
+
+class WarningReply(Wire):
+    """Something the caller should know about an answer that is there."""
+
+    code: str
+    message: str
+
+
+class QaReply(Wire):
+    """The answer to one question, with what the model heard and how it reasoned."""
+
+    id: str
+    object: Literal["audio.qa"] = "audio.qa"
+    created: int
+    model: str
+    answer: Answer
+    perception: Perception | None
+    reasoning: Reasoning | None
+    trace: TraceReply
+    termination: Literal["complete", "truncated", "aborted", "malformed"]
+    pause: PauseReply
+    audio: list[AudioReply]
+    usage: Usage
+    timings_ms: Timings
+    warnings: list[WarningReply]
+
+
+class ErrorObject(Wire):
+    """Why a request failed, for a program (`code`) and for a person (`message`)."""
+
+    type: str
+    code: str
+    message: str
+    param: str | None
+    request_id: str
+    retryable: bool
+    limit: float | None
+    actual: float | str | None
+    hint: str | None
+
+
+class ErrorReply(Wire):
+    """Every reply that is not a success."""
+
+    error: ErrorObject
+
+
+class Readiness(Wire):
+    """Whether the service takes requests, and if not, why."""
+
+    ready: bool
+    reasons: list[str]

@@ -1,0 +1,144 @@
+"""`hyper serve` and `hyper ask`. What they need is imported when they run, so that `hyper --help` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import httpx
+
+EXIT_REFUSED = 1
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+@click.command()
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="The checkpoint's directory (HYPER_CHECKPOINT).")
+@click.option("--engine", type=click.Choice(["vllm", "scripted"]), help="What answers (HYPER_ENGINE).")
+@click.option("--host", help="The address to listen on (HYPER_HOST).")
+@click.option("--port", type=int, help="The port to listen on; 0 takes a free one (HYPER_PORT).")
+def serve(**options: Any) -> None:
+    """Answer questions about clips over HTTP.
+
+    Everything else is set by HYPER_* variables. Stops at SIGTERM when the requests in flight are answered, with exit
+    code 0; exits with 70 when the engine dies and with 78 when the checkpoint cannot be served.
+    """
+    from pydantic import ValidationError
+
+    from server.serving import run
+    from server.settings import Settings
+
+    try:
+        settings = Settings(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        faults = [f"HYPER_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors()]
+        raise click.UsageError("\n".join(faults)) from None
+    sys.exit(run(settings))
+
+
+@click.command()
+@click.argument("clip", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("question")
+@click.option("--choice", "choices", multiple=True, help="An option to choose from; give it two times or more.")
+@click.option("--url", default=DEFAULT_URL, envvar="HYPER_URL", show_default=True, help="Where the service is.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole reply as JSON; with --stream, every event.")
+@click.option("--stream", is_flag=True, help="Print what the model hears and thinks while it writes.")
+def ask(clip: Path, question: str, choices: tuple[str, ...], url: str, as_json: bool, stream: bool) -> None:
+    """Ask the service QUESTION about the audio file CLIP."""
+    import httpx
+
+    fields: dict[str, Any] = {"question": question, "choices": list(choices), "stream": str(stream).lower()}
+    try:
+        with (
+            clip.open("rb") as file,
+            httpx.Client(base_url=url, timeout=httpx.Timeout(10.0, read=None)) as client,
+            client.stream("POST", "/v1/audio/qa", data=fields, files={"file": (clip.name, file)}) as response,
+        ):
+            if not response.is_success:
+                response.read()
+                refuse(error_message(response))
+            if stream:
+                show_stream(response, as_json=as_json)
+            else:
+                response.read()
+                show_reply(response.json(), as_json=as_json)
+    except httpx.TransportError as error:
+        refuse(f"no answer from {url}: {error}. Is `hyper serve` running?")
+
+
+def show_reply(reply: dict[str, Any], *, as_json: bool) -> None:
+    """Prints the answer, and what it stands on."""
+    if as_json:
+        click.echo(json.dumps(reply, indent=2, ensure_ascii=False))
+        return
+    click.echo(answer_line(reply["answer"]))
+    perception = reply["perception"]
+    for title, text in (
+        ("background", perception["environment_text"]),
+        *((voice["id"], f"{voice['description']}: {' '.join(voice['quotes'])}") for voice in perception["speakers"]),
+        ("words", perception["transcript"]),
+        ("because", reply["reasoning"]["summary"]),
+    ):
+        if text:
+            click.echo(f"  {title + ':':<12} {text}")
+    for warning in reply["warnings"]:
+        click.echo(f"  warning: {warning['message']}", err=True)
+
+
+def show_stream(response: httpx.Response, *, as_json: bool) -> None:
+    """Prints events as they come: as JSON one a line, or as the text of a trace."""
+    for name, data in events(response):
+        if name == "error":
+            refuse(data["error"]["message"])
+        if as_json:
+            click.echo(json.dumps({"event": name, **data}, ensure_ascii=False))
+            continue
+        match name:
+            case "section.start":
+                click.echo(f"\n[{data['section']}] ", nl=False)
+            case "section.delta":
+                click.echo(data["text"], nl=False)
+            case "pause":
+                click.echo(" ... ", nl=False)
+            case "answer.done":
+                click.echo(f"\n\n{answer_line(data)}")
+            case _:
+                pass
+
+
+def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Reads the server-sent events of a reply; pings are left out."""
+    name = ""
+    for line in response.iter_lines():
+        field, _, value = line.partition(": ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            yield name, json.loads(value)
+
+
+def answer_line(answer: dict[str, Any]) -> str:
+    """Writes the answer, with its probability where there were choices."""
+    confidence = answer["confidence"]
+    return answer["text"] if confidence is None else f"{answer['text']}  ({confidence:.0%})"
+
+
+def error_message(response: httpx.Response) -> str:
+    """Writes the service's error in one line."""
+    try:
+        error = response.json()["error"]
+        return " ".join(part for part in (error["message"], error["hint"]) if part)
+    except (ValueError, KeyError, TypeError):
+        return f"the service answered {response.status_code}"
+
+
+def refuse(message: str) -> None:
+    """Prints why there is no answer, and exits."""
+    click.echo(f"error: {message}", err=True)
+    sys.exit(EXIT_REFUSED)

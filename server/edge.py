@@ -1,0 +1,164 @@
+"""The outermost ASGI layer: request id, body limit and upload deadlines, last-resort 500, one log line and the metrics.
+
+Plain ASGI rather than Starlette's BaseHTTPMiddleware, which would hide a client's disconnect from the handlers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.exchange import SCOPE_KEY, Exchange
+from server.faults import RequestError, as_fault, fault_response
+from server.metrics import Metrics
+from server.settings import Settings
+
+access_logger = logging.getLogger("hyper.access")
+logger = logging.getLogger("hyper.server")
+
+CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+# A server that closes while the client still sends makes the kernel drop the reply it has not read yet. So the reply to
+# a refused upload is followed by this much reading and throwing away before the connection closes.
+LINGER_S = 1.0
+
+
+class Edge:
+    """Wraps the application; see the module's first line for what it adds."""
+
+    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics) -> None:
+        self.app = app
+        self.settings = settings
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        exchange = Exchange(
+            request_id=request_id_from(headers),
+            is_body_complete=headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers,
+        )
+        scope[SCOPE_KEY] = exchange
+        reply = Reply(exchange, receive, send)
+        body = Body(exchange, receive, self.settings)
+        try:
+            if int(headers.get("content-length", "0")) > self.settings.max_body_bytes:
+                fault = body.too_large(int(headers["content-length"]))
+                await fault_response(fault, exchange)(scope, receive, reply.send)
+            else:
+                await self.app(scope, body.receive, reply.send)
+        except Exception as error:
+            fault = as_fault(error)
+            logger.error("request failed", exc_info=error, extra={"request_id": exchange.request_id})
+            if reply.status is None:
+                await fault_response(fault, exchange)(scope, receive, reply.send)
+            # Once a reply has begun there is no honest way to end it but to drop the connection, which is what the
+            # server does when the application returns before the last byte.
+        finally:
+            self.account(scope, exchange, reply.status)
+
+    def account(self, scope: Scope, exchange: Exchange, status: int | None) -> None:
+        """Writes the access line and the request's metrics."""
+        endpoint = getattr(scope.get("route"), "path", "other")
+        seconds = exchange.elapsed_ms() / 1000
+        if exchange.outcome == "client_closed_request":
+            status = 499
+        self.metrics.request_seconds.labels(endpoint, exchange.outcome).observe(seconds)
+        if status is not None and status >= 400 and status != 499:
+            self.metrics.rejected.labels(str(status), exchange.outcome).inc()
+        facts = {
+            "request_id": exchange.request_id,
+            "method": scope["method"],
+            "endpoint": endpoint,
+            "status": status,
+            "outcome": exchange.outcome,
+            "duration_ms": round(seconds * 1000, 1),
+            "body_bytes": exchange.num_body_bytes,
+            **exchange.facts,
+        }
+        access_logger.info("request", extra=facts)
+
+
+class Body:
+    """Counts and times the request's body while somebody reads it."""
+
+    def __init__(self, exchange: Exchange, receive: Receive, settings: Settings) -> None:
+        self.exchange = exchange
+        self.inner = receive
+        self.settings = settings
+
+    async def receive(self) -> Message:
+        """Passes on the next message; raises `RequestError` for a body that is too large or too slow."""
+        exchange = self.exchange
+        if exchange.is_body_complete:
+            return await self.inner()
+        left_s = exchange.started_s + self.settings.upload_timeout_s - time.monotonic()
+        try:
+            async with asyncio.timeout(min(left_s, self.settings.upload_idle_timeout_s)):
+                message = await self.inner()
+        except TimeoutError:
+            limit = self.settings.upload_timeout_s
+            message = f"The upload took longer than {limit:g} s, or stood still."
+            raise RequestError("upload_timeout", message, limit=limit) from None
+        if message["type"] == "http.request":
+            exchange.num_body_bytes += len(message.get("body", b""))
+            if exchange.num_body_bytes > self.settings.max_body_bytes:
+                raise self.too_large(exchange.num_body_bytes)
+            if not message.get("more_body", False):
+                exchange.is_body_complete = True
+                exchange.received_s = time.monotonic()
+        return message
+
+    def too_large(self, num_bytes: int) -> RequestError:
+        """Names the limit and how much came or was announced."""
+        limit = self.settings.max_body_bytes
+        message = f"The request body is larger than {limit} bytes."
+        hint = "Send a shorter or compressed clip."
+        return RequestError("body_too_large", message, limit=limit, actual=num_bytes, hint=hint)
+
+
+class Reply:
+    """Stamps the reply with the request id and, where an upload was cut short, lingers before the connection closes."""
+
+    def __init__(self, exchange: Exchange, receive: Receive, send: Send) -> None:
+        self.exchange = exchange
+        self.receive = receive
+        self.inner = send
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        """Sends one ASGI message."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self.exchange.request_id
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if is_last and not self.exchange.is_body_complete:
+            await self.inner({**message, "more_body": True})
+            await self.linger()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self.inner(message)
+
+    async def linger(self) -> None:
+        """Reads and drops what the client still sends, for a moment."""
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while True:
+                    message = await self.receive()
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            return
+
+
+def request_id_from(headers: Headers) -> str:
+    """Takes the client's request id where it is a short plain token, else makes one."""
+    offered = headers.get("x-request-id", "")
+    return offered if CLIENT_REQUEST_ID.fullmatch(offered) else f"req_{uuid.uuid4().hex}"

@@ -1,0 +1,240 @@
+"""What the service asks of an engine, and the scripted engine that answers without a model.
+
+An engine knows token ids, clips as arrays and log-probabilities. It knows no sections, questions or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyper_model.audio import SAMPLE_RATE_HZ, Waveform
+from hyper_model.errors import HyperError
+from hyper_model.trace import Section, Trace, TraceTokenizer, render
+
+Clip = NDArray[np.float32]  # [S] mono samples at SAMPLE_RATE_HZ
+FinishReason = Literal["stop", "length", "abort"]
+Script = Callable[[Sequence[Clip], TraceTokenizer], list[int]]
+
+
+class EngineUnavailableError(HyperError):
+    """Says that the engine is not running, or died while it worked on the request."""
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """Asks for a continuation of a prompt.
+
+    Attributes:
+        request_id: Unique among the requests in flight.
+        prompt_token_ids: One audio placeholder a clip; the engine expands it. May end with an earlier completion.
+        clips: In the order of their placeholders.
+        max_tokens: Most tokens to write; the stop token counts.
+        temperature: 0 takes the likeliest token.
+        stop_token_ids: The first of these to be written ends the completion and is its last token.
+        banned_token_ids: Never written.
+        cache_salt: Requests share cached prefixes only with requests of the same salt.
+    """
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    clips: tuple[Clip, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    banned_token_ids: tuple[int, ...] = ()
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """Carries newly written tokens; only the last chunk of a completion has a finish reason.
+
+    Attributes:
+        num_prompt_tokens: Length of the prompt with every audio placeholder expanded.
+        num_cached_tokens: How many of these the engine had computed before.
+        queue_s: Time the request waited, once known.
+        prefill_s: Time from leaving the queue to the first token, once known.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    queue_s: float | None = None
+    prefill_s: float | None = None
+
+
+class Engine(Protocol):
+    """Writes and scores continuations of prompts about clips, many at a time."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine can take requests."""
+        ...
+
+    @property
+    def num_in_flight(self) -> int:
+        """How many requests it works on."""
+        ...
+
+    async def start(self) -> None:
+        """Loads the model; returns when the engine can take requests."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends the engine and everything it started."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Yields the completion as it is written. Closing the generator aborts the request in the engine.
+
+        Raises:
+            EngineUnavailableError: The engine is not running, or died.
+        """
+        ...
+
+    async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
+        """Returns the log-probability of each candidate as the continuation of the prompt.
+
+        Candidates of one token each cost one engine step together; a longer one costs a prefill each.
+
+        Raises:
+            EngineUnavailableError: The engine is not running, or died.
+        """
+        ...
+
+
+class ScriptedEngine:
+    """Writes a well-formed trace from plain measurements of the clip: no model, no weights, the same bytes every time.
+
+    It hears length, level and silence and says so; it does not understand speech or the question, and its choice among
+    options is a hash. It exists so that clients, dashboards and the whole HTTP side can run anywhere, at once. Another
+    `script` rehearses another model.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TraceTokenizer,
+        *,
+        script: Script | None = None,
+        audio_tokens_per_s: float = 25.0,
+        token_interval_s: float = 0.0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.script = script or measuring_script
+        self.audio_tokens_per_s = audio_tokens_per_s
+        self.token_interval_s = token_interval_s
+        self.is_alive = False
+        self.num_in_flight = 0
+
+    async def start(self) -> None:
+        """Begins to take requests."""
+        self.is_alive = True
+
+    async def stop(self) -> None:
+        """Ends; requests in flight fail as they would with an engine that died."""
+        self.is_alive = False
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Yields the script one token a chunk, from where the prompt's own completion leaves off."""
+        self.num_in_flight += 1
+        try:
+            num_prompt_tokens = self.count_prompt_tokens(request)
+            token_ids = self.remaining_script(request)
+            num_written = min(len(token_ids), request.max_tokens)
+            for position, token_id in enumerate(token_ids[:num_written], start=1):
+                await asyncio.sleep(self.token_interval_s)
+                self.require_alive()
+                finish_reason: FinishReason | None = None
+                if token_id in request.stop_token_ids or position == len(token_ids):
+                    finish_reason = "stop"
+                elif position == num_written:
+                    finish_reason = "length"
+                yield TokenChunk((token_id,), finish_reason, num_prompt_tokens, queue_s=0.0, prefill_s=0.0)
+                if finish_reason:
+                    return
+        finally:
+            self.num_in_flight -= 1
+
+    async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
+        """Returns log-probabilities that are a hash of the clip, the prompt and the candidate."""
+        await asyncio.sleep(self.token_interval_s)
+        self.require_alive()
+        seen = hashlib.sha256(np.asarray(request.prompt_token_ids, dtype=np.int64).tobytes())
+        for clip in request.clips:
+            seen.update(clip.tobytes())
+        logits = np.empty(len(candidates))
+        for index, candidate in enumerate(candidates):
+            digest = hashlib.sha256(seen.digest() + np.asarray(candidate, dtype=np.int64).tobytes()).digest()
+            logits[index] = int.from_bytes(digest[:4]) / 2**31
+        return (logits - np.logaddexp.reduce(logits)).tolist()
+
+    def require_alive(self) -> None:
+        """Raises when the engine was stopped."""
+        if not self.is_alive:
+            raise EngineUnavailableError("The engine is not running.")
+
+    def count_prompt_tokens(self, request: GenerationRequest) -> int:
+        """Counts the prompt as a real engine would, with each placeholder expanded."""
+        num_samples = sum(len(clip) for clip in request.clips)
+        num_audio_tokens = round(num_samples / SAMPLE_RATE_HZ * self.audio_tokens_per_s)
+        return len(request.prompt_token_ids) - len(request.clips) + num_audio_tokens
+
+    def remaining_script(self, request: GenerationRequest) -> list[int]:
+        """Returns the tokens still to write after those that stand in the prompt already."""
+        tokenizer = self.tokenizer
+        prompt = list(request.prompt_token_ids)
+        turn = len(prompt) - 1 - prompt[::-1].index(tokenizer.im_start_id)
+        written = prompt[turn + 1 + len(tokenizer.encode_text("assistant\n")) :]
+        script = self.script(request.clips, tokenizer)
+        pauses = (tokenizer.pause_id, tokenizer.pause_close_id)
+        at = 0
+        for token_id in written:
+            while at < len(script) and script[at] in pauses and script[at] != token_id:
+                at += 1  # It was banned then.
+            if at < len(script) and script[at] == token_id:
+                at += 1
+        opening = tokenizer.open_ids(Section.FINAL_ANSWER)
+        if written[-len(opening) :] == opening and opening[-1] in script:
+            at = script.index(opening[-1]) + 1  # A trace that broke off was closed, and this is what it is closed for.
+        remaining = [token_id for token_id in script[at:] if token_id not in request.banned_token_ids]
+        return remaining or [tokenizer.im_end_id]
+
+
+def measuring_script(clips: Sequence[Clip], tokenizer: TraceTokenizer) -> list[int]:
+    """Returns the whole trace about the clips, with one <PAUSE> where a clip is mostly silent and so hard to hear."""
+    waveform = Waveform(np.concatenate(clips) if clips else np.zeros(0, dtype=np.float32))
+    quality, duration_s = waveform.quality, waveform.duration_s
+    environment = "loud sound"
+    if quality.silence_ratio > 0.98:
+        environment = "silence"
+    elif quality.peak_dbfs < -20:
+        environment = "quiet sound"
+    finding = f"{duration_s:.1f} s of {environment}"
+    text = render(
+        Trace(
+            planning="Measure the length, the level and the silence of the clip.",
+            environment=environment,
+            speakers=(),
+            transcript="",
+            description=f"≈ {duration_s:.1f} s, peak {quality.peak_dbfs:.0f} dBFS, {quality.silence_ratio:.0%} silent",
+            reasoning="This engine follows a script: it measures and does not understand.",
+            summary=f"The clip is {finding}.",
+            response=finding,
+            reflection=None,
+            final_answer=finding,
+        )
+    )
+    token_ids = [*tokenizer.encode_trace(text), tokenizer.im_end_id]
+    if quality.silence_ratio > 0.5 and tokenizer.pause_id is not None:
+        opening = tokenizer.encode_trace(text.partition("<REASONING>")[0] + "<REASONING>")
+        token_ids.insert(len(opening), tokenizer.pause_id)
+    return token_ids

@@ -1,0 +1,52 @@
+"""What the service remembers about one HTTP request while it lasts: the thread that ties reply, log line and metrics.
+
+It holds names, numbers and clock readings, never audio or text, so all of it may be logged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCOPE_KEY = "hyper.exchange"
+
+Fact = str | int | float | bool | None
+Phase = Literal["upload", "decode", "queue", "generate", "done"]
+
+
+@dataclass
+class Exchange:
+    """Carries one request's identity, phase and figures from the edge to the handlers and back.
+
+    Attributes:
+        request_id: Ours, or the client's `x-request-id` where it is a plain token.
+        started_s: `time.monotonic()` at the first byte of the request; all timings count from here.
+        received_s: The same clock when the body was complete.
+        decode_s: Seconds that decoding the clip took, its wait for a decoder included.
+        phase: How far the request has come, for the abort counter.
+        outcome: "ok" or the code of the fault that ended it.
+        facts: Further fields of the log line.
+    """
+
+    request_id: str
+    is_body_complete: bool
+    started_s: float = field(default_factory=time.monotonic)
+    received_s: float | None = None
+    decode_s: float | None = None
+    num_body_bytes: int = 0
+    phase: Phase = "upload"
+    outcome: str = "ok"
+    facts: dict[str, Fact] = field(default_factory=dict[str, Fact])
+
+    @classmethod
+    def of(cls, scope: MutableMapping[str, Any]) -> Exchange:
+        """Returns the exchange that the edge put into an ASGI scope."""
+        exchange = scope[SCOPE_KEY]
+        assert isinstance(exchange, cls)
+        return exchange
+
+    def elapsed_ms(self, until_s: float | None = None) -> float:
+        """Returns milliseconds since the first byte came in, until now or until a reading of the same clock."""
+        return ((time.monotonic() if until_s is None else until_s) - self.started_s) * 1000

@@ -1,0 +1,289 @@
+"""One question about one clip, from the waveform to the reply: the only path, streamed or not.
+
+The model writes its trace and this module reads along, telling each event to `emit` as it happens; a caller that does
+not stream passes an `emit` that does nothing and takes the reply at the end. In two places the model does not have the
+last word: among choices the answer is not written but scored, and a trace that breaks off is closed so that there is an
+answer. This module knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from hyper_model.audio import Waveform
+from hyper_model.trace import PauseMode, Section, Termination, escape_markup, render_choice
+from hyper_model.trace_parser import Event, PauseSeen, SectionDelta, SectionEnd, SectionStart, TraceParser
+from server import replies
+from server.api_types import Answer, QaReply
+from server.engine import GenerationRequest, TokenChunk
+from server.exchange import Exchange
+from server.service import Service
+
+ANSWER_TOKENS = 64
+"""What an answer may take after a trace that broke off; not part of `max_tokens`, so that a reply is never empty."""
+
+CLOSING_TOKENS = 16
+"""Room for the tags that close such a trace."""
+
+Emit = Callable[[str, dict[str, Any]], Awaitable[None]]
+End = Literal["stop", "length", "abort", "pause", "answer"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Holds a question that has been checked against the model and the limits."""
+
+    choices: tuple[str, ...]
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    max_pauses: int = 0
+    temperature: float = 0.0
+    seed: int | None = None
+    shows_reasoning: bool = True
+
+
+class QaRun:
+    """Answers one question; `run` once."""
+
+    def __init__(self, service: Service, exchange: Exchange, question: Question, waveform: Waveform) -> None:
+        self.engine = service.engine
+        self.cache_salt = service.cache_salt
+        self.manifest = service.checkpoint.manifest
+        self.tokenizer = service.checkpoint.tokenizer
+        self.exchange = exchange
+        self.question = question
+        self.waveform = waveform
+        pause = self.manifest.pause
+        self.parser = TraceParser(self.tokenizer, pause_mode=PauseMode(pause.mode), latent_tokens=pause.latent_tokens)
+        self.tally = replies.Tally()
+        self.written: list[int] = []
+        self.num_parts = 0
+
+    async def run(self, emit: Emit) -> QaReply:
+        """Answers, and tells `emit` every event of the stream in order, the last one being `done`.
+
+        Raises:
+            EngineUnavailableError: The engine died.
+        """
+        self.exchange.phase = "queue"
+        end = await self.write_trace(emit)
+        hint = {"length": Termination.TRUNCATED, "abort": Termination.ABORTED}.get(end, Termination.COMPLETE)
+        has_answer = end == "answer" or self.parser.result.answer_text is not None
+        if hint is Termination.COMPLETE and not has_answer:
+            hint = Termination.MALFORMED
+        if self.question.choices:
+            answer = await self.choose(emit)
+        elif not has_answer:
+            await self.write_answer(emit)
+            answer = None
+        else:
+            answer = None
+        for event in self.parser.finish(hint):
+            await self.tell(event, emit)
+        if answer is None:
+            answer = await self.read_answer(emit)
+        self.exchange.phase = "done"
+        reply = replies.build(self, answer)
+        await emit("answer.done", reply.answer.model_dump(mode="json"))
+        await emit("usage", reply.usage.model_dump(mode="json"))
+        await emit("done", reply.model_dump(mode="json"))
+        return reply
+
+    async def write_trace(self, emit: Emit) -> End:
+        """Lets the model write until it ends its turn, spends its tokens, or comes to the choice."""
+        while True:
+            num_left = self.question.max_tokens - self.tally.completion_tokens
+            end = await self.extend(num_left, emit) if num_left > 0 else "length"
+            if end != "pause":
+                return end
+            await self.pause(emit)
+
+    async def extend(self, max_tokens: int, emit: Emit) -> End:
+        """Lets the model write one uninterrupted stretch."""
+        pause_id = self.tokenizer.pause_id
+        can_pause = pause_id is not None and self.tally.num_pauses < self.question.max_pauses
+        ends = set(self.tokenizer.stop_ids)
+        # Choices are scored, so the model's turn ends where the answer begins; else it ends with the answer.
+        opens_answer, closes_answer = self.answer_tags
+        stop = {*ends, *(opens_answer if self.question.choices else closes_answer)}
+        banned = self.pause_tags
+        if can_pause and pause_id is not None:
+            banned.discard(pause_id)
+            stop.add(pause_id)
+        request = self.request(max_tokens, stop, banned)
+        async with aclosing(self.engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                self.note(chunk)
+                for token_id in chunk.token_ids:
+                    if token_id in ends:
+                        self.tally.completion_tokens += 1
+                        return "stop"
+                    if token_id == pause_id:
+                        return "pause"
+                    self.tally.completion_tokens += 1
+                    await self.feed([token_id], emit)
+                    # Where tags are plain text no single token opens the answer: the reader knows, not the engine.
+                    if self.question.choices and Section.FINAL_ANSWER in self.parser.open_sections:
+                        return "answer"
+                if chunk.finish_reason is not None:
+                    return chunk.finish_reason
+        return "abort"
+
+    async def pause(self, emit: Emit) -> None:
+        """Spends one pause: fed to the engine at once, or written by the model where the checkpoint says so."""
+        pause = self.manifest.pause
+        assert self.tokenizer.pause_id is not None
+        self.tally.num_pauses += 1
+        hidden = [self.tokenizer.pause_id] * pause.latent_tokens
+        if pause.mode == PauseMode.SAMPLED:
+            hidden = await self.hidden_tokens(pause.latent_tokens)
+        self.tally.pause_tokens += len(hidden)
+        await self.feed(hidden, emit)
+
+    async def hidden_tokens(self, budget: int) -> list[int]:
+        """Lets the model write a hidden span, closed by force when its budget is spent."""
+        tokenizer = self.tokenizer
+        assert tokenizer.pause_id is not None and tokenizer.pause_close_id is not None
+        hidden = [tokenizer.pause_id]
+        banned = {tokenizer.pause_id, *tokenizer.stop_ids}
+        request = self.request(budget - 1, {tokenizer.pause_close_id}, banned, hidden)
+        if budget > 1:
+            async with aclosing(self.engine.generate(request)) as chunks:
+                async for chunk in chunks:
+                    hidden += chunk.token_ids
+        return hidden if hidden[-1] == tokenizer.pause_close_id else [*hidden, tokenizer.pause_close_id]
+
+    async def write_answer(self, emit: Emit) -> None:
+        """Closes a trace that broke off, and lets the model write its answer."""
+        await self.feed(self.parser.ids_to_final_answer(), emit)
+        _, closes_answer = self.answer_tags
+        stop = {*self.tokenizer.stop_ids, *closes_answer}
+        request = self.request(ANSWER_TOKENS, stop, self.pause_tags)
+        async with aclosing(self.engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                self.note(chunk)
+                self.tally.completion_tokens += len(chunk.token_ids)
+                await self.feed([each for each in chunk.token_ids if each not in self.tokenizer.stop_ids], emit)
+
+    async def choose(self, emit: Emit) -> Answer:
+        """Scores the choices as continuations of the trace, and writes the likeliest into it."""
+        choices = self.question.choices
+        await self.feed(self.parser.ids_to_final_answer(), emit)
+        if self.manifest.trace.answer_style == "letter":
+            candidates = [[label_id] for label_id in self.tokenizer.label_ids(len(choices))]
+        else:
+            candidates = [self.tokenizer.encode_text(choice) for choice in choices]
+        started_s = time.monotonic()
+        logprobs = await self.engine.score(self.request(1, set(), set()), candidates)
+        self.tally.score_s = time.monotonic() - started_s
+        # The mean, so that a choice of many words is not unlikely for its length alone.
+        scores = softmax([total / len(ids) for total, ids in zip(logprobs, candidates, strict=True)])
+        index = int(np.argmax(scores))
+        words = escape_markup(render_choice(index, choices))
+        await self.feed([*self.tokenizer.encode_text(words), *self.tokenizer.close_ids(Section.FINAL_ANSWER)], emit)
+        self.tally.note_answer()
+        await emit("answer.delta", {"text": choices[index]})
+        confidence = scores[index]
+        return Answer(
+            text=choices[index], choice_index=index, choice=choices[index], confidence=confidence, scores=scores
+        )
+
+    async def read_answer(self, emit: Emit) -> Answer:
+        """Takes the answer to an open question out of the finished trace."""
+        result = self.parser.result
+        text = result.answer_text or ""
+        if not result.texts.get(Section.FINAL_ANSWER):
+            # Nothing was told as it was written: the answer is what RESPONSE says, or nothing.
+            self.tally.note_answer()
+            await emit("answer.delta", {"text": text})
+        return Answer(text=text)
+
+    async def feed(self, token_ids: Sequence[int], emit: Emit) -> None:
+        """Adds tokens to the completion and tells what they say."""
+        self.written += token_ids
+        for token_id in token_ids:
+            for event in self.parser.feed(token_id):
+                await self.tell(event, emit)
+
+    async def tell(self, event: Event, emit: Emit) -> None:
+        """Passes one event of the trace on, where it is to be shown."""
+        tally = self.tally
+        match event:
+            case SectionStart(section):
+                tally.section_started_s[section] = time.monotonic()
+                name, data = "section.start", {"section": section.value}
+            case SectionEnd(section):
+                tally.section_ended_s[section] = time.monotonic()
+                name, data = "section.end", {"section": section.value}
+            case SectionDelta(Section.FINAL_ANSWER, text):
+                if not self.question.choices:
+                    tally.note_answer()
+                    await emit("answer.delta", {"text": text})
+                return
+            case SectionDelta(section, text):
+                name, data = "section.delta", {"section": section.value, "text": text}
+            case PauseSeen(section, num_latent):
+                name, data = "pause", {"section": section and section.value, "latent_tokens": num_latent}
+        is_answer = data["section"] == Section.FINAL_ANSWER
+        if self.question.shows_reasoning and not is_answer:
+            await emit(name, data)
+
+    def request(
+        self, max_tokens: int, stop: set[int], banned: set[int], hidden: Sequence[int] = ()
+    ) -> GenerationRequest:
+        """Asks for the continuation of the prompt and everything written so far."""
+        self.num_parts += 1
+        question = self.question
+        return GenerationRequest(
+            # The client's request id may repeat; the engine's may not.
+            request_id=f"{self.tally.id}-{self.num_parts}",
+            prompt_token_ids=[*question.prompt_token_ids, *self.written, *hidden],
+            clips=(self.waveform.samples_S,),
+            max_tokens=max_tokens,
+            temperature=question.temperature,
+            # Every part continues the same draw; the same seed again would repeat the first part's random numbers.
+            seed=None if question.seed is None else (question.seed + self.num_parts - 1) % 2**32,
+            stop_token_ids=tuple(sorted(stop)),
+            banned_token_ids=tuple(sorted(banned)),
+            cache_salt=self.cache_salt,
+        )
+
+    @property
+    def pause_tags(self) -> set[int]:
+        """The tokens of a pause, where a pause is tokens."""
+        pair = (self.tokenizer.pause_id, self.tokenizer.pause_close_id)
+        return {token_id for token_id in pair if token_id is not None}
+
+    @property
+    def answer_tags(self) -> tuple[set[int], set[int]]:
+        """The tokens that open and close the answer; none where tags are plain text, which the reader alone can see."""
+        tag_ids = self.tokenizer.tag_ids.get(Section.FINAL_ANSWER)
+        return (set(), set()) if tag_ids is None else ({tag_ids[0]}, {tag_ids[1]})
+
+    def note(self, chunk: TokenChunk) -> None:
+        """Takes the engine's figures from the first chunk of the request."""
+        tally = self.tally
+        if tally.first_token_s is None:
+            tally.first_token_s = time.monotonic()
+            tally.prompt_tokens = chunk.num_prompt_tokens
+            tally.audio_tokens = chunk.num_prompt_tokens - len(self.question.prompt_token_ids) + 1
+            tally.cached_tokens = chunk.num_cached_tokens
+            tally.queue_s, tally.prefill_s = chunk.queue_s, chunk.prefill_s
+            self.exchange.phase = "generate"
+
+    def partial(self) -> dict[str, Any]:
+        """Returns what stands so far, for a request that is cut short."""
+        return replies.partial(self.parser.result, shows_reasoning=self.question.shows_reasoning)
+
+
+def softmax(logprobs: Sequence[float]) -> list[float]:
+    """Turns log-probabilities of alternatives into shares of 1."""
+    values = np.nan_to_num(np.asarray(logprobs, dtype=np.float64), nan=-1e9, neginf=-1e9)
+    shares = np.exp(values - values.max())
+    return (shares / shares.sum()).tolist()

@@ -1,0 +1,244 @@
+"""Builds the reply of one question, whole or as far as it came, and counts it. Plain functions, no waiting."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hyper_model.audio import Waveform
+from hyper_model.trace import Section, Trace, environment_labels
+from hyper_model.trace_parser import ParsedTrace
+from server.api_types import (
+    Answer,
+    AudioReply,
+    PauseAt,
+    PauseReply,
+    Perception,
+    QaReply,
+    QualityReply,
+    Reasoning,
+    Reflection,
+    SpeakerReply,
+    Timings,
+    TraceReply,
+    Usage,
+    WarningReply,
+)
+from server.exchange import Exchange
+from server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from server.qa import QaRun
+
+SILENT_RATIO = 0.98
+CLIPPED_RATIO = 0.01
+
+
+@dataclass
+class Tally:
+    """Counts and times one answer while it is written; the clock is `time.monotonic()`."""
+
+    id: str = field(default_factory=lambda: f"qa_{uuid.uuid4().hex}")
+    created_s: int = field(default_factory=lambda: int(time.time()))
+    prompt_tokens: int = 0
+    audio_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    pause_tokens: int = 0
+    num_pauses: int = 0
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    score_s: float | None = None
+    first_token_s: float | None = None
+    first_answer_s: float | None = None
+    section_started_s: dict[Section, float] = field(default_factory=dict[Section, float])
+    section_ended_s: dict[Section, float] = field(default_factory=dict[Section, float])
+
+    def note_answer(self) -> None:
+        """Marks the moment of the first word of the answer."""
+        if self.first_answer_s is None:
+            self.first_answer_s = time.monotonic()
+
+    def section_seconds(self) -> dict[Section, float]:
+        """Returns how long each finished section took to write."""
+        started = self.section_started_s
+        return {section: ended - started[section] for section, ended in self.section_ended_s.items()}
+
+
+def build(run: QaRun, answer: Answer) -> QaReply:
+    """Writes the reply of a finished run."""
+    result = run.parser.result
+    tally, exchange, waveform = run.tally, run.exchange, run.waveform
+    shows_reasoning = run.question.shows_reasoning
+    return QaReply(
+        id=tally.id,
+        created=tally.created_s,
+        model=run.manifest.name,
+        answer=answer,
+        perception=perception(result.trace) if shows_reasoning else None,
+        reasoning=reasoning(result.trace) if shows_reasoning else None,
+        trace=trace_reply(result, shows_reasoning=shows_reasoning),
+        termination=result.termination.value,
+        pause=PauseReply(
+            mode=run.manifest.pause.mode if run.question.max_pauses else "off",
+            count=tally.num_pauses,
+            latent_tokens=tally.pause_tokens,
+            at=[PauseAt(section=pause.section) for pause in result.pauses],
+        ),
+        audio=[audio_reply(waveform)],
+        usage=Usage(
+            prompt_tokens=tally.prompt_tokens,
+            audio_tokens=tally.audio_tokens,
+            cached_tokens=tally.cached_tokens,
+            completion_tokens=tally.completion_tokens,
+            pause_tokens=tally.pause_tokens,
+            total_tokens=tally.prompt_tokens + tally.completion_tokens + tally.pause_tokens,
+        ),
+        timings_ms=timings(tally, exchange),
+        warnings=warnings(result, waveform, answer),
+    )
+
+
+def partial(result: ParsedTrace, *, shows_reasoning: bool) -> dict[str, Any]:
+    """Writes what stands of an answer that was cut short."""
+    parts: dict[str, Any] = {"trace": trace_reply(result, shows_reasoning=shows_reasoning).model_dump(mode="json")}
+    if shows_reasoning:
+        parts["perception"] = perception(result.trace).model_dump(mode="json")
+        parts["reasoning"] = reasoning(result.trace).model_dump(mode="json")
+    return parts
+
+
+def perception(trace: Trace) -> Perception:
+    """Collects what the model says it heard."""
+    return Perception(
+        environment=environment_labels(trace.environment or ""),
+        environment_text=trace.environment,
+        speakers=[
+            SpeakerReply(id=speaker.id, description=speaker.description, quotes=list(speaker.quotes))
+            for speaker in trace.speakers
+        ],
+        transcript=trace.transcript,
+        description=trace.description,
+    )
+
+
+def reasoning(trace: Trace) -> Reasoning:
+    """Collects how the model came to its answer; the answer changed where RESPONSE and FINAL_ANSWER differ in words."""
+    reflection = None
+    if trace.reflection is not None:
+        first, last = (" ".join((text or "").casefold().split()) for text in (trace.response, trace.final_answer))
+        reflection = Reflection(text=trace.reflection, changed_answer=bool(first and last and first != last))
+    return Reasoning(planning=trace.planning, reasoning=trace.reasoning, summary=trace.summary, reflection=reflection)
+
+
+def trace_reply(result: ParsedTrace, *, shows_reasoning: bool) -> TraceReply:
+    """Writes the trace and how well it kept its form."""
+    return TraceReply(
+        raw=result.raw if shows_reasoning else None,
+        format=result.format.value,
+        missing_sections=[section.value for section in result.missing_sections],
+    )
+
+
+def audio_reply(waveform: Waveform) -> AudioReply:
+    """Describes the clip; while a clip must fit one window, all of it is used."""
+    quality = waveform.quality
+    return AudioReply(
+        duration_s=round(waveform.duration_s, 4),
+        used_s=round(waveform.duration_s, 4),
+        truncated=False,
+        windows=1,
+        sample_rate_hz=waveform.source_sample_rate_hz,
+        channels=waveform.source_channels,
+        codec=waveform.codec,
+        quality=QualityReply(
+            silence_ratio=round(quality.silence_ratio, 4),
+            clipping_ratio=round(quality.clipping_ratio, 4),
+            peak_dbfs=round(quality.peak_dbfs, 2),
+        ),
+    )
+
+
+def timings(tally: Tally, exchange: Exchange) -> Timings:
+    """Writes the clock readings as milliseconds."""
+
+    def since_start(moment_s: float | None) -> float | None:
+        return None if moment_s is None else round(exchange.elapsed_ms(moment_s), 1)
+
+    def ms(seconds: float | None) -> float | None:
+        return None if seconds is None else round(seconds * 1000, 1)
+
+    return Timings(
+        receive=since_start(exchange.received_s) or 0.0,
+        decode=ms(exchange.decode_s) or 0.0,
+        queue=ms(tally.queue_s),
+        prefill=ms(tally.prefill_s),
+        first_token=since_start(tally.first_token_s),
+        first_answer_token=since_start(tally.first_answer_s),
+        sections={section.value: round(seconds * 1000, 1) for section, seconds in tally.section_seconds().items()},
+        total=round(exchange.elapsed_ms(), 1),
+    )
+
+
+def warnings(result: ParsedTrace, waveform: Waveform, answer: Answer) -> list[WarningReply]:
+    """Lists what a caller should know before trusting the answer."""
+    found: list[WarningReply] = []
+
+    def warn(code: str, message: str) -> None:
+        found.append(WarningReply(code=code, message=message))
+
+    quality = waveform.quality
+    if quality.silence_ratio >= SILENT_RATIO:
+        warn("silent_audio", "The clip is silent; an answer about its sound is a guess.")
+    if quality.clipping_ratio >= CLIPPED_RATIO:
+        warn("clipped_audio", "Much of the clip is at full scale; it was probably recorded too loud.")
+    match result.termination.value:
+        case "truncated":
+            warn("truncated_trace", "The trace reached its token limit; the answer was drawn from what stood by then.")
+        case "malformed":
+            warn("malformed_trace", "The model did not keep to the form of a trace; trust its sections less.")
+        case "aborted":
+            warn("aborted_trace", "The trace was cut short; the answer was drawn from what stood until then.")
+        case _:
+            pass
+    if not answer.text:
+        warn("empty_answer", "The model gave no answer.")
+    return found
+
+
+def account(metrics: Metrics, run: QaRun, reply: QaReply) -> None:
+    """Counts a finished answer that somebody asked for, and notes it for the request's log line."""
+    tally, exchange = run.tally, run.exchange
+    exchange.facts |= {
+        "termination": reply.termination,
+        "format": reply.trace.format,
+        "audio_s": round(run.waveform.duration_s, 3),
+        "completion_tokens": reply.usage.completion_tokens,
+        "pauses": reply.pause.count,
+    }
+    if tally.first_token_s is not None:
+        metrics.time_to_first_token.observe(exchange.elapsed_ms(tally.first_token_s) / 1000)
+        metrics.stage_seconds.labels("generate").observe(time.monotonic() - tally.first_token_s)
+    if tally.first_answer_s is not None:
+        metrics.time_to_first_answer_token.observe(exchange.elapsed_ms(tally.first_answer_s) / 1000)
+    for stage, seconds in (("queue", tally.queue_s), ("prefill", tally.prefill_s), ("score", tally.score_s)):
+        if seconds is not None:
+            metrics.stage_seconds.labels(stage).observe(seconds)
+    for section, seconds in tally.section_seconds().items():
+        metrics.section_seconds.labels(section.value).observe(seconds)
+    for section, count in run.parser.result.section_num_tokens.items():
+        metrics.section_tokens.labels(section.value).observe(count)
+    for pause in reply.pause.at:
+        metrics.pauses.labels(pause.section or "none").inc()
+    metrics.pause_tokens.inc(tally.pause_tokens)
+    if tally.num_pauses and tally.num_pauses >= run.question.max_pauses:
+        metrics.pause_budget_spent.inc()
+    metrics.traces.labels(reply.trace.format, reply.termination).inc()
+    metrics.completion_tokens.inc(tally.completion_tokens)
+    if reply.answer.confidence is not None:
+        metrics.answer_confidence.observe(reply.answer.confidence)
+    if not reply.answer.text:
+        metrics.answer_empty.inc()
+    metrics.audio_processed.inc(run.waveform.duration_s)

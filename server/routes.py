@@ -1,0 +1,388 @@
+"""The door: reads requests, checks them against the model and the limits, and writes replies and event streams."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from hyper_model.audio import FORMATS, SAMPLE_RATE_HZ, Waveform, require_single_window
+from hyper_model.errors import AudioTooLongError
+from hyper_model.trace import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_QUESTION_CHARS, Section, build_prompt
+from server.api_types import ErrorReply, QaBody, QaOptions, QaReply, Readiness
+from server.exchange import Exchange
+from server.faults import FAULTS, RequestError, as_fault
+from server.metrics import version
+from server.openapi import QA_REQUEST_BODY
+from server.qa import ANSWER_TOKENS, CLOSING_TOKENS, QaRun, Question
+from server.replies import account
+from server.service import Service
+
+logger = logging.getLogger("hyper.server")
+router = APIRouter()
+
+# More than one question can need, so that what is wrong can be named; the totals are bounded by the body limit.
+MAX_FIELDS = 128
+MAX_FILES = 2
+MAX_FIELD_BYTES = 64 * 1024
+
+Options = TypeVar("Options", bound=QaOptions)
+
+
+@router.post(
+    "/v1/audio/qa",
+    summary="Ask a clip a question",
+    response_model=QaReply,
+    openapi_extra={"requestBody": QA_REQUEST_BODY},
+    responses={status: {"model": ErrorReply} for status in sorted({kind.status for kind in FAULTS.values()} - {499})},
+)
+async def audio_qa(request: Request) -> Response:
+    """Answers one question about one clip, with what the model heard and how it reasoned.
+
+    With `stream=true` the reply is a stream of server-sent events: `section.start`, `section.delta`, `section.end`,
+    `pause`, `answer.delta`, `answer.done`, `usage`, `done` (the whole reply), or `error`.
+    """
+    service: Service = request.app.state.service
+    exchange = Exchange.of(request.scope)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(service.admit())
+        try:
+            options, data = await read_question(request, service)
+        except ClientDisconnect:
+            service.metrics.aborted.labels("upload", "client").inc()
+            raise
+        service.metrics.stage_seconds.labels("receive").observe(exchange.elapsed_ms(exchange.received_s) / 1000)
+        timeout_ms = options.timeout_ms or service.settings.default_timeout_ms
+        deadline_s = exchange.started_s + timeout_ms / 1000
+        exchange.phase = "decode"
+        run = await service.carry(prepare(service, exchange, options, data), exchange, request.receive, deadline_s)
+        if options.stream:
+            return EventStream(service, exchange, run, deadline_s, stack.pop_all())
+        try:
+            reply = await service.carry(run.run(drop), exchange, request.receive, deadline_s)
+        except RequestError as fault:
+            raise with_partial(fault, run) from None
+        account(service.metrics, run, reply)
+        return JSONResponse(reply.model_dump(mode="json"))
+
+
+async def read_question(request: Request, service: Service) -> tuple[QaOptions, bytes]:
+    """Reads the options and the clip's bytes from a multipart or a JSON body."""
+    match request.headers.get("content-type", "").partition(";")[0].strip().lower():
+        case "multipart/form-data":
+            options, data = await read_form(request)
+        case "application/json":
+            body = await service.in_pool(parse_json, await request.body())
+            options = validate(QaBody, body, strict=True)
+            data = await service.in_pool(decode_base64, options.audio.data)
+        case _:
+            message = "Send multipart/form-data with the clip as `file`, or application/json with it as base64."
+            raise RequestError("unsupported_media_type", message)
+    check_limits(options, service)
+    return options, data
+
+
+async def read_form(request: Request) -> tuple[QaOptions, bytes]:
+    """Reads a multipart body: one `file`, any number of `choices`, and every other field at most once."""
+    try:
+        form = await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
+    except HTTPException:
+        hint = f"At most {MAX_FIELDS} fields of {MAX_FIELD_BYTES} bytes each, and a boundary in the content type."
+        raise RequestError("invalid_multipart", "The multipart body cannot be read.", hint=hint) from None
+    try:
+        fields: dict[str, Any] = {}
+        files: list[UploadFile] = []
+        for name, value in form.multi_items():
+            if name == "file" and isinstance(value, UploadFile):
+                files.append(value)
+            elif isinstance(value, UploadFile):
+                raise RequestError("unknown_parameter", "Only the part named `file` may be a file.", param="file")
+            elif name == "choices":
+                fields.setdefault("choices", []).append(value)
+            elif name in fields:
+                raise RequestError("invalid_parameter", "A field is given twice; only `choices` may be.")
+            else:
+                fields[name] = value
+        if len(files) > 1:
+            raise RequestError(
+                "invalid_parameter", "A question is about one clip.", param="file", limit=1, actual=len(files)
+            )
+        if "file" in fields:
+            raise RequestError(
+                "invalid_parameter", "`file` must be sent as a file: curl -F file=@clip.wav.", param="file"
+            )
+        options = validate(QaOptions, fields, strict=False)
+        if not files:
+            raise RequestError("missing_parameter", "`file` is required: the clip.", param="file")
+        return options, await files[0].read()
+    finally:
+        await form.close()
+
+
+def parse_json(body: bytes) -> Any:
+    """Parses a JSON body as the standard says: no NaN, no infinity, no endless nesting."""
+
+    def refuse(_: str) -> None:
+        raise ValueError
+
+    try:
+        return json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        raise RequestError("invalid_json", "The body is not valid JSON.") from None
+
+
+def decode_base64(text: str) -> bytes:
+    """Decodes a clip inside a JSON body."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise RequestError("invalid_parameter", "`audio.data` is not base64.", param="audio.data") from None
+
+
+def validate(kind: type[Options], fields: Any, *, strict: bool) -> Options:
+    """Checks the fields' types and ranges; a form's are all strings, JSON's must have the right type."""
+    if not isinstance(fields, Mapping):
+        raise RequestError("invalid_request", "The body must be a JSON object.")
+    return kind.model_validate(fields, strict=strict)
+
+
+def check_limits(options: QaOptions, service: Service) -> None:
+    """Refuses options beyond what this service or this checkpoint allows."""
+    settings = service.settings
+    bounds = {
+        "max_tokens": (options.max_tokens, settings.max_tokens),
+        "timeout_ms": (options.timeout_ms, settings.max_timeout_ms),
+        "pause": (options.pause, service.checkpoint.manifest.pause.max_pauses),
+    }
+    for param, (value, limit) in bounds.items():
+        if isinstance(value, int) and value > limit:
+            message = f"`{param}` may be at most {limit}."
+            raise RequestError("invalid_parameter", message, param=param, limit=limit, actual=value)
+    if options.long_audio != "error":
+        message = f"`long_audio={options.long_audio}` is not there yet; only `error` is."
+        raise RequestError("invalid_parameter", message, param="long_audio")
+
+
+async def prepare(service: Service, exchange: Exchange, options: QaOptions, data: bytes) -> QaRun:
+    """Turns a request into a run: question before clip, as the cheaper to refuse."""
+    metrics = service.metrics
+    started_s = time.monotonic()
+    prompt_token_ids: list[int] = await service.in_pool(
+        build_prompt, service.checkpoint.tokenizer, options.question, options.choices
+    )
+    metrics.stage_seconds.labels("prompt").observe(time.monotonic() - started_s)
+    started_s = time.monotonic()
+    waveform = await service.decode(data)
+    exchange.decode_s = time.monotonic() - started_s
+    metrics.stage_seconds.labels("decode").observe(exchange.decode_s)
+    metrics.audio_bytes.observe(len(data))
+    metrics.audio_duration.observe(waveform.duration_s)
+    metrics.audio_codec.labels(waveform.codec).inc()
+    metrics.audio_silence_ratio.observe(waveform.quality.silence_ratio)
+    require_window(waveform)
+    return QaRun(service, exchange, make_question(service, options, prompt_token_ids, waveform), waveform)
+
+
+def require_window(waveform: Waveform) -> None:
+    """Refuses a clip that one window cannot hold; nothing is ever cut in silence."""
+    try:
+        require_single_window(waveform)
+    except AudioTooLongError as error:
+        error.hint = (
+            f"Send at most {error.limit:g} s. `long_audio` will offer `window` and `chunk` for longer clips; "
+            "this version has only `error`."
+        )
+        raise
+
+
+def make_question(service: Service, options: QaOptions, prompt_token_ids: list[int], waveform: Waveform) -> Question:
+    """Settles what is left open: how many tokens and pauses there is room for."""
+    manifest, settings = service.checkpoint.manifest, service.settings
+    match options.pause:
+        case "auto":
+            max_pauses = manifest.pause.max_pauses
+        case "off":
+            max_pauses = 0
+        case number:
+            max_pauses = number
+    longest_choice = 0
+    if manifest.trace.answer_style == "text":
+        longest_choice = max(map(len, map(service.checkpoint.tokenizer.encode_text, options.choices)), default=0)
+    reserved = (
+        len(prompt_token_ids)
+        + round(waveform.num_samples / SAMPLE_RATE_HZ * manifest.audio.tokens_per_s)
+        + max_pauses * manifest.pause.latent_tokens
+        + CLOSING_TOKENS
+        + max(ANSWER_TOKENS, longest_choice)
+    )
+    room = manifest.max_model_len - reserved
+    if room < 1:
+        message = "The question, the choices and the clip together leave the model no room to answer."
+        raise RequestError(
+            "invalid_prompt", message, param="question", limit=manifest.max_model_len, actual=reserved + 1
+        )
+    if options.max_tokens is not None and options.max_tokens > room:
+        message = f"With this clip and question `max_tokens` may be at most {room}."
+        raise RequestError("invalid_parameter", message, param="max_tokens", limit=room, actual=options.max_tokens)
+    return Question(
+        choices=tuple(options.choices),
+        prompt_token_ids=tuple(prompt_token_ids),
+        max_tokens=options.max_tokens or min(room, settings.default_max_tokens),
+        max_pauses=max_pauses,
+        temperature=options.temperature,
+        seed=options.seed,
+        shows_reasoning=options.reasoning == "full",
+    )
+
+
+def with_partial(fault: RequestError, run: QaRun) -> RequestError:
+    """Adds what had been written to the error of a deadline."""
+    if fault.code == "deadline_exceeded":
+        fault.partial = run.partial()
+    return fault
+
+
+async def drop(name: str, data: Mapping[str, Any]) -> None:
+    """Tells nobody: the emit of a reply that is not streamed."""
+
+
+class EventStream(Response):
+    """Sends a run's events as they happen, a ping in every silence, and an `error` event where the run fails."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, service: Service, exchange: Exchange, run: QaRun, deadline_s: float, stack: contextlib.ExitStack
+    ) -> None:
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self.service = service
+        self.exchange = exchange
+        self.run = run
+        self.deadline_s = deadline_s
+        self.stack = stack
+        self.last_sent_s = time.monotonic()
+        self.lock = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.stack:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                await self.service.carry(self.pump(send), self.exchange, receive, self.deadline_s)
+            except ClientDisconnect as error:
+                self.exchange.outcome = as_fault(error).code
+                return
+            except Exception as error:
+                fault = with_partial(as_fault(error), self.run)
+                self.exchange.outcome = fault.code
+                if fault.code == "internal_error":
+                    logger.error("stream failed", exc_info=error, extra={"request_id": self.exchange.request_id})
+                await self.write(send, sse("error", fault.body(self.exchange.request_id)))
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def pump(self, send: Send) -> None:
+        """Runs the question and writes its events."""
+
+        async def emit(name: str, data: Mapping[str, Any]) -> None:
+            await self.write(send, sse(name, data))
+
+        pings = asyncio.create_task(self.ping(send))
+        try:
+            account(self.service.metrics, self.run, await self.run.run(emit))
+        finally:
+            pings.cancel()
+            await asyncio.gather(pings, return_exceptions=True)
+
+    async def ping(self, send: Send) -> None:
+        """Writes a comment whenever nothing was written for an interval, so that proxies keep the connection."""
+        interval_s = self.service.settings.ping_interval_s
+        while True:
+            await asyncio.sleep(max(0.0, self.last_sent_s + interval_s - time.monotonic()))
+            if time.monotonic() - self.last_sent_s >= interval_s:
+                await self.write(send, b": ping\n\n")
+
+    async def write(self, send: Send, body: bytes) -> None:
+        """Sends bytes, one writer at a time."""
+        async with self.lock:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            self.last_sent_s = time.monotonic()
+
+
+def sse(name: str, data: Mapping[str, Any]) -> bytes:
+    """Writes one server-sent event; JSON has no raw line break, so one `data` line is enough."""
+    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+
+
+@router.get("/v1/info", summary="What this service is and takes")
+async def info(request: Request) -> dict[str, Any]:
+    """Describes the checkpoint, the limits, the formats and the pause settings."""
+    service: Service = request.app.state.service
+    settings, manifest = service.settings, service.checkpoint.manifest
+    return {
+        "version": version(),
+        "engine": settings.engine,
+        "checkpoint": {
+            "name": manifest.name,
+            "manifest_sha256": service.checkpoint.manifest_sha256,
+            "base_model": manifest.base_model,
+            "max_model_len": manifest.max_model_len,
+        },
+        "formats": list(FORMATS),
+        "sections": [section.value for section in Section],
+        "environment_labels": list(manifest.environment_labels),
+        "pause": {
+            "mode": manifest.pause.mode,
+            "latent_tokens": manifest.pause.latent_tokens,
+            "max_pauses": manifest.pause.max_pauses,
+        },
+        "long_audio": ["error"],
+        "limits": {
+            "window_s": manifest.audio.window_s,
+            "min_audio_s": manifest.audio.min_duration_s,
+            "max_audio_s": settings.max_audio_s,
+            "max_audio_bytes": settings.max_audio_bytes,
+            "max_body_bytes": settings.max_body_bytes,
+            "max_question_chars": MAX_QUESTION_CHARS,
+            "max_choices": MAX_CHOICES,
+            "max_choice_chars": MAX_CHOICE_CHARS,
+            "max_tokens": settings.max_tokens,
+            "max_timeout_ms": settings.max_timeout_ms,
+            "max_in_flight": settings.max_in_flight,
+        },
+    }
+
+
+@router.get("/livez", summary="Whether the process lives")
+async def livez() -> dict[str, str]:
+    """Answers as long as the event loop turns, whatever the engine does."""
+    return {"status": "alive"}
+
+
+@router.get("/readyz", summary="Whether requests are taken, and if not, why", responses={503: {"model": Readiness}})
+async def readyz(request: Request) -> JSONResponse:
+    """Answers 200 when a question would be taken now, else 503 with the reasons."""
+    service: Service = request.app.state.service
+    reasons = service.reasons_not_ready()
+    status = 503 if reasons else 200
+    return JSONResponse(Readiness(ready=not reasons, reasons=reasons).model_dump(), status_code=status)
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Writes our `hyper_*` figures and the engine's `vllm:*`."""
+    service: Service = request.app.state.service
+    body = await asyncio.to_thread(service.metrics.render)
+    return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")

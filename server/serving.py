@@ -1,0 +1,99 @@
+"""Runs the application in uvicorn: the announcement when it is ready, draining at SIGTERM, and the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+from types import FrameType
+
+import click
+import uvicorn
+from fastapi import FastAPI
+
+from server import logs
+from server.app import create_app
+from server.service import Service
+from server.settings import Settings
+
+EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
+CLOSE_TIMEOUT_S = 5
+
+
+def run(settings: Settings) -> int:
+    """Serves until a signal or the engine's death, and returns the exit code.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be served.
+    """
+    logs.configure(settings.log_level)
+    app = create_app(settings)
+    config = uvicorn_config(app, settings)
+    # Before the model loads: a port that is taken should not take a minute to find out.
+    listener = config.bind_socket()
+    host, port = listener.getsockname()[:2]
+    server = DrainingServer(config, app.state.service, f"http://{host}:{port}")
+    server.run(sockets=[listener])
+    return EXIT_ENGINE_FAILED if server.service.failure is not None else 0
+
+
+def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """Says how uvicorn is to run the application."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        # httptools, the default, accepts headers without a bound; h11 stops at 64 KiB.
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=5,
+        # Draining has waited for the answers by then; this is for connections that hang.
+        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server that answers what is in flight before it closes, and that ends when the engine has died."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, url: str) -> None:
+        super().__init__(config)
+        self.service = service
+        self.url = url
+        self.is_announced = False
+        self.draining: asyncio.Task[None] | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def on_tick(self, counter: int) -> bool:
+        """Looks ten times a second whether there is something to say or a reason to end."""
+        self.loop = asyncio.get_running_loop()
+        if self.service.state == "ready" and not self.is_announced:
+            self.is_announced = True
+            click.echo(
+                f"ready: {self.url}  try: curl -F file=@clip.wav -F question='What is heard?' {self.url}/v1/audio/qa"
+            )
+        if self.service.failure is not None:
+            return True
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to drain at the first signal and closes at once at the second.
+
+        The signal is not kept: uvicorn would raise it again after a clean end, and the exit code would tell of a kill.
+        """
+        if self.loop is None:
+            self.should_exit = True
+        elif self.draining is None:
+            self.loop.call_soon_threadsafe(self.begin_drain)
+        else:
+            self.should_exit = self.force_exit = True
+
+    def begin_drain(self) -> None:
+        """Starts the drain once."""
+        if self.draining is None:
+            self.draining = asyncio.get_running_loop().create_task(self.drain())
+
+    async def drain(self) -> None:
+        """Lets the service finish, then ends the main loop."""
+        await self.service.drain()
+        self.should_exit = True

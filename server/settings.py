@@ -1,0 +1,56 @@
+"""What an operator may set, read once from `HYPER_*` environment variables and passed in from there.
+
+Facts about a model (its window, its pause budget, its longest context) travel in the checkpoint's manifest and are not
+settings. This module knows neither HTTP nor the engine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MEBIBYTE = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """Holds the service's configuration; every field reads from `HYPER_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="HYPER_", frozen=True, extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    checkpoint: Path | None = None
+    verify_checkpoint: bool = True
+    engine: Literal["vllm", "scripted"] = "vllm"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    kv_cache_gib: int = Field(default=1, ge=1, description="CPU only: memory for the key-value cache.")
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1, description="GPU only: share of the card to use.")
+    max_num_seqs: int = Field(default=16, ge=1, description="Requests that the engine decodes together.")
+    scripted_token_interval_s: float = Field(
+        default=0.0, ge=0, description="Scripted engine only: pace of its tokens, to rehearse a slow model."
+    )
+
+    max_audio_bytes: int = Field(default=25 * MEBIBYTE, ge=1)
+    max_audio_s: float = Field(default=600.0, gt=0, description="Decoded seconds; counted, headers are not trusted.")
+    decode_timeout_s: float = Field(default=10.0, gt=0)
+    decode_workers: int = Field(default=2, ge=1)
+    upload_timeout_s: float = Field(default=60.0, gt=0)
+    upload_idle_timeout_s: float = Field(default=10.0, gt=0)
+
+    max_in_flight: int = Field(default=32, ge=1, description="Admitted requests, uploads included; more get a 503.")
+    default_max_tokens: int = Field(default=1024, ge=1)
+    max_tokens: int = Field(default=4096, ge=1)
+    default_timeout_ms: int = Field(default=120_000, ge=1)
+    max_timeout_ms: int = Field(default=600_000, ge=1)
+    ping_interval_s: float = Field(default=5.0, gt=0, le=10)
+    drain_timeout_s: float = Field(default=30.0, ge=0)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest request body: the largest clip as base64, and room for the words around it."""
+        return self.max_audio_bytes * 4 // 3 + MEBIBYTE

@@ -1,0 +1,67 @@
+"""Runs `hyper serve` as a process of its own, for tests of signals and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.serving import tone
+
+ROOT = Path(__file__).resolve().parent.parent
+# The root command finds its sub-commands by entry points, which only an installed project has.
+SCRIPT = """
+from hyper_model.cli import hyper, main
+from server.commands import ask, serve
+hyper.add_command(serve)
+hyper.add_command(ask)
+main()
+"""
+
+
+@contextlib.contextmanager
+def serve_process(
+    environment: Mapping[str, str], ready_timeout_s: float = 30
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Starts a server on a free port and yields it and its address when it says that it is ready."""
+    process = start(environment)
+    killer = threading.Timer(ready_timeout_s, process.kill)
+    killer.start()
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready: "), f"not ready: {line!r}, exit {process.poll()}"
+        killer.cancel()
+        assert "curl -F file=@" in line
+        yield process, line.split()[1]
+    finally:
+        killer.cancel()
+        process.kill()
+        process.wait(30)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def start(environment: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
+    """Starts `hyper serve` on a free port, as the installed script would."""
+    command = [sys.executable, "-c", SCRIPT, "serve"]
+    full = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HYPER_PORT": "0", **environment}
+    return subprocess.Popen(command, env=full, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
+
+
+def exit_code(process: subprocess.Popen[str], timeout_s: float) -> int:
+    """Waits for the end of a process."""
+    return process.wait(timeout_s)
+
+
+def post(url: str, **fields: Any) -> httpx.Response:
+    """Asks a second of tone a question."""
+    fields = {"question": "What is heard?", **fields}
+    return httpx.post(f"{url}/v1/audio/qa", data=fields, files={"file": ("clip", tone())}, timeout=60)

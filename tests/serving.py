@@ -1,0 +1,155 @@
+"""Runs the real service on a real port for tests, and makes the clips they send."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import re
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import soundfile
+
+from hyper_model.audio import SAMPLE_RATE_HZ
+from server.app import create_app
+from server.engine import Engine
+from server.service import Service
+from server.serving import DrainingServer, uvicorn_config
+from server.settings import Settings
+
+Result = TypeVar("Result")
+
+QUESTION = "What is heard?"
+
+
+@dataclass
+class Live:
+    """A running service: its address, a client, and its inside."""
+
+    url: str
+    client: httpx.Client
+    service: Service
+    server: DrainingServer
+    loop: asyncio.AbstractEventLoop
+
+    def run(self, work: Coroutine[Any, Any, Result], timeout_s: float = 120) -> Result:
+        """Runs a coroutine on the service's own event loop, where its engine lives."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
+
+    def ask(self, clip: bytes | None = None, **fields: Any) -> httpx.Response:
+        """Posts a question as a form; a second of tone when no clip is given."""
+        fields = {"question": QUESTION, **fields}
+        return self.client.post("/v1/audio/qa", data=fields, files={"file": ("clip", clip or tone())})
+
+    def events(self, clip: bytes | None = None, **fields: Any) -> list[tuple[str, dict[str, Any]]]:
+        """Posts a question and collects the stream's events."""
+        response = self.ask(clip, stream="true", **fields)
+        assert response.headers["content-type"].startswith("text/event-stream"), response.text
+        return parse_events(response.text)
+
+    def wait_until_idle(self, timeout_s: float = 5.0) -> None:
+        """Returns when nothing is in flight in the service and in the engine."""
+        deadline_s = time.monotonic() + timeout_s
+        while self.service.num_in_flight or self.service.engine.num_in_flight:
+            assert time.monotonic() < deadline_s, "still in flight"
+            time.sleep(0.02)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Reads one of our figures; 0 where it was never counted."""
+        return self.service.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@contextlib.contextmanager
+def running(settings: Settings, engine: Engine | None = None, ready_timeout_s: float = 240) -> Iterator[Live]:
+    """Runs the service in a thread until the block ends; it is ready when the block begins."""
+    app = create_app(settings, engine)
+    config = uvicorn_config(app, settings)
+    listener = config.bind_socket()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    service: Service = app.state.service
+    server = DrainingServer(config, service, url)
+    server.is_announced = True  # Its line would land in the output of whichever test comes first.
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        deadline_s = time.monotonic() + ready_timeout_s
+        while service.state == "starting" or server.loop is None:
+            assert time.monotonic() < deadline_s, "not ready in time"
+            time.sleep(0.02)
+        assert service.state == "ready", service.failure
+        with httpx.Client(base_url=url, timeout=60) as client:
+            yield Live(url, client, service, server, server.loop)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        listener.close()
+        assert not thread.is_alive()
+
+
+def scripted(**fields: Any) -> Settings:
+    """Returns settings for the scripted engine on a free port."""
+    return Settings(engine="scripted", port=0, **fields)
+
+
+def wav(samples_S: Any, sample_rate_hz: int = SAMPLE_RATE_HZ) -> bytes:
+    """Writes samples as a WAV file."""
+    file = io.BytesIO()
+    soundfile.write(file, np.asarray(samples_S, dtype=np.float32), sample_rate_hz, format="WAV")
+    return file.getvalue()
+
+
+def tone(duration_s: float = 1.0, amplitude: float = 0.3, hertz: float = 440.0) -> bytes:
+    """Writes a sine as a WAV file."""
+    times_S = np.arange(int(duration_s * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
+    return wav(amplitude * np.sin(2 * np.pi * hertz * times_S))
+
+
+def parse_events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Reads server-sent events, leaving out comments."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for block in text.split("\n\n"):
+        lines = [line for line in block.split("\n") if line and not line.startswith(":")]
+        if lines:
+            assert [line.partition(": ")[0] for line in lines] == ["event", "data"], lines
+            found.append((lines[0].partition(": ")[2], json.loads(lines[1].partition(": ")[2])))
+    return found
+
+
+def mp3(duration_s: float = 3.0) -> bytes:
+    """Writes a sine as an MP3 file."""
+    file = io.BytesIO()
+    times_S = np.arange(int(duration_s * 16000)) / 16000
+    soundfile.write(file, 0.3 * np.sin(2765 * times_S), 16000, format="MP3")
+    return file.getvalue()
+
+
+def post_json(live: Live, body: Any) -> httpx.Response:
+    """Posts a JSON body, given as an object or as the very bytes."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return live.client.post("/v1/audio/qa", content=content, headers={"content-type": "application/json"})
+
+
+def json_question(**fields: Any) -> dict[str, Any]:
+    """Makes a JSON body of a question about a second of tone."""
+    return {"question": QUESTION, "audio": {"data": base64.b64encode(tone()).decode()}, **fields}
+
+
+def assert_error(reply: httpx.Response, status: int, code: str, param: str | None = None) -> dict[str, Any]:
+    """Checks the shape of an error and returns the object."""
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    fields = {"type", "code", "message", "param", "request_id", "retryable", "limit", "actual", "hint"}
+    assert set(error) == fields
+    assert (error["code"], error["param"]) == (code, param)
+    assert error["request_id"] == reply.headers["x-request-id"]
+    # Nothing of the machine: paths, classes, addresses, decoders.
+    assert not re.search(r"/tmp|/usr|0x[0-9a-f]{6}|Traceback|ffmpeg|libsnd|\.py", reply.text)
+    return error

@@ -1,0 +1,145 @@
+"""`hyper serve` and `hyper ask` as processes: readiness line, signals, exit codes, and what a person sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from click.testing import CliRunner, Result
+
+from server.commands import ask, serve
+from tests.process import exit_code, post, serve_process, start
+from tests.serving import Live, tone
+
+SCRIPTED = {"HYPER_ENGINE": "scripted"}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("clips") / "tone.wav"
+    path.write_bytes(tone(2.0))
+    yield path
+
+
+def wait_for(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Returns when it holds."""
+    deadline_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline_s, "waited in vain"
+        time.sleep(0.02)
+
+
+def run_ask(*arguments: str) -> Result:
+    return CliRunner().invoke(ask, arguments)
+
+
+def test_serve_says_when_it_is_ready_and_ends_with_0_at_sigterm() -> None:
+    with serve_process(SCRIPTED) as (process, url):
+        assert httpx.get(f"{url}/readyz").json()["ready"] is True
+        assert post(url).json()["answer"]["text"] == "1.0 s of loud sound"
+        process.send_signal(signal.SIGTERM)
+        assert exit_code(process, 10) == 0
+
+
+def test_serve_answers_what_is_in_flight_before_it_ends() -> None:
+    with serve_process({**SCRIPTED, "HYPER_SCRIPTED_TOKEN_INTERVAL_S": "0.02"}) as (process, url):
+        found: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: found.append(post(url)))
+        thread.start()
+        wait_for(lambda: "hyper_in_flight 1.0" in httpx.get(f"{url}/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: httpx.get(f"{url}/readyz").json()["reasons"] == ["shutting_down"])
+        refused = post(url)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        thread.join()
+        assert found[0].status_code == 200 and found[0].json()["termination"] == "complete"
+        assert exit_code(process, 10) == 0
+
+
+def test_a_stalled_upload_and_an_idle_connection_do_not_hold_the_end_up() -> None:
+    environment = {**SCRIPTED, "HYPER_DRAIN_TIMEOUT_S": "1", "HYPER_UPLOAD_IDLE_TIMEOUT_S": "60"}
+    with serve_process(environment) as (process, url):
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with socket.create_connection(address) as stalled, socket.create_connection(address):
+            head = (
+                b"POST /v1/audio/qa HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{"
+            )
+            stalled.sendall(head)
+            wait_for(lambda: "hyper_in_flight 1.0" in httpx.get(f"{url}/metrics").text)
+            started_s = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            assert exit_code(process, 15) == 0
+            assert time.monotonic() - started_s < 10
+
+
+def test_serve_says_why_it_cannot(tmp_path: Path) -> None:
+    process = start({"HYPER_ENGINE": "vllm", "HYPER_CHECKPOINT": str(tmp_path)}, stderr=subprocess.PIPE)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 78 and "hyper.json" in error and "Traceback" not in error
+    process = start({**SCRIPTED, "HYPER_MAX_IN_FLIGHT": "none"}, stderr=subprocess.PIPE)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 2 and "HYPER_MAX_IN_FLIGHT" in error and "Traceback" not in error
+
+
+def test_a_port_that_is_taken_is_a_quick_failure() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process = start({**SCRIPTED, "HYPER_PORT": str(taken.getsockname()[1])}, stderr=subprocess.PIPE)
+        _, error = process.communicate(timeout=30)
+        assert process.returncode not in (0, None) and "in use" in error
+
+
+def test_help_says_what_there_is_without_loading_the_service() -> None:
+    assert "--checkpoint" in CliRunner().invoke(serve, ["--help"]).output
+    assert "CLIP QUESTION" in CliRunner().invoke(ask, ["--help"]).output
+    code = "import sys, server.commands; print(sorted({'fastapi', 'httpx', 'numpy', 'uvicorn'} & set(sys.modules)))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_ask_prints_the_answer_and_what_it_stands_on(live: Live, clip: Path) -> None:
+    result = run_ask(str(clip), "What is heard?", "--url", live.url)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0] == "2.0 s of loud sound"
+    assert any("background:" in line and "loud sound" in line for line in lines)
+
+
+def test_ask_offers_choices(live: Live, clip: Path) -> None:
+    result = run_ask(str(clip), "What is it?", "--choice", "a bell", "--choice", "a dog", "--url", live.url)
+    assert result.output.splitlines()[0].split("  (")[0] in ("a bell", "a dog") and "%)" in result.output
+
+
+def test_ask_prints_json(live: Live, clip: Path) -> None:
+    reply = json.loads(run_ask(str(clip), "What is heard?", "--json", "--url", live.url).output)
+    assert reply["answer"]["text"] == "2.0 s of loud sound"
+
+
+def test_ask_streams(live: Live, clip: Path) -> None:
+    result = run_ask(str(clip), "What is heard?", "--stream", "--url", live.url)
+    assert "[PLANNING] Measure" in result.output and result.output.rstrip().endswith("2.0 s of loud sound")
+    lines = run_ask(str(clip), "What is heard?", "--stream", "--json", "--url", live.url).output.splitlines()
+    assert json.loads(lines[0])["event"] == "section.start" and json.loads(lines[-1])["event"] == "done"
+
+
+def test_ask_says_why_there_is_no_answer(live: Live, clip: Path, tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("no audio")
+    result = run_ask(str(text), "What is heard?", "--url", live.url)
+    assert result.exit_code == 1 and "error: " in result.output and "Traceback" not in result.output
+    result = run_ask(str(clip), "What is heard?", "--choice", "only one", "--url", live.url)
+    assert result.exit_code == 1 and "choices" in result.output
+    result = run_ask(str(clip), "What is heard?", "--url", "http://127.0.0.1:9")
+    assert result.exit_code == 1 and "hyper serve" in result.output
+    assert run_ask(str(tmp_path / "none.wav"), "What?").exit_code == 2

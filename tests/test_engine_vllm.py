@@ -1,0 +1,125 @@
+"""The service over vLLM: an untrained model behind the real engine, its metrics, its death and a clean end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import VllmHost
+from tests.process import exit_code, post, serve_process
+from tests.serving import Live, tone
+
+CHOICES = ["a bell", "a dog", "the sea"]
+
+
+def test_an_untrained_model_still_answers(live_vllm: Live) -> None:
+    open_reply = live_vllm.ask(max_tokens=32).json()
+    assert open_reply["termination"] in ("truncated", "malformed", "complete")
+    assert open_reply["usage"]["completion_tokens"] <= 32 + 64
+    assert open_reply["usage"]["audio_tokens"] == 25 and open_reply["model"] == "random-tiny"
+    reply = live_vllm.ask(choices=CHOICES, max_tokens=32).json()
+    assert sum(reply["answer"]["scores"]) == pytest.approx(1) and reply["answer"]["text"] in CHOICES
+    assert reply["trace"]["raw"].endswith("</FINAL_ANSWER>") and "PAUSE" not in reply["trace"]["raw"]
+    timings = reply["timings_ms"]
+    assert timings["prefill"] > 0 and timings["first_token"] < timings["first_answer_token"] <= timings["total"]
+
+
+def test_a_stream_says_what_the_reply_says(live_vllm: Live) -> None:
+    reply = live_vllm.ask(choices=CHOICES, max_tokens=40, seed=3, temperature=0.8).json()
+    events = live_vllm.events(choices=CHOICES, max_tokens=40, seed=3, temperature=0.8)
+    done = events[-1][1]
+    for key in ("answer", "perception", "reasoning", "trace", "termination", "pause"):
+        assert done[key] == reply[key]
+    assert "".join(data["text"] for name, data in events if name == "answer.delta") == reply["answer"]["text"]
+
+
+def test_the_second_question_about_a_clip_reuses_the_first(live_vllm: Live) -> None:
+    clip = tone(20.0, hertz=123.0)
+    first = live_vllm.ask(clip, max_tokens=4).json()["usage"]
+    second = live_vllm.ask(clip, question="And who speaks?", max_tokens=4).json()["usage"]
+    assert first["cached_tokens"] == 0 and second["cached_tokens"] > 300
+
+
+def test_all_of_the_window_is_heard(live_vllm: Live) -> None:
+    reply = live_vllm.ask(tone(30.0), max_tokens=4).json()
+    assert reply["usage"]["audio_tokens"] == 750 and reply["audio"][0]["truncated"] is False
+
+
+def test_a_client_that_leaves_frees_the_engine(live_vllm: Live) -> None:
+    fields = {"question": "What?", "max_tokens": "900"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{live_vllm.url}/v1/audio/qa", data=fields, files={"file": ("clip", tone())}, timeout=0.4)
+    live_vllm.wait_until_idle(2.0)
+    assert live_vllm.ask(max_tokens=4).status_code == 200
+
+
+def test_the_metrics_of_the_engine_pass_through(live_vllm: Live) -> None:
+    live_vllm.ask(max_tokens=4)
+    text = live_vllm.client.get("/metrics").text
+    assert "vllm:num_requests_running" in text and "vllm:prefix_cache_queries_total" in text
+    assert 'hyper_build_info{checkpoint="random-tiny",engine="vllm"' in text
+
+
+def test_eight_at_once(live_vllm: Live) -> None:
+    statuses: list[int] = []
+
+    def ask() -> None:
+        reply = httpx.post(
+            f"{live_vllm.url}/v1/audio/qa",
+            data={"question": "What?", "choices": CHOICES, "max_tokens": "24"},
+            files={"file": ("clip", tone())},
+            timeout=60,
+        )
+        statuses.append(reply.status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * 8
+
+
+def test_when_the_engine_dies_clients_hear_it_and_the_process_exits_70(
+    vllm_host: VllmHost, random_checkpoint: Path
+) -> None:
+    vllm_host.close()
+    environment = {"HYPER_ENGINE": "vllm", "HYPER_CHECKPOINT": str(random_checkpoint), "HYPER_DTYPE": "float32"}
+    with serve_process(environment, ready_timeout_s=240) as (process, url):
+        assert post(url, max_tokens=4).status_code == 200
+        workers = vllm_processes(process.pid)
+        assert workers
+        found: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: found.append(post(url, max_tokens=900)))
+        thread.start()
+        time.sleep(0.3)
+        started_s = time.monotonic()
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        thread.join(20)
+        assert found[0].status_code == 503, found[0].text
+        assert json.loads(found[0].text)["error"]["code"] == "engine_unavailable"
+        assert exit_code(process, 30) == 70
+        assert time.monotonic() - started_s < 30
+        assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def vllm_processes(parent: int) -> list[int]:
+    """Finds the engine's processes: the parent's children and grandchildren named VLLM."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            name = (path / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"VLLM" in name and int(fields[1]) in (parent, *found):
+            found.append(int(path.name))
+    return found
