@@ -45,7 +45,7 @@ def mini_sft() -> SftRecipe:
         num_kv_heads=4,
         ffn_size=896,
         latent_tokens=8,
-        num_steps=6_000,
+        num_steps=4_300,
         batch_size=16,
         learning_rate=1.0e-3,
         min_learning_rate=5e-5,

@@ -15,6 +15,7 @@ import numpy as np
 
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.checkpoint import Checkpoint
+from hyper_model.engine_environment import prepare_environment
 from hyper_model.trace import Section
 from hyper_model.trace_parser import TraceParser
 
@@ -47,15 +48,9 @@ class VllmBackend:
         dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
         max_num_seqs: int = 32,
     ) -> None:
-        for name, value in {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CONFIGURE_LOGGING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }.items():
-            os.environ.setdefault(name, value)
+        prepare_environment()
+        # In this process: weights can then be replaced without a copy on disk.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM
         from vllm.platforms import current_platform
 

@@ -111,10 +111,14 @@ class SceneBuilder:
     def _draw_background(self, rng: random.Random, label: str, num_samples: int) -> tuple[np.ndarray, str]:
         recording = rng.choice(self.recordings[label])
         background_S = np.zeros(num_samples, np.float32)
-        factor = rng.uniform(0.85, 1.18) if self.split == "train" else 1.0
+        # Few recordings stand for a class: train on many versions of each.
+        factor = rng.uniform(0.8, 1.25) if self.split == "train" else 1.0
+        tilt = rng.uniform(-0.7, 0.8) if self.split == "train" else 0.0
         start = -rng.randrange(SAMPLE_RATE_HZ // 2)
         while start < num_samples:
             piece_S = sounds.load(self.folder / rng.choice(recording.files))
+            if self.split == "train":
+                piece_S = _tilt(piece_S, tilt)
             if factor != 1.0:
                 piece_S = soxr.resample(piece_S, SAMPLE_RATE_HZ, SAMPLE_RATE_HZ * factor, quality="LQ")
             if len(piece_S) > num_samples:
@@ -155,6 +159,7 @@ class SceneBuilder:
                 sexes[voice.name] = voice.sex
         order = self._draw_order(rng, people)
         speed = {name: rng.uniform(0.92, 1.09) if self.split == "train" else 1.0 for name in people}
+        tilt = {name: rng.uniform(-0.35, 0.35) if self.split == "train" else 0.0 for name in people}
         level = {name: 10 ** (rng.uniform(-3.0, 3.0) / 20) for name in people}
         lead_s = rng.uniform(0.1, 0.5)
         cursor_s, placed, has_overlap = lead_s, [], False
@@ -166,6 +171,8 @@ class SceneBuilder:
                     break
                 utterance, samples_S = self._draw_utterance(rng, name)
             said.add(utterance.text)
+            if tilt[name]:
+                samples_S = _tilt(samples_S, tilt[name])
             if abs(speed[name] - 1.0) > 0.01:
                 samples_S = soxr.resample(samples_S, SAMPLE_RATE_HZ, SAMPLE_RATE_HZ / speed[name], quality="MQ")
             if index:
@@ -222,7 +229,7 @@ class SceneBuilder:
     def _draw_label(self, rng: random.Random, num_speakers: int) -> str:
         if num_speakers and rng.random() < 0.12:
             return sounds.QUIET
-        if num_speakers and rng.random() < 0.10:
+        if num_speakers and rng.random() < 0.10 and len(self.voices) > num_speakers:
             return sounds.BACKGROUND_SPEECH
         if not num_speakers and rng.random() < 0.08:
             return sounds.QUIET
@@ -247,3 +254,11 @@ class SceneBuilder:
         mixture_S = (mixture_S + floor) * 10 ** (rng.uniform(-4.0, 4.0) / 20)
         peak = float(np.abs(mixture_S).max())
         return (mixture_S * (0.98 / peak) if peak > 0.98 else mixture_S).astype(np.float32)
+
+
+def _tilt(samples_S: np.ndarray, amount: float) -> np.ndarray:
+    """Tilt the spectrum with one tap (above 0 dulls, below 0 sharpens) at equal level: another microphone or room."""
+    tilted_S = samples_S.copy()
+    tilted_S[1:] += amount * samples_S[:-1]
+    power, tilted_power = float(np.mean(samples_S**2)), float(np.mean(tilted_S**2))
+    return tilted_S * np.float32(np.sqrt(power / max(tilted_power, 1e-12)))

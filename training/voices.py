@@ -51,6 +51,8 @@ class Voice:
     """`woman` or `man`, as the trace says it."""
     argument: str
     num_rounds: int
+    playback: float = 1.0
+    """Speed at which the synthesizer's sound is played: pitch and formants move with it."""
 
     @property
     def split(self) -> Split:
@@ -99,6 +101,12 @@ def list_voices() -> tuple[Voice, ...]:
     voices.append(Voice("af_heart_fast", "hibari", "woman", "heart", 24))
     for name, sex in (("kal16", "man"), ("awb", "man"), ("slt", "woman"), ("rms", "man")):
         voices.append(Voice(name, "flite", sex, name, 6 if name in TEST_VOICES else 20))
+    # Played faster or slower, a fast voice is another one for the ear, and its lines cost next to nothing.
+    for percent in (78, 84, 90, 110, 116, 122, 128, 134):
+        sex = "woman" if percent > 85 else "man"
+        voices.append(Voice(f"heart_at_{percent}", "hibari", sex, "heart", 25, percent / 100))
+    for name, percent in (("kal16", 112), ("kal16", 124), ("awb", 110), ("awb", 90)):
+        voices.append(Voice(f"{name}_at_{percent}", "flite", "man", name, 25, percent / 100))
     for argument in _ESPEAK:
         sex = "woman" if "+f" in argument else "man"
         voices.append(Voice(f"espeak_{argument.replace('+', '_')}", "espeak", sex, argument, 6))
@@ -176,7 +184,7 @@ def speak(text: str, voice: Voice, assets: Path, rng: random.Random) -> np.ndarr
         samples_S, rate_hz = _hibari()(text), 24_000
     else:
         samples_S, rate_hz = _speak_by_program(text, voice, rng)
-    samples_S = soxr.resample(np.asarray(samples_S, np.float32), rate_hz, SAMPLE_RATE_HZ, quality="HQ")
+    samples_S = soxr.resample(np.asarray(samples_S, np.float32), rate_hz * voice.playback, SAMPLE_RATE_HZ, quality="HQ")
     samples_S = trim_silence(samples_S)
     samples_S = samples_S * (TARGET_RMS / max(1e-6, float(np.sqrt(np.mean(samples_S**2)))))
     return np.clip(samples_S, -1.0, 1.0).astype(np.float32)
