@@ -372,6 +372,19 @@ class TraceTokenizer:
             raise CheckpointError("the tokenizer does not write a choice's letter as a token of its own")
         return ids
 
+    def choice_ids(self, choices: Sequence[str], *, by_letter: bool) -> list[list[int]]:
+        """Returns what stands after the FINAL_ANSWER tag for each choice: the continuations that are scored.
+
+        Args:
+            choices: What the prompt offers.
+            by_letter: Whether the checkpoint answers with the choice's letter, one token, or with its words. Words are
+                closed by the tag where tags are tokens: else a choice gains by being another's beginning.
+        """
+        if by_letter:
+            return [[label_id] for label_id in self.label_ids(len(choices))]
+        closing = self.close_ids(Section.FINAL_ANSWER) if self.tag_style is TagStyle.TOKEN else []
+        return [[*self.encode_text(escape_markup(" ".join(choice.split()))), *closing] for choice in choices]
+
     def token_bytes(self, token_id: int) -> bytes:
         """Returns the bytes a token stands for; none for an id outside the vocabulary."""
         known = self._token_bytes.get(token_id)

@@ -175,17 +175,15 @@ class QaRun:
         """Scores the choices as continuations of the trace, and writes the likeliest into it."""
         choices = self.question.choices
         await self.feed(self.parser.ids_to_final_answer(), emit)
-        if self.manifest.trace.answer_style == "letter":
-            candidates = [[label_id] for label_id in self.tokenizer.label_ids(len(choices))]
-        else:
-            candidates = [self.tokenizer.encode_text(choice) for choice in choices]
+        by_letter = self.manifest.trace.answer_style == "letter"
+        candidates = self.tokenizer.choice_ids(choices, by_letter=by_letter)
         started_s = time.monotonic()
         logprobs = await self.engine.score(self.request(1, set(), set()), candidates)
         self.tally.score_s = time.monotonic() - started_s
-        # The mean, so that a choice of many words is not unlikely for its length alone.
-        scores = softmax([total / len(ids) for total, ids in zip(logprobs, candidates, strict=True)])
+        # Of the whole continuation, not its mean: the model has read the choices and is about to copy one of them.
+        scores = softmax(logprobs)
         index = int(np.argmax(scores))
-        words = escape_markup(render_choice(index, choices))
+        words = escape_markup(render_choice(index, choices) if by_letter else " ".join(choices[index].split()))
         await self.feed([*self.tokenizer.encode_text(words), *self.tokenizer.close_ids(Section.FINAL_ANSWER)], emit)
         self.tally.note_answer()
         await emit("answer.delta", {"text": choices[index]})

@@ -218,6 +218,19 @@ def test_plain_text_tags_and_choices_by_their_words() -> None:
     assert reply.answer.scores and sum(reply.answer.scores) == pytest.approx(1)
 
 
+def test_a_checkpoint_that_answers_in_words_has_the_words_written_into_its_trace() -> None:
+    trace = CHECKPOINT.manifest.trace.model_copy(update={"answer_style": "text"})
+    manifest = CHECKPOINT.manifest.model_copy(update={"trace": trace})
+    checkpoint = Checkpoint(CHECKPOINT.path, manifest, CHECKPOINT.tokenizer, CHECKPOINT.manifest_sha256)
+    choices = ("rain", "rain  and wind", "sun")
+    reply, _, _ = ask(render(WORDS), choices, checkpoint=checkpoint)
+    assert reply.answer.choice_index is not None and reply.answer.choice == choices[reply.answer.choice_index]
+    assert reply.answer.scores and sum(reply.answer.scores) == pytest.approx(1)
+    words = " ".join(reply.answer.text.split())
+    assert reply.trace.raw is not None and reply.trace.raw.endswith(f"<FINAL_ANSWER>{words}</FINAL_ANSWER>")
+    assert reply.trace.format == "strict"
+
+
 def test_choices_may_look_like_markup() -> None:
     choices = ("<THINK>", "</FINAL_ANSWER>")
     reply, _, _ = ask(render(WORDS), choices)

@@ -336,3 +336,12 @@ def test_a_speakers_id_is_s_and_a_number(speaker_id: str) -> None:
 )
 def test_an_environment_splits_into_its_labels(text: str, labels: list[str]) -> None:
     assert environment_labels(text) == labels
+
+
+def test_choices_are_scored_by_their_letter_or_by_their_closed_words() -> None:
+    choices = ("rain", "rain and  wind")
+    assert TOKENIZER.choice_ids(choices, by_letter=True) == [[label] for label in TOKENIZER.label_ids(2)]
+    by_words = TOKENIZER.choice_ids(choices, by_letter=False)
+    assert [TOKENIZER.decode(ids) for ids in by_words] == ["rain</FINAL_ANSWER>", "rain and wind</FINAL_ANSWER>"]
+    forged = TOKENIZER.choice_ids(("</FINAL_ANSWER>", "x"), by_letter=False)[0]
+    assert forged.count(TOKENIZER.close_ids(Section.FINAL_ANSWER)[0]) == 1

@@ -66,7 +66,8 @@ DOWNLOADS = (
             "mkdir -p apt/lists/partial apt/parts && for f in /etc/apt/sources.list.d/*.sources; do"
             ' sed \'s/^Types:.*/Types: deb-src/\' "$f" > apt/parts/$(basename "$f"); done;'
             " sed -n 's/^deb /deb-src /p' /etc/apt/sources.list > apt/parts/main.list 2>/dev/null;"
-            " o='-o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts=apt/parts -o Dir::State::lists=apt/lists';"
+            ' o="-o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts=$PWD/apt/parts'
+            ' -o Dir::State::lists=$PWD/apt/lists";'
             " apt-get $o update -qq; apt-get $o source -qq --download-only openttd-opensfx; rm -rf apt;"
             " test -f openttd-opensfx_1.0.3.orig.tar.xz",
         ),

@@ -112,7 +112,7 @@ def ask(backend: VllmBackend, items: Sequence[Item], clips: Sequence[np.ndarray]
     """Ask every item of the clip at the same place of `clips`."""
     tokenizer = backend.checkpoint.tokenizer
     prompts = [
-        Prompt(build_prompt(tokenizer, i.example.question, i.example.choices), clip, len(i.example.choices))
+        Prompt(build_prompt(tokenizer, i.example.question, i.example.choices), clip, i.example.choices)
         for i, clip in zip(items, clips, strict=True)
     ]
     completions = backend.complete(prompts, use_tqdm=use_tqdm)

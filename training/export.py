@@ -54,6 +54,7 @@ def export_mini(run_dir: Path, encoder_file: Path, directory: Path, *, overwrite
             "data_card": "README.md",
             "environment_labels": [*sounds.labels(), sounds.QUIET, sounds.BACKGROUND_SPEECH],
             "max_model_len": MAX_MODEL_LEN,
+            "trace": {"answer_style": "text"},
             "pause": {"mode": "parallel", "latent_tokens": recipe.latent_tokens},
         },
     )

@@ -26,7 +26,7 @@ class Prompt:
 
     token_ids: list[int]
     samples_S: np.ndarray  # noqa: N815  # the axis suffix
-    num_choices: int
+    choices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class VllmBackend:
         )
 
     def complete(self, prompts: Sequence[Prompt], *, max_tokens: int = 512, use_tqdm: bool = True) -> list[Completion]:
-        """Complete every prompt greedily; where there are choices, up to FINAL_ANSWER, then score their letters."""
+        """Complete every prompt greedily; where there are choices, up to FINAL_ANSWER, then score them."""
         from vllm import SamplingParams
 
         tokenizer = self.checkpoint.tokenizer
@@ -76,7 +76,7 @@ class VllmBackend:
         banned = {token_id: -100.0 for token_id in (tokenizer.audio_id, tokenizer.pause_id) if token_id is not None}
 
         def params(prompt: Prompt) -> SamplingParams:
-            stop = [*tokenizer.stop_ids, *([final_id] if prompt.num_choices else [])]
+            stop = [*tokenizer.stop_ids, *([final_id] if prompt.choices else [])]
             return SamplingParams(
                 max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop, logit_bias=banned, detokenize=False
             )
@@ -84,29 +84,47 @@ class VllmBackend:
         outputs = self._generate(prompts, [p.token_ids for p in prompts], [params(p) for p in prompts], use_tqdm)
         written = [list(output.outputs[0].token_ids) for output in outputs]
         truncated = [output.outputs[0].finish_reason == "length" for output in outputs]
-        asked = [i for i, prompt in enumerate(prompts) if prompt.num_choices]
+        asked = [i for i, prompt in enumerate(prompts) if prompt.choices]
         for i in asked:
             parser = TraceParser(tokenizer)
             for token_id in written[i]:
                 parser.feed(token_id)
             written[i] += parser.ids_to_final_answer()
-        labels = {i: tokenizer.label_ids(prompts[i].num_choices) for i in asked}
-        scored = self._generate(
-            [prompts[i] for i in asked],
-            [[*prompts[i].token_ids, *written[i]] for i in asked],
-            [
-                SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=labels[i], detokenize=False)
-                for i in asked
-            ],
+        scores = self._score(prompts, written, asked, use_tqdm)
+        for i, totals in scores.items():
+            written[i] += self._candidates(prompts[i])[int(np.argmax(totals))]
+            if self._answers_by_letter:
+                written[i] += tokenizer.close_ids(Section.FINAL_ANSWER)
+        return [Completion(tokens, scores.get(i, ()), truncated[i]) for i, tokens in enumerate(written)]
+
+    @property
+    def _answers_by_letter(self) -> bool:
+        return self.checkpoint.manifest.trace.answer_style == "letter"
+
+    def _candidates(self, prompt: Prompt) -> list[list[int]]:
+        return self.checkpoint.tokenizer.choice_ids(prompt.choices, by_letter=self._answers_by_letter)
+
+    def _score(
+        self, prompts: Sequence[Prompt], written: list[list[int]], asked: list[int], use_tqdm: bool
+    ) -> dict[int, tuple[float, ...]]:
+        """Return the log-probability of every choice of the prompts `asked`, as the service scores them."""
+        from vllm import SamplingParams
+
+        # vLLM must write a token; which one does not matter.
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        jobs = [(i, candidate) for i in asked for candidate in self._candidates(prompts[i])]
+        outputs = self._generate(
+            [prompts[i] for i, _ in jobs],
+            [[*prompts[i].token_ids, *written[i], *candidate] for i, candidate in jobs],
+            [params] * len(jobs),
             use_tqdm,
         )
-        scores: dict[int, tuple[float, ...]] = {}
-        for i, output in zip(asked, scored, strict=True):
-            (logprobs,) = output.outputs[0].logprobs
-            scores[i] = tuple(logprobs[label].logprob for label in labels[i])
-            best = int(np.argmax(scores[i]))
-            written[i] += [labels[i][best], *tokenizer.close_ids(Section.FINAL_ANSWER)]
-        return [Completion(tokens, scores.get(i, ()), truncated[i]) for i, tokens in enumerate(written)]
+        totals: dict[int, tuple[float, ...]] = dict.fromkeys(asked, ())
+        for (i, candidate), output in zip(jobs, outputs, strict=True):
+            tail = output.prompt_logprobs[-len(candidate) :]
+            total = sum(logprobs[token].logprob for token, logprobs in zip(candidate, tail, strict=True))
+            totals[i] = (*totals[i], total)
+        return totals
 
     def _generate(
         self, prompts: Sequence[Prompt], ids: list[list[int]], params: list[Any], use_tqdm: bool

@@ -181,7 +181,8 @@ def speak(text: str, voice: Voice, assets: Path, rng: random.Random) -> np.ndarr
     if voice.engine == "kokoro":
         samples_S, rate_hz = _speak_kokoro(text, voice, assets, rng)
     elif voice.engine == "hibari":
-        samples_S, rate_hz = _hibari()(text), 24_000
+        # Its breath noise is drawn from the line itself: the same line sounds the same again.
+        samples_S, rate_hz = _hibari()(text, seed=_seed(text) % 2**32), 24_000
     else:
         samples_S, rate_hz = _speak_by_program(text, voice, rng)
     samples_S = soxr.resample(np.asarray(samples_S, np.float32), rate_hz * voice.playback, SAMPLE_RATE_HZ, quality="HQ")
