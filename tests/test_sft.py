@@ -16,6 +16,7 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from hyper_model.trace import Section, TraceTokenizer, build_prompt
 from tests.training_data import write_bank, write_sounds
 from training import lean
+from training.assets import MissingDataError
 from training.clips import open_clips, scene_to_json
 from training.encoder import HOP, ClipEncoder, num_audio_tokens
 from training.questions import draw_example
@@ -156,5 +157,5 @@ def test_the_loss_falls_when_one_batch_is_repeated(clips: Path, tmp_path: Path) 
 
 
 def test_no_clips_is_said_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="make scenes"):
+    with pytest.raises(MissingDataError, match="make scenes"):
         prepare_run(debug(), tmp_path, tmp_path / "run")

@@ -27,8 +27,8 @@ KOKORO_FILE = "kokoro-v1.0.int8.onnx"
 KOKORO_VOICES_FOLDER = "kokoro_voices"
 
 
-class AssetError(HyperError):
-    """A package that training needs is missing, or is not the pinned file."""
+class MissingDataError(HyperError):
+    """Something that a step of training reads is missing, or is not the pinned file; the message says what makes it."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def fetch(folder: Path) -> None:
     """Fill `folder` with every asset; what is there already stays.
 
     Raises:
-        AssetError: a file cannot be had or has another sum than the pinned one.
+        MissingDataError: a file cannot be had or has another sum than the pinned one.
     """
     if (folder / ".complete").exists():
         return
@@ -109,35 +109,35 @@ def require_speech_programs() -> None:
     """Check that the two synthesizers that are programs can be run.
 
     Raises:
-        AssetError: one is missing.
+        MissingDataError: one is missing.
     """
     missing = [name for name in ("flite", "espeak-ng") if shutil.which(name) is None]
     if missing:
-        raise AssetError(f"the utterance bank needs {' and '.join(missing)}: apt-get install flite espeak-ng")
+        raise MissingDataError(f"the utterance bank needs {' and '.join(missing)}: apt-get install flite espeak-ng")
 
 
 def _fetch_one(download: Download, folder: Path) -> None:
     path = folder / download.file
     if not path.exists():
         if shutil.which(download.command[0]) is None:
-            raise AssetError(f"{download.command[0]} is not on PATH: put {download.file} into {folder} yourself")
+            raise MissingDataError(f"{download.command[0]} is not on PATH: put {download.file} into {folder} yourself")
         done = subprocess.run(download.command, cwd=folder, capture_output=True, text=True)
         if done.returncode != 0 or not path.exists():
-            raise AssetError(f"cannot fetch {download.file}: {done.stderr.strip()[-300:]}")
+            raise MissingDataError(f"cannot fetch {download.file}: {done.stderr.strip()[-300:]}")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != download.sha256:
-        raise AssetError(f"{path} has sha256 {found}, pinned is {download.sha256}")
+        raise MissingDataError(f"{path} has sha256 {found}, pinned is {download.sha256}")
 
 
 def package_folder(name: str) -> Path:
     """Return the folder of an installed package without importing it.
 
     Raises:
-        AssetError: it is not installed.
+        MissingDataError: it is not installed.
     """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise AssetError(f"the package {name} is not installed: install the `data` lock file (make bank does)")
+        raise MissingDataError(f"the package {name} is not installed: install the `data` lock file (make bank does)")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -166,7 +166,7 @@ def unpack_clonk_group(data: bytes, folder: Path) -> None:
     """Unpack a Clonk group file (`.ocg`): gzip, a scrambled 204-byte head, 316-byte entries, then their data.
 
     Raises:
-        AssetError: the bytes are no group.
+        MissingDataError: the bytes are no group.
     """
     if data[:2] == b"\x1e\x8c":  # The format's own spelling of gzip's magic number.
         data = b"\x1f\x8b" + data[2:]
@@ -177,7 +177,7 @@ def unpack_clonk_group(data: bytes, folder: Path) -> None:
         head[i], head[i + 2] = head[i + 2], head[i]
     head = bytes(byte ^ 237 for byte in head)
     if not head.startswith(b"RedWolf Design GrpFolder"):
-        raise AssetError("not a Clonk group file")
+        raise MissingDataError("not a Clonk group file")
     (count,) = struct.unpack_from("<i", head, 36)
     contents = 204 + 316 * count
     folder.mkdir(parents=True, exist_ok=True)

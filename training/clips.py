@@ -89,11 +89,9 @@ class Clip:
         return torch.from_numpy(raw).view(torch.bfloat16).reshape(self.num_tokens, width)
 
 
-def open_clips(folder: Path, width: int, *, skip: frozenset[str] = frozenset()) -> Iterator[Clip]:
-    """Yield the clips of every finished shard whose name is not in `skip`, in order."""
+def open_clips(folder: Path, width: int) -> Iterator[Clip]:
+    """Yield the clips of every finished shard, in order."""
     for index in sorted(folder.glob("*.jsonl")):
-        if index.stem in skip:
-            continue
         offset = 0
         for line in index.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)

@@ -1,6 +1,7 @@
 """Measures a checkpoint on scenes of held-out voices and recordings, through vLLM and the service's prompt and parser.
 
-Every figure is over all items it is defined on, with a 95 % bootstrap interval (resampling items, fixed seed).
+Every figure is over all items it is defined on, with a 95 % bootstrap interval of fixed seed. Items are not
+independent: a few voices and recordings make them all, so whole voices or recordings are resampled, not items.
 `swapped_clip_accuracy` asks each question of another item's clip: a model that listens falls to chance.
 Knows nothing of how scenes sound or of training.
 """
@@ -8,7 +9,7 @@ Knows nothing of how scenes sound or of training.
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,8 @@ class Judged:
     word_errors: int
     num_words: int
     is_strict: bool
+    is_silent: bool | None
+    """In a clip without speech: whether no word and no speaker was named."""
 
 
 def draw_items(builder: SceneBuilder, *, num_items: int, first_seed: int) -> list[Item]:
@@ -91,20 +94,51 @@ def judge(example: Example, parsed: ParsedTrace, choice_scores: Sequence[float])
         word_errors=word_errors(reference, normalise(trace.transcript or "")),
         num_words=len(reference),
         is_strict=parsed.format is TraceFormat.STRICT,
+        is_silent=None if num_people else not trace.speakers and not normalise(trace.transcript or ""),
     )
 
 
-def _interval(values: Sequence[Any], statistic: Callable[[Sequence[Any]], float]) -> list[float]:
+def _interval(
+    values: Sequence[Any], clusters: Sequence[str], statistic: Callable[[Sequence[Any]], float]
+) -> list[float]:
+    """Bootstrap whole clusters (Field and Welsh 2007): what one voice or recording makes is drawn together."""
+    members: defaultdict[str, list[Any]] = defaultdict(list)
+    for value, cluster in zip(values, clusters, strict=True):
+        members[cluster].append(value)
+    groups = list(members.values())
+    if not groups:
+        return [0.0, 0.0]
     rng = random.Random(0)
-    draws = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(NUM_BOOTSTRAP))
+    draws = sorted(
+        statistic([value for group in rng.choices(groups, k=len(groups)) for value in group])
+        for _ in range(NUM_BOOTSTRAP)
+    )
     return [round(draws[int(0.025 * NUM_BOOTSTRAP)], 4), round(draws[int(0.975 * NUM_BOOTSTRAP)], 4)]
 
 
-def _mean(values: Sequence[bool]) -> float:
+def _voice(example: Example) -> str:
+    return example.scene.speakers[0].voice if example.scene.speakers else "nobody"
+
+
+def _background(example: Example) -> str:
+    return example.scene.recording or example.scene.environment
+
+
+def count_from_turns_accuracy(examples: Sequence[Example]) -> float:
+    """Return what counting turns alone could reach: the best fixed guess of the head count for each number of turns."""
+    counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
+    for example in examples:
+        if example.scene.speakers:
+            counts[len(example.scene.turns)][len(example.scene.speakers)] += 1
+    total = sum(counter.total() for counter in counts.values())
+    return sum(max(counter.values()) for counter in counts.values()) / max(1, total)
+
+
+def _mean(values: Sequence[Any]) -> float:
     return sum(values) / max(1, len(values))
 
 
-def _word_error_rate(judged: Sequence[Judged]) -> float:
+def _word_error_rate(judged: Sequence[Any]) -> float:
     return sum(j.word_errors for j in judged) / max(1, sum(j.num_words for j in judged))
 
 
@@ -139,36 +173,38 @@ def evaluate(
     chosen = [item for item in items if item.example.choices]
     swapped = ask(backend, chosen, _other_clips(chosen), use_tqdm=use_tqdm)
 
-    right = [j.is_right for j in judged if j.is_right is not None]
-    free = [j.free_is_right for j in judged if j.free_is_right is not None]
-    environment = [j.environment_is_right for j in judged]
-    counted = [j.count_is_right for j in judged if j.count_is_right is not None]
-    spoken = [j for j in judged if j.num_words]
-    strict = [j.is_strict for j in judged]
-    swapped_right = [bool(j.is_right) for j in swapped]
-    recorded = [
-        j.environment_is_right for i, j in zip(items, judged, strict=True) if i.example.scene.recording is not None
-    ]
-    figures: dict[str, tuple[float, Sequence[Any], Callable[[Sequence[Any]], float]]] = {
-        "choice_accuracy": (_mean(right), right, _mean),
-        "environment_accuracy": (_mean(environment), environment, _mean),
-        "environment_accuracy_recorded": (_mean(recorded), recorded, _mean),
-        "speaker_count_accuracy": (_mean(counted), counted, _mean),
-        "one_voice_counted_as_one": (
-            _mean([bool(j.count_is_right) for j in shortcut]),
-            [bool(j.count_is_right) for j in shortcut],
-            _mean,
+    def figure(
+        pairs: Sequence[tuple[Item, Any]],
+        cluster: Callable[[Example], str],
+        statistic: Callable[[Sequence[Any]], float] = _mean,
+    ) -> tuple[float, list[float]]:
+        defined = [(cluster(item.example), value) for item, value in pairs if value is not None]
+        values = [value for _, value in defined]
+        return round(statistic(values), 4), _interval(values, [name for name, _ in defined], statistic)
+
+    whole = list(zip(items, judged, strict=True))
+    recorded = [(i, j.environment_is_right) for i, j in whole if i.example.scene.recording is not None]
+    figures = {
+        "choice_accuracy": figure([(i, j.is_right) for i, j in whole], _voice),
+        "environment_accuracy": figure([(i, j.environment_is_right) for i, j in whole], _background),
+        "environment_accuracy_recorded": figure(recorded, _background),
+        "speaker_count_accuracy": figure([(i, j.count_is_right) for i, j in whole], _voice),
+        "one_voice_counted_as_one": figure(
+            [(i, j.count_is_right) for i, j in zip(one_voice, shortcut, strict=True)], _voice
         ),
-        "wer": (_word_error_rate(spoken), spoken, _word_error_rate),
-        "strict_format_rate": (_mean(strict), strict, _mean),
-        "free_answer_accuracy": (_mean(free), free, _mean),
-        "swapped_clip_accuracy": (_mean(swapped_right), swapped_right, _mean),
+        "wer": figure([(i, j if j.num_words else None) for i, j in whole], _voice, _word_error_rate),
+        "speech_free_is_silent_rate": figure([(i, j.is_silent) for i, j in whole], _background),
+        "strict_format_rate": figure([(i, j.is_strict) for i, j in whole], _voice),
+        "free_answer_accuracy": figure([(i, j.free_is_right) for i, j in whole], _voice),
+        "swapped_clip_accuracy": figure([(i, j.is_right) for i, j in zip(chosen, swapped, strict=True)], _voice),
     }
-    result: dict[str, Any] = {name: round(value, 4) for name, (value, _, _) in figures.items()}
+    result: dict[str, Any] = {name: value for name, (value, _) in figures.items()}
+    result["interval_95"] = {name: interval for name, (_, interval) in figures.items()}
     result["chance_accuracy"] = round(chance_accuracy([item.example for item in items]), 4)
+    result["count_from_turns_accuracy"] = round(count_from_turns_accuracy([item.example for item in items]), 4)
     result["num_items"] = len(items)
+    result["num_choice_items"] = len(chosen)
     result["split"] = split
-    result["interval_95"] = {name: _interval(values, statistic) for name, (_, values, statistic) in figures.items()}
     result["choice_accuracy_by_kind"] = _by(items, judged, lambda e: e.kind, lambda j: j.is_right)
     result["environment_accuracy_by_class"] = _by(
         items, judged, lambda e: e.scene.environment, lambda j: j.environment_is_right

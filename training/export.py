@@ -11,6 +11,7 @@ import torch
 from hyper_model.checkpoint import Checkpoint, export
 from hyper_model.trace import TraceTokenizer
 from training import sounds
+from training.assets import MissingDataError
 from training.encoder import load_encoder
 from training.recipes import SftRecipe
 from training.sft import MiniPolicy
@@ -22,9 +23,11 @@ def export_mini(run_dir: Path, encoder_file: Path, directory: Path, *, overwrite
     """Write the checkpoint that a Stage I run has reached, in bfloat16.
 
     Raises:
-        FileNotFoundError: the run has not saved a state yet.
+        MissingDataError: the run has not saved a state yet.
         CheckpointError: what was written does not verify.
     """
+    if not (run_dir / "state.pt").exists():
+        raise MissingDataError(f"no trained state in {run_dir}: train first (make train)")
     recipe = SftRecipe(**json.loads((run_dir / "recipe.json").read_text(encoding="utf-8")))
     tokenizer = TraceTokenizer.from_file(run_dir / "tokenizer.json")
     state = torch.load(run_dir / "state.pt", weights_only=True)
@@ -55,6 +58,7 @@ def export_mini(run_dir: Path, encoder_file: Path, directory: Path, *, overwrite
             "environment_labels": [*sounds.labels(), sounds.QUIET, sounds.BACKGROUND_SPEECH],
             "max_model_len": MAX_MODEL_LEN,
             "trace": {"answer_style": "text"},
-            "pause": {"mode": "parallel", "latent_tokens": recipe.latent_tokens},
+            # Training holds latent spans, but nothing here decides yet when to open one.
+            "pause": {"mode": "parallel", "latent_tokens": recipe.latent_tokens, "max_pauses": 0},
         },
     )

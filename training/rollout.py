@@ -16,7 +16,8 @@ import numpy as np
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.engine_environment import prepare_environment
-from hyper_model.trace import Section
+from hyper_model.errors import CheckpointError
+from hyper_model.trace import Section, TagStyle
 from hyper_model.trace_parser import TraceParser
 
 
@@ -35,11 +36,14 @@ class Completion:
 
     token_ids: list[int]
     choice_scores: tuple[float, ...]
-    is_truncated: bool
 
 
 class VllmBackend:
-    """Holds one in-process engine on a checkpoint."""
+    """Holds one in-process engine on a checkpoint.
+
+    Raises:
+        CheckpointError: its tags are plain text, which no single token ends; ask such a checkpoint through the service.
+    """
 
     def __init__(
         self,
@@ -48,6 +52,8 @@ class VllmBackend:
         dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
         max_num_seqs: int = 32,
     ) -> None:
+        if checkpoint.manifest.trace.tag_style is not TagStyle.TOKEN:
+            raise CheckpointError(f"{checkpoint.path}: only checkpoints whose tags are tokens can be run here")
         prepare_environment()
         # In this process: weights can then be replaced without a copy on disk.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -82,8 +88,8 @@ class VllmBackend:
             )
 
         outputs = self._generate(prompts, [p.token_ids for p in prompts], [params(p) for p in prompts], use_tqdm)
-        written = [list(output.outputs[0].token_ids) for output in outputs]
-        truncated = [output.outputs[0].finish_reason == "length" for output in outputs]
+        ends = set(tokenizer.stop_ids)
+        written = [[token for token in output.outputs[0].token_ids if token not in ends] for output in outputs]
         asked = [i for i, prompt in enumerate(prompts) if prompt.choices]
         for i in asked:
             parser = TraceParser(tokenizer)
@@ -95,7 +101,7 @@ class VllmBackend:
             written[i] += self._candidates(prompts[i])[int(np.argmax(totals))]
             if self._answers_by_letter:
                 written[i] += tokenizer.close_ids(Section.FINAL_ANSWER)
-        return [Completion(tokens, scores.get(i, ()), truncated[i]) for i, tokens in enumerate(written)]
+        return [Completion(tokens, scores.get(i, ())) for i, tokens in enumerate(written)]
 
     @property
     def _answers_by_letter(self) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import soxr
 
-from hyper_model.audio import SAMPLE_RATE_HZ
+from hyper_model.audio import SAMPLE_RATE_HZ, mix
 from training import sounds
 from training.lines import Line, line_from_text
 from training.voices import Bank, Split, Utterance, same_speaker
@@ -61,7 +61,8 @@ class Scene:
         return ". ".join(turn.line.text for turn in self.turns)
 
 
-# Turns are drawn so that their number says little about the number of people: one voice often speaks all of them.
+# One voice often speaks several turns, so that counting turns is not counting people; it still says something, since n
+# people take at least n turns. The evaluation states what turns alone would reach.
 _NUM_TURNS = {
     1: ((1, 2, 3, 4), (36, 23, 21, 20)),
     2: ((2, 3, 4), (42, 32, 26)),
@@ -248,9 +249,7 @@ class SceneBuilder:
         elif snr_db is None or background_power == 0.0:
             mixture_S = speech_S
         else:
-            # method.md section 5: k = sqrt(P_speech / (P_noise * 10^(SNR/10))).
-            gain = np.sqrt(float(np.mean(speech_S**2)) / (background_power * 10 ** (snr_db / 10)))
-            mixture_S = speech_S + gain * background_S
+            mixture_S = mix(speech_S, background_S, snr_db)
         mixture_S = (mixture_S + floor) * 10 ** (rng.uniform(-4.0, 4.0) / 20)
         peak = float(np.abs(mixture_S).max())
         return (mixture_S * (0.98 / peak) if peak > 0.98 else mixture_S).astype(np.float32)

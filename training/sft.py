@@ -26,6 +26,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from hyper_model.trace import TraceTokenizer
 from training import lean
+from training.assets import MissingDataError
 from training.clips import Clip, open_clips
 from training.questions import draw_example
 from training.recipes import SftRecipe
@@ -86,7 +87,7 @@ class Batch:
 
 
 class ExampleStream:
-    """Draws the training batches: step s sees the same sequences whenever it is run."""
+    """Draws the training batches: over the same clips, step s sees the same sequences whenever it is run."""
 
     def __init__(self, clips: list[Clip], tokenizer: TraceTokenizer, recipe: SftRecipe) -> None:
         self.clips, self.tokenizer, self.recipe = clips, tokenizer, recipe
@@ -253,15 +254,19 @@ def prepare_run(recipe: SftRecipe, clips_folder: Path, run_dir: Path) -> None:
     """Write the run's recipe and, once, its tokenizer.
 
     Raises:
-        FileNotFoundError: there are no clips to train on.
+        MissingDataError: there are no clips to train on, or the run there was made by another recipe.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(asdict(recipe), indent=2) + "\n"
+    recipe_file = run_dir / "recipe.json"
+    if recipe_file.exists() and recipe_file.read_text(encoding="utf-8") != text:
+        raise MissingDataError(f"{run_dir} was trained by another recipe: remove it, or choose another work folder")
+    recipe_file.write_text(text, encoding="utf-8")
     if (run_dir / "tokenizer.json").exists():
         return
     clips = list(itertools.islice(open_clips(clips_folder, ENCODER_WIDTH), 4_000))
     if not clips:
-        raise FileNotFoundError(f"no clips in {clips_folder}: build them first (make scenes)")
+        raise MissingDataError(f"no clips in {clips_folder}: build them first (make scenes)")
     rng = random.Random(recipe.seed)
     tokenizer = build_tokenizer((draw_example(clip.scene, rng) for clip in clips), recipe.vocab_size)
     tokenizer.save(str(run_dir / "tokenizer.json"))
@@ -281,6 +286,7 @@ def train(recipe: SftRecipe, clips_folder: Path, run_dir: Path, *, num_processes
     """Train a recipe to its end, resuming a run found in `run_dir`; one process a core is fastest on CPU."""
     prepare_run(recipe, clips_folder, run_dir)
     (run_dir / "rendezvous").unlink(missing_ok=True)
+    num_processes = min(num_processes, recipe.batch_size)
     arguments = (recipe, clips_folder, run_dir, num_processes)
     if num_processes == 1:
         _train_rank(0, *arguments)

@@ -26,7 +26,7 @@ import soxr
 from tqdm import tqdm
 
 from hyper_model.audio import SAMPLE_RATE_HZ
-from training.assets import KOKORO_FILE, KOKORO_VOICES_FOLDER, package_folder
+from training.assets import KOKORO_FILE, KOKORO_VOICES_FOLDER, MissingDataError, package_folder
 from training.lines import draw_line
 
 Split = Literal["train", "validation", "test"]
@@ -114,7 +114,10 @@ def list_voices() -> tuple[Voice, ...]:
 
 
 def same_speaker(voice: str) -> str:
-    """Return the speaker a voice name stands for; two voices of one speaker are never two people in a scene."""
+    """Return the speaker a voice name stands for: `af_heart_fast` is `af_heart`, and the two are never two people.
+
+    A voice played faster or slower counts as another person, as it does for the ear.
+    """
     return "af_heart" if voice == "af_heart_fast" else voice
 
 
@@ -150,7 +153,7 @@ def _kokoro(assets: Path) -> tuple[Any, dict[str, int]]:
     return session, json.loads((package_folder("hibari") / "assets/vocab.json").read_text(encoding="utf-8"))
 
 
-def _speak_kokoro(text: str, voice: Voice, assets: Path, rng: random.Random) -> tuple[np.ndarray, int]:
+def _speak_kokoro(text: str, voice: Voice, assets: Path, pace: float) -> tuple[np.ndarray, int]:
     session, vocab = _kokoro(assets)
     phonemes = "".join(_hibari().phonemize(text))
     tokens = [vocab[p] for p in phonemes if p in vocab]
@@ -158,33 +161,62 @@ def _speak_kokoro(text: str, voice: Voice, assets: Path, rng: random.Random) -> 
     inputs = {
         "tokens": np.array([[0, *tokens, 0]], np.int64),
         "style": styles[len(tokens) - 1][None],
-        "speed": np.array([rng.uniform(0.95, 1.25)], np.float32),
+        "speed": np.array([pace], np.float32),
     }
     return session.run(None, inputs)[0].ravel(), 24_000
 
 
-def _speak_by_program(text: str, voice: Voice, rng: random.Random) -> tuple[np.ndarray, int]:
+def _speak_by_program(text: str, voice: Voice, pace: float) -> tuple[np.ndarray, int]:
     with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
         if voice.engine == "flite":
-            stretch = rng.uniform(0.9, 1.15)
-            command = ["flite", "-voice", voice.argument, "--setf", f"duration_stretch={stretch:.3f}", "-t", text]
+            command = ["flite", "-voice", voice.argument, "--setf", f"duration_stretch={pace:.3f}", "-t", text]
             command += ["-o", wav.name]
         else:
-            command = ["espeak-ng", "-v", voice.argument, "-s", str(rng.randint(135, 185)), "-w", wav.name, text]
+            command = ["espeak-ng", "-v", voice.argument, "-s", str(round(pace)), "-w", wav.name, text]
         subprocess.run(command, check=True, capture_output=True)
         samples_S, rate_hz = soundfile.read(wav.name, dtype="float32")
     return samples_S, rate_hz
 
 
-def speak(text: str, voice: Voice, assets: Path, rng: random.Random) -> np.ndarray:
+def draw_pace(voice: Voice, rng: random.Random) -> float:
+    """Draw how fast a line is spoken, in the synthesizer's own unit."""
+    match voice.engine:
+        case "kokoro":
+            return rng.uniform(0.95, 1.25)
+        case "flite":
+            return rng.uniform(0.9, 1.15)
+        case "espeak":
+            return float(rng.randint(135, 185))
+        case "hibari":
+            return 1.0
+
+
+def plan_round(voice: Voice, round_index: int, *, seed: int) -> list[tuple[str, float]]:
+    """List the lines of a round and the pace of each: what is spoken is known without speaking it."""
+    rng = random.Random(_seed(seed, voice.name, round_index))
+    return [(draw_line(rng).text, draw_pace(voice, rng)) for _ in range(LINES_PER_ROUND)]
+
+
+def trained_lines(*, seed: int) -> frozenset[str]:
+    """Return every line that a training voice speaks."""
+    return frozenset(
+        text
+        for voice in list_voices()
+        if voice.split == "train"
+        for round_index in range(voice.num_rounds)
+        for text, _ in plan_round(voice, round_index, seed=seed)
+    )
+
+
+def speak(text: str, voice: Voice, assets: Path, pace: float) -> np.ndarray:
     """Synthesize one line: float32 [S] at 16 kHz, trimmed and at `TARGET_RMS`."""
     if voice.engine == "kokoro":
-        samples_S, rate_hz = _speak_kokoro(text, voice, assets, rng)
+        samples_S, rate_hz = _speak_kokoro(text, voice, assets, pace)
     elif voice.engine == "hibari":
         # Its breath noise is drawn from the line itself: the same line sounds the same again.
         samples_S, rate_hz = _hibari()(text, seed=_seed(text) % 2**32), 24_000
     else:
-        samples_S, rate_hz = _speak_by_program(text, voice, rng)
+        samples_S, rate_hz = _speak_by_program(text, voice, pace)
     samples_S = soxr.resample(np.asarray(samples_S, np.float32), rate_hz * voice.playback, SAMPLE_RATE_HZ, quality="HQ")
     samples_S = trim_silence(samples_S)
     samples_S = samples_S * (TARGET_RMS / max(1e-6, float(np.sqrt(np.mean(samples_S**2)))))
@@ -198,13 +230,11 @@ def _seed(*parts: object) -> int:
 def _build_round(job: tuple[Voice, int, Path, Path, int]) -> str:
     voice, round_index, assets, bank, seed = job
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    rng = random.Random(_seed(seed, voice.name, round_index))
     utterances: list[Utterance] = []
     pieces: list[np.ndarray] = []
     start = 0
-    for _ in range(LINES_PER_ROUND):
-        text = draw_line(rng).text
-        samples_S = (speak(text, voice, assets, rng) * 32767).astype("<i2")
+    for text, pace in plan_round(voice, round_index, seed=seed):
+        samples_S = (speak(text, voice, assets, pace) * 32767).astype("<i2")
         utterances.append(Utterance(voice.name, voice.sex, text, start, len(samples_S)))
         pieces.append(samples_S)
         start += len(samples_S)
@@ -217,15 +247,20 @@ def _build_round(job: tuple[Voice, int, Path, Path, int]) -> str:
     return stem
 
 
-def build_bank(assets: Path, bank: Path, *, seed: int, num_workers: int, voices: Iterable[Voice] | None = None) -> None:
-    """Make every missing round of the bank, cheap synthesizers and first rounds first."""
-    bank.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (voice, round_index, assets, bank, seed)
-        for voice in voices or list_voices()
+def missing_rounds(bank: Path, voices: Iterable[Voice]) -> list[tuple[Voice, int]]:
+    """List the rounds of these voices that the bank does not hold yet."""
+    return [
+        (voice, round_index)
+        for voice in voices
         for round_index in range(voice.num_rounds)
         if not (bank / f"{voice.name}.{round_index}.json").exists()
     ]
+
+
+def build_bank(assets: Path, bank: Path, *, seed: int, num_workers: int, voices: Iterable[Voice] | None = None) -> None:
+    """Make every missing round of the bank, cheap synthesizers and first rounds first."""
+    bank.mkdir(parents=True, exist_ok=True)
+    jobs = [(voice, i, assets, bank, seed) for voice, i in missing_rounds(bank, voices or list_voices())]
     jobs.sort(key=lambda job: (job[0].engine == "kokoro", job[1]))
     with ProcessPoolExecutor(num_workers) as pool:
         for _ in tqdm(pool.map(_build_round, jobs), total=len(jobs), desc="voices", unit="round"):
@@ -235,18 +270,23 @@ def build_bank(assets: Path, bank: Path, *, seed: int, num_workers: int, voices:
 class Bank:
     """The finished rounds of a bank, opened for reading.
 
+    Args:
+        without: lines to leave out, such as those that training has heard.
+
     Raises:
-        FileNotFoundError: the folder holds no finished round.
+        MissingDataError: the folder holds no finished round.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, without: frozenset[str] = frozenset()) -> None:
         self.utterances: dict[str, list[tuple[Utterance, Path]]] = {}
         for index in sorted(folder.glob("*.json")):
             for row in json.loads(index.read_text(encoding="utf-8")):
                 utterance = Utterance(**row)
+                if utterance.text in without:
+                    continue
                 self.utterances.setdefault(utterance.voice, []).append((utterance, index.with_suffix(".i16")))
         if not self.utterances:
-            raise FileNotFoundError(f"no utterances in {folder}: build the bank first (make bank)")
+            raise MissingDataError(f"no utterances in {folder}: build the bank first (make bank)")
 
     def voices(self, split: Split) -> Iterator[Voice]:
         """Yield the voices of a split that have at least one finished round."""
