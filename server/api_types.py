@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 MAX_SEED = 2**32 - 1
 
@@ -22,7 +22,10 @@ class QaOptions(Wire):
     """Asks one question about one clip."""
 
     question: str = Field(description="What to find out; at most 2000 characters.")
-    choices: list[str] = Field(default=[], description="None, or 2 to 26 different options to choose from.")
+    # One wrong item is enough to know; a million of them would each become an error of its own.
+    choices: Annotated[list[str], FailFast()] = Field(
+        default=[], description="None, or 2 to 26 different options to choose from."
+    )
     stream: bool = Field(default=False, description="Answer with server-sent events as the trace is written.")
     pause: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = Field(
         default="auto", description="Pauses the model may take: as the checkpoint says, none, or at most this many."

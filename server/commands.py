@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,10 @@ def serve(**options: Any) -> None:
     from pydantic import ValidationError
 
     from server.serving import run
-    from server.settings import Settings
+    from server.settings import Settings, unknown_variables
 
+    if unknown := unknown_variables(os.environ):
+        raise click.UsageError("\n".join(unknown))
     try:
         settings = Settings(**{name: value for name, value in options.items() if value is not None})
     except ValidationError as error:
@@ -68,12 +71,18 @@ def ask(clip: Path, question: str, choices: tuple[str, ...], url: str, as_json: 
             else:
                 response.read()
                 show_reply(response.json(), as_json=as_json)
-    except httpx.TransportError as error:
+    except httpx.InvalidURL as error:
+        refuse(f"{url} is not an address: {error}.")
+    except httpx.RequestError as error:
         refuse(f"no answer from {url}: {error}. Is `hyper serve` running?")
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        refuse(f"what answers at {url} does not answer as `hyper serve` does.")
 
 
 def show_reply(reply: dict[str, Any], *, as_json: bool) -> None:
     """Prints the answer, and what it stands on."""
+    if reply["object"] != "audio.qa":
+        raise ValueError
     if as_json:
         click.echo(json.dumps(reply, indent=2, ensure_ascii=False))
         return
@@ -93,6 +102,7 @@ def show_reply(reply: dict[str, Any], *, as_json: bool) -> None:
 
 def show_stream(response: httpx.Response, *, as_json: bool) -> None:
     """Prints events as they come: as JSON one a line, or as the text of a trace."""
+    name = ""
     for name, data in events(response):
         if name == "error":
             refuse(data["error"]["message"])
@@ -110,6 +120,8 @@ def show_stream(response: httpx.Response, *, as_json: bool) -> None:
                 click.echo(f"\n\n{answer_line(data)}")
             case _:
                 pass
+    if name != "done":
+        refuse("the stream ended before the answer was complete, or is none of `hyper serve`.")
 
 
 def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,7 @@ This module knows neither audio nor the engine beyond the names of their errors.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,9 @@ HTTP_FAULTS: Mapping[int, tuple[str, str]] = {
     405: ("method_not_allowed", "This address does not take that method; /docs lists what it takes."),
 }
 
+MAX_EXACT = 2**53
+"""Beyond this JSON's readers disagree on a number, and a client may have sent hundreds of digits."""
+
 
 class RequestError(HyperError):
     """Refuses or ends a request with a code of the table.
@@ -113,7 +116,8 @@ class RequestError(HyperError):
         self.kind = FAULTS[kind or code]
         self.param = param
         self.limit = limit
-        self.actual = actual
+        is_number = isinstance(actual, (int, float))
+        self.actual = None if is_number and abs(actual) > MAX_EXACT else actual
         self.hint = hint
         self.partial = partial
 
@@ -174,8 +178,7 @@ def validation_fault(error: ValidationError | RequestValidationError) -> Request
     else:
         details = error.errors()
     first = details[0]
-    # A union adds the name of the member that it tried; the caller knows only the field.
-    param = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and part.isidentifier()) or None
+    param = param_of(first["loc"])
     match first["type"]:
         case "missing":
             return RequestError("missing_parameter", f"`{param}` is required.", param=param)
@@ -187,7 +190,15 @@ def validation_fault(error: ValidationError | RequestValidationError) -> Request
         case "string_unicode":
             return RequestError("invalid_parameter", f"`{param}` is not valid Unicode text.", param=param)
         case _:
-            return RequestError("invalid_parameter", f"`{param}`: {first['msg']}.", param=param)
+            # A union has a reason for each of its members: what the field takes is all of them.
+            reasons = [detail["msg"] for detail in details if param_of(detail["loc"]) == param]
+            others = [f", or {reason.removeprefix('Input should be ')}" for reason in reasons[1:]]
+            return RequestError("invalid_parameter", f"`{param}`: {reasons[0]}{''.join(others)}.", param=param)
+
+
+def param_of(location: Sequence[int | str]) -> str | None:
+    """Names the field; a union adds the name of the member that it tried, which the caller does not know."""
+    return ".".join(part for part in location if isinstance(part, str) and part.isidentifier()) or None
 
 
 def fault_response(fault: RequestError, exchange: Exchange) -> JSONResponse:
@@ -208,7 +219,10 @@ async def handle(request: Request, error: Exception) -> JSONResponse:
     exchange = Exchange.of(request.scope)
     if fault.code == "internal_error":
         logger.error("request failed", exc_info=error, extra={"request_id": exchange.request_id})
-    return fault_response(fault, exchange)
+    response = fault_response(fault, exchange)
+    if isinstance(error, HTTPException) and error.status_code == 405 and error.headers:
+        response.headers["allow"] = error.headers["Allow"]
+    return response
 
 
 def install(app: FastAPI) -> None:

@@ -277,7 +277,8 @@ class QaRun:
 
     def partial(self) -> dict[str, Any]:
         """Returns what stands so far, for a request that is cut short."""
-        return replies.partial(self.parser.result, shows_reasoning=self.question.shows_reasoning)
+        question = self.question
+        return replies.partial(self.parser.result, question.choices, shows_reasoning=question.shows_reasoning)
 
 
 def softmax(logprobs: Sequence[float]) -> list[float]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hyper_model.audio import Waveform
-from hyper_model.trace import Section, Trace, environment_labels
+from hyper_model.trace import Section, Trace, environment_labels, render_choice
 from hyper_model.trace_parser import ParsedTrace
 from server.api_types import (
     Answer,
@@ -78,7 +79,7 @@ def build(run: QaRun, answer: Answer) -> QaReply:
         model=run.manifest.name,
         answer=answer,
         perception=perception(result.trace) if shows_reasoning else None,
-        reasoning=reasoning(result.trace) if shows_reasoning else None,
+        reasoning=reasoning(result.trace, run.question.choices) if shows_reasoning else None,
         trace=trace_reply(result, shows_reasoning=shows_reasoning),
         termination=result.termination.value,
         pause=PauseReply(
@@ -101,12 +102,12 @@ def build(run: QaRun, answer: Answer) -> QaReply:
     )
 
 
-def partial(result: ParsedTrace, *, shows_reasoning: bool) -> dict[str, Any]:
+def partial(result: ParsedTrace, choices: Sequence[str] = (), *, shows_reasoning: bool) -> dict[str, Any]:
     """Writes what stands of an answer that was cut short."""
     parts: dict[str, Any] = {"trace": trace_reply(result, shows_reasoning=shows_reasoning).model_dump(mode="json")}
     if shows_reasoning:
         parts["perception"] = perception(result.trace).model_dump(mode="json")
-        parts["reasoning"] = reasoning(result.trace).model_dump(mode="json")
+        parts["reasoning"] = reasoning(result.trace, choices).model_dump(mode="json")
     return parts
 
 
@@ -124,13 +125,23 @@ def perception(trace: Trace) -> Perception:
     )
 
 
-def reasoning(trace: Trace) -> Reasoning:
-    """Collects how the model came to its answer; the answer changed where RESPONSE and FINAL_ANSWER differ in words."""
+def reasoning(trace: Trace, choices: Sequence[str] = ()) -> Reasoning:
+    """Collects how the model came to its answer; the answer changed where RESPONSE and FINAL_ANSWER differ in words.
+
+    Args:
+        choices: What the question offers: its second choice is the same answer as `two` and as `B. two`.
+    """
     reflection = None
     if trace.reflection is not None:
-        first, last = (" ".join((text or "").casefold().split()) for text in (trace.response, trace.final_answer))
+        own_words = {folded(render_choice(index, choices)): folded(choice) for index, choice in enumerate(choices)}
+        first, last = (own_words.get(folded(text), folded(text)) for text in (trace.response, trace.final_answer))
         reflection = Reflection(text=trace.reflection, changed_answer=bool(first and last and first != last))
     return Reasoning(planning=trace.planning, reasoning=trace.reasoning, summary=trace.summary, reflection=reflection)
+
+
+def folded(text: str | None) -> str:
+    """Returns the words alone, without their case and spacing."""
+    return " ".join((text or "").casefold().split())
 
 
 def trace_reply(result: ParsedTrace, *, shows_reasoning: bool) -> TraceReply:

@@ -10,10 +10,11 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -38,6 +39,17 @@ router = APIRouter()
 MAX_FIELDS = 128
 MAX_FILES = 2
 MAX_FIELD_BYTES = 64 * 1024
+MAX_KEYS = 64
+MAX_LISTED_CHOICES = 128
+
+# The names of UTF-8 in a form's content type. Other codecs are not for strangers to choose: one takes quadratic time.
+CHARSETS = (b"utf-8", b"utf8")
+
+ASCII_WHITE_SPACE = b" \t\r\n\v\f"
+
+# What a client that has stopped reading may take to accept the last words of a stream; less than the server gives its
+# connections when it closes.
+LAST_WORDS_TIMEOUT_S = 3.0
 
 Options = TypeVar("Options", bound=QaOptions)
 
@@ -85,9 +97,7 @@ async def read_question(request: Request, service: Service) -> tuple[QaOptions, 
         case "multipart/form-data":
             options, data = await read_form(request)
         case "application/json":
-            body = await service.in_pool(parse_json, await request.body())
-            options = validate(QaBody, body, strict=True)
-            data = await service.in_pool(decode_base64, options.audio.data)
+            options, data = await service.in_pool(read_json, await request.body())
         case _:
             message = "Send multipart/form-data with the clip as `file`, or application/json with it as base64."
             raise RequestError("unsupported_media_type", message)
@@ -97,9 +107,13 @@ async def read_question(request: Request, service: Service) -> tuple[QaOptions, 
 
 async def read_form(request: Request) -> tuple[QaOptions, bytes]:
     """Reads a multipart body: one `file`, any number of `choices`, and every other field at most once."""
+    # The parser that Starlette uses, so that both see the same parameters.
+    _, parameters = parse_options_header(request.headers.get("content-type"))
+    if parameters.get(b"charset", b"utf-8").lower() not in CHARSETS:
+        raise RequestError("invalid_multipart", "The multipart body must be in UTF-8.", hint="Leave `charset` out.")
     try:
         form = await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
-    except HTTPException:
+    except (HTTPException, UnicodeError):
         hint = f"At most {MAX_FIELDS} fields of {MAX_FIELD_BYTES} bytes each, and a boundary in the content type."
         raise RequestError("invalid_multipart", "The multipart body cannot be read.", hint=hint) from None
     try:
@@ -132,6 +146,12 @@ async def read_form(request: Request) -> tuple[QaOptions, bytes]:
         await form.close()
 
 
+def read_json(body: bytes) -> tuple[QaOptions, bytes]:
+    """Reads a JSON body: the options, and the clip as base64 among them."""
+    options = validate(QaBody, parse_json(body), strict=True)
+    return options, decode_base64(options.audio.data)
+
+
 def parse_json(body: bytes) -> Any:
     """Parses a JSON body as the standard says: no NaN, no infinity, no endless nesting."""
 
@@ -145,9 +165,9 @@ def parse_json(body: bytes) -> Any:
 
 
 def decode_base64(text: str) -> bytes:
-    """Decodes a clip inside a JSON body."""
+    """Decodes a clip inside a JSON body; line breaks, which many encoders write, are left out."""
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode(text.encode("ascii").translate(None, ASCII_WHITE_SPACE), validate=True)
     except (binascii.Error, ValueError):
         raise RequestError("invalid_parameter", "`audio.data` is not base64.", param="audio.data") from None
 
@@ -156,7 +176,22 @@ def validate(kind: type[Options], fields: Any, *, strict: bool) -> Options:
     """Checks the fields' types and ranges; a form's are all strings, JSON's must have the right type."""
     if not isinstance(fields, Mapping):
         raise RequestError("invalid_request", "The body must be a JSON object.")
+    check_sizes(cast("Mapping[str, Any]", fields))
     return kind.model_validate(fields, strict=strict)
+
+
+def check_sizes(fields: Mapping[str, Any]) -> None:
+    """Refuses more fields and choices than can be meant: pydantic would make an error of each of them."""
+    for param, value in ((None, fields), ("audio", fields.get("audio"))):
+        if isinstance(value, Mapping) and len(cast("Mapping[str, Any]", value)) > MAX_KEYS:
+            num_keys = len(cast("Mapping[str, Any]", value))
+            message = "The request has more fields than this service knows."
+            raise RequestError("unknown_parameter", message, param=param, limit=MAX_KEYS, actual=num_keys)
+    choices = fields.get("choices")
+    if isinstance(choices, list) and len(cast("list[Any]", choices)) > MAX_LISTED_CHOICES:
+        num_choices = len(cast("list[Any]", choices))
+        message = f"`choices` may have at most {MAX_CHOICES} items."
+        raise RequestError("invalid_prompt", message, param="choices", limit=MAX_CHOICES, actual=num_choices)
 
 
 def check_limits(options: QaOptions, service: Service) -> None:
@@ -220,7 +255,9 @@ def make_question(service: Service, options: QaOptions, prompt_token_ids: list[i
             max_pauses = number
     longest_choice = 0
     if manifest.trace.answer_style == "text":
-        longest_choice = max(map(len, map(service.checkpoint.tokenizer.encode_text, options.choices)), default=0)
+        # As they are scored: escaped, closed, and with the one token that the engine must write behind them.
+        candidates = service.checkpoint.tokenizer.choice_ids(options.choices, by_letter=False)
+        longest_choice = max(map(len, candidates), default=0) + 1
     reserved = (
         len(prompt_token_ids)
         + round(waveform.num_samples / SAMPLE_RATE_HZ * manifest.audio.tokens_per_s)
@@ -290,8 +327,17 @@ class EventStream(Response):
                 self.exchange.outcome = fault.code
                 if fault.code == "internal_error":
                     logger.error("stream failed", exc_info=error, extra={"request_id": self.exchange.request_id})
-                await self.write(send, sse("error", fault.body(self.exchange.request_id)))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self.end(send, sse("error", fault.body(self.exchange.request_id)))
+                return
+            await self.end(send)
+
+    async def end(self, send: Send, last_words: bytes = b"") -> None:
+        """Closes the stream, in bounded time: a client that does not read must not keep its place for ever."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_TIMEOUT_S):
+                if last_words:
+                    await self.write(send, last_words)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def pump(self, send: Send) -> None:
         """Runs the question and writes its events."""
@@ -365,13 +411,16 @@ async def info(request: Request) -> dict[str, Any]:
     }
 
 
+# Probes may ask with HEAD. The lower route answers both methods and names both in `Allow`; the upper is for the page.
 @router.get("/livez", summary="Whether the process lives")
+@router.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
 async def livez() -> dict[str, str]:
     """Answers as long as the event loop turns, whatever the engine does."""
     return {"status": "alive"}
 
 
 @router.get("/readyz", summary="Whether requests are taken, and if not, why", responses={503: {"model": Readiness}})
+@router.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
 async def readyz(request: Request) -> JSONResponse:
     """Answers 200 when a question would be taken now, else 503 with the reasons."""
     service: Service = request.app.state.service

@@ -30,9 +30,14 @@ def run(settings: Settings) -> int:
     # Before the model loads: a port that is taken should not take a minute to find out.
     listener = config.bind_socket()
     host, port = listener.getsockname()[:2]
-    server = DrainingServer(config, app.state.service, f"http://{host}:{port}")
+    server = DrainingServer(config, app.state.service, url_of(host, port))
     server.run(sockets=[listener])
     return EXIT_ENGINE_FAILED if server.service.failure is not None else 0
+
+
+def url_of(host: str, port: int) -> str:
+    """Writes an address as a URL; the colons of IPv6 stand in brackets."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:

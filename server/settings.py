@@ -6,6 +6,8 @@ settings. This module knows neither HTTP nor the engine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +15,14 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
+PREFIX = "HYPER_"
+NOT_OURS = frozenset({"HYPER_URL"})  # `hyper ask` reads it.
 
 
 class Settings(BaseSettings):
-    """Holds the service's configuration; every field reads from `HYPER_<NAME>`."""
+    """Holds the service's configuration; every field reads from `HYPER_<NAME>`, where empty means unset."""
 
-    model_config = SettingsConfigDict(env_prefix="HYPER_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -54,3 +58,18 @@ class Settings(BaseSettings):
     def max_body_bytes(self) -> int:
         """The largest request body: the largest clip as base64, and room for the words around it."""
         return self.max_audio_bytes * 4 // 3 + MEBIBYTE
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Says for each `HYPER_*` variable that no setting reads that it is none, and which one may be meant.
+
+    pydantic-settings looks up the names it knows and never sees the others, so a misspelt limit would not be one.
+    """
+    known = [f"{PREFIX}{name}".upper() for name in Settings.model_fields]
+    found: list[str] = []
+    for name, value in sorted(environment.items()):
+        upper = name.upper()
+        if value and upper.startswith(PREFIX) and upper not in known and upper not in NOT_OURS:
+            meant = get_close_matches(upper, known, n=1)
+            found.append(f"{name}: there is no such setting" + (f"; {meant[0]}?" if meant else ""))
+    return found

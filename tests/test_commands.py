@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
 import os
 import signal
@@ -18,6 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from server.commands import ask, serve
+from server.serving import url_of
 from tests.process import exit_code, post, serve_process, start
 from tests.serving import Live, tone
 
@@ -91,6 +94,16 @@ def test_serve_says_why_it_cannot(tmp_path: Path) -> None:
     assert process.returncode == 2 and "HYPER_MAX_IN_FLIGHT" in error and "Traceback" not in error
 
 
+def test_serve_refuses_a_misspelt_variable_by_name() -> None:
+    result = CliRunner().invoke(serve, [], env={**SCRIPTED, "HYPER_MAX_INFLIGHT": "4", "HYPER_URL": "http://x"})
+    assert result.exit_code == 2 and "HYPER_MAX_INFLIGHT" in result.output and "HYPER_URL" not in result.output
+
+
+def test_the_announced_address_is_a_url() -> None:
+    assert url_of("127.0.0.1", 8000) == "http://127.0.0.1:8000"
+    assert httpx.URL(url_of("::1", 8000)).host == "::1"
+
+
 def test_a_port_that_is_taken_is_a_quick_failure() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         process = start({**SCRIPTED, "HYPER_PORT": str(taken.getsockname()[1])}, stderr=subprocess.PIPE)
@@ -143,3 +156,54 @@ def test_ask_says_why_there_is_no_answer(live: Live, clip: Path, tmp_path: Path)
     result = run_ask(str(clip), "What is heard?", "--url", "http://127.0.0.1:9")
     assert result.exit_code == 1 and "hyper serve" in result.output
     assert run_ask(str(tmp_path / "none.wav"), "What?").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[", "http://x:99999999", "http://127.0.0.1:99999", "nonsense", "http://x\0y", ""]
+)
+def test_ask_names_an_address_that_is_none(clip: Path, url: str) -> None:
+    assert_one_line(run_ask(str(clip), "What is heard?", "--url", url), url.partition("\0")[0])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"<html>welcome</html>", b"[]", b"{}", b'{"object": "chat.completion"}', b'{"object": "audio.qa"}', b"\xff", b"1"],
+)
+@pytest.mark.parametrize("options", [(), ("--json",), ("--stream",), ("--stream", "--json")])
+def test_ask_says_that_another_service_answers(clip: Path, body: bytes, options: tuple[str, ...]) -> None:
+    if options == ("--json",) and b"audio.qa" in body:
+        return
+    for reply in (body, b"event: done\ndata: " + body + b"\n\n", b"event: error\ndata: " + body + b"\n\n"):
+        if reply.startswith(b"event: done") and options:
+            continue
+        with answering(reply) as url:
+            assert_one_line(run_ask(str(clip), "What is heard?", "--url", url, *options), "hyper serve")
+
+
+def assert_one_line(result: Result, named: str) -> None:
+    """Checks that a command ended with one line that names this."""
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result
+    lines = result.output.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], result.output
+
+
+@contextlib.contextmanager
+def answering(body: bytes) -> Iterator[str]:
+    """Answers one request with 200 and this body, whatever was asked."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        thread.join(10)

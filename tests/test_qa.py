@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,18 @@ def test_a_strict_trace_fills_the_reply() -> None:
     assert reply.perception.transcript == "the train leaves at nine"
     assert reply.reasoning and reply.reasoning.reflection and reply.reasoning.reflection.changed_answer
     assert value(service.metrics.registry, "hyper_traces_total", format="strict", termination="complete") == 1
+
+
+@pytest.mark.parametrize("style", ["letter", "text"])
+def test_an_answer_has_changed_only_where_its_words_have(style: str) -> None:
+    trace = CHECKPOINT.manifest.trace.model_copy(update={"answer_style": style})
+    manifest = CHECKPOINT.manifest.model_copy(update={"trace": trace})
+    checkpoint = Checkpoint(CHECKPOINT.path, manifest, CHECKPOINT.tokenizer, CHECKPOINT.manifest_sha256)
+    choices = ("rain", "the  Sun")
+    for response, index in (("Rain", 0), ("A. rain", 0), ("the sun", 1), ("B. the Sun", 1)):
+        reply, _, _ = ask(render(replace(WORDS, response=response)), choices, checkpoint=checkpoint)
+        assert reply.reasoning and reply.reasoning.reflection
+        assert reply.reasoning.reflection.changed_answer == (reply.answer.choice_index != index), response
 
 
 def test_the_answer_falls_back_to_the_response() -> None:

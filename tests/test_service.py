@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server import routes
 from server.engine import ScriptedEngine
 from tests.serving import QUESTION, Live, assert_error, mp3, parse_events, running, scripted, tone
 
@@ -85,6 +86,53 @@ def test_a_deadline_gives_504_with_what_there_is(slow: Live) -> None:
 def test_a_deadline_before_the_first_token_has_no_words(live: Live) -> None:
     reply = live.ask(timeout_ms=1)
     assert_error(reply, 504, "deadline_exceeded")
+
+
+@pytest.mark.parametrize("reads", [0, 3])
+@pytest.mark.parametrize("is_drained", [False, True])
+def test_a_client_that_stops_reading_does_not_keep_its_place(
+    monkeypatch: pytest.MonkeyPatch, reads: int, is_drained: bool
+) -> None:
+    """By its deadline, or by a drain: the last words are not waited for without end."""
+    monkeypatch.setattr(routes, "LAST_WORDS_TIMEOUT_S", 0.2)
+    with running(scripted(scripted_token_interval_s=0.001, ping_interval_s=0.1, drain_timeout_s=0.2)) as service:
+        request = httpx.Request(
+            "POST",
+            "http://x/v1/audio/qa",
+            data={"question": QUESTION, "stream": "true", "timeout_ms": "60000" if is_drained else "2000"},
+            files={"file": ("clip", tone())},
+        )
+        task = asyncio.run_coroutine_threadsafe(stop_reading(service, request, reads), service.loop)
+        wait_for(lambda: service.service.engine.num_in_flight == 1)
+        if is_drained:
+            # The server itself would not wait for a request that came past it.
+            asyncio.run_coroutine_threadsafe(service.service.drain(), service.loop)
+        assert task.result(10) == reads
+        assert service.service.num_in_flight == 0
+
+
+async def stop_reading(service: Live, request: httpx.Request, num_reads: int) -> int:
+    """Sends a request as an ASGI server would whose client accepts some pieces of the reply and then no more."""
+    headers = [(name.lower(), value) for name, value in request.headers.raw]
+    scope = {"type": "http", "method": "POST", "path": "/v1/audio/qa", "query_string": b"", "headers": headers}
+    bodies = iter([request.read()])
+    num_sent = 0
+
+    async def receive() -> dict[str, Any]:
+        for body in bodies:
+            return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        nonlocal num_sent
+        if message["type"] == "http.response.body":
+            if num_sent == num_reads:
+                await asyncio.Event().wait()
+            num_sent += 1
+
+    await service.server.config.loaded_app(scope, receive, send)
+    return num_sent
 
 
 def test_silence_in_a_stream_is_broken_by_pings() -> None:

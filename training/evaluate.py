@@ -28,6 +28,8 @@ from training.scenes import SceneBuilder
 from training.voices import Bank, Split
 
 NUM_BOOTSTRAP = 1_000
+MAX_SWAPPED = 500
+"""Questions that are asked again of another clip."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +173,8 @@ def evaluate(
     judged = ask(backend, items, [item.samples_S for item in items], use_tqdm=use_tqdm)
     shortcut = ask(backend, one_voice, [item.samples_S for item in one_voice], use_tqdm=use_tqdm)
     chosen = [item for item in items if item.example.choices]
-    swapped = ask(backend, chosen, _other_clips(chosen), use_tqdm=use_tqdm)
+    exchanged = chosen[:MAX_SWAPPED]
+    swapped = ask(backend, exchanged, _other_clips(exchanged), use_tqdm=use_tqdm)
 
     def figure(
         pairs: Sequence[tuple[Item, Any]],
@@ -196,7 +199,7 @@ def evaluate(
         "speech_free_is_silent_rate": figure([(i, j.is_silent) for i, j in whole], _background),
         "strict_format_rate": figure([(i, j.is_strict) for i, j in whole], _voice),
         "free_answer_accuracy": figure([(i, j.free_is_right) for i, j in whole], _voice),
-        "swapped_clip_accuracy": figure([(i, j.is_right) for i, j in zip(chosen, swapped, strict=True)], _voice),
+        "swapped_clip_accuracy": figure([(i, j.is_right) for i, j in zip(exchanged, swapped, strict=True)], _voice),
     }
     result: dict[str, Any] = {name: value for name, (value, _) in figures.items()}
     result["interval_95"] = {name: interval for name, (_, interval) in figures.items()}

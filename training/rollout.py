@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.checkpoint import Checkpoint
@@ -19,6 +20,9 @@ from hyper_model.engine_environment import prepare_environment
 from hyper_model.errors import CheckpointError
 from hyper_model.trace import Section, TagStyle
 from hyper_model.trace_parser import TraceParser
+
+PROMPTS_AT_ONCE = 48
+"""Few enough that the encoder's output of each clip is still cached when its choices are scored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +79,19 @@ class VllmBackend:
 
     def complete(self, prompts: Sequence[Prompt], *, max_tokens: int = 512, use_tqdm: bool = True) -> list[Completion]:
         """Complete every prompt greedily; where there are choices, up to FINAL_ANSWER, then score them."""
+        completions: list[Completion] = []
+        with tqdm(total=len(prompts), desc="questions", disable=not use_tqdm) as bar:
+            for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+                some = prompts[start : start + PROMPTS_AT_ONCE]
+                completions += self._complete_some(some, max_tokens)
+                bar.update(len(some))
+        return completions
+
+    def _complete_some(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
         from vllm import SamplingParams
 
         tokenizer = self.checkpoint.tokenizer
-        final_id = tokenizer.open_ids(Section.FINAL_ANSWER)[-1]
+        (final_id,) = tokenizer.open_ids(Section.FINAL_ANSWER)
         banned = {token_id: -100.0 for token_id in (tokenizer.audio_id, tokenizer.pause_id) if token_id is not None}
 
         def params(prompt: Prompt) -> SamplingParams:
@@ -87,7 +100,7 @@ class VllmBackend:
                 max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop, logit_bias=banned, detokenize=False
             )
 
-        outputs = self._generate(prompts, [p.token_ids for p in prompts], [params(p) for p in prompts], use_tqdm)
+        outputs = self._generate(prompts, [p.token_ids for p in prompts], [params(p) for p in prompts])
         ends = set(tokenizer.stop_ids)
         written = [[token for token in output.outputs[0].token_ids if token not in ends] for output in outputs]
         asked = [i for i, prompt in enumerate(prompts) if prompt.choices]
@@ -96,7 +109,7 @@ class VllmBackend:
             for token_id in written[i]:
                 parser.feed(token_id)
             written[i] += parser.ids_to_final_answer()
-        scores = self._score(prompts, written, asked, use_tqdm)
+        scores = self._score(prompts, written, asked)
         for i, totals in scores.items():
             written[i] += self._candidates(prompts[i])[int(np.argmax(totals))]
             if self._answers_by_letter:
@@ -111,7 +124,7 @@ class VllmBackend:
         return self.checkpoint.tokenizer.choice_ids(prompt.choices, by_letter=self._answers_by_letter)
 
     def _score(
-        self, prompts: Sequence[Prompt], written: list[list[int]], asked: list[int], use_tqdm: bool
+        self, prompts: Sequence[Prompt], written: list[list[int]], asked: list[int]
     ) -> dict[int, tuple[float, ...]]:
         """Return the log-probability of every choice of the prompts `asked`, as the service scores them."""
         from vllm import SamplingParams
@@ -123,7 +136,6 @@ class VllmBackend:
             [prompts[i] for i, _ in jobs],
             [[*prompts[i].token_ids, *written[i], *candidate] for i, candidate in jobs],
             [params] * len(jobs),
-            use_tqdm,
         )
         totals: dict[int, tuple[float, ...]] = dict.fromkeys(asked, ())
         for (i, candidate), output in zip(jobs, outputs, strict=True):
@@ -132,11 +144,9 @@ class VllmBackend:
             totals[i] = (*totals[i], total)
         return totals
 
-    def _generate(
-        self, prompts: Sequence[Prompt], ids: list[list[int]], params: list[Any], use_tqdm: bool
-    ) -> list[Any]:
+    def _generate(self, prompts: Sequence[Prompt], ids: list[list[int]], params: list[Any]) -> list[Any]:
         inputs: list[Any] = [
             {"prompt_token_ids": token_ids, "multi_modal_data": {"audio": [(prompt.samples_S, SAMPLE_RATE_HZ)]}}
             for prompt, token_ids in zip(prompts, ids, strict=True)
         ]
-        return self.llm.generate(inputs, params, use_tqdm=use_tqdm) if inputs else []
+        return self.llm.generate(inputs, params, use_tqdm=False) if inputs else []
