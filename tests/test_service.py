@@ -131,7 +131,8 @@ async def stop_reading(service: Live, request: httpx.Request, num_reads: int) ->
                 await asyncio.Event().wait()
             num_sent += 1
 
-    await service.server.config.loaded_app(scope, receive, send)
+    app: Any = service.server.config.loaded_app
+    await app(scope, receive, send)
     return num_sent
 
 

@@ -144,7 +144,7 @@ def _hibari() -> Any:
 
 @lru_cache(maxsize=1)
 def _kokoro(assets: Path) -> tuple[Any, dict[str, int]]:
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
