@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from hyper_model.errors import CheckpointError
-from server.app import create_app
+from server.app import create_app, load_checkpoint
 from server.settings import Settings
 from tests.serving import (
     QUESTION,
@@ -207,6 +208,9 @@ def test_the_source_of_a_clip_is_told(live: Live, stereo: bytes) -> None:
     assert audio["codec"].startswith("mp3")
 
 
-def test_without_a_checkpoint_vllm_cannot_be_served() -> None:
+def test_the_embedded_checkpoint_is_served_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_checkpoint(Settings()).manifest.name == "hyper-mini"
+    # An installed package has none beside it.
+    monkeypatch.setattr("server.app.EMBEDDED_CHECKPOINT", Path("nowhere"))
     with pytest.raises(CheckpointError, match="HYPER_CHECKPOINT"):
         create_app(Settings())

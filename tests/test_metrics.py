@@ -20,7 +20,7 @@ def fresh() -> Iterator[Live]:
         assert service.events(tone(amplitude=0.0))[-1][0] == "done"
         assert service.ask(b"no audio").status_code == 415
         assert service.ask(tone(40.0)).status_code == 422
-        assert service.client.get("/secret/path/4711").status_code == 404
+        assert service.client.get("/secret/path/unlikely-name").status_code == 404
         yield service
 
 
@@ -69,7 +69,7 @@ def test_counts_are_what_the_client_counted(fresh: Live) -> None:
 
 def test_labels_never_hold_what_a_client_wrote(fresh: Live) -> None:
     text = fresh.client.get("/metrics").text
-    assert "4711" not in text and "secret" not in text and "no audio" not in text
+    assert "unlikely-name" not in text and "secret" not in text and "no audio" not in text
 
 
 def test_figures_have_units_and_our_prefix(fresh: Live) -> None:
