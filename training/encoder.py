@@ -122,7 +122,7 @@ def num_audio_tokens(num_samples: int) -> int:
 class ClipEncoder:
     """Runs mel extraction and the tower on the valid part of a clip only.
 
-    Equal to the padded 30 s pass with its mask, to rounding (measured 1e-5 in float32): the tower sees a few frames of
+    Equal to the padded 30 s pass with its mask, to rounding (measured 6e-5 in float32): the tower sees a few frames of
     the padding, as the convolutions do, and attention is cut to the valid states.
     """
 

@@ -293,7 +293,7 @@ def draw_example(
         summary=item.answer,
         response=item.answer,
         # The words and not the letter: to name the letter a decoder of this size would have to find the choice that
-        # equals its answer and then look in front of it, and 2,500 steps did not teach it that (docs/LOG.md).
+        # equals its answer and then look in front of it, and 2,200 steps did not teach it that (docs/LOG.md).
         final_answer=item.answer,
     )
     is_hard = scene.has_overlap or len(scene.speakers) > 2 or (scene.snr_db is not None and scene.snr_db < 5.0)
