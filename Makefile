@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Where training keeps its audio, features and runs.
 WORK ?= build
 
-.PHONY: help serve test check venv lock bank scenes train eval clean
+.PHONY: help serve test check bench venv lock bank scenes train eval clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,10 @@ check: ## Lint, format, types, Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/hadolint Dockerfile
+
+bench: ## Measure the service beside vLLM's own server, bare engines and transformers (ARGS="--rounds 3"; 15 minutes)
+	@$(INSTALL) train
+	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests bench $(ARGS)
 
 venv: ## Build .venv from the lock files and check that it imports (DEVICE=gpu for an NVIDIA card)
 	@$(INSTALL)

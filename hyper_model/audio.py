@@ -194,6 +194,7 @@ class Waveform:
             raise ValueError(f"no samples between {start_s} s and {end_s} s of a clip of {self.duration_s:.3f} s")
         return replace(self, samples_S=self.samples_S[start:end])
 
+    @cached_property
     def sha256(self) -> str:
         """Names the sound: the digest of the samples as little-endian float32, whatever file they came from."""
         return hashlib.sha256(self.samples_S.astype("<f4", copy=False).tobytes()).hexdigest()

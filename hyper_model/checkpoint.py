@@ -308,6 +308,28 @@ def export(
     return Checkpoint(target, manifest, checkpoint.tokenizer, checkpoint.manifest_sha256)
 
 
+def update_pause(directory: str | Path, fields: Mapping[str, Any]) -> Checkpoint:
+    """Changes settings of the gate in a checkpoint's manifest; nothing else in the directory is touched.
+
+    Args:
+        directory: An exported checkpoint.
+        fields: Fields of the manifest's `pause` group, such as `{"tau_pause": 0.6}`.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be opened, or the fields do not fit; it is as it was then.
+    """
+    checkpoint = open_checkpoint(directory, verify=False)
+    document = checkpoint.manifest.model_dump(mode="json")
+    document["pause"] |= fields
+    manifest = make_manifest(document)
+    path = checkpoint.path / MANIFEST_FILE
+    # Beside the checkpoint, in which a stray file would be refused; the rename leaves the old manifest or the new one.
+    partial = path.parent.with_name(f".{path.parent.name}.{uuid.uuid4().hex}.json")
+    partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return open_checkpoint(directory, verify=False)
+
+
 def _fill_tags(fields: dict[str, Any], tokenizer_text: str) -> TraceTokenizer:
     """Completes the `trace` and `pause` groups with spellings and ids from the tokenizer."""
     group: dict[str, Any] = fields.setdefault("trace", {})

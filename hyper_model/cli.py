@@ -1,8 +1,9 @@
 """The `hyper` command: finds its sub-commands and turns faults into one line and an exit code.
 
-A package adds a sub-command by an entry point of the group "hyper.commands"; so this module, and hyper_model with it,
-imports neither server nor training. A sub-command's module is imported when it is run, or for its line in `--help`;
-those modules keep their heavy imports inside their functions.
+A package adds a sub-command by an entry point of the group "hyper.commands", or to `hyper NAME` by one of the group
+"hyper.NAME.commands"; so this module, and hyper_model with it, imports neither server nor training. A sub-command's
+module is imported when it is run, or for its line in `--help`; those modules keep their heavy imports inside their
+functions.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ ENTRY_POINT_GROUP = "hyper.commands"
 EXIT_CODES: tuple[tuple[type[HyperError], int], ...] = ((CheckpointError, 78), (AudioError, 65), (HyperError, 2))
 
 
-class _CommandGroup(click.Group):
-    """Lists and loads sub-commands from entry points."""
+class CommandGroup(click.Group):
+    """Lists and loads sub-commands from the entry points of a group, besides its own."""
+
+    entry_point_group = ENTRY_POINT_GROUP
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *_find_commands()})
+        """Names every sub-command."""
+        return sorted({*super().list_commands(ctx), *self._find_commands()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        entry_point = _find_commands().get(cmd_name)
+        """Loads one sub-command."""
+        entry_point = self._find_commands().get(cmd_name)
         return super().get_command(ctx, cmd_name) if entry_point is None else _load(entry_point)
 
-
-def _find_commands() -> dict[str, EntryPoint]:
-    return {entry_point.name: entry_point for entry_point in entry_points(group=ENTRY_POINT_GROUP)}
+    def _find_commands(self) -> dict[str, EntryPoint]:
+        return {entry_point.name: entry_point for entry_point in entry_points(group=self.entry_point_group)}
 
 
 def _load(entry_point: EntryPoint) -> click.Command:
@@ -59,7 +63,7 @@ def _unavailable(name: str, module: str) -> click.Command:
     return refuse
 
 
-@click.group(cls=_CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hyper-audio")
 def hyper() -> None:
     """Ask a recording a question: what was heard, how it was reasoned, and the answer."""

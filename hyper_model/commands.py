@@ -1,4 +1,7 @@
-"""The commands of `hyper checkpoint`: verify one, describe one, make one of somebody else's model."""
+"""The commands of `hyper checkpoint`: verify one, describe one, make one of somebody else's model.
+
+Calibrating one needs an engine and clips, and so comes from `training` by the entry point group of `_Group`.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,18 @@ from pathlib import Path
 
 import click
 
+from hyper_model.cli import CommandGroup
+
 _DIRECTORY = click.Path(path_type=Path)
 
 
-@click.group()
+class _Group(CommandGroup):
+    entry_point_group = "hyper.checkpoint.commands"
+
+
+@click.group(cls=_Group)
 def checkpoint() -> None:
-    """Verify, describe and adopt checkpoints."""
+    """Verify, describe, adopt and calibrate checkpoints."""
 
 
 @checkpoint.command()
@@ -47,6 +56,13 @@ def info(directory: Path, as_json: bool) -> None:
         return
     pause = manifest.pause
     pauses = f"at most {pause.max_pauses} of {pause.latent_tokens} tokens, {pause.mode}" if pause.max_pauses else "off"
+    gate = f"pauses at {pause.tau_pause:g}, gives up at {pause.tau_abort:g} over {pause.window_tokens} tokens"
+    calibration = pause.calibration
+    measured = (
+        f"{calibration.pauses:g} pauses a completion, {calibration.abort_rate:.1%} given up, on {calibration.source}"
+        if calibration
+        else "no (hyper checkpoint calibrate)"
+    )
     for label, value in (
         ("name", manifest.name),
         ("manifest sha256", opened.manifest_sha256),
@@ -56,6 +72,8 @@ def info(directory: Path, as_json: bool) -> None:
         ("data card", manifest.data_card or "not said"),
         ("trace", f"tags as {manifest.trace.tag_style.value}, choices by {manifest.trace.answer_style}"),
         ("pauses", pauses),
+        ("gate", gate),
+        ("calibrated", measured),
         ("longest sequence", f"{manifest.max_model_len} tokens"),
         ("window", f"{manifest.audio.window_s:g} s"),
         ("environment", ", ".join(manifest.environment_labels) or "open vocabulary"),

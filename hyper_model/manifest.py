@@ -58,8 +58,49 @@ class TraceFields(_Frozen):
     answer_style: Literal["letter", "text"] = "letter"
 
 
+class CalibrationPoint(_Frozen):
+    """Says what one threshold would do on the calibration set.
+
+    Attributes:
+        tau: A window's confidence at or below this is acted on.
+        pauses: Pauses a completion with `tau` as tau_pause.
+        abort_rate: The share of completions given up with `tau` as tau_abort.
+    """
+
+    tau: float
+    pauses: float
+    abort_rate: float
+
+
+class Calibration(_Frozen):
+    """Says how the thresholds of a gate were found (`hyper checkpoint calibrate`).
+
+    Attributes:
+        source: The set that was looked at, in words.
+        num_completions: Its size.
+        wanted_pauses: The least and the most pauses a completion that were asked for.
+        wanted_abort_rate: The most completions that may be given up.
+        pauses, abort_rate: What the gate did with the thresholds that stand in the manifest, in the real engine.
+        curve: What other thresholds would do, from the completions without a pause.
+    """
+
+    source: str
+    num_completions: int = Field(gt=0)
+    wanted_pauses: tuple[float, float]
+    wanted_abort_rate: float
+    pauses: float
+    abort_rate: float
+    curve: tuple[CalibrationPoint, ...]
+
+
 class PauseFields(_Frozen):
-    """Holds the calibrated settings of the gate; max_pauses 0 means that the model never pauses."""
+    """Holds the calibrated settings of the gate; max_pauses 0 means that the model never pauses.
+
+    Attributes:
+        latent_tokens: Of a parallel span, its length; of a sampled one, the most hidden tokens between its tags.
+        loop_tokens: A completion whose last so many tokens repeat one phrase is given up.
+        calibration: Where the thresholds come from; None while they are defaults.
+    """
 
     mode: Literal["parallel", "sampled"] = "parallel"
     open: str = PAUSE
@@ -74,6 +115,8 @@ class PauseFields(_Frozen):
     rest_tokens: int = Field(default=16, ge=0)
     sections: tuple[Section, ...] = GATED_SECTIONS
     acoustic_bias: float = Field(default=0.0, ge=0)
+    loop_tokens: int = Field(default=64, ge=16)
+    calibration: Calibration | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

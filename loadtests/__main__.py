@@ -1,4 +1,4 @@
-"""The command line: `python -m loadtests smoke --url URL --clips DIR`. Knows only its own package and HTTP."""
+"""The command line: `python -m loadtests smoke` and `bench`. Knows only its own package and HTTP."""
 
 from __future__ import annotations
 
@@ -43,6 +43,52 @@ def smoke(url: str, clips: Path, clients: int, requests: int, timeout: float) ->
     click.echo(table(report))
     click.echo(json.dumps(asdict(report)))
     sys.exit(1 if report.errors else 0)
+
+
+@main.command()
+@click.option(
+    "--checkpoint",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=Path("checkpoints/hyper-mini"),
+    show_default=True,
+    help="The checkpoint that all of them serve.",
+)
+@click.option(
+    "--clips",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=Path("tests/assets/clips"),
+    show_default=True,
+    help="Recordings that fresh clips are cut from.",
+)
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="How often the sides take turns.")
+@click.option(
+    "--part",
+    "parts",
+    type=click.Choice(["engine", "throughput"]),
+    multiple=True,
+    help="Measure this part only.  [default: both]",
+)
+@click.option(
+    "--log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("build/bench.log"),
+    show_default=True,
+    help="Where the measured processes write their messages.",
+)
+def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], log: Path) -> None:
+    """Measures the service beside vLLM's own server, bare engines and transformers (about 12 minutes on two cores).
+
+    They take turns in one run; every figure is a ratio within it. Ends with one JSON line.
+    """
+    from loadtests.bench import Bench, measure_engine, measure_throughput, table
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
+    setup = Bench(checkpoint, clips, rounds, log, say=lambda text: click.echo(text, err=True))
+    measures = {"engine": measure_engine, "throughput": measure_throughput}
+    figures = [figure for name, measure in measures.items() if name in (parts or measures) for figure in measure(setup)]
+    click.echo(table(figures))
+    click.echo(json.dumps({figure.name: round(figure.value, 8) for figure in figures}))
 
 
 if __name__ == "__main__":

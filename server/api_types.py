@@ -105,16 +105,18 @@ class TraceReply(Wire):
 
 
 class PauseAt(Wire):
-    """Where the model paused."""
+    """Where the model paused, and the confidence of the window there (null where it chose to by itself, early on)."""
 
     section: str | None
     confidence: float | None = None
 
 
 class PauseReply(Wire):
-    """The pauses of a trace."""
+    """The pauses of a trace; `budget` is what they were allowed, and `lowered_by` why `auto` came to less."""
 
     mode: str
+    budget: int
+    lowered_by: Literal["deadline", "load"] | None
     count: int
     latent_tokens: int
     at: list[PauseAt]

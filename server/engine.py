@@ -16,11 +16,15 @@ from numpy.typing import NDArray
 
 from hyper_model.audio import SAMPLE_RATE_HZ, Waveform
 from hyper_model.errors import HyperError
-from hyper_model.trace import Section, Trace, TraceTokenizer, render
+from hyper_model.pause import Gate, GateReport, GateSettings, Verdict
+from hyper_model.trace import PauseMode, Section, Trace, TraceTokenizer, render
 
 Clip = NDArray[np.float32]  # [S] mono samples at SAMPLE_RATE_HZ
 FinishReason = Literal["stop", "length", "abort"]
 Script = Callable[[Sequence[Clip], TraceTokenizer], list[int]]
+
+SCRIPTED_CONFIDENCE = 1.0
+"""A script is sure of every token; it pauses where it says so."""
 
 
 class EngineUnavailableError(HyperError):
@@ -35,11 +39,14 @@ class GenerationRequest:
         request_id: Unique among the requests in flight.
         prompt_token_ids: One audio placeholder a clip; the engine expands it. May end with an earlier completion.
         clips: In the order of their placeholders.
-        max_tokens: Most tokens to write; the stop token counts.
+        max_tokens: Most tokens to write; the stop token counts, the tokens of pauses do not.
         temperature: 0 takes the likeliest token.
         stop_token_ids: The first of these to be written ends the completion and is its last token.
         banned_token_ids: Never written.
+        gate: Lets the completion pause, as often as the gate's budget allows, and ends it where the gate gives it up.
         cache_salt: Requests share cached prefixes only with requests of the same salt.
+        clip_keys: A name for each clip that no other clip has, and that nobody outside can know: what the engine has
+            computed of a clip is kept under it. None where the engine shall find names itself.
     """
 
     request_id: str
@@ -50,7 +57,9 @@ class GenerationRequest:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     banned_token_ids: tuple[int, ...] = ()
+    gate: GateSettings | None = None
     cache_salt: str | None = None
+    clip_keys: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,10 @@ class TokenChunk:
     """Carries newly written tokens; only the last chunk of a completion has a finish reason.
 
     Attributes:
+        token_ids: Visible tokens; none where the chunk is a pause.
+        finish_reason: "abort" where the gate gave the completion up.
+        span: The hidden tokens of a pause, between the tokens of the chunks before and after.
+        report: In the last chunk of a completion with a gate: what the gate has seen.
         num_prompt_tokens: Length of the prompt with every audio placeholder expanded.
         num_cached_tokens: How many of these the engine had computed before.
         queue_s: Time the request waited, once known.
@@ -66,6 +79,8 @@ class TokenChunk:
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    span: tuple[int, ...] = ()
+    report: GateReport | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     queue_s: float | None = None
@@ -144,25 +159,68 @@ class ScriptedEngine:
         self.is_alive = False
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Yields the script one token a chunk, from where the prompt's own completion leaves off."""
+        """Yields the script one token a chunk, from where the prompt's own completion leaves off.
+
+        Where the script has a <PAUSE>, that is what the model wants; whether it may is for the gate to say.
+        """
         self.num_in_flight += 1
         try:
             num_prompt_tokens = self.count_prompt_tokens(request)
             token_ids = self.remaining_script(request)
-            num_written = min(len(token_ids), request.max_tokens)
-            for position, token_id in enumerate(token_ids[:num_written], start=1):
+            gate = None if request.gate is None else Gate(request.gate)
+            num_written = at = 0
+            while at < len(token_ids):
                 await asyncio.sleep(self.token_interval_s)
                 self.require_alive()
+                token_id = token_ids[at]
+                at += 1
+                if gate is not None:
+                    decision = gate.decide(SCRIPTED_CONFIDENCE)
+                    if decision.verdict is Verdict.ABORT:
+                        yield TokenChunk((), "abort", report=gate.report(), num_prompt_tokens=num_prompt_tokens)
+                        return
+                    if token_id in decision.banned_ids:
+                        continue
+                    if token_id == gate.settings.open_id:
+                        span = self.span(gate, token_ids[at:])
+                        at += len(span) - 1 if gate.settings.mode is PauseMode.SAMPLED else 0
+                        yield TokenChunk((), span=span, num_prompt_tokens=num_prompt_tokens)
+                        continue
+                    gate.push(token_id, SCRIPTED_CONFIDENCE)
+                num_written += 1
                 finish_reason: FinishReason | None = None
-                if token_id in request.stop_token_ids or position == len(token_ids):
+                if token_id in request.stop_token_ids or at == len(token_ids):
                     finish_reason = "stop"
-                elif position == num_written:
+                elif num_written == request.max_tokens:
                     finish_reason = "length"
-                yield TokenChunk((token_id,), finish_reason, num_prompt_tokens, queue_s=0.0, prefill_s=0.0)
+                yield TokenChunk(
+                    (token_id,),
+                    finish_reason,
+                    report=gate.report() if gate and finish_reason else None,
+                    num_prompt_tokens=num_prompt_tokens,
+                    queue_s=0.0,
+                    prefill_s=0.0,
+                )
                 if finish_reason:
                     return
+            report = gate.report() if gate else None
+            yield TokenChunk((), "stop", report=report, num_prompt_tokens=num_prompt_tokens)
         finally:
             self.num_in_flight -= 1
+
+    def span(self, gate: Gate, following: Sequence[int]) -> tuple[int, ...]:
+        """Takes a pause: the gate's own span, or what the script hides, closed where the gate forces it."""
+        gate.push(gate.settings.open_id, SCRIPTED_CONFIDENCE)
+        if gate.settings.mode is PauseMode.PARALLEL:
+            return gate.feed_span()
+        span = [gate.settings.open_id]
+        while gate.is_pausing:
+            forced_id = gate.decide(SCRIPTED_CONFIDENCE).forced_id
+            is_over = len(span) > len(following)
+            token_id = gate.settings.close_id if is_over else forced_id or following[len(span) - 1]
+            gate.push(token_id, SCRIPTED_CONFIDENCE)
+            span.append(token_id)
+        return tuple(span)
 
     async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
         """Returns log-probabilities that are a hash of the clip, the prompt and the candidate."""

@@ -2,32 +2,44 @@
 
 The only module of the service that imports vLLM, and only when the engine starts. It knows token ids and audio arrays,
 and nothing of sections, choices or HTTP.
+
+A completion that may pause is a session of chunks. The gate runs inside vLLM (`hyper_model.pause_vllm`); where it
+pauses, a chunk ends on the pause token, and the whole span goes back as the prompt of the next chunk: one prefill on
+the request's own key-value cache, whatever the span's length. A second gate here reads along to tell spans from visible
+tokens. What the first one has seen is asked of vLLM's worker when the completion is over; where the model runner keeps
+that on a device (V2), the second gate is given the log-probabilities as well and knows it itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.engine_environment import prepare_environment
+from hyper_model.pause import Gate, GateReport, GateSettings
+from hyper_model.trace import PauseMode
 from server.engine import EngineUnavailableError, FinishReason, GenerationRequest, TokenChunk
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
+    from vllm.engine.protocol import StreamingInput
+    from vllm.inputs import EngineInput, TokensPrompt
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
 # vLLM clips biases to this; a model's logits stay far inside it.
 BAN = -100.0
 STOP_TIMEOUT_S = 10.0
+CPU_BLOCK_SIZE = 32
 
 
 class VllmEngine:
@@ -40,6 +52,8 @@ class VllmEngine:
         self.llm: AsyncLLM | None = None
         self.loading: asyncio.Future[None] | None = None
         self.is_ready = False
+        self.is_v2 = False
+        self.span_input: EngineInput | None = None
 
     @property
     def is_alive(self) -> bool:
@@ -54,6 +68,10 @@ class VllmEngine:
         assert self.llm is not None
         # Profiling leaves its dummy clips in the cache.
         await self.llm.reset_mm_cache()
+        gate = GateSettings.of(self.checkpoint.manifest, self.checkpoint.tokenizer)
+        if gate is not None and gate.mode is PauseMode.PARALLEL:
+            # Every span is the same; rendered here, a pause need not wait for it.
+            self.span_input = await self.render_prompt({"prompt_token_ids": list(gate.span_ids)})
         self.is_ready = True
 
     async def stop(self) -> None:
@@ -83,6 +101,8 @@ class VllmEngine:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from hyper_model.pause_vllm import processor_name
+
         manifest = self.checkpoint.manifest
         args = AsyncEngineArgs(
             model=str(self.checkpoint.path),
@@ -95,34 +115,68 @@ class VllmEngine:
             enable_prefix_caching=True,
             # On a CPU compiling took twice the start-up time and did not pay.
             enforce_eager=current_platform.is_cpu(),
+            # A second question reuses whole blocks, so small ones reuse more; and the CPU's kernel, whose default is
+            # 128, takes 2.56 and not 3.03 ms for a step behind 1,000 tokens.
+            block_size=CPU_BLOCK_SIZE if current_platform.is_cpu() else None,
+            worker_extension_cls="hyper_model.pause_vllm.GateReports",
             # Else the checkpoint's generation_config.json would change the sampling behind the caller's back.
             generation_config="vllm",
             trust_remote_code=False,
             enable_log_requests=False,
             disable_log_stats=False,
         )
+        config = args.create_engine_config()
+        self.is_v2 = config.use_v2_model_runner
+        config.model_config.logits_processors = [processor_name(is_v2=self.is_v2)]
         # Kept here and not returned: a thread holds on to what its last task returned.
-        self.llm = AsyncLLM.from_engine_args(args)
+        self.llm = AsyncLLM.from_vllm_config(config)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yields the completion as vLLM writes it; several tokens a chunk when the reader is slower than the engine."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        params = SamplingParams(
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            seed=request.seed,
-            stop_token_ids=list(request.stop_token_ids),
-            # What ends a completion is the caller's to say; vLLM would add the tokenizer's own end.
-            ignore_eos=True,
-            logit_bias={token_id: BAN for token_id in request.banned_token_ids} or None,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        async with aclosing(self.outputs(request, params, request.prompt_token_ids, request.request_id)) as outputs:
+        if request.gate is not None:
+            async with aclosing(self.generate_pausing(request, request.gate)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
+        params = sampling_params(request, request.max_tokens)
+        engine_input = await self.render(request, request.prompt_token_ids)
+        async with aclosing(self.outputs(engine_input, params, request.request_id)) as outputs:
             async for output in outputs:
                 yield chunk_from(output)
+
+    async def generate_pausing(
+        self, request: GenerationRequest, settings: GateSettings
+    ) -> AsyncGenerator[TokenChunk, None]:
+        """Yields a completion that may pause: visible tokens, and each span as a chunk of its own."""
+        is_fed = settings.mode is PauseMode.PARALLEL
+        session = Session(request, Gate(replace(settings, is_fed=is_fed)), is_following=self.is_v2)
+        session.feed(await self.render(request, request.prompt_token_ids))
+        async with aclosing(self.outputs(session.inputs(), session.params(), request.request_id)) as outputs:
+            async for output in outputs:
+                for chunk in session.read(output):
+                    if chunk.finish_reason is not None:
+                        yield replace(chunk, report=await self.report(session))
+                        return
+                    yield chunk
+                if session.is_waiting:
+                    assert self.span_input is not None
+                    session.twin().feed_span()
+                    session.feed(cast("EngineInput", {**self.span_input}))
+
+    async def report(self, session: Session) -> GateReport:
+        """Asks what the gate inside the engine has seen."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if session.is_following:
+            return session.twin().report()
+        llm: Any = self.llm
+        try:
+            found = await llm.collective_rpc("gate_reports", args=([session.request.request_id],))
+        except EngineDeadError:
+            raise EngineUnavailableError("The engine died.") from None
+        # Of the first worker: all of them follow the same tokens. It comes as a list of what the report holds.
+        lowest, confidences = found[0][0]
+        return GateReport(lowest, tuple(confidences))
 
     async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
         """Returns each candidate's log-probability; the labels of a choice in one engine step."""
@@ -179,32 +233,43 @@ class VllmEngine:
     ) -> RequestOutput:
         """Runs a request to its end and returns what it ended with."""
         last: RequestOutput | None = None
-        async with aclosing(self.outputs(request, params, prompt_token_ids, request_id)) as outputs:
+        engine_input = await self.render(request, prompt_token_ids)
+        async with aclosing(self.outputs(engine_input, params, request_id)) as outputs:
             async for output in outputs:
                 last = output
         assert last is not None
         return last
 
-    async def outputs(
-        self, request: GenerationRequest, params: SamplingParams, prompt_token_ids: Sequence[int], request_id: str
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Runs one request in vLLM; closing this, or cancelling whoever reads it, aborts it there."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        llm = self.llm
-        if llm is None:
-            raise EngineUnavailableError("The engine is not running.")
+    async def render(self, request: GenerationRequest, prompt_token_ids: Sequence[int]) -> EngineInput:
+        """Makes the engine's input of a prompt and its clips; mel features are made here, in vLLM's own threads."""
         prompt: TokensPrompt = {
             "prompt_token_ids": list(prompt_token_ids),
             "multi_modal_data": {"audio": [(clip, SAMPLE_RATE_HZ) for clip in request.clips]},
         }
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
+        if request.clip_keys is not None:
+            prompt["multi_modal_uuids"] = {"audio": list(request.clip_keys)}
+        return await self.render_prompt(prompt)
+
+    async def render_prompt(self, prompt: TokensPrompt) -> EngineInput:
+        """Lets vLLM's renderer check a prompt and process what it holds."""
+        if self.llm is None:
+            raise EngineUnavailableError("The engine is not running.")
+        (engine_input,) = await self.llm.renderer.render_cmpl_async([prompt])
+        return engine_input
+
+    async def outputs(
+        self, prompt: EngineInput | AsyncGenerator[StreamingInput, None], params: SamplingParams, request_id: str
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Runs one request in vLLM; closing this, or cancelling whoever reads it, aborts it there."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self.llm is None:
+            raise EngineUnavailableError("The engine is not running.")
         self.num_in_flight += 1
         try:
-            # Mel features are made here, in vLLM's own threads.
-            (engine_input,) = await llm.renderer.render_cmpl_async([prompt])
-            async with aclosing(llm.generate(engine_input, params, request_id)) as outputs:
+            async with aclosing(self.llm.generate(prompt, params, request_id)) as outputs:
                 async for output in outputs:
                     if output.outputs[0].finish_reason == "error":
                         raise EngineUnavailableError("The engine failed on this request.")
@@ -214,6 +279,137 @@ class VllmEngine:
             raise EngineUnavailableError("The engine died.") from None
         finally:
             self.num_in_flight -= 1
+
+
+class Session:
+    """Follows one completion that may pause through its chunks; see the module's first lines.
+
+    Attributes:
+        gate: The twin of the gate inside the engine; `twin` brings it up to what has arrived.
+        is_following: Whether the twin hears the confidences as well.
+        is_waiting: Whether the engine waits for a span.
+    """
+
+    def __init__(self, request: GenerationRequest, gate: Gate, *, is_following: bool) -> None:
+        self.request = request
+        self.gate = gate
+        self.is_following = is_following
+        self.num_visible = 0
+        self.is_waiting = False
+        self.span: list[int] = []
+        self.unread: list[tuple[tuple[int, ...], object]] = []
+        self.marks = {gate.settings.open_id, gate.settings.close_id, *request.stop_token_ids}
+        self.chunks: asyncio.Queue[StreamingInput] = asyncio.Queue()
+
+    def params(self) -> SamplingParams:
+        """Returns the sampling parameters of the next chunk."""
+        from hyper_model.pause_vllm import arguments
+
+        request, gate, settings = self.request, self.twin(), self.gate.settings
+        num_left = request.max_tokens - self.num_visible
+        stop: tuple[int, ...] = request.stop_token_ids
+        if settings.is_fed:
+            # The pause token ends a chunk; the other, which a fed span never holds, says that the gate gave up.
+            stop = (*stop, settings.open_id, settings.close_id)
+        else:
+            num_left += (settings.max_pauses - gate.num_pauses) * settings.span_tokens + 1
+        return sampling_params(
+            replace(request, stop_token_ids=stop),
+            num_left,
+            logprobs=1 if self.is_following else None,
+            extra_args=arguments(gate, request.request_id),
+        )
+
+    def feed(self, engine_input: EngineInput) -> None:
+        """Gives the engine its next input."""
+        from vllm.engine.protocol import StreamingInput
+
+        self.chunks.put_nowait(StreamingInput(engine_input, self.params()))
+        self.is_waiting = False
+
+    async def inputs(self) -> AsyncGenerator[StreamingInput, None]:
+        """Yields the inputs of the session as they come; ends with the one after which no pause can follow.
+
+        vLLM then ends the request by itself. A session that ends earlier is closed, which it counts as aborted.
+        """
+        settings = self.gate.settings
+        while True:
+            yield await self.chunks.get()
+            if not settings.is_fed or self.gate.num_pauses >= settings.max_pauses:
+                return
+
+    def read(self, output: RequestOutput) -> list[TokenChunk]:
+        """Sorts new tokens into visible ones and spans."""
+        completion, found = output.outputs[0], chunk_from(output)
+        token_ids = found.token_ids
+        self.unread.append((token_ids, completion.logprobs))
+        is_plain = not self.span and self.marks.isdisjoint(token_ids)
+        if is_plain and self.num_visible + len(token_ids) < self.request.max_tokens:
+            # Nearly every output: a token of the trace, at every step of every request.
+            self.num_visible += len(token_ids)
+            return [found]
+        settings, visible, chunks = self.gate.settings, list[int](), list[TokenChunk]()
+        finish_reason = None if settings.is_fed and found.finish_reason == "stop" else found.finish_reason
+
+        def flush(reason: FinishReason | None = None) -> None:
+            if visible or reason is not None:
+                chunks.append(replace(found, token_ids=tuple(visible), finish_reason=reason))
+                visible.clear()
+
+        for token_id in token_ids:
+            if self.span or token_id == settings.open_id:
+                self.span.append(token_id)
+                self.is_waiting = settings.is_fed
+                if self.is_waiting or token_id == settings.close_id:
+                    flush()
+                    span = settings.span_ids if self.is_waiting else tuple(self.span)
+                    chunks.append(replace(found, token_ids=(), finish_reason=None, span=span))
+                    self.span.clear()
+                continue
+            if token_id == settings.close_id:
+                finish_reason = "abort"
+                break
+            visible.append(token_id)
+            self.num_visible += 1
+            if token_id in self.request.stop_token_ids:
+                finish_reason = "stop"
+                break
+            if self.num_visible == self.request.max_tokens:
+                finish_reason = "length"
+                break
+        flush(finish_reason)
+        return chunks
+
+    def twin(self) -> Gate:
+        """Returns the gate, told of every token that has arrived."""
+        for token_ids, logprobs in self.unread:
+            for place, token_id in enumerate(token_ids):
+                confidence = None
+                if self.is_following:
+                    position = cast("list[dict[int, Any]]", logprobs)[place]
+                    confidence = math.exp(max(each.logprob for each in position.values()))
+                self.gate.push(token_id, confidence)
+        self.unread.clear()
+        return self.gate
+
+
+def sampling_params(request: GenerationRequest, max_tokens: int, **fields: Any) -> SamplingParams:
+    """Says how a completion is to be sampled; nothing is left to vLLM's or the checkpoint's defaults."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=request.temperature,
+        seed=request.seed,
+        stop_token_ids=list(request.stop_token_ids),
+        # What ends a completion is the caller's to say; vLLM would add the tokenizer's own end.
+        ignore_eos=True,
+        logit_bias={token_id: BAN for token_id in request.banned_token_ids} or None,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        **fields,
+    )
 
 
 def chunk_from(output: RequestOutput) -> TokenChunk:

@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 4, 6, 10, 15, 30, 60, 120, 300)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000)
+COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 BYTES = tuple(1024 * 4**power for power in range(9))
 
@@ -54,6 +55,13 @@ class Metrics:
         self.completion_tokens = counter("completion_tokens", "Visible tokens written")
         self.pauses = counter("pauses", "Pauses taken", "section")
         self.pause_tokens = counter("pause_tokens", "Latent tokens spent in pauses")
+        self.pause_seconds = histogram(
+            "pause_seconds", "From the pause token to the first token behind the span", SECONDS
+        )
+        self.pause_confidence = histogram("pause_confidence", "Confidence of the window that paused", SHARES)
+        self.pauses_per_answer = histogram("pauses_per_answer", "Pauses of an answer that had a budget", COUNTS)
+        self.lowest_confidence = histogram("lowest_group_confidence", "Lowest window of an answer with a gate", SHARES)
+        self.pause_budget_lowered = counter("pause_budget_lowered", "Requests whose auto budget was cut", "by")
         self.pause_budget_spent = counter("pause_budget_spent", "Requests that used every pause they had")
         self.rejected = counter("rejected", "Requests that ended in an error, by status and reason", "code", "reason")
         self.aborted = counter("aborted", "Requests that ended early", "phase", "by")

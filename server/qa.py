@@ -17,12 +17,14 @@ from typing import Any, Literal
 import numpy as np
 
 from hyper_model.audio import Waveform
+from hyper_model.pause import GateSettings
 from hyper_model.trace import PauseMode, Section, Termination, escape_markup, render_choice
 from hyper_model.trace_parser import Event, PauseSeen, SectionDelta, SectionEnd, SectionStart, TraceParser
 from server import replies
 from server.api_types import Answer, QaReply
 from server.engine import GenerationRequest, TokenChunk
 from server.exchange import Exchange
+from server.pacing import LoweredBy
 from server.service import Service
 
 ANSWER_TOKENS = 64
@@ -32,7 +34,7 @@ CLOSING_TOKENS = 16
 """Room for the tags that close such a trace."""
 
 Emit = Callable[[str, dict[str, Any]], Awaitable[None]]
-End = Literal["stop", "length", "abort", "pause", "answer"]
+End = Literal["stop", "length", "abort", "answer"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Question:
     prompt_token_ids: tuple[int, ...]
     max_tokens: int
     max_pauses: int = 0
+    lowered_by: LoweredBy | None = None
     temperature: float = 0.0
     seed: int | None = None
     shows_reasoning: bool = True
@@ -60,6 +63,8 @@ class QaRun:
         self.question = question
         self.waveform = waveform
         pause = self.manifest.pause
+        self.gate = service.gate.lowered(question.max_pauses) if service.gate and question.max_pauses else None
+        self.clip_keys = (service.clip_key(waveform),)
         self.parser = TraceParser(self.tokenizer, pause_mode=PauseMode(pause.mode), latent_tokens=pause.latent_tokens)
         self.tally = replies.Tally()
         self.written: list[int] = []
@@ -96,37 +101,22 @@ class QaRun:
         return reply
 
     async def write_trace(self, emit: Emit) -> End:
-        """Lets the model write until it ends its turn, spends its tokens, or comes to the choice."""
-        while True:
-            num_left = self.question.max_tokens - self.tally.completion_tokens
-            end = await self.extend(num_left, emit) if num_left > 0 else "length"
-            if end != "pause":
-                return end
-            await self.pause(emit)
-
-    async def extend(self, max_tokens: int, emit: Emit) -> End:
-        """Lets the model write one uninterrupted stretch."""
-        pause_id = self.tokenizer.pause_id
-        can_pause = pause_id is not None and self.tally.num_pauses < self.question.max_pauses
+        """Lets the model write until it ends its turn, spends its tokens, is given up, or comes to the choice."""
         ends = set(self.tokenizer.stop_ids)
         # Choices are scored, so the model's turn ends where the answer begins; else it ends with the answer.
         opens_answer, closes_answer = self.answer_tags
         stop = {*ends, *(opens_answer if self.question.choices else closes_answer)}
-        banned = self.pause_tags
-        if can_pause and pause_id is not None:
-            banned.discard(pause_id)
-            stop.add(pause_id)
-        request = self.request(max_tokens, stop, banned)
+        gate = self.gate
+        banned = self.pause_tags if gate is None else set[int]()
+        request = self.request(self.question.max_tokens, stop, banned, gate)
         async with aclosing(self.engine.generate(request)) as chunks:
             async for chunk in chunks:
                 self.note(chunk)
+                await self.feed(chunk.span, emit)
                 for token_id in chunk.token_ids:
-                    if token_id in ends:
-                        self.tally.completion_tokens += 1
-                        return "stop"
-                    if token_id == pause_id:
-                        return "pause"
                     self.tally.completion_tokens += 1
+                    if token_id in ends:
+                        return "stop"
                     await self.feed([token_id], emit)
                     # Where tags are plain text no single token opens the answer: the reader knows, not the engine.
                     if self.question.choices and Section.FINAL_ANSWER in self.parser.open_sections:
@@ -134,30 +124,6 @@ class QaRun:
                 if chunk.finish_reason is not None:
                     return chunk.finish_reason
         return "abort"
-
-    async def pause(self, emit: Emit) -> None:
-        """Spends one pause: fed to the engine at once, or written by the model where the checkpoint says so."""
-        pause = self.manifest.pause
-        assert self.tokenizer.pause_id is not None
-        self.tally.num_pauses += 1
-        hidden = [self.tokenizer.pause_id] * pause.latent_tokens
-        if pause.mode == PauseMode.SAMPLED:
-            hidden = await self.hidden_tokens(pause.latent_tokens)
-        self.tally.pause_tokens += len(hidden)
-        await self.feed(hidden, emit)
-
-    async def hidden_tokens(self, budget: int) -> list[int]:
-        """Lets the model write a hidden span, closed by force when its budget is spent."""
-        tokenizer = self.tokenizer
-        assert tokenizer.pause_id is not None and tokenizer.pause_close_id is not None
-        hidden = [tokenizer.pause_id]
-        banned = {tokenizer.pause_id, *tokenizer.stop_ids}
-        request = self.request(budget - 1, {tokenizer.pause_close_id}, banned, hidden)
-        if budget > 1:
-            async with aclosing(self.engine.generate(request)) as chunks:
-                async for chunk in chunks:
-                    hidden += chunk.token_ids
-        return hidden if hidden[-1] == tokenizer.pause_close_id else [*hidden, tokenizer.pause_close_id]
 
     async def write_answer(self, emit: Emit) -> None:
         """Closes a trace that broke off, and lets the model write its answer."""
@@ -233,7 +199,7 @@ class QaRun:
             await emit(name, data)
 
     def request(
-        self, max_tokens: int, stop: set[int], banned: set[int], hidden: Sequence[int] = ()
+        self, max_tokens: int, stop: set[int], banned: set[int], gate: GateSettings | None = None
     ) -> GenerationRequest:
         """Asks for the continuation of the prompt and everything written so far."""
         self.num_parts += 1
@@ -241,7 +207,7 @@ class QaRun:
         return GenerationRequest(
             # The client's request id may repeat; the engine's may not.
             request_id=f"{self.tally.id}-{self.num_parts}",
-            prompt_token_ids=[*question.prompt_token_ids, *self.written, *hidden],
+            prompt_token_ids=[*question.prompt_token_ids, *self.written],
             clips=(self.waveform.samples_S,),
             max_tokens=max_tokens,
             temperature=question.temperature,
@@ -249,7 +215,9 @@ class QaRun:
             seed=None if question.seed is None else (question.seed + self.num_parts - 1) % 2**32,
             stop_token_ids=tuple(sorted(stop)),
             banned_token_ids=tuple(sorted(banned)),
+            gate=gate,
             cache_salt=self.cache_salt,
+            clip_keys=self.clip_keys,
         )
 
     @property
@@ -265,15 +233,25 @@ class QaRun:
         return (set(), set()) if tag_ids is None else ({tag_ids[0]}, {tag_ids[1]})
 
     def note(self, chunk: TokenChunk) -> None:
-        """Takes the engine's figures from the first chunk of the request."""
+        """Takes the engine's figures: those of the request from its first chunk, those of the gate from each."""
         tally = self.tally
+        now_s = time.monotonic()
         if tally.first_token_s is None:
-            tally.first_token_s = time.monotonic()
+            tally.first_token_s = now_s
             tally.prompt_tokens = chunk.num_prompt_tokens
             tally.audio_tokens = chunk.num_prompt_tokens - len(self.question.prompt_token_ids) + 1
             tally.cached_tokens = chunk.num_cached_tokens
             tally.queue_s, tally.prefill_s = chunk.queue_s, chunk.prefill_s
             self.exchange.phase = "generate"
+        if tally.paused_s is not None:
+            tally.pause_s.append(now_s - tally.paused_s)
+            tally.paused_s = None
+        if chunk.span:
+            tally.paused_s = now_s
+            tally.num_pauses += 1
+            tally.pause_tokens += len(chunk.span)
+        if chunk.report is not None:
+            tally.report = chunk.report
 
     def partial(self) -> dict[str, Any]:
         """Returns what stands so far, for a request that is cut short."""

@@ -6,9 +6,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from hyper_model.audio import Waveform
+from hyper_model.pause import GateReport
 from hyper_model.trace import Section, Trace, environment_labels, render_choice
 from hyper_model.trace_parser import ParsedTrace
 from server.api_types import (
@@ -28,10 +30,10 @@ from server.api_types import (
     WarningReply,
 )
 from server.exchange import Exchange
-from server.metrics import Metrics
 
 if TYPE_CHECKING:
     from server.qa import QaRun
+    from server.service import Service
 
 SILENT_RATIO = 0.98
 CLIPPED_RATIO = 0.01
@@ -49,6 +51,9 @@ class Tally:
     completion_tokens: int = 0
     pause_tokens: int = 0
     num_pauses: int = 0
+    report: GateReport = field(default_factory=GateReport)
+    pause_s: list[float] = field(default_factory=list[float])
+    paused_s: float | None = None
     queue_s: float | None = None
     prefill_s: float | None = None
     score_s: float | None = None
@@ -84,9 +89,16 @@ def build(run: QaRun, answer: Answer) -> QaReply:
         termination=result.termination.value,
         pause=PauseReply(
             mode=run.manifest.pause.mode if run.question.max_pauses else "off",
+            budget=run.question.max_pauses,
+            lowered_by=run.question.lowered_by,
             count=tally.num_pauses,
             latent_tokens=tally.pause_tokens,
-            at=[PauseAt(section=pause.section) for pause in result.pauses],
+            at=[
+                PauseAt(section=pause.section, confidence=rounded(confidence))
+                # A text that spells a pause's tags is read as one too, and a report may have been forgotten.
+                for pause, confidence in zip_longest(result.pauses, tally.report.confidences[: len(result.pauses)])
+            ],
+            lowest_group_confidence=rounded(tally.report.lowest),
         ),
         audio=[audio_reply(waveform)],
         usage=Usage(
@@ -100,6 +112,11 @@ def build(run: QaRun, answer: Answer) -> QaReply:
         timings_ms=timings(tally, exchange),
         warnings=warnings(result, waveform, answer),
     )
+
+
+def rounded(confidence: float | None) -> float | None:
+    """Writes a probability in four digits: more are noise of the arithmetic."""
+    return None if confidence is None else round(confidence, 4)
 
 
 def partial(result: ParsedTrace, choices: Sequence[str] = (), *, shows_reasoning: bool) -> dict[str, Any]:
@@ -219,9 +236,9 @@ def warnings(result: ParsedTrace, waveform: Waveform, answer: Answer) -> list[Wa
     return found
 
 
-def account(metrics: Metrics, run: QaRun, reply: QaReply) -> None:
+def account(service: Service, run: QaRun, reply: QaReply) -> None:
     """Counts a finished answer that somebody asked for, and notes it for the request's log line."""
-    tally, exchange = run.tally, run.exchange
+    metrics, tally, exchange = service.metrics, run.tally, run.exchange
     exchange.facts |= {
         "termination": reply.termination,
         "format": reply.trace.format,
@@ -232,6 +249,7 @@ def account(metrics: Metrics, run: QaRun, reply: QaReply) -> None:
     if tally.first_token_s is not None:
         metrics.time_to_first_token.observe(exchange.elapsed_ms(tally.first_token_s) / 1000)
         metrics.stage_seconds.labels("generate").observe(time.monotonic() - tally.first_token_s)
+        service.pace.note(time.monotonic() - tally.first_token_s, tally.pause_s)
     if tally.first_answer_s is not None:
         metrics.time_to_first_answer_token.observe(exchange.elapsed_ms(tally.first_answer_s) / 1000)
     for stage, seconds in (("queue", tally.queue_s), ("prefill", tally.prefill_s), ("score", tally.score_s)):
@@ -244,8 +262,19 @@ def account(metrics: Metrics, run: QaRun, reply: QaReply) -> None:
     for pause in reply.pause.at:
         metrics.pauses.labels(pause.section or "none").inc()
     metrics.pause_tokens.inc(tally.pause_tokens)
+    for seconds in tally.pause_s:
+        metrics.pause_seconds.observe(seconds)
+    for confidence in tally.report.confidences:
+        if confidence is not None:
+            metrics.pause_confidence.observe(confidence)
     if tally.num_pauses and tally.num_pauses >= run.question.max_pauses:
         metrics.pause_budget_spent.inc()
+    if run.question.lowered_by is not None:
+        metrics.pause_budget_lowered.labels(run.question.lowered_by).inc()
+    if run.question.max_pauses:
+        metrics.pauses_per_answer.observe(tally.num_pauses)
+    if tally.report.lowest is not None:
+        metrics.lowest_confidence.observe(tally.report.lowest)
     metrics.traces.labels(reply.trace.format, reply.termination).inc()
     metrics.completion_tokens.inc(tally.completion_tokens)
     if reply.answer.confidence is not None:

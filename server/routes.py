@@ -28,6 +28,7 @@ from server.exchange import Exchange
 from server.faults import FAULTS, RequestError, as_fault
 from server.metrics import version
 from server.openapi import QA_REQUEST_BODY
+from server.pacing import Budget
 from server.qa import ANSWER_TOKENS, CLOSING_TOKENS, QaRun, Question
 from server.replies import account
 from server.service import Service
@@ -80,14 +81,15 @@ async def audio_qa(request: Request) -> Response:
         timeout_ms = options.timeout_ms or service.settings.default_timeout_ms
         deadline_s = exchange.started_s + timeout_ms / 1000
         exchange.phase = "decode"
-        run = await service.carry(prepare(service, exchange, options, data), exchange, request.receive, deadline_s)
+        work = prepare(service, exchange, options, data, deadline_s)
+        run = await service.carry(work, exchange, request.receive, deadline_s)
         if options.stream:
             return EventStream(service, exchange, run, deadline_s, stack.pop_all())
         try:
             reply = await service.carry(run.run(drop), exchange, request.receive, deadline_s)
         except RequestError as fault:
             raise with_partial(fault, run) from None
-        account(service.metrics, run, reply)
+        account(service, run, reply)
         return JSONResponse(reply.model_dump(mode="json"))
 
 
@@ -200,7 +202,7 @@ def check_limits(options: QaOptions, service: Service) -> None:
     bounds = {
         "max_tokens": (options.max_tokens, settings.max_tokens),
         "timeout_ms": (options.timeout_ms, settings.max_timeout_ms),
-        "pause": (options.pause, service.checkpoint.manifest.pause.max_pauses),
+        "pause": (options.pause, service.max_pauses),
     }
     for param, (value, limit) in bounds.items():
         if isinstance(value, int) and value > limit:
@@ -211,7 +213,7 @@ def check_limits(options: QaOptions, service: Service) -> None:
         raise RequestError("invalid_parameter", message, param="long_audio")
 
 
-async def prepare(service: Service, exchange: Exchange, options: QaOptions, data: bytes) -> QaRun:
+async def prepare(service: Service, exchange: Exchange, options: QaOptions, data: bytes, deadline_s: float) -> QaRun:
     """Turns a request into a run: question before clip, as the cheaper to refuse."""
     metrics = service.metrics
     started_s = time.monotonic()
@@ -228,7 +230,8 @@ async def prepare(service: Service, exchange: Exchange, options: QaOptions, data
     metrics.audio_codec.labels(waveform.codec).inc()
     metrics.audio_silence_ratio.observe(waveform.quality.silence_ratio)
     require_window(waveform)
-    return QaRun(service, exchange, make_question(service, options, prompt_token_ids, waveform), waveform)
+    left_s = deadline_s - time.monotonic()
+    return QaRun(service, exchange, make_question(service, options, prompt_token_ids, waveform, left_s), waveform)
 
 
 def require_window(waveform: Waveform) -> None:
@@ -243,16 +246,18 @@ def require_window(waveform: Waveform) -> None:
         raise
 
 
-def make_question(service: Service, options: QaOptions, prompt_token_ids: list[int], waveform: Waveform) -> Question:
-    """Settles what is left open: how many tokens and pauses there is room for."""
+def make_question(
+    service: Service, options: QaOptions, prompt_token_ids: list[int], waveform: Waveform, left_s: float
+) -> Question:
+    """Settles what is left open: how many tokens and pauses there is room for, and time in the seconds left."""
     manifest, settings = service.checkpoint.manifest, service.settings
     match options.pause:
         case "auto":
-            max_pauses = manifest.pause.max_pauses
+            budget = service.auto_budget(left_s)
         case "off":
-            max_pauses = 0
+            budget = Budget(0)
         case number:
-            max_pauses = number
+            budget = Budget(number)
     longest_choice = 0
     if manifest.trace.answer_style == "text":
         # As they are scored: escaped, closed, and with the one token that the engine must write behind them.
@@ -261,7 +266,7 @@ def make_question(service: Service, options: QaOptions, prompt_token_ids: list[i
     reserved = (
         len(prompt_token_ids)
         + round(waveform.num_samples / SAMPLE_RATE_HZ * manifest.audio.tokens_per_s)
-        + max_pauses * manifest.pause.latent_tokens
+        + (budget.max_pauses * service.gate.span_tokens if service.gate else 0)
         + CLOSING_TOKENS
         + max(ANSWER_TOKENS, longest_choice)
     )
@@ -278,7 +283,8 @@ def make_question(service: Service, options: QaOptions, prompt_token_ids: list[i
         choices=tuple(options.choices),
         prompt_token_ids=tuple(prompt_token_ids),
         max_tokens=options.max_tokens or min(room, settings.default_max_tokens),
-        max_pauses=max_pauses,
+        max_pauses=budget.max_pauses,
+        lowered_by=budget.lowered_by,
         temperature=options.temperature,
         seed=options.seed,
         shows_reasoning=options.reasoning == "full",
@@ -347,7 +353,7 @@ class EventStream(Response):
 
         pings = asyncio.create_task(self.ping(send))
         try:
-            account(self.service.metrics, self.run, await self.run.run(emit))
+            account(self.service, self.run, await self.run.run(emit))
         finally:
             pings.cancel()
             await asyncio.gather(pings, return_exceptions=True)
@@ -390,9 +396,14 @@ async def info(request: Request) -> dict[str, Any]:
         "sections": [section.value for section in Section],
         "environment_labels": list(manifest.environment_labels),
         "pause": {
-            "mode": manifest.pause.mode,
+            "mode": manifest.pause.mode if service.gate else "off",
             "latent_tokens": manifest.pause.latent_tokens,
-            "max_pauses": manifest.pause.max_pauses,
+            "max_pauses": service.max_pauses,
+            "tau_pause": manifest.pause.tau_pause,
+            "tau_abort": manifest.pause.tau_abort,
+            "window_tokens": manifest.pause.window_tokens,
+            "sections": list(manifest.pause.sections),
+            "is_calibrated": manifest.pause.calibration is not None,
         },
         "long_audio": ["error"],
         "limits": {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
 import logging
 import secrets
 import threading
@@ -19,12 +20,14 @@ from typing import Any, Literal, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from hyper_model.audio import AudioLimits, Waveform, decode
+from hyper_model.audio import SAMPLE_RATE_HZ, AudioLimits, Waveform, decode
 from hyper_model.checkpoint import Checkpoint
+from hyper_model.pause import GateSettings
 from server.engine import Engine
 from server.exchange import Exchange
 from server.faults import RequestError
 from server.metrics import Metrics
+from server.pacing import Budget, Pace
 from server.settings import Settings
 
 logger = logging.getLogger("hyper.server")
@@ -41,8 +44,10 @@ class Service:
     def __init__(self, settings: Settings, checkpoint: Checkpoint, engine: Engine, metrics: Metrics) -> None:
         self.settings = settings
         self.checkpoint = checkpoint
+        self.gate = GateSettings.of(checkpoint.manifest, checkpoint.tokenizer)
         self.engine = engine
         self.metrics = metrics
+        self.pace = Pace()
         self.state: State = "starting"
         self.failure: BaseException | None = None
         self.num_in_flight = 0
@@ -56,6 +61,25 @@ class Service:
         self.cache_salt = secrets.token_hex(16)
         self.pool = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="hyper-decode")
         self.tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def max_pauses(self) -> int:
+        """The pauses that an answer may take; none where the checkpoint has no gate."""
+        return self.gate.max_pauses if self.gate else 0
+
+    def auto_budget(self, left_s: float) -> Budget:
+        """Returns the pauses of a request that leaves them to the service and has so many seconds left."""
+        settings = self.settings
+        num_waiting = max(0, self.num_in_flight - settings.max_num_seqs)
+        num_places = max(0, settings.max_in_flight - settings.max_num_seqs)
+        return self.pace.budget(self.max_pauses, left_s=left_s, num_waiting=num_waiting, num_places=num_places)
+
+    def clip_key(self, waveform: Waveform) -> str:
+        """Names a clip for the engine's caches: the same for the same sound, and nothing that a stranger can guess.
+
+        The engine takes the name for the sound itself: whoever could choose it could be answered about another's clip.
+        """
+        return hashlib.sha256(f"{self.cache_salt} {SAMPLE_RATE_HZ} {waveform.sha256}".encode()).hexdigest()
 
     async def start(self, canary: Callable[[Service], Coroutine[Any, Any, float]]) -> None:
         """Starts the engine, asks it the canary question, and watches it from then on; ends when the engine does."""
@@ -159,7 +183,7 @@ class Service:
         cancel = threading.Event()
         with self.metrics.decoding.track_inprogress():
             try:
-                return await self.in_pool(decode, data, self.audio_limits, cancel=cancel)
+                return await self.in_pool(hear, data, self.audio_limits, cancel)
             finally:
                 cancel.set()
 
@@ -201,6 +225,13 @@ class Service:
             for each in (task, gone):
                 each.cancel()
             await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def hear(data: bytes, limits: AudioLimits, cancel: threading.Event) -> Waveform:
+    """Decodes a clip and looks at all of its samples while still off the event loop."""
+    waveform = decode(data, limits, cancel=cancel)
+    _ = waveform.quality, waveform.sha256
+    return waveform
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,19 @@ import pytest
 # Before anything loads torch: tests share the machine, and tiny models gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from server.app import EMBEDDED_CHECKPOINT
 from server.settings import Settings
 from tests.serving import Live, running, scripted
+
+PAUSING = {
+    "max_pauses": 3,
+    "latent_tokens": 8,
+    "tau_pause": 1.0,
+    "tau_abort": 0.0,
+    "window_tokens": 6,
+    "rest_tokens": 9,
+}
+"""A gate that always wants to pause: with its rests, three pauses in every trace of some length."""
 
 
 class VllmHost:
@@ -76,6 +88,25 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vllm_host(random_checkpoint: Path) -> Iterator[VllmHost]:
     """Where tests get the one vLLM engine from."""
     host = VllmHost(random_checkpoint)
+    yield host
+    host.close()
+
+
+@pytest.fixture(scope="session")
+def pausing_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded checkpoint with a gate that pauses as soon as a window is full, and as often as it may."""
+    from hyper_model.checkpoint import update_pause
+
+    directory = tmp_path_factory.mktemp("checkpoint") / "hyper-mini"
+    shutil.copytree(EMBEDDED_CHECKPOINT, directory)
+    update_pause(directory, PAUSING | {"calibration": None})
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pausing_host(pausing_checkpoint: Path) -> Iterator[VllmHost]:
+    """Where tests get the engine on that checkpoint from."""
+    host = VllmHost(pausing_checkpoint)
     yield host
     host.close()
 

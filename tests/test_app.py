@@ -107,10 +107,12 @@ def test_a_silent_clip_makes_it_pause_and_warns(live: Live) -> None:
     reply = live.ask(tone(amplitude=0)).json()
     assert reply["pause"] == {
         "mode": "parallel",
+        "budget": 3,
+        "lowered_by": None,
         "count": 1,
         "latent_tokens": 64,
-        "at": [{"section": "REASONING", "confidence": None}],
-        "lowest_group_confidence": None,
+        "at": [{"section": "REASONING", "confidence": 1.0}],
+        "lowest_group_confidence": 1.0,
     }
     assert reply["usage"]["pause_tokens"] == 64
     assert [warning["code"] for warning in reply["warnings"]] == ["silent_audio"]
@@ -160,7 +162,9 @@ def test_info_says_what_is_served(live: Live) -> None:
     assert info["checkpoint"]["name"] == "scripted" and len(info["checkpoint"]["manifest_sha256"]) == 64
     assert info["limits"]["window_s"] == 30.0 and info["limits"]["max_choices"] == 26
     assert "wav" in info["formats"] and info["sections"][0] == "THINK"
-    assert info["pause"] == {"mode": "parallel", "latent_tokens": 64, "max_pauses": 3}
+    pause = info["pause"]
+    assert (pause["mode"], pause["latent_tokens"], pause["max_pauses"]) == ("parallel", 64, 3)
+    assert pause["tau_abort"] < pause["tau_pause"] and "REASONING" in pause["sections"] and not pause["is_calibrated"]
 
 
 def test_the_api_page_shows_both_bodies_and_the_reply(live: Live) -> None:

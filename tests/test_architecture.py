@@ -33,8 +33,12 @@ VLLM_MODULES = {
     "hyper_model.pause_vllm",
     "hyper_model.vllm_plugin",
     "training.rollout",
+    "loadtests.peers",
 }
 """The adapters, which alone may import vLLM: the engine changes most of all that we use."""
+
+MEASURED_WITHOUT_HTTP = "loadtests.peers"
+"""Runs what the benchmark compares the service with, in processes of its own: engines and models that have no HTTP."""
 
 PURE_MODULES = ("hyper_model.errors", "hyper_model.trace", "hyper_model.pause", "training.rewards")
 """Modules that, with all that they import at any depth, are free of torch, transformers and vLLM."""
@@ -131,12 +135,17 @@ def reachable(module: str) -> set[str]:
     return outside | seen
 
 
+def may_import(module: str) -> set[str]:
+    """Returns which of our other packages a module may import."""
+    return {"hyper_model", "server"} if module == MEASURED_WITHOUT_HTTP else MAY_IMPORT[top(module)]
+
+
 def test_each_package_imports_only_what_it_may() -> None:
     wrong = [
         f"{module} imports {name}"
         for module in modules()
         for name in imports(module)
-        if top(name) in PACKAGES and top(name) != top(module) and top(name) not in MAY_IMPORT[top(module)]
+        if top(name) in PACKAGES and top(name) != top(module) and top(name) not in may_import(module)
     ]
     assert not wrong
 
@@ -172,8 +181,15 @@ def test_the_model_package_knows_no_http() -> None:
 
 
 def test_loadtests_know_the_service_by_http_alone() -> None:
-    names = {top(name) for module in modules() if top(module) == "loadtests" for name in imports(module)}
+    names = {
+        top(name)
+        for module in modules()
+        if top(module) == "loadtests" and module != MEASURED_WITHOUT_HTTP
+        for name in imports(module)
+    }
     assert not names & (HEAVY | {"fastapi", "starlette"})
+    # The peers are run, and what they know stays in their own processes.
+    assert not HEAVY & {top(name) for name in reachable("loadtests.bench")}
 
 
 HELP = """

@@ -403,11 +403,11 @@ def test_slice_cuts_to_the_sample_and_refuses_nothing():
 
 def test_sha256_names_the_sound_and_not_the_file(clips, tmp_path):
     waveform = decode(clips["wav"])
-    assert waveform.sha256() == hashlib.sha256(waveform.samples_S.tobytes()).hexdigest()
+    assert waveform.sha256 == hashlib.sha256(waveform.samples_S.tobytes()).hexdigest()
     (tmp_path / "clip.wav").write_bytes(clips["wav"])
     encode("-i", str(tmp_path / "clip.wav"), str(tmp_path / "clip.flac"))
-    assert decode((tmp_path / "clip.flac").read_bytes()).sha256() == waveform.sha256()
-    assert waveform.sha256() != waveform.slice(0, 0.5).sha256()
+    assert decode((tmp_path / "clip.flac").read_bytes()).sha256 == waveform.sha256
+    assert waveform.sha256 != waveform.slice(0, 0.5).sha256
 
 
 def test_a_waveform_wants_mono_float32():

@@ -8,17 +8,20 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import aclosing
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hyper_model.audio import SAMPLE_RATE_HZ
+from hyper_model.audio import SAMPLE_RATE_HZ, decode
+from hyper_model.pause import GateSettings
 from hyper_model.trace import build_prompt
 from server.engine import Engine, GenerationRequest, TokenChunk
 from tests.conftest import VllmHost
 from tests.serving import Live
 
 NUMBERS = itertools.count()
+CLIP = Path(__file__).parent / "assets/clips/one-voice.mp3"
 
 
 @pytest.fixture(params=["scripted", "vllm"])
@@ -181,3 +184,98 @@ def test_many_at_once_do_not_mix(host: Live, engine: Engine) -> None:
         return await asyncio.gather(*(read(ask(host, duration_s=length)) for length in lengths))
 
     assert [tokens(chunks) for chunks in host.run(read_all())] == alone
+
+
+@pytest.fixture(params=["scripted", "vllm"])
+def pausing(request: pytest.FixtureRequest, live: Live) -> Iterator[Live]:
+    """A running service whose engine wants to pause in the clip of `ask_pausing`."""
+    service = live if request.param == "scripted" else request.getfixturevalue("pausing_host").live()
+    yield service
+    service.wait_until_idle()
+
+
+def gate_of(host: Live) -> GateSettings:
+    assert host.service.gate is not None
+    return host.service.gate
+
+
+def ask_pausing(host: Live, max_tokens: int = 400, **fields: object) -> GenerationRequest:
+    """Asks about silence, where the script pauses, or about a voice, where the gate of the real engine does."""
+    is_scripted = host.service.settings.engine == "scripted"
+    samples_S = np.zeros(SAMPLE_RATE_HZ, np.float32) if is_scripted else decode(CLIP.read_bytes()).samples_S
+    prompt = build_prompt(host.service.checkpoint.tokenizer, "What is heard?")
+    stop = host.service.checkpoint.tokenizer.stop_ids
+    fields = {"gate": gate_of(host), "stop_token_ids": stop, "cache_salt": "test", **fields}
+    return GenerationRequest(f"pausing-{next(NUMBERS)}", prompt, (samples_S,), max_tokens, **fields)  # pyright: ignore
+
+
+def spans(chunks: list[TokenChunk]) -> list[tuple[int, ...]]:
+    return [chunk.span for chunk in chunks if chunk.span]
+
+
+def test_a_pause_is_a_span_of_its_own_and_never_among_the_visible_tokens(pausing: Live) -> None:
+    gate = gate_of(pausing)
+    chunks = collect(pausing, ask_pausing(pausing))
+    assert 1 <= len(spans(chunks)) <= gate.max_pauses
+    assert set(spans(chunks)) == {(gate.open_id,) * gate.latent_tokens}
+    assert not {gate.open_id, gate.close_id} & set(tokens(chunks))
+    assert all(not chunk.token_ids and chunk.finish_reason is None for chunk in chunks if chunk.span)
+    assert [chunk.report for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    report = chunks[-1].report
+    assert report is not None and report.lowest is not None and 0 < report.lowest <= 1
+    assert len(report.confidences) == len(spans(chunks)) and all(0 < each <= 1 for each in report.confidences if each)
+    assert chunks[-1].finish_reason == "stop" and tokens(chunks)[-1] in pausing.service.checkpoint.tokenizer.stop_ids
+
+
+def test_a_budget_is_kept(pausing: Live) -> None:
+    wanted = len(spans(collect(pausing, ask_pausing(pausing))))
+    for budget in range(1, wanted + 1):
+        assert len(spans(collect(pausing, ask_pausing(pausing, gate=gate_of(pausing).lowered(budget))))) == budget
+
+
+def test_pauses_do_not_count_against_max_tokens(pausing: Live) -> None:
+    whole = collect(pausing, ask_pausing(pausing))
+    for max_tokens in (1, 12, 40, len(tokens(whole))):
+        chunks = collect(pausing, ask_pausing(pausing, max_tokens))
+        assert tokens(chunks) == tokens(whole)[:max_tokens]
+        assert chunks[-1].finish_reason == ("stop" if max_tokens == len(tokens(whole)) else "length")
+
+
+def test_without_a_gate_nothing_pauses(pausing: Live) -> None:
+    gate = gate_of(pausing)
+    banned = (gate.open_id, gate.close_id)
+    chunks = collect(pausing, ask_pausing(pausing, gate=None, banned_token_ids=banned))
+    assert not spans(chunks) and not set(banned) & set(tokens(chunks))
+
+
+def test_a_seed_repeats_itself_with_its_pauses(pausing: Live) -> None:
+    first, second = (collect(pausing, ask_pausing(pausing, temperature=0.8, seed=3)) for _ in range(2))
+    assert tokens(first) == tokens(second) and spans(first) == spans(second)
+
+
+def test_a_completion_that_is_closed_at_a_pause_is_aborted(pausing: Live) -> None:
+    async def leave() -> None:
+        async with aclosing(pausing.service.engine.generate(ask_pausing(pausing))) as chunks:
+            async for chunk in chunks:
+                if chunk.span is not None:
+                    return
+
+    pausing.run(leave())
+    assert pausing.service.engine.num_in_flight == 0 and pausing.service.engine.is_alive
+    assert spans(collect(pausing, ask_pausing(pausing)))
+
+
+def test_pausing_completions_do_not_depend_on_their_neighbours(pausing: Live) -> None:
+    alone = collect(pausing, ask_pausing(pausing))
+    plain = collect(pausing, ask_pausing(pausing, gate=None))
+
+    async def read(request: GenerationRequest) -> list[TokenChunk]:
+        async with aclosing(pausing.service.engine.generate(request)) as chunks:
+            return [chunk async for chunk in chunks]
+
+    async def read_all() -> list[list[TokenChunk]]:
+        gates = [gate_of(pausing), None] * 4
+        return await asyncio.gather(*(read(ask_pausing(pausing, gate=gate)) for gate in gates))
+
+    for chunks, expected in zip(pausing.run(read_all()), [alone, plain] * 4, strict=True):
+        assert tokens(chunks) == tokens(expected) and spans(chunks) == spans(expected)

@@ -308,9 +308,9 @@ def test_decoding_leaves_no_descriptor_child_or_file_behind(mp3, tmp_path, monke
 
 
 def test_clips_decode_side_by_side(mp3):
-    expected = decode(mp3).sha256()
+    expected = decode(mp3).sha256
     outcomes: list[str] = []
-    threads = [threading.Thread(target=lambda: outcomes.append(decode(mp3).sha256())) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: outcomes.append(decode(mp3).sha256)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

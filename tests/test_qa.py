@@ -69,7 +69,7 @@ def ask(
         await engine.start()
         qa = QaRun(service, Exchange("test", is_body_complete=True), question, waveform)
         reply = await qa.run(emit)
-        account(service.metrics, qa, reply)
+        account(service, qa, reply)
         return reply
 
     reply = asyncio.run(run())
@@ -196,9 +196,11 @@ def test_a_sampled_pause_is_hidden_and_bounded(num_hidden: int) -> None:
         hidden = [tokenizer.pause_id or 0, *tokenizer.encode_text("h" * num_hidden), tokenizer.pause_close_id or 0]
         return [*token_ids[:at], *hidden, *token_ids[at:]]
 
-    reply, _, _ = ask(render(WORDS), checkpoint=checkpoint, max_pauses=1, edit=edit)
+    reply, events, _ = ask(render(WORDS), checkpoint=checkpoint, max_pauses=1, edit=edit)
     assert reply.pause.count == 1 and [pause.section for pause in reply.pause.at] == ["REASONING"]
-    assert reply.usage.pause_tokens <= 9
+    # At most eight hidden tokens, and the two that open and close them.
+    assert reply.usage.pause_tokens == min(num_hidden, 8) + 2
+    assert [data["latent_tokens"] for name, data in events if name == "pause"] == [min(num_hidden, 8)]
     if num_hidden < 8:
         assert "h" * 3 not in (reply.trace.raw or "") and reply.answer.text == "rain" and reply.trace.format == "strict"
 

@@ -275,7 +275,7 @@ def test_choices_answered_by_their_words_have_room_to_be_scored() -> None:
     service = Service(scripted(default_max_tokens=10**6), checkpoint, ScriptedEngine(tokenizer), Metrics())
     choices = ["<THINK>" * (MAX_CHOICE_CHARS // len("<THINK>")), "plain"]
     waveform = Waveform(np.zeros(SAMPLE_RATE_HZ, dtype=np.float32))
-    question = routes.make_question(service, QaOptions(question="a", choices=choices), [1] * 10, waveform)
+    question = routes.make_question(service, QaOptions(question="a", choices=choices), [1] * 10, waveform, 60.0)
     longest = max(map(len, tokenizer.choice_ids(choices, by_letter=False)))
     assert longest > max(map(len, map(tokenizer.encode_text, choices)))
     pauses = question.max_pauses * manifest.pause.latent_tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, WhisperFeatureExtractor
 from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2AudioEncoderConfig
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
@@ -108,7 +108,7 @@ def test_the_unpadded_encoder_equals_transformers_padded_pass() -> None:
     encode = ClipEncoder(tower)
     for seconds in (0.1, 0.333, 2.0, 7.7):
         samples_S = torch.randn(int(seconds * 16_000)).mul(0.1).numpy()
-        padded = encode.extractor(
+        padded = WhisperFeatureExtractor(feature_size=80)(
             samples_S, sampling_rate=16_000, padding="max_length", return_attention_mask=True, return_tensors="pt"
         )
         num_states = (len(samples_S) // HOP - 1) // 2 + 1

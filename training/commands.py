@@ -8,8 +8,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from hyper_model.checkpoint import Checkpoint
+    from training.rollout import Prompt
+    from training.voices import Bank, Split
 
 SEED = 0
 
@@ -32,6 +38,20 @@ _workers = click.option(
 def _single_threaded() -> None:
     # One thread a process: on shared cores threads inside processes cost several times what they give.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _bank_of(split: Split, work: Path, workers: int) -> Bank:
+    """Opens the bank of a split's voices, and builds what is missing of it."""
+    from training.assets import fetch, require_speech_programs
+    from training.voices import Bank, build_bank, list_voices, missing_rounds, trained_lines
+
+    fetch(work / "assets")
+    voices = [voice for voice in list_voices() if voice.split == split]
+    if missing_rounds(work / "bank", voices):
+        require_speech_programs()
+        build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers, voices=voices)
+    # A sentence that some training voice spoke word for word would measure memory.
+    return Bank(work / "bank", without=trained_lines(seed=SEED))
 
 
 @click.group()
@@ -125,32 +145,29 @@ def train(recipe: str, work: Path, workers: int, export_to: Path | None, export_
     show_default=True,
     help="The checkpoint to measure.",
 )
+@click.option("--pauses", type=click.IntRange(0), help="Lower the budget of pauses.  [default: the checkpoint's]")
 @click.option("--items", type=click.IntRange(20), default=1_400, show_default=True, help="Questions to ask.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead of a table.")
 @_work
 @_workers
-def evaluate(suite: str, checkpoint: Path, items: int, as_json: bool, work: Path, workers: int) -> None:
+def evaluate(
+    suite: str, checkpoint: Path, pauses: int | None, items: int, as_json: bool, work: Path, workers: int
+) -> None:
     """Measure a checkpoint on synthetic scenes, through vLLM; builds the test voices first if they are missing."""
     from hyper_model.checkpoint import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    from training.assets import SOUNDS_FOLDER, fetch, require_speech_programs
+    from training.assets import SOUNDS_FOLDER
     from training.evaluate import evaluate as run
-    from training.voices import Bank, build_bank, list_voices, missing_rounds, trained_lines
 
-    split = "test" if suite == "held-out" else "validation"
-    fetch(work / "assets")
-    voices = [voice for voice in list_voices() if voice.split == split]
-    if missing_rounds(work / "bank", voices):
-        require_speech_programs()
-        build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers, voices=voices)
+    split: Split = "test" if suite == "held-out" else "validation"
     result = run(
         opened,
-        # A sentence that some training voice spoke word for word would measure memory.
-        Bank(work / "bank", without=trained_lines(seed=SEED)),
+        _bank_of(split, work, workers),
         work / "assets" / SOUNDS_FOLDER,
         split=split,
         num_items=items,
+        max_pauses=pauses,
         use_tqdm=not as_json,
     )
     result["checkpoint"] = opened.manifest.name
@@ -164,3 +181,114 @@ def evaluate(suite: str, checkpoint: Path, items: int, as_json: bool, work: Path
             click.echo(f"{name:32} {value:7.3f}" + (f"   [{low:.3f}, {high:.3f}]" if low is not None else ""))
     for name in ("choice_accuracy_by_kind", "environment_accuracy_by_class", "speaker_count_accuracy_by_count"):
         click.echo(f"{name}: " + "  ".join(f"{key} {value:.2f}" for key, value in result[name].items()))
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--examples",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A JSON list of objects with `file` (a clip beside it), `question` and, for some, `choices`.  "
+    "[default: synthetic scenes of the validation voices]",
+)
+@click.option("--items", type=click.IntRange(10), default=300, show_default=True, help="Questions to ask.")
+@click.option(
+    "--wanted",
+    type=(float, float),
+    default=(0.45, 1.0),
+    show_default=True,
+    help="The least and the most pauses a completion.",
+)
+@click.option("--wanted-aborts", type=float, default=0.01, show_default=True, help="The most given up, as a share.")
+@click.option("--max-pauses", type=click.IntRange(1, 16), help="Set the budget.  [default: the manifest's]")
+@click.option("--window-tokens", type=click.IntRange(1), help="Set the window's length.  [default: the manifest's]")
+@click.option("--rest-tokens", type=click.IntRange(0), help="Set the rest after a pause.  [default: the manifest's]")
+@click.option("--latent-tokens", type=click.IntRange(1), help="Set the length of a pause.  [default: the manifest's]")
+@click.option("--section", "sections", multiple=True, help="Set a section that may pause.  [default: the manifest's]")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve there.")
+@_work
+@_workers
+def calibrate(
+    checkpoint: Path,
+    examples: Path | None,
+    items: int,
+    wanted: tuple[float, float],
+    wanted_aborts: float,
+    sections: tuple[str, ...],
+    png: Path | None,
+    work: Path,
+    workers: int,
+    **fields: int | None,
+) -> None:
+    """Set the thresholds at which CHECKPOINT pauses, from how sure it is of a validation set.
+
+    The manifest gets the thresholds and the curve they were read from. Weights are not touched.
+    """
+    from hyper_model.checkpoint import open_checkpoint
+    from training.calibrate import Wanted, draw_curve
+    from training.calibrate import calibrate as run
+
+    if not 0 <= wanted[0] < wanted[1]:
+        raise click.BadParameter("the least must be below the most", param_hint="--wanted")
+    opened = open_checkpoint(checkpoint)
+    prompts = (
+        _prompts_of_scenes(opened, items, work, workers) if examples is None else _prompts_of(opened, examples, items)
+    )
+    source = (
+        f"{len(prompts)} synthetic scenes of the validation voices"
+        if examples is None
+        else f"{len(prompts)} questions of {examples.name}"
+    )
+    changes: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    if sections:
+        changes["sections"] = [section.upper() for section in sections]
+    updated, calibration = run(opened, prompts, source=source, wanted=Wanted(wanted, wanted_aborts), fields=changes)
+    pause = updated.manifest.pause
+    click.echo(f"tau_pause {pause.tau_pause:.4f}, tau_abort {pause.tau_abort:.4f}, budget {pause.max_pauses}")
+    click.echo(f"{calibration.pauses:.2f} pauses a completion, {calibration.abort_rate:.1%} given up, on {source}")
+    if png is not None:
+        draw_curve(calibration, pause.tau_pause, png)
+
+
+def _prompts_of_scenes(checkpoint: Checkpoint, num_items: int, work: Path, workers: int) -> list[Prompt]:
+    """Ask questions about scenes of the validation voices."""
+    from hyper_model.trace import build_prompt
+    from training.assets import SOUNDS_FOLDER
+    from training.clips import SEED_STRIDE
+    from training.evaluate import draw_items
+    from training.rollout import Prompt
+    from training.scenes import SceneBuilder
+
+    bank = _bank_of("validation", work, workers)
+    builder = SceneBuilder(bank, work / "assets" / SOUNDS_FOLDER, "validation")
+    return [
+        Prompt(
+            build_prompt(checkpoint.tokenizer, item.example.question, item.example.choices),
+            item.samples_S,
+            item.example.choices,
+        )
+        for item in draw_items(builder, num_items=num_items, first_seed=SEED_STRIDE["validation"])
+    ]
+
+
+def _prompts_of(checkpoint: Checkpoint, path: Path, num_items: int) -> list[Prompt]:
+    """Read questions and clips of one's own."""
+    from hyper_model.audio import decode, require_single_window
+    from hyper_model.errors import HyperError
+    from hyper_model.trace import build_prompt
+    from training.rollout import Prompt
+
+    prompts: list[Prompt] = []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        for row in rows[:num_items]:
+            choices = tuple(row.get("choices") or ())
+            token_ids = build_prompt(checkpoint.tokenizer, row["question"], choices)
+            waveform = decode((path.parent / row["file"]).read_bytes())
+            require_single_window(waveform)
+            prompts.append(Prompt(token_ids, waveform.samples_S, choices))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise click.ClickException(f"{path}: not a list of questions (at item {len(prompts) + 1}: {error})") from error
+    except (OSError, HyperError) as error:
+        raise click.ClickException(f"{path}: item {len(prompts) + 1}: {error}") from error
+    return prompts

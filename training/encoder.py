@@ -1,6 +1,6 @@
-"""Reads the frozen audio encoder (Whisper tiny.en, MIT) out of its CTranslate2 file and runs it on unpadded clips.
+"""Reads the frozen audio encoder (Whisper tiny.en, MIT) out of its CTranslate2 file and runs it on clips.
 
-Axes: S samples at 16 kHz, M mel bins, F mel frames (10 ms), A audio tokens (40 ms), D model width.
+Axes: S samples at 16 kHz, A audio tokens (40 ms), D model width.
 The tower is transformers' `Qwen2AudioEncoder`, which is Whisper's encoder with a pooler before the last layer norm.
 """
 
@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import WhisperFeatureExtractor
 from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2AudioEncoderConfig
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
-from hyper_model.audio import SAMPLE_RATE_HZ
+from hyper_model.audio_encoder import HOP, LogMel, encode, num_audio_tokens
+
+__all__ = ["HOP", "ClipEncoder", "load_encoder", "num_audio_tokens", "read_ctranslate2"]
 
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
-HOP = 160
-"""Samples a mel frame."""
 
 
 def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
@@ -112,51 +111,20 @@ def load_encoder(model_bin: Path) -> Qwen2AudioEncoder:
     return encoder.eval().requires_grad_(False)
 
 
-def num_audio_tokens(num_samples: int) -> int:
-    """Return the audio tokens A of a clip of S samples (Qwen2-Audio: two strides of two over the mel frames)."""
-    num_frames = min(num_samples // HOP, 3000)
-    num_states = (num_frames - 1) // 2 + 1
-    return (num_states - 2) // 2 + 1
-
-
 class ClipEncoder:
-    """Runs mel extraction and the tower on the valid part of a clip only.
-
-    Equal to the padded 30 s pass with its mask, to rounding (measured 6e-5 in float32): the tower sees a few frames of
-    the padding, as the convolutions do, and attention is cut to the valid states.
-    """
+    """Turns a clip into the states that the model trains on: what the service's model hears, from the same code."""
 
     def __init__(self, encoder: Qwen2AudioEncoder, dtype: torch.dtype = torch.float32) -> None:
         tower: Any = encoder  # The library types `to` for whole models only.
         self.encoder: Any = tower.to(dtype)
-        self.dtype = dtype
-        self.extractor = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
-
-    def mel(self, samples_S: np.ndarray) -> np.ndarray:
-        """Return log-mel [M, F] of the clip and two frames of the silence that follows it.
-
-        Whisper normalises against the loudest frame of the whole 30 s window, which padding never is, so a shorter
-        window gives the same numbers.
-        """
-        num_frames = min(len(samples_S) // HOP, 3000)
-        padded_S = np.zeros((num_frames + 8) * HOP, np.float32)
-        padded_S[: min(len(samples_S), len(padded_S))] = samples_S[: len(padded_S)]
-        features = self.extractor(
-            padded_S, sampling_rate=SAMPLE_RATE_HZ, padding="do_not_pad", truncation=False, return_tensors="np"
-        )
-        return features["input_features"][0][:, : num_frames + 4]
+        self.log_mel = LogMel(encoder.config.num_mel_bins)
 
     @torch.inference_mode()
     def __call__(self, samples_S: np.ndarray) -> torch.Tensor:
-        """Encode one clip: [A, D] in this encoder's dtype."""
-        tower = self.encoder
-        mel_MF = torch.from_numpy(self.mel(samples_S)).to(self.dtype)
-        hidden = torch.nn.functional.gelu(tower.conv1(mel_MF[None]))
-        hidden = torch.nn.functional.gelu(tower.conv2(hidden)).transpose(1, 2)
-        num_states = (min(len(samples_S) // HOP, 3000) - 1) // 2 + 1
-        hidden = hidden[:, :num_states] + tower.embed_positions.weight[:num_states]
-        for layer in tower.layers:
-            output = layer(hidden, None)
-            hidden = output[0] if isinstance(output, tuple) else output
-        pooled = tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)
-        return tower.layer_norm(pooled)[0, : num_audio_tokens(len(samples_S))]
+        """Encode one clip: [A, D] in this encoder's dtype.
+
+        Raises:
+            ValueError: the clip is longer than 30 s or shorter than one audio token.
+        """
+        states_AD, _ = encode(self.encoder, [self.log_mel(samples_S)])
+        return states_AD

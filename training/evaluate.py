@@ -11,15 +11,16 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hyper_model.checkpoint import Checkpoint
+from hyper_model.pause import GateSettings
 from hyper_model.trace import build_prompt
-from hyper_model.trace_parser import ParsedTrace, TraceFormat, parse
+from hyper_model.trace_parser import ParsedTrace, TraceFormat
 from training import sounds
 from training.clips import SEED_STRIDE
 from training.questions import KINDS, Example, chance_accuracy, draw_example, possible_kinds
@@ -53,6 +54,9 @@ class Judged:
     is_strict: bool
     is_silent: bool | None
     """In a clip without speech: whether no word and no speaker was named."""
+
+    num_pauses: int = 0
+    is_aborted: bool = False
 
 
 def draw_items(builder: SceneBuilder, *, num_items: int, first_seed: int) -> list[Item]:
@@ -144,24 +148,54 @@ def _word_error_rate(judged: Sequence[Any]) -> float:
     return sum(j.word_errors for j in judged) / max(1, sum(j.num_words for j in judged))
 
 
-def ask(backend: VllmBackend, items: Sequence[Item], clips: Sequence[np.ndarray], *, use_tqdm: bool) -> list[Judged]:
-    """Ask every item of the clip at the same place of `clips`."""
+def make_prompts(backend: VllmBackend, items: Sequence[Item], clips: Sequence[np.ndarray]) -> list[Prompt]:
+    """Make the prompt that asks every item of the clip at the same place of `clips`."""
     tokenizer = backend.checkpoint.tokenizer
-    prompts = [
+    return [
         Prompt(build_prompt(tokenizer, i.example.question, i.example.choices), clip, i.example.choices)
         for i, clip in zip(items, clips, strict=True)
     ]
-    completions = backend.complete(prompts, use_tqdm=use_tqdm)
-    return [
-        judge(item.example, parse(completion.token_ids, tokenizer), completion.choice_scores)
-        for item, completion in zip(items, completions, strict=True)
-    ]
+
+
+def ask(
+    backend: VllmBackend,
+    items: Sequence[Item],
+    clips: Sequence[np.ndarray],
+    *,
+    gate: GateSettings | None = None,
+    use_tqdm: bool,
+) -> list[Judged]:
+    """Ask every item of the clip at the same place of `clips`."""
+    completions = backend.complete(make_prompts(backend, items, clips), gate=gate, use_tqdm=use_tqdm)
+    judged: list[Judged] = []
+    for item, completion in zip(items, completions, strict=True):
+        parser = backend.parser()
+        for token_id in completion.token_ids:
+            parser.feed(token_id)
+        parser.finish()
+        verdict = judge(item.example, parser.result, completion.choice_scores)
+        if completion.gate is not None:
+            found = completion.gate
+            verdict = replace(verdict, num_pauses=found.num_pauses, is_aborted=found.is_aborted)
+        judged.append(verdict)
+    return judged
 
 
 def evaluate(
-    checkpoint: Checkpoint, bank: Bank, sounds_folder: Path, *, split: Split, num_items: int, use_tqdm: bool = True
+    checkpoint: Checkpoint,
+    bank: Bank,
+    sounds_folder: Path,
+    *,
+    split: Split,
+    num_items: int,
+    max_pauses: int | None = None,
+    use_tqdm: bool = True,
 ) -> dict[str, Any]:
-    """Run the whole suite; returns the figures, their intervals, and breakdowns by kind, class and head count."""
+    """Run the whole suite; returns the figures, their intervals, and breakdowns by kind, class and head count.
+
+    Args:
+        max_pauses: Lowers the checkpoint's budget of pauses; None leaves it as it is.
+    """
     first_seed = SEED_STRIDE[split]
     items = draw_items(SceneBuilder(bank, sounds_folder, split), num_items=num_items, first_seed=first_seed)
     one_voice = draw_items(
@@ -170,11 +204,14 @@ def evaluate(
         first_seed=first_seed + 5_000_000,
     )
     backend = VllmBackend(checkpoint)
-    judged = ask(backend, items, [item.samples_S for item in items], use_tqdm=use_tqdm)
-    shortcut = ask(backend, one_voice, [item.samples_S for item in one_voice], use_tqdm=use_tqdm)
+    gate = backend.gate
+    if gate is not None and max_pauses is not None:
+        gate = gate.lowered(max_pauses) if max_pauses else None
+    judged = ask(backend, items, [item.samples_S for item in items], gate=gate, use_tqdm=use_tqdm)
+    shortcut = ask(backend, one_voice, [item.samples_S for item in one_voice], gate=gate, use_tqdm=use_tqdm)
     chosen = [item for item in items if item.example.choices]
     exchanged = chosen[:MAX_SWAPPED]
-    swapped = ask(backend, exchanged, _other_clips(exchanged), use_tqdm=use_tqdm)
+    swapped = ask(backend, exchanged, _other_clips(exchanged), gate=gate, use_tqdm=use_tqdm)
 
     def figure(
         pairs: Sequence[tuple[Item, Any]],
@@ -199,6 +236,8 @@ def evaluate(
         "speech_free_is_silent_rate": figure([(i, j.is_silent) for i, j in whole], _background),
         "strict_format_rate": figure([(i, j.is_strict) for i, j in whole], _voice),
         "free_answer_accuracy": figure([(i, j.free_is_right) for i, j in whole], _voice),
+        "pauses_per_sample": figure([(i, j.num_pauses) for i, j in whole], _voice),
+        "aborted_rate": figure([(i, j.is_aborted) for i, j in whole], _voice),
         "swapped_clip_accuracy": figure([(i, j.is_right) for i, j in zip(exchanged, swapped, strict=True)], _voice),
     }
     result: dict[str, Any] = {name: value for name, (value, _) in figures.items()}

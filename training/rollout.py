@@ -1,11 +1,14 @@
-"""Generates completions with vLLM in this process: what evaluation, and later rollouts, run on.
+"""Generates completions with vLLM in this process: what evaluation, calibration, and later rollouts, run on.
 
-Takes and returns token ids; choices are scored as the service scores them. Knows nothing of rewards or metrics.
-The environment that vLLM reads is set before it is imported.
+Takes and returns token ids; choices are scored as the service scores them, and pauses are decided by the gate that
+serves, its spans forced token by token: the same tokens as the service's, at another price. Knows nothing of rewards or
+metrics. The environment that vLLM reads is set before it is imported.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +21,8 @@ from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.engine_environment import prepare_environment
 from hyper_model.errors import CheckpointError
-from hyper_model.trace import Section, TagStyle
+from hyper_model.pause import Gate, GateSettings, replay
+from hyper_model.trace import PauseMode, Section, TagStyle
 from hyper_model.trace_parser import TraceParser
 
 PROMPTS_AT_ONCE = 48
@@ -36,10 +40,18 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote, and how it scored the choices (log-probabilities, a number a choice)."""
+    """What the model wrote, and how it scored the choices (log-probabilities, a number a choice).
+
+    Attributes:
+        gate: A gate that has followed what the model itself wrote; None unless one was asked for.
+        written_ids, confidences: What that was, and the probability of the likeliest token at each place.
+    """
 
     token_ids: list[int]
     choice_scores: tuple[float, ...]
+    gate: Gate | None = None
+    written_ids: tuple[int, ...] = ()
+    confidences: tuple[float, ...] = ()
 
 
 class VllmBackend:
@@ -61,12 +73,17 @@ class VllmBackend:
         prepare_environment()
         # In this process: weights can then be replaced without a copy on disk.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        from vllm import LLM
+        from vllm import LLM, EngineArgs
         from vllm.platforms import current_platform
 
+        from hyper_model.pause_vllm import processor_name
+
         self.checkpoint = checkpoint
+        self.numbers = itertools.count()
+        is_v2 = EngineArgs(model=str(checkpoint.path)).create_engine_config().use_v2_model_runner
         self.llm = LLM(
             model=str(checkpoint.path),
+            logits_processors=[processor_name(is_v2=is_v2)],
             dtype=dtype,
             max_model_len=checkpoint.manifest.max_model_len,
             max_num_seqs=max_num_seqs,
@@ -77,35 +94,68 @@ class VllmBackend:
             seed=0,
         )
 
-    def complete(self, prompts: Sequence[Prompt], *, max_tokens: int = 512, use_tqdm: bool = True) -> list[Completion]:
-        """Complete every prompt greedily; where there are choices, up to FINAL_ANSWER, then score them."""
+    @property
+    def gate(self) -> GateSettings | None:
+        """The checkpoint's gate, with its whole budget; None where it has none."""
+        return GateSettings.of(self.checkpoint.manifest, self.checkpoint.tokenizer)
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int = 512,
+        gate: GateSettings | None = None,
+        is_armed: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[Completion]:
+        """Complete every prompt greedily; where there are choices, up to FINAL_ANSWER, then score them.
+
+        Args:
+            max_tokens: Of visible tokens.
+            gate: Lets completions pause; None, and none does.
+            is_armed: False to let the gate only read along: what it would have done, and nothing is changed.
+        """
         completions: list[Completion] = []
         with tqdm(total=len(prompts), desc="questions", disable=not use_tqdm) as bar:
             for start in range(0, len(prompts), PROMPTS_AT_ONCE):
                 some = prompts[start : start + PROMPTS_AT_ONCE]
-                completions += self._complete_some(some, max_tokens)
+                completions += self._complete_some(some, max_tokens, gate, is_armed=is_armed)
                 bar.update(len(some))
         return completions
 
-    def _complete_some(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Completion]:
+    def _complete_some(
+        self, prompts: Sequence[Prompt], max_tokens: int, gate: GateSettings | None, *, is_armed: bool
+    ) -> list[Completion]:
         from vllm import SamplingParams
+
+        from hyper_model.pause_vllm import arguments
 
         tokenizer = self.checkpoint.tokenizer
         (final_id,) = tokenizer.open_ids(Section.FINAL_ANSWER)
-        banned = {token_id: -100.0 for token_id in (tokenizer.audio_id, tokenizer.pause_id) if token_id is not None}
+        fields: dict[str, Any] = {"max_tokens": max_tokens}
+        if gate is not None:
+            fields["logprobs"] = 1
+        if gate is not None and is_armed:
+            fields["max_tokens"] += gate.max_pauses * gate.span_tokens
+        else:
+            fields["logit_bias"] = {i: -100.0 for i in (tokenizer.pause_id, tokenizer.pause_close_id) if i is not None}
 
         def params(prompt: Prompt) -> SamplingParams:
             stop = [*tokenizer.stop_ids, *([final_id] if prompt.choices else [])]
+            extra_args = arguments(Gate(gate), f"rollout-{next(self.numbers)}") if gate and is_armed else None
             return SamplingParams(
-                max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop, logit_bias=banned, detokenize=False
+                temperature=0.0, stop_token_ids=stop, detokenize=False, extra_args=extra_args, **fields
             )
 
         outputs = self._generate(prompts, [p.token_ids for p in prompts], [params(p) for p in prompts])
+        sampled = [tuple(output.outputs[0].token_ids) for output in outputs]
+        known = [_confidences(output.outputs[0].logprobs) for output in outputs]
+        gates = [replay(gate, *each) if gate else None for each in zip(sampled, known, strict=True)]
         ends = set(tokenizer.stop_ids)
-        written = [[token for token in output.outputs[0].token_ids if token not in ends] for output in outputs]
+        written = [[token for token in token_ids if token not in ends] for token_ids in sampled]
         asked = [i for i, prompt in enumerate(prompts) if prompt.choices]
         for i in asked:
-            parser = TraceParser(tokenizer)
+            parser = self.parser()
             for token_id in written[i]:
                 parser.feed(token_id)
             written[i] += parser.ids_to_final_answer()
@@ -114,7 +164,16 @@ class VllmBackend:
             written[i] += self._candidates(prompts[i])[int(np.argmax(totals))]
             if self._answers_by_letter:
                 written[i] += tokenizer.close_ids(Section.FINAL_ANSWER)
-        return [Completion(tokens, scores.get(i, ())) for i, tokens in enumerate(written)]
+        return [
+            Completion(tokens, scores.get(i, ()), gates[i], sampled[i], known[i]) for i, tokens in enumerate(written)
+        ]
+
+    def parser(self) -> TraceParser:
+        """Returns a reader of this checkpoint's completions."""
+        pause = self.checkpoint.manifest.pause
+        return TraceParser(
+            self.checkpoint.tokenizer, pause_mode=PauseMode(pause.mode), latent_tokens=pause.latent_tokens
+        )
 
     @property
     def _answers_by_letter(self) -> bool:
@@ -150,3 +209,8 @@ class VllmBackend:
             for prompt, token_ids in zip(prompts, ids, strict=True)
         ]
         return self.llm.generate(inputs, params, use_tqdm=False) if inputs else []
+
+
+def _confidences(logprobs: Any) -> tuple[float, ...]:
+    """Return the probability of the likeliest token at each of vLLM's positions; none where it was not asked."""
+    return tuple(math.exp(max(each.logprob for each in position.values())) for position in logprobs or ())

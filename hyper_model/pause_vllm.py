@@ -1,0 +1,678 @@
+"""The gate inside vLLM: its two logits-processor interfaces, and the request arguments that arm them.
+
+vLLM's V1 model runner (CPU builds, and GPUs where V2 is off) and its V2 runner take logits processors of two unlike
+kinds; `processor_name` picks the one that an engine wants. Both read the thresholds from the checkpoint's manifest, in
+the model's directory, so a plain `python -m vllm.entrypoints.openai.api_server --logits-processors NAME` pauses too.
+
+A request is armed by its extra arguments (over HTTP: `vllm_xargs`):
+  - `hyper_pause`: the most pauses it may take; 0, or nothing at all, and the processor does not touch it.
+  - `hyper_pause_fed`: 1 when whoever reads the completion feeds the span of a parallel pause; the completion must then
+    stop on the pause token, and on the token that closes a pause, which says that the gate gave it up.
+  - `hyper_pause_tau`: two numbers instead of the manifest's tau_pause and tau_abort, for calibration and training.
+  - `hyper_pause_state`: the gate's state at the end of the chunk before (`Gate.state`).
+  - `hyper_pause_key`: a string that no other request in the engine has, the same for all chunks of a session: by it a
+    gate is found again, after a preemption, by the session's next chunk (V1), or by who asks what it has seen (V1).
+
+With V1 the gate of a session stays in the engine, and `GateReports` tells what it has seen. With V2 it lies on the
+device, where nobody can look without making the engine wait: whoever reads the completion asks for the log-probability
+of the likeliest token, follows with a gate of its own, and sends its state with each chunk. That would do with V1 as
+well, but there it costs a small model's step 5 to 8 %.
+
+Knows no HTTP and no text.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
+
+from hyper_model.checkpoint import open_checkpoint
+from hyper_model.pause import (
+    KEYWORD_MEMORY_TOKENS,
+    LOOP_PERIOD_TOKENS,
+    NUM_OPEN_SETS,
+    Gate,
+    GateReport,
+    GateSettings,
+)
+from hyper_model.trace import PauseMode, Section
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+BUDGET, FED, TAU, STATE = "hyper_pause", "hyper_pause_fed", "hyper_pause_tau", "hyper_pause_state"
+KEY = "hyper_pause_key"
+PREFIX = BUDGET
+
+
+def arguments(gate: Gate, key: str | None = None) -> dict[str, Any]:
+    """Returns the extra arguments of a request, or of its next chunk, that goes on with this gate.
+
+    Args:
+        key: Names the request, and no other in the engine; without it a preemption costs the gate its window.
+    """
+    settings = gate.settings
+    taus = [settings.tau_pause, settings.tau_abort]
+    found = {BUDGET: settings.max_pauses, FED: int(settings.is_fed), TAU: taus, STATE: gate.state()}
+    return found if key is None else found | {KEY: key}
+
+
+def processor_name(*, is_v2: bool) -> str:
+    """Names the processor for an engine's `logits_processors`; a name and not a class, so that it survives a spawn.
+
+    No entry point is registered: vLLM would load it in every engine on the machine, with either runner.
+    """
+    return f"{__name__}:{'PauseV2' if is_v2 else 'PauseV1'}"
+
+
+def check_arguments(params: SamplingParams) -> None:
+    """Refuses arguments that no gate can be made of.
+
+    Raises:
+        ValueError: vLLM answers it with a 400.
+    """
+    extra: Mapping[str, Any] = params.extra_args or {}
+    for name, value in extra.items():
+        if name in (BUDGET, FED):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number, 0 or more")
+        elif name == TAU:
+            numbers = cast("list[Any]", value) if isinstance(value, list | tuple) else []
+            if len(numbers) != 2 or not all(isinstance(each, int | float) for each in numbers):
+                raise ValueError(f"{name} must be two numbers, tau_pause and tau_abort")
+        elif name == STATE:
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} is not a state of the gate")
+        elif name == KEY:
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name} must be a string that is not empty")
+            if params.n > 1:
+                raise ValueError(f"{name} names one completion, and n asks for {params.n}")
+        elif name.startswith(PREFIX):
+            raise ValueError(f"{name} is no argument; there are {BUDGET}, {FED}, {TAU}, {STATE} and {KEY}")
+
+
+def armed_settings(settings: GateSettings | None, params: SamplingParams) -> GateSettings | None:
+    """Returns what a request's gate goes by; None where it has none."""
+    extra: Mapping[str, Any] = params.extra_args or {}
+    budget = extra.get(BUDGET, 0)
+    if settings is None or not budget:
+        return None
+    tau_pause, tau_abort = extra.get(TAU) or (settings.tau_pause, settings.tau_abort)
+    lowered = settings.lowered(budget)
+    return replace(lowered, tau_pause=tau_pause, tau_abort=tau_abort, is_fed=bool(extra.get(FED)))
+
+
+def checkpoint_settings(vllm_config: VllmConfig) -> GateSettings | None:
+    """Reads the gate of the checkpoint that an engine serves."""
+    checkpoint = open_checkpoint(vllm_config.model_config.model, verify=False)
+    return GateSettings.of(checkpoint.manifest, checkpoint.tokenizer)
+
+
+@dataclass
+class _Row:
+    """One armed request: its gate, and how far the gate has read.
+
+    Attributes:
+        key: The request's key; else the identity of its output, which is held here and so is nobody else's.
+        output: The request's own list of tokens, which grows as they are sampled.
+        num_seen: How many of them the gate has been told.
+        confidence: Of the position behind them, as it was last asked for.
+    """
+
+    key: str | int
+    params: SamplingParams
+    output: list[int]
+    gate: Gate
+    num_seen: int = 0
+    confidence: float | None = None
+
+    def catch_up(self) -> None:
+        """Tells the gate what was sampled since.
+
+        A step of a prompt that is not whole yet asks too, and nothing is sampled: the answer is then asked for again.
+        Of tokens that came in between (a request that lost its row and its place in the memory) the confidence is not
+        known.
+        """
+        # Tokens that vLLM dropped, to sample them again, have been told already.
+        self.num_seen = min(self.num_seen, len(self.output))
+        while self.num_seen < len(self.output):
+            self.gate.push(self.output[self.num_seen], self.confidence)
+            self.num_seen += 1
+            self.confidence = None
+
+
+class PauseV1(LogitsProcessor):
+    """The gate for vLLM's V1 model runner: one `Gate` a row, one pass over the logits for all of them."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuses arguments that no gate can be made of."""
+        check_arguments(sampling_params)
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.settings = checkpoint_settings(vllm_config)
+        self.rows: dict[int, _Row] = {}
+        # A preempted request loses its row, and so does one between two chunks; its window must be there when it comes
+        # back. Who left for good cannot be told from these, so the oldest are forgotten.
+        self.parked: OrderedDict[str | int, _Row] = OrderedDict()
+        self.max_parked = 4 * vllm_config.scheduler_config.max_num_seqs
+        # Which rows and columns a step bans hardly changes from one step to the next.
+        self.banned: tuple[list[int], list[int]] = ([], [])
+        self.banned_index: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.minus_infinity = torch.tensor(-math.inf, device=device)
+        _PROCESSORS.add(self)
+
+    def is_argmax_invariant(self) -> bool:
+        """The gate forces tokens, so greedy sampling has to see it."""
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follows the batch: rows that left, came and moved, in this order."""
+        if batch_update is None:
+            return
+        # All who left before any who came: it may be the same request, at another index.
+        for index in [*batch_update.removed, *(added[0] for added in batch_update.added)]:
+            self._park(index)
+        for index, params, _, output in batch_update.added:
+            row = self._row(params, output)
+            if row is not None:
+                self.rows[index] = row
+        for source, target, direction in batch_update.moved:
+            moved, other = self.rows.pop(source, None), self.rows.pop(target, None)
+            if moved is not None:
+                self.rows[target] = moved
+            if other is not None and direction is MoveDirectionality.SWAP:
+                self.rows[source] = other
+
+    def _park(self, index: int) -> None:
+        row = self.rows.pop(index, None)
+        if row is not None:
+            self.parked[row.key] = row
+            if len(self.parked) > self.max_parked:
+                self.parked.popitem(last=False)
+
+    def _row(self, params: SamplingParams, output: list[int]) -> _Row | None:
+        settings = armed_settings(self.settings, params)
+        if settings is None:
+            return None
+        extra: Mapping[str, Any] = params.extra_args or {}
+        key: str | int = extra.get(KEY) or id(output)
+        parked = self.parked.pop(key, None)
+        if parked is None and output:
+            # With asynchronous scheduling vLLM gives a request that comes back another list. Requests of one process
+            # may share their parameters: where it could be one of several, its tokens are read again.
+            same = [other for other, row in self.parked.items() if row.params is params]
+            parked = self.parked.pop(same[0]) if len(same) == 1 else None
+        if parked is not None and parked.params is params:
+            parked.output = output
+            return parked
+        gate = Gate.resume(settings, extra.get(STATE))
+        if parked is not None and KEY in extra and not gate.window:
+            # The next chunk of a session, from a reader who hears no confidences.
+            gate.inherit(parked.gate, parked.confidence)
+        return _Row(key, params, output, gate)
+
+    def report(self, key: str) -> GateReport | None:
+        """Tells what the gate of a request has seen, and forgets it if the request is over; None if unknown."""
+        row = self.parked.pop(key, None) or next((row for row in self.rows.values() if row.key == key), None)
+        if row is None:
+            return None
+        row.catch_up()
+        return row.gate.report()
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Bans and forces tokens in the rows of armed requests; all others keep every bit.
+
+        Args:
+            logits: float32 [B, V], changed in place.
+        """
+        if not self.rows:
+            return logits
+        self._measure(logits)
+        banned_rows: list[int] = []
+        banned_ids: list[int] = []
+        forced: list[tuple[int, int]] = []
+        for index, row in self.rows.items():
+            decision = row.gate.decide(1.0 if row.confidence is None else row.confidence)
+            if decision.forced_id is not None:
+                forced.append((index, decision.forced_id))
+                continue
+            banned_rows += [index] * len(decision.banned_ids)
+            banned_ids += decision.banned_ids
+            if decision.is_biased:
+                logits[index, row.gate.settings.open_id] += row.gate.settings.acoustic_bias
+        if banned_rows:
+            banned = (banned_rows, banned_ids)
+            if self.banned_index is None or banned != self.banned:
+                self.banned = banned
+                self.banned_index = (_index(banned_rows, logits.device), _index(banned_ids, logits.device))
+            logits.index_put_(self.banned_index, self.minus_infinity)
+        for index, token_id in forced:
+            logits[index] = -math.inf
+            logits[index, token_id] = 0.0
+        return logits
+
+    def _measure(self, logits: torch.Tensor) -> None:
+        """Tells the gates what was sampled, and notes the confidence at the position of those that listen."""
+        listening: list[tuple[int, _Row]] = []
+        for index, row in self.rows.items():
+            row.catch_up()
+            if row.gate.is_listening:
+                listening.append((index, row))
+        if not listening:
+            return
+        # Picking rows copies them, which costs about as much as computing twice as many.
+        is_all = 2 * len(listening) > logits.shape[0]
+        chosen = logits if is_all else logits[[index for index, _ in listening]]
+        # As vLLM computes the log-probabilities that it returns, so that a reader of those comes to the same bits.
+        tensor = chosen.log_softmax(dim=-1, dtype=torch.float32).amax(dim=-1)
+        best = cast("list[float]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]
+        for place, (index, row) in enumerate(listening):
+            row.confidence = math.exp(best[index if is_all else place])
+
+
+def _index(values: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+_PROCESSORS: weakref.WeakSet[PauseV1] = weakref.WeakSet()
+"""Those of this process, which is a worker of vLLM's and has one."""
+
+
+class GateReports:
+    """What an engine's workers answer to `collective_rpc`; an engine's `worker_extension_cls` mixes it into them."""
+
+    def gate_reports(self, keys: Sequence[str]) -> list[GateReport]:
+        """Tells what the gates of requests have seen; an empty report for a key that is not known or forgotten."""
+        return [
+            next((found for each in _PROCESSORS if (found := each.report(key)) is not None), GateReport())
+            for key in keys
+        ]
+
+
+_NUM_FORCED = len(Section) + 1
+"""The most tags that an abort can force: every section's closing one, and the answer's."""
+
+
+class _Rows:
+    """Names the columns of rows of `PauseV2`'s state; a field changed in place changes its tensor.
+
+    Attributes:
+        ints, floats: int64 [R, ...] and float64 [R, ...], which hold all that follows.
+        num_seen: Sampled tokens that the gate has been told.
+        has_confidence: Whether `confidence` is that of the position behind them.
+        num_window: Confidences taken so far; the next one's place in the ring `window` is this modulo its length.
+        lowest, keyword_age: As `Gate`'s, with infinity and -1 for None.
+        recent: The latest token first; -1 where there was none.
+        forced: As many as `num_forced` says. What is not named here is as in `Gate` and `GateSettings`.
+    """
+
+    def __init__(self, ints: torch.Tensor, floats: torch.Tensor) -> None:
+        self.ints, self.floats = ints, floats
+        self.is_armed, self.is_fed, self.max_pauses, self.num_seen, self.has_confidence = ints[:, :5].unbind(1)
+        self.num_window, self.num_pauses, self.num_resting, self.open_sections = ints[:, 5:9].unbind(1)
+        self.seen_sections, self.num_in_span, self.keyword_age, self.is_aborted = ints[:, 9:13].unbind(1)
+        self.num_forced = ints[:, 13]
+        end_recent, end_repeats = 14 + LOOP_PERIOD_TOKENS, 14 + 2 * LOOP_PERIOD_TOKENS
+        self.recent, self.repeats = ints[:, 14:end_recent], ints[:, end_recent:end_repeats]
+        self.forced = ints[:, end_repeats:]
+        self.tau_pause, self.tau_abort, self.confidence, self.total, self.lowest = floats[:, :5].unbind(1)
+        self.window = floats[:, 5:]
+
+    @staticmethod
+    def encode(gate: Gate | None, window_tokens: int) -> tuple[list[int], list[float]]:
+        """Writes the row of a gate that has been told nothing yet, or of no gate."""
+        if gate is None:
+            return [0] * (14 + 2 * LOOP_PERIOD_TOKENS + _NUM_FORCED), [0.0] * (5 + window_tokens)
+        window, settings = gate.window[-window_tokens:], gate.settings
+        age = -1 if gate.keyword_age is None else gate.keyword_age
+        ints = [1, int(settings.is_fed), settings.max_pauses, 0, 0]
+        ints += [len(window), gate.num_pauses, gate.num_resting, gate.open_sections]
+        ints += [gate.seen_sections, gate.num_in_span, age, int(gate.is_aborted), len(gate.forced)]
+        ints += _padded(gate.recent[::-1], LOOP_PERIOD_TOKENS, -1) + gate.repeats
+        ints += _padded(gate.forced, _NUM_FORCED, 0)
+        lowest = math.inf if gate.lowest is None else gate.lowest
+        floats = [settings.tau_pause, settings.tau_abort, 0.0, gate.total, lowest]
+        return ints, floats + window + [0.0] * (window_tokens - len(window))
+
+
+def _put(field: torch.Tensor, mask: torch.Tensor, values: torch.Tensor) -> None:
+    """Writes the values into the field where the mask says so."""
+    torch.where(mask, values, field, out=field)
+
+
+def _padded(ids: list[int], length: int, filler: int) -> list[int]:
+    return (ids + [filler] * length)[:length]
+
+
+@dataclass
+class _Place:
+    """Says where the state of a request with a key lies: in its slot, or among the parked rows behind the slots."""
+
+    prompt_len: int
+    row: int
+
+
+class PauseV2(LogitsProcessorV2):
+    """The gate for vLLM's V2 model runner: `Gate` for all rows at once, on the device.
+
+    `apply` waits for nothing on the device, as asynchronous scheduling needs it: shapes depend on the batch alone, and
+    what a row does is chosen by masks. The order of the floating-point operations is `Gate`'s, so the decisions are,
+    too. A few hundred bytes of state a slot lie in two tensors; a step gathers the batch's rows, changes them and
+    writes them back: about two hundred small operations, however many rows there are.
+
+    A preempted request gives its slot up without a word and is added again, to any slot. One with a `hyper_pause_key`
+    finds its state: it still lies in the old slot, or was moved out of the way of the slot's next owner. Without a key
+    (or after so many others that it was forgotten) its tokens are read again: budget, sections, rest and loop guard are
+    as they were; the window is empty, and the lowest confidence is that of what follows. That reading is one pass of
+    small operations a token.
+
+    vLLM's bias and bans come before either runner's own processors, and in V2 its penalties do, too. They would move
+    the confidence, which is then not that of the raw logits: who arms a request leaves them out.
+    """
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuses arguments that no gate can be made of."""
+        check_arguments(sampling_params)
+
+    def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
+        if vllm_config.speculative_config is not None:
+            raise ValueError("the gate does not work with speculative decoding: turn one of them off")
+        if vllm_config.parallel_config.enable_batch_sharded_sampling:
+            # A request that comes back to another slot would be another rank's, which has not followed it.
+            raise ValueError("the gate does not work with batch-sharded sampling: turn one of them off")
+        self.req_states = req_states
+        self.settings = checkpoint_settings(vllm_config)
+        self.is_armed = np.zeros(req_states.max_num_reqs, dtype=np.bool_)
+        if self.settings is not None:
+            self._allocate(self.settings)
+
+    def _allocate(self, settings: GateSettings) -> None:
+        num_slots, device = self.req_states.max_num_reqs, self.req_states.device
+        num_rows = 5 * num_slots  # the slots, and four times as many parked
+        ints, floats = _Rows.encode(None, settings.window_tokens)
+        self.ints = torch.zeros(num_rows, len(ints), dtype=torch.int64, device=device)
+        self.floats = torch.zeros(num_rows, len(floats), dtype=torch.float64, device=device)
+        # By row: what it shall hold from the next step on, as values or as the row that holds it now.
+        self.staged: dict[int, int | tuple[list[int], list[float]]] = {}
+        self.num_unread: dict[int, int] = {}
+        self.places: dict[str, _Place] = {}
+        self.keys: dict[int, str] = {}
+        self.free = list(range(num_slots, num_rows))
+        self.parked: OrderedDict[str, None] = OrderedDict()
+
+        vocab_size = max(self.req_states.vocab_size, *(token_id + 1 for token_id in settings.tags))
+        effects = torch.tensor([NUM_OPEN_SETS - 1, 0, 0]).repeat(vocab_size, 1)
+        for token_id, effect in settings.tags.items():
+            effects[token_id] = torch.tensor(effect)
+        self.effects = effects.to(device)
+        self.gated = torch.tensor([held in settings.gated for held in range(NUM_OPEN_SETS)], device=device)
+        answers = [0, NUM_OPEN_SETS - 1]  # no answer yet, and one
+        closings = [
+            [Gate(settings, open_sections=held, seen_sections=seen).ids_to_answer() for held in range(NUM_OPEN_SETS)]
+            for seen in answers
+        ]
+        self.closings = torch.tensor([[_padded(ids, _NUM_FORCED, 0) for ids in each] for each in closings]).to(device)
+        self.num_closing = torch.tensor([len(ids) for ids in closings[0]], device=device)
+        self.answer_place = tuple(Section).index(Section.FINAL_ANSWER)
+        # A longer keyword than the memory never matches in `Gate` either.
+        keywords = [ids[::-1] for ids in settings.keyword_ids if 0 < len(ids) <= LOOP_PERIOD_TOKENS]
+        self.has_keywords = bool(keywords)
+        self.keywords = torch.tensor([_padded(list(ids), LOOP_PERIOD_TOKENS, -2) for ids in keywords], device=device)
+        self.columns = torch.tensor([*dict.fromkeys((settings.open_id, settings.close_id, *settings.end_ids))])
+        self.columns = self.columns.to(device)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Fills the slot anew: from the request's arguments, or from its own state before it was preempted."""
+        settings = armed_settings(self.settings, sampling_params)
+        if self.settings is None or (settings is None and not self.is_armed[req_idx]):
+            return False
+        extra: Mapping[str, Any] = sampling_params.extra_args or {}
+        key: str | None = None if settings is None else extra.get(KEY)
+        prompt_len = int(self.req_states.prompt_len.np[req_idx])
+        num_output = int(self.req_states.prefill_len.np[req_idx]) - prompt_len
+        source = self._claim(key, prompt_len) if num_output else self._claim(key, -1)
+        self._vacate(req_idx)
+        self.is_armed[req_idx] = settings is not None
+        if source is not None:
+            self.staged[req_idx] = source
+        else:
+            gate = None if settings is None else Gate.resume(settings, extra.get(STATE))
+            self.staged[req_idx] = _Rows.encode(gate, self.settings.window_tokens)
+            if gate is not None and num_output:
+                self.num_unread[req_idx] = num_output
+        if key is not None:
+            self.places[key], self.keys[req_idx] = _Place(prompt_len, req_idx), key
+        return settings is not None
+
+    def _claim(self, key: str | None, prompt_len: int) -> int | tuple[list[int], list[float]] | None:
+        """Takes the state of a request out of its place; None where there is none of this very chunk.
+
+        The prompt of a session grows with every chunk, and a preempted request's stays.
+        """
+        place = None if key is None else self.places.pop(key, None)
+        if key is None or place is None:
+            return None
+        held = self.staged.get(place.row, place.row)
+        if key in self.parked:
+            del self.parked[key]
+            self.free.append(place.row)
+        else:
+            del self.keys[place.row]
+        return held if place.prompt_len == prompt_len else None
+
+    def _vacate(self, slot: int) -> None:
+        """Parks what the slot holds, if it has a key: it may come back, which vLLM does not tell from its end."""
+        self.num_unread.pop(slot, None)
+        key = self.keys.pop(slot, None)
+        if key is None:
+            return
+        if not self.free:
+            oldest, _ = self.parked.popitem(last=False)
+            self.free.append(self.places.pop(oldest).row)
+        row = self.free.pop()
+        self.staged[row] = self.staged.get(slot, slot)
+        self.places[key].row = row
+        self.parked[key] = None
+
+    def apply_staged_writes(self) -> None:
+        """Brings what `add_request` staged to the device, and reads again the tokens of those whose state is lost."""
+        if self.settings is None or not self.staged:
+            return
+        copies = [(row, held) for row, held in self.staged.items() if isinstance(held, int)]
+        writes = [(row, held) for row, held in self.staged.items() if not isinstance(held, int)]
+        self.staged.clear()
+        if copies:
+            targets, sources = self._indices([row for row, _ in copies]), self._indices([held for _, held in copies])
+            # All sources are read before any row is written: one may be another's target.
+            ints, floats = self.ints[sources], self.floats[sources]
+            self.ints.index_copy_(0, targets, ints)
+            self.floats.index_copy_(0, targets, floats)
+        if writes:
+            targets = self._indices([row for row, _ in writes])
+            self.ints.index_copy_(0, targets, self._to_device([held[0] for _, held in writes], torch.int64))
+            self.floats.index_copy_(0, targets, self._to_device([held[1] for _, held in writes], torch.float64))
+        if self.num_unread:
+            slots = self._indices(list(self.num_unread))
+            rows, num_output = _Rows(self.ints[slots], self.floats[slots]), self._num_output(slots)
+            for _ in range(max(self.num_unread.values())):
+                self._catch_up(rows, slots, num_output)
+            self.ints.index_copy_(0, slots, rows.ints)
+            self.floats.index_copy_(0, slots, rows.floats)
+            self.num_unread.clear()
+
+    def _indices(self, rows: list[int]) -> torch.Tensor:
+        return self._to_device(rows, torch.int64)
+
+    def _to_device(self, values: list[Any], dtype: torch.dtype) -> torch.Tensor:
+        device = self.req_states.device
+        # From pinned memory a copy does not wait; torch keeps it until the copy is done.
+        return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        """Bans and forces tokens in the rows of armed requests; all others keep every bit.
+
+        Args:
+            logits: float32 [R, V], changed in place.
+            ctx: Says which slot each row is of; without speculative decoding no two are of the same.
+        """
+        if self.settings is None or not self.is_armed[ctx.idx_mapping_np].any():
+            return logits
+        settings = self.settings
+        slots = ctx.expanded_idx_mapping.long()
+        rows, num_output = _Rows(self.ints[slots], self.floats[slots]), self._num_output(slots)
+        # Tokens that vLLM drops and samples again (it does when its prefix cache is reset under running requests) have
+        # been told already.
+        torch.minimum(rows.num_seen, num_output, out=rows.num_seen)
+        self._catch_up(rows, slots, num_output)
+        # As vLLM computes the log-probabilities that it returns, so that a reader of those comes to the same bits.
+        best = logits.log_softmax(dim=-1, dtype=torch.float32).amax(dim=-1)
+        rows.confidence.copy_(best.double().exp_())
+        rows.has_confidence.fill_(1)
+        is_forced, forced_ids, may_open, is_hidden = self._decide(rows)
+        self.ints.index_copy_(0, slots, rows.ints)
+        self.floats.index_copy_(0, slots, rows.floats)
+
+        is_chosen = rows.is_armed.bool() & ~is_forced
+        # The ends of a completion are banned in hidden tokens alone, so their columns may be left alone elsewhere.
+        columns = self.columns[:2] if is_hidden is None else self.columns
+        if is_hidden is None:
+            banned = torch.stack([is_chosen & ~may_open, is_chosen], dim=1)
+        else:
+            ends = [is_hidden] * (len(columns) - 2)
+            banned = torch.stack([~may_open, ~is_hidden, *ends], dim=1) & is_chosen[:, None]
+        values = logits[:, columns]
+        if settings.acoustic_bias:
+            is_biased = may_open & (rows.keyword_age >= 0)
+            values[:, 0] = torch.where(is_biased, values[:, 0] + settings.acoustic_bias, values[:, 0])
+        logits.index_copy_(1, columns, values.masked_fill_(banned, -math.inf))
+        logits.masked_fill_(is_forced[:, None], -math.inf)
+        forced_ids = torch.where(is_forced, forced_ids, 0)[:, None]
+        logits.scatter_(1, forced_ids, logits.gather(1, forced_ids).masked_fill_(is_forced[:, None], 0.0))
+        return logits
+
+    def _num_output(self, slots: torch.Tensor) -> torch.Tensor:
+        """Counts the tokens sampled so far: none while the prompt is not whole."""
+        return (self.req_states.total_len.gpu[slots] - self.req_states.prompt_len.gpu[slots]).long()
+
+    def _window_mean(self, rows: _Rows, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns `Gate.window_confidence`, whether there is one, and the confidence that leaves the window."""
+        oldest = rows.window.gather(1, (rows.num_window % size)[:, None])[:, 0]
+        oldest = torch.where(rows.num_window >= size, oldest, 0.0)
+        return (rows.total - oldest + rows.confidence) / size, rows.num_window >= size - 1, oldest
+
+    def _decide(self, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Decides as `Gate.decide` does.
+
+        Returns:
+            Of each row whether a token is forced, and which; whether a pause may be sampled; whether its token is a
+            hidden one (None: no row's is). An unarmed row is forced to nothing and may do nothing.
+        """
+        assert self.settings is not None
+        settings = self.settings
+        is_queued = rows.num_forced > 0
+        is_in_span = ~is_queued & (rows.num_in_span > 0)
+        is_free = rows.is_armed.bool() & ~is_queued & ~is_in_span & (rows.is_aborted == 0)
+        is_loop = is_free & (rows.repeats.amax(dim=1) >= settings.loop_tokens)
+        is_gated = is_free & ~is_loop & self.gated[rows.open_sections]
+        mean, is_full, _ = self._window_mean(rows, settings.window_tokens)
+        is_hopeless = is_gated & is_full & (mean <= rows.tau_abort)
+        may_pause = is_gated & ~is_hopeless & (rows.num_resting == 0) & (rows.num_pauses < rows.max_pauses)
+        is_pause = may_pause & is_full & (mean <= rows.tau_pause)
+        # The columns of an unarmed slot are zero, so nothing of it is queued or in a span.
+        is_closed, is_opened = is_loop | is_hopeless, is_queued | is_pause
+        if settings.mode is PauseMode.PARALLEL:
+            is_opened |= is_in_span
+            is_hidden = None
+        else:
+            is_spent = is_in_span & (rows.num_in_span > settings.latent_tokens)
+            is_closed |= is_spent
+            is_hidden = is_in_span & ~is_spent
+        forced_ids = torch.where(is_closed, settings.close_id, settings.open_id)
+        _put(forced_ids, is_queued, rows.forced[:, 0])
+        return is_closed | is_opened, forced_ids, may_pause & ~is_pause, is_hidden
+
+    def _catch_up(self, rows: _Rows, slots: torch.Tensor, num_output: torch.Tensor) -> None:
+        """Tells each row's gate the next token that it has not been told, where there is one."""
+        all_ids = self.req_states.all_token_ids.gpu
+        places = self.req_states.prompt_len.gpu[slots] + rows.num_seen
+        token_ids = all_ids[slots, places.clamp_(max=all_ids.shape[1] - 1)].long()
+        is_new = rows.is_armed.bool() & (rows.num_seen < num_output)
+        self._push(rows, token_ids, is_new)
+        rows.num_seen += is_new
+        rows.has_confidence *= ~is_new
+
+    def _push(self, rows: _Rows, token_ids: torch.Tensor, is_new: torch.Tensor) -> None:
+        """Does what `Gate.push` does, in the rows that have a new token."""
+        assert self.settings is not None
+        settings = self.settings
+        is_queued = is_new & (rows.num_forced > 0) & (token_ids == rows.forced[:, 0])
+        is_open, rest = rows.num_in_span > 0, is_new & ~is_queued
+        is_latent = rest & is_open
+        rest &= ~is_open
+        is_begin, is_abort = rest & (token_ids == settings.open_id), rest & (token_ids == settings.close_id)
+        is_sampled = rest & ~is_begin & ~is_abort
+
+        _put(rows.forced, is_queued[:, None], rows.forced.roll(-1, dims=1))
+        rows.num_forced -= is_queued.long()
+        self._note_sampled(rows, token_ids, is_sampled)
+
+        rows.num_in_span += is_latent | is_begin
+        if settings.mode is PauseMode.PARALLEL:
+            rows.num_in_span *= ~((is_latent | is_begin) & (rows.num_in_span >= settings.latent_tokens))
+        else:
+            rows.num_in_span *= ~(is_latent & (token_ids == settings.close_id))
+        rows.num_pauses += is_begin
+        rows.num_resting.masked_fill_(is_begin, settings.rest_tokens)
+
+        rows.is_aborted.masked_fill_(is_abort, 1)
+        is_closing = is_abort & (rows.is_fed == 0)
+        has_answer = rows.seen_sections >> self.answer_place & 1
+        _put(rows.forced, is_closing[:, None], self.closings[has_answer, rows.open_sections])
+        _put(rows.num_forced, is_closing, self.num_closing[rows.open_sections])
+        # Last, as all before goes by what was open where the token stood; and a tag is none of the tokens above.
+        self._note_tag(rows, token_ids, is_queued | is_sampled)
+
+    def _note_sampled(self, rows: _Rows, token_ids: torch.Tensor, is_sampled: torch.Tensor) -> None:
+        assert self.settings is not None
+        size = self.settings.window_tokens
+        enters = is_sampled & rows.has_confidence.bool() & self.gated[rows.open_sections]
+        mean, is_full, oldest = self._window_mean(rows, size)
+        _put(rows.lowest, enters & is_full & (mean < rows.lowest), mean)
+        place = (rows.num_window % size)[:, None]
+        entering = torch.where(enters, rows.confidence, rows.window.gather(1, place)[:, 0])
+        rows.window.scatter_(1, place, entering[:, None])
+        _put(rows.total, enters, rows.total - oldest + rows.confidence)
+        rows.num_window += enters
+
+        rows.num_resting -= (is_sampled & (rows.num_resting > 0)).long()
+        repeats = torch.where(rows.recent == token_ids[:, None], rows.repeats + 1, 0)
+        _put(rows.repeats, is_sampled[:, None], repeats)
+        recent = torch.cat([token_ids[:, None], rows.recent[:, :-1]], dim=1)
+        _put(rows.recent, is_sampled[:, None], recent)
+        if self.has_keywords:
+            is_same = (rows.recent[:, None] == self.keywords) | (self.keywords == -2)
+            is_keyword = is_same.all(dim=2).any(dim=1)
+            older = rows.keyword_age + 1
+            age = torch.where((rows.keyword_age >= 0) & (older < KEYWORD_MEMORY_TOKENS), older, -1)
+            _put(rows.keyword_age, is_sampled, age.masked_fill_(is_keyword, 0))
+
+    def _note_tag(self, rows: _Rows, token_ids: torch.Tensor, is_noted: torch.Tensor) -> None:
+        effects = self.effects[token_ids.clamp(0, self.effects.shape[0] - 1)]
+        keeps, adds, needs = effects.unbind(1)
+        is_noted = is_noted & ((rows.open_sections & needs) == needs)
+        _put(rows.seen_sections, is_noted, rows.seen_sections | adds)
+        _put(rows.open_sections, is_noted, rows.open_sections & keeps | adds)

@@ -1,0 +1,119 @@
+"""Teaches vLLM to hear a clip without its padding: the Qwen2-Audio class with the exact encoder of `audio_encoder`.
+
+vLLM's own class fills every clip to 30 s, cuts longer ones silently, and spends nearly all of the time to the first
+token of a small checkpoint on padding. This one takes its place under the same architecture name, so that any
+Qwen2-Audio checkpoint is served by it: weights, prompts and `audio_embeds` inputs are vLLM's own. vLLM finds `register`
+by the entry point group `vllm.general_plugins`, which it loads in each of its processes.
+
+Knows no request, no trace and no checkpoint of ours.
+
+Axes as in `audio_encoder`: S samples, M mel bins, W mel frames, A audio tokens; H is the decoder's hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import BatchFeature
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.qwen2_audio import (
+    Qwen2AudioDummyInputsBuilder,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2AudioMultiModalProcessor,
+    Qwen2AudioProcessingInfo,
+)
+from vllm.model_executor.models.registry import ModelRegistry
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalKwargsItems
+from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+
+from hyper_model.audio_encoder import HOP, MAX_SAMPLES, WINDOW, LogMel, encode, num_states_of_mel
+from hyper_model.audio_limits import SAMPLE_RATE_HZ
+
+ARCHITECTURE = "Qwen2AudioForConditionalGeneration"
+
+
+def register() -> None:
+    """Puts this module's class in the place of vLLM's own; calling it again changes nothing."""
+    ModelRegistry.register_model(ARCHITECTURE, f"{__name__}:{UnpaddedQwen2Audio.__name__}")
+
+
+class UnpaddedAudioProcessor(Qwen2AudioMultiModalProcessor):
+    """Makes the mel [M, W] of each clip, without padding and without the text that transformers' processor wants.
+
+    Raises:
+        ValueError: when built, the checkpoint's mel is not Whisper's; when called, a clip is longer than 30 s or
+            shorter than one audio token (see `audio_encoder.num_states`).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        extractor: Any = self.info.get_feature_extractor()
+        expected = {
+            "sampling_rate": SAMPLE_RATE_HZ,
+            "n_fft": WINDOW,
+            "hop_length": HOP,
+            "n_samples": MAX_SAMPLES,
+            "dither": 0.0,
+        }
+        found = {name: getattr(extractor, name) for name in expected}
+        if found != expected:
+            raise ValueError(f"the mel of this checkpoint is not Whisper's: {found}, expected {expected}")
+        self.log_mel = LogMel(extractor.feature_size)
+        # Looked up once: each look-up assembles the tokenizer's attributes anew.
+        self.audio_token_id: int = cast(Any, self.info.get_hf_processor()).audio_token_id
+
+    def _get_hf_mm_text(self, mm_counts: Mapping[str, int]) -> str:
+        # Nothing reads it: the prompt is token ids already.
+        return ""
+
+    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        clips = cast("Sequence[np.ndarray[tuple[int], np.dtype[np.float32]]]", hf_data["audio"])
+        dtype = self.info.ctx.model_config.dtype
+        assert isinstance(dtype, torch.dtype)
+        # In the model's dtype, as transformers' output would be: half the bytes on the way to the engine's process.
+        return BatchFeature({"input_features": [self.log_mel(samples_S).to(dtype) for samples_S in clips]})
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        def audio_tokens(item_index: int) -> list[int]:
+            return [self.audio_token_id] * _num_audio_tokens(out_mm_kwargs["audio"][item_index].get_data())
+
+        return [PromptReplacement(modality="audio", target=[self.audio_token_id], replacement=audio_tokens)]
+
+
+def _num_audio_tokens(item: Mapping[str, Any]) -> int:
+    """Returns the audio tokens of a processed clip, or of one that came as embeddings."""
+    if "input_features" in item:
+        return num_states_of_mel(item["input_features"].shape[1]) // 2
+    if "audio_num_tokens" in item:
+        return int(item["audio_num_tokens"])
+    return item["audio_embeds"].shape[0]
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    UnpaddedAudioProcessor, info=Qwen2AudioProcessingInfo, dummy_inputs=Qwen2AudioDummyInputsBuilder
+)
+class UnpaddedQwen2Audio(Qwen2AudioForConditionalGeneration):
+    """Serves a Qwen2-Audio checkpoint; its tower sees the clips of a step once, packed, and no padding."""
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        """Returns the embeddings [A, H] of each clip of a step.
+
+        Args:
+            **kwargs: `input_features`, a mel [M, W] per clip (a tensor where all are of one length), or `audio_embeds`
+                as in vLLM's class.
+        """
+        mels = cast("Sequence[torch.Tensor] | torch.Tensor | None", kwargs.get("input_features"))
+        if mels is None:
+            return super().embed_multimodal(**kwargs)
+        states_AD, num_tokens = encode(self.audio_tower, list(mels))
+        return self.multi_modal_projector(states_AD).split(num_tokens)

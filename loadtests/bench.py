@@ -1,0 +1,347 @@
+"""The benchmark: the service beside its peers in one run, taking turns, so that a noisy machine is noisy for all.
+
+Every figure is a ratio within the run: the median of one side over the median of the other, with the spread of the
+ratios of single rounds beside it. The peers are processes of `loadtests.peers`, the service and vLLM's own server are
+asked over HTTP. Nothing here is a test; `make bench` prints a table and one line of JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+
+from loadtests.clips import FreshClips, wav
+from loadtests.peers import QUESTION
+
+CLIENTS = 16
+MAX_TOKENS = 300
+VISIBLE_TOKENS = 200
+STEP_BATCH = 32
+STEP_TOKENS = 160
+START_TIMEOUT_S = 300
+DURATIONS_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
+# A gate that pauses as soon as it may, three times, 64 latent tokens each. Completions run on past their end, to one
+# length: what a small model then repeats is no reason to give up.
+GATE = {"max_pauses": 3, "latent_tokens": 64, "tau_pause": 1.0, "tau_abort": 0.0, "window_tokens": 8, "rest_tokens": 8}
+GATE |= {"loop_tokens": 10**6}
+# OpenBLAS tuned for another machine would slow some peers and not others.
+LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One result: its value, the least and the most of single rounds, and what it is to reach."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    aim: str = ""
+
+
+@dataclass
+class Rounds:
+    """Collects what the two sides of a ratio took, round by round."""
+
+    ours: list[float] = field(default_factory=list[float])
+    theirs: list[float] = field(default_factory=list[float])
+
+    def add(self, ours: float, theirs: float) -> None:
+        """Takes a round."""
+        self.ours.append(ours)
+        self.theirs.append(theirs)
+
+    def figure(self, name: str, aim: str) -> Figure:
+        """Returns ours over theirs."""
+        ratios = [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+        value = statistics.median(self.ours) / statistics.median(self.theirs)
+        return Figure(name, value, min(ratios), max(ratios), aim)
+
+
+class Peer:
+    """A process that measures when asked."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def wait(self) -> Any:
+        """Returns its next reply."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise click.ClickException(f"a peer ended with {self.process.wait()}: {self.process.args}")
+        return json.loads(line)
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Lets it measure."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return self.wait()
+
+
+def environment(**fields: str) -> dict[str, str]:
+    """Returns what a child process shall see."""
+    return {name: value for name, value in os.environ.items() if name not in LEFT_OUT} | fields
+
+
+@contextlib.contextmanager
+def child(command: Sequence[str], env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[str]]:
+    """Starts a process, its errors in a file, and ends it."""
+    with log.open("a") as errors:
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+    try:
+        yield process
+    finally:
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+        # A peer ends when its input closes; a server is told.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.terminate()
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Holds what every part of the benchmark goes by.
+
+    Attributes:
+        rounds: How often the sides take turns.
+        log: Where the errors of the child processes go.
+    """
+
+    checkpoint: Path
+    clips: Path
+    rounds: int
+    log: Path
+    say: Callable[[str], None]
+
+    @contextlib.contextmanager
+    def peers(self, *kinds: tuple[str, dict[str, Any] | None]) -> Iterator[list[Peer]]:
+        """Starts peers, of a kind and with a gate each."""
+        with contextlib.ExitStack() as stack:
+            peers: list[Peer] = []
+            for kind, gate in kinds:
+                command = [sys.executable, "-m", "loadtests.peers", kind]
+                command += ["--checkpoint", str(self.checkpoint), "--clips", str(self.clips)]
+                if gate is not None:
+                    command += ["--pause", json.dumps(gate)]
+                peers.append(Peer(stack.enter_context(child(command, environment(), self.log))))
+            for (kind, _), peer in zip(kinds, peers, strict=True):
+                assert peer.wait() == "ready"
+                self.say(f"{kind} is ready")
+            yield peers
+
+    @contextlib.contextmanager
+    def service(self) -> Iterator[str]:
+        """Starts the service; yields its address."""
+        port = free_port()
+        env = environment(HYPER_PORT=str(port), HYPER_CHECKPOINT=str(self.checkpoint), HYPER_LOG_LEVEL="error")
+        command = [sys.executable, "-m", "hyper_model.cli", "serve"]
+        with child(command, env, self.log) as process:
+            yield self.when_up(process, f"http://127.0.0.1:{port}", "/readyz")
+
+    @contextlib.contextmanager
+    def stock_server(self) -> Iterator[str]:
+        """Starts vLLM's own server; yields its address."""
+        port = free_port()
+        command = [sys.executable, "-m", "loadtests.peers", "openai", "--checkpoint", str(self.checkpoint)]
+        command += ["--clips", str(self.clips), "--port", str(port), "--max-num-seqs", str(CLIENTS)]
+        with child(command, environment(), self.log) as process:
+            # It prints to standard output; nobody reads that, and a full pipe would stop it.
+            assert process.stdout is not None
+            process.stdout.close()
+            process.stdout = None
+            yield self.when_up(process, f"http://127.0.0.1:{port}", "/health")
+
+    def when_up(self, process: subprocess.Popen[str], url: str, path: str) -> str:
+        """Waits until an address answers."""
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(url + path, timeout=2).status_code == 200:
+                    self.say(f"{url}{path} answers")
+                    return url
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                raise click.ClickException(f"{url}{path} does not answer; see {self.log}")
+            time.sleep(0.5)
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def measure_engine(bench: Bench) -> list[Figure]:
+    """Measures pauses, the gate, the encoder and second questions on bare engines, one request at a time."""
+    parallel, sampled = Rounds(), Rounds()
+    costs: dict[str, list[float]] = {"parallel": [], "sampled": []}
+    first, second, steps = Rounds(), Rounds(), Rounds()
+    seeds = iter(range(100_000, 200_000))
+    kinds = (("ours", GATE | {"mode": "parallel"}), ("ours", GATE | {"mode": "sampled"}), ("stock", None))
+    with bench.peers(*kinds) as (ours, ours_sampled, stock):
+
+        def pause_round(peer: Peer, rounds: Rounds, name: str) -> None:
+            pair: dict[bool, tuple[float, int, int]] = {}
+            for is_paused in (False, True):
+                pair[is_paused] = peer.ask("pauses", seed=next(seeds), max_tokens=VISIBLE_TOKENS, is_paused=is_paused)
+                assert pair[is_paused][1] == VISIBLE_TOKENS
+            rounds.add(pair[True][0], pair[False][0])
+            costs[name].append((pair[True][0] - pair[False][0]) / 3)
+
+        for number in range(2 * bench.rounds):
+            pause_round(ours, parallel, "parallel")
+            pause_round(ours_sampled, sampled, "sampled")
+            bench.say(f"pauses {number + 1}/{2 * bench.rounds}")
+        for number in range(2 * bench.rounds):
+            first.add(ours.ask("first_token", seed=next(seeds)), stock.ask("first_token", seed=next(seeds)))
+            pair = ours.ask("second_question", seed=next(seeds))
+            second.add(pair[1], pair[0])
+            bench.say(f"first tokens {number + 1}/{2 * bench.rounds}")
+        for number in range(bench.rounds):
+            arguments = {"batch": STEP_BATCH, "max_tokens": STEP_TOKENS}
+            steps.add(ours.ask("step", is_armed=True, **arguments), stock.ask("step", is_armed=False, **arguments))
+            bench.say(f"steps {number + 1}/{bench.rounds}")
+    cost_parallel, cost_sampled = statistics.median(costs["parallel"]), statistics.median(costs["sampled"])
+    bench.say(
+        f"a pause costs {1000 * cost_parallel:.1f} ms parallel, {1000 * cost_sampled:.1f} ms sampled; first token "
+        f"{1000 * statistics.median(first.ours):.1f} ms ours, {1000 * statistics.median(first.theirs):.1f} ms stock, "
+        f"{1000 * statistics.median(second.ours):.1f} ms for a second question; step "
+        f"{1000 * statistics.median(steps.ours):.2f} ms armed, {1000 * statistics.median(steps.theirs):.2f} ms stock"
+    )
+    speedups = [sampled_s / cost_parallel for sampled_s in costs["sampled"]]
+    return [
+        parallel.figure("pause_latency_ratio_parallel", "<= 1.08"),
+        sampled.figure("pause_latency_ratio_sampled", ""),
+        Figure("pause_parallel_speedup", cost_sampled / cost_parallel, min(speedups), max(speedups), ">= 12"),
+        steps.figure("gate_step_overhead", "<= 1.03"),
+        first.figure("ttft_ratio_5s", "<= 0.17"),
+        second.figure("second_question_ttft_ratio", "<= 0.25"),
+    ]
+
+
+def measure_throughput(bench: Bench) -> list[Figure]:
+    """Measures answers a second at 16 clients: the service, vLLM's own server, a bare engine and transformers."""
+    fresh = FreshClips(bench.clips)
+    stock_server, bare, batch = Rounds(), Rounds(), Rounds()
+    tokens: dict[str, list[float]] = {}
+    with (
+        bench.peers(("ours", None), ("transformers", None)) as (engine, transformers),
+        bench.service() as ours_url,
+        bench.stock_server() as stock_url,
+    ):
+        difference = transformers.ask("encoder_difference", durations_s=DURATIONS_S)
+        for number in range(-1, bench.rounds):
+            # The first round, which is not counted, is where each of them allocates what it needs.
+            seeds = range(1000 * (number + 2), 1000 * (number + 2) + 4 * CLIENTS)
+            bodies = [wav(fresh.make(seed)) for seed in seeds]
+            some = slice(0, 2 * CLIENTS)
+            rates = {
+                "ours": rate(asyncio.run(ask_all(ours_url, bodies, ask_ours)), len(bodies)),
+                "stock": rate(asyncio.run(ask_all(stock_url, bodies[some], ask_openai)), len(bodies[some])),
+                "bare": rate(
+                    engine.ask("throughput", seeds=list(seeds), clients=CLIENTS, max_tokens=MAX_TOKENS), len(bodies)
+                ),
+                "transformers": rate(
+                    transformers.ask("throughput", seeds=list(seeds)[some], clients=CLIENTS, max_tokens=MAX_TOKENS),
+                    len(bodies[some]),
+                ),
+            }
+            bench.say("  ".join(f"{name} {speed:.2f}/s ({num:.0f} tokens)" for name, (speed, num) in rates.items()))
+            if number < 0:
+                continue
+            for rounds, name in ((stock_server, "stock"), (bare, "bare"), (batch, "transformers")):
+                rounds.add(rates["ours"][0], rates[name][0])
+            for name, (_, num) in rates.items():
+                tokens.setdefault(name, []).append(num)
+    bench.say("tokens an answer: " + ", ".join(f"{k} {statistics.fmean(v):.1f}" for k, v in tokens.items()))
+    return [
+        Figure("encoder_max_abs_diff", difference, difference, difference, "<= 1e-4"),
+        stock_server.figure("qa_ratio_vs_stock_server", ">= 4.5"),
+        batch.figure("qa_ratio_vs_hf_batch16", ">= 3.5"),
+        bare.figure("qa_ratio_vs_bare_engine", ">= 0.95"),
+    ]
+
+
+def rate(measured: Sequence[float], num_answers: int) -> tuple[float, float]:
+    """Returns answers a second and tokens an answer, of seconds and tokens in all."""
+    seconds, num_tokens = measured
+    return num_answers / seconds, num_tokens / num_answers
+
+
+async def ask_all(url: str, bodies: Sequence[bytes], ask: Callable[[httpx.AsyncClient, Any], Any]) -> tuple[float, int]:
+    """Asks one question about each clip, 16 clients at a time: seconds in all, and tokens written."""
+    prepared = iter([PREPARE[ask](body) for body in bodies])
+    num_tokens = 0
+    limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
+
+        async def one_client() -> None:
+            nonlocal num_tokens
+            for body in prepared:
+                num_tokens += await ask(client, body)
+
+        started_s = time.perf_counter()
+        await asyncio.gather(*(one_client() for _ in range(CLIENTS)))
+        return time.perf_counter() - started_s, num_tokens
+
+
+async def ask_ours(client: httpx.AsyncClient, clip: bytes) -> int:
+    """Asks the service; returns the tokens written."""
+    data = {"question": QUESTION, "pause": "off", "max_tokens": str(MAX_TOKENS)}
+    response = await client.post("/v1/audio/qa", data=data, files={"file": ("clip.wav", clip)})
+    response.raise_for_status()
+    return response.json()["usage"]["completion_tokens"]
+
+
+async def ask_openai(client: httpx.AsyncClient, body: bytes) -> int:
+    """Asks vLLM's own server; returns the tokens written."""
+    response = await client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    response.raise_for_status()
+    return response.json()["usage"]["completion_tokens"]
+
+
+def openai_body(clip: bytes) -> bytes:
+    """Writes the request that vLLM's own server takes."""
+    audio = {"data": base64.b64encode(clip).decode(), "format": "wav"}
+    content = [{"type": "input_audio", "input_audio": audio}, {"type": "text", "text": QUESTION}]
+    message = {"role": "user", "content": content}
+    return json.dumps({"model": "stock", "messages": [message], "temperature": 0, "max_tokens": MAX_TOKENS}).encode()
+
+
+# Made before the clock runs: the clients share the cores with what they measure.
+PREPARE: Mapping[Any, Callable[[bytes], bytes]] = {ask_ours: bytes, ask_openai: openai_body}
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """Formats the figures for a person."""
+    lines = [f"{'figure':<32}{'value':>10}{'rounds':>22}   aim"]
+    for each in figures:
+        spread = f"{each.low:.3g} to {each.high:.3g}"
+        lines.append(f"{each.name:<32}{each.value:>10.3g}{spread:>22}   {each.aim}")
+    return "\n".join(lines)

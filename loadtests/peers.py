@@ -1,0 +1,354 @@
+"""What the benchmark compares the service with, each in a process of its own: bare engines and transformers.
+
+`python -m loadtests.peers KIND ...` loads a checkpoint, says "ready", and then answers one JSON request a line with one
+JSON reply a line. The only module of this package that knows more than HTTP: what it measures has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import numpy as np
+
+from loadtests.clips import SAMPLE_RATE_HZ, FreshClips
+
+QUESTION = "What does the first speaker say?"
+SECOND_QUESTION = "How many people speak?"
+Kind = Literal["ours", "stock", "transformers", "openai"]
+
+# Standard output carries replies only; vLLM and its children print there as well.
+REPLIES = os.fdopen(os.dup(1), "w", buffering=1)
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(["ours", "stock", "transformers", "openai"]))
+@click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--clips", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option("--dtype", default="bfloat16", show_default=True)
+@click.option("--max-num-seqs", default=32, show_default=True)
+@click.option("--pause", help="Fields of the manifest's `pause` group to serve instead, as JSON.")
+@click.option("--port", type=int, help="openai only: where vLLM's own server listens.")
+def main(
+    kind: Kind, checkpoint: Path, clips: Path, dtype: str, max_num_seqs: int, pause: str | None, port: int | None
+) -> None:
+    """Serve measurements of KIND over standard input and output, or become vLLM's own OpenAI server."""
+    if kind == "openai":
+        become_openai_server(checkpoint, dtype, max_num_seqs, port)
+    if pause is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            run(kind, with_pause(checkpoint, Path(folder), json.loads(pause)), clips, dtype, max_num_seqs)
+    else:
+        run(kind, checkpoint, clips, dtype, max_num_seqs)
+
+
+def run(kind: Kind, checkpoint: Path, clips: Path, dtype: str, max_num_seqs: int) -> None:
+    """Measures until standard input closes."""
+    os.dup2(2, 1)
+    fresh = FreshClips(clips)
+    if kind == "transformers":
+        peer = TransformersPeer(checkpoint, fresh, dtype)
+        serve_sync(peer)
+    else:
+        asyncio.run(serve(kind, checkpoint, fresh, dtype, max_num_seqs))
+
+
+def with_pause(checkpoint: Path, folder: Path, fields: dict[str, Any]) -> Path:
+    """Copies a checkpoint and gives the copy another gate."""
+    from hyper_model.checkpoint import update_pause
+
+    copied = folder / checkpoint.resolve().name
+    shutil.copytree(checkpoint, copied)
+    update_pause(copied, fields)
+    return copied
+
+
+def become_openai_server(checkpoint: Path, dtype: str, max_num_seqs: int, port: int | None) -> None:
+    """Runs vLLM's own server in this process's place, with its own model class."""
+    from hyper_model.engine_environment import prepare_environment
+
+    prepare_environment()
+    os.environ["VLLM_PLUGINS"] = ""
+    arguments = ["--model", str(checkpoint), "--served-model-name", "stock", "--host", "127.0.0.1", "--port", str(port)]
+    arguments += ["--dtype", dtype, "--max-num-seqs", str(max_num_seqs), "--enforce-eager"]
+    arguments += ["--generation-config", "vllm", "--disable-log-requests"]
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments])
+
+
+def reply(value: Any) -> None:
+    """Writes one reply."""
+    REPLIES.write(json.dumps(value) + "\n")
+
+
+def serve_sync(peer: Any) -> None:
+    """Answers requests until standard input closes."""
+    reply("ready")
+    for line in sys.stdin:
+        request = json.loads(line)
+        reply(getattr(peer, request.pop("do"))(**request))
+
+
+async def serve(kind: Kind, checkpoint: Path, fresh: FreshClips, dtype: str, max_num_seqs: int) -> None:
+    """Answers requests with an engine until standard input closes."""
+    peer = EnginePeer(checkpoint, fresh, dtype, max_num_seqs, is_stock=kind == "stock")
+    await peer.start()
+    reply("ready")
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        request = json.loads(line)
+        reply(await getattr(peer, request.pop("do"))(**request))
+    await peer.engine.stop()
+
+
+class EnginePeer:
+    """vLLM's engine with nothing around it: with our model class and gate, or as it comes (`is_stock`)."""
+
+    def __init__(self, checkpoint: Path, fresh: FreshClips, dtype: str, max_num_seqs: int, *, is_stock: bool) -> None:
+        from hyper_model.checkpoint import open_checkpoint
+        from server.engine_vllm import VllmEngine
+        from server.settings import Settings
+
+        self.checkpoint = open_checkpoint(checkpoint, verify=False)
+        self.tokenizer = self.checkpoint.tokenizer
+        self.fresh = fresh
+        self.numbers = itertools.count()
+        if is_stock:
+            # vLLM then loads no plugin, and so not our model class.
+            os.environ["VLLM_PLUGINS"] = ""
+        settings: Any = {"dtype": dtype, "max_num_seqs": max_num_seqs, "checkpoint": checkpoint}
+        self.engine: Any = (StockEngine if is_stock else VllmEngine)(Settings(**settings), self.checkpoint)
+
+    async def start(self) -> None:
+        """Loads the model, and touches every size that is measured once."""
+        await self.engine.start()
+        for seconds in (1, 5):
+            await self.last(self.request(np.zeros(seconds * SAMPLE_RATE_HZ, np.float32), 4))
+
+    def request(self, clip: np.ndarray, max_tokens: int, question: str = QUESTION, **fields: Any) -> Any:
+        """Asks about a clip; the answer goes on to its limit unless there are stop tokens."""
+        from hyper_model.audio import Waveform
+        from hyper_model.trace import build_prompt
+        from server.engine import GenerationRequest
+
+        key = Waveform(clip).sha256
+        prompt = build_prompt(self.tokenizer, question)
+        fields = {"cache_salt": "bench", "clip_keys": (key,), **fields}
+        return GenerationRequest(f"bench-{next(self.numbers)}", prompt, (clip,), max_tokens, **fields)
+
+    async def last(self, request: Any) -> tuple[float, float, int, int]:
+        """Runs a request: seconds to its first token and to its last, visible tokens, latent tokens."""
+        started_s = time.perf_counter()
+        first_s, num_visible, num_latent = 0.0, 0, 0
+        async with aclosing(self.engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                first_s = first_s or time.perf_counter() - started_s
+                num_visible += len(chunk.token_ids)
+                num_latent += len(chunk.span)
+        return first_s, time.perf_counter() - started_s, num_visible, num_latent
+
+    async def first_token(self, seed: int) -> float:
+        """Returns the seconds to the first token about a fresh clip."""
+        return (await self.last(self.request(self.fresh.make(seed), 1)))[0]
+
+    async def second_question(self, seed: int) -> tuple[float, float]:
+        """Returns the seconds to the first token of a first and of a second question about a fresh clip."""
+        clip = self.fresh.make(seed)
+        first, _, _, _ = await self.last(self.request(clip, 1))
+        second, _, _, _ = await self.last(self.request(clip, 1, SECOND_QUESTION))
+        return first, second
+
+    async def pauses(self, seed: int, max_tokens: int, is_paused: bool) -> tuple[float, int, int]:
+        """Returns the seconds of a whole completion about a fresh clip, its visible and its latent tokens."""
+        from hyper_model.pause import GateSettings
+
+        gate = GateSettings.of(self.checkpoint.manifest, self.tokenizer) if is_paused else None
+        request = self.request(self.fresh.make(seed), max_tokens, gate=gate)
+        return (await self.last(request))[1:]
+
+    async def step(self, batch: int, max_tokens: int, is_armed: bool) -> float:
+        """Returns the seconds of one decode step of a full batch, the gate armed and never firing, or not."""
+        from hyper_model.pause import GateSettings
+
+        gate = None
+        if is_armed:
+            gate = GateSettings.of(self.checkpoint.manifest, self.tokenizer)
+            assert gate is not None
+            gate = dataclasses.replace(gate, tau_pause=0.0, tau_abort=0.0, loop_tokens=10**9)
+        clip = np.zeros(SAMPLE_RATE_HZ, np.float32)
+        times = [time_tokens(self.engine, self.request(clip, max_tokens, gate=gate)) for _ in range(batch)]
+        stamps = await asyncio.gather(*times)
+        # From the last request's first token on, all of them decode together.
+        started_s = max(each[0] for each in stamps)
+        ended_s = min(each[-1] for each in stamps)
+        num_steps = min(sum(started_s <= stamp <= ended_s for stamp in each) for each in stamps) - 1
+        return (ended_s - started_s) / num_steps
+
+    async def throughput(self, seeds: Sequence[int], clients: int, max_tokens: int) -> tuple[float, int]:
+        """Answers one question about each fresh clip, `clients` at a time: seconds in all, and tokens written."""
+        from hyper_model.trace import Section
+
+        clips = iter([self.fresh.make(seed) for seed in seeds])
+        close_id = self.tokenizer.tag_ids[Section.FINAL_ANSWER][1]
+        stop = (*self.tokenizer.stop_ids, close_id)
+        num_tokens = 0
+
+        async def client() -> None:
+            nonlocal num_tokens
+            for clip in clips:
+                num_tokens += (await self.last(self.request(clip, max_tokens, stop_token_ids=stop)))[2]
+
+        started_s = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(clients)))
+        return time.perf_counter() - started_s, num_tokens
+
+
+async def time_tokens(engine: Any, request: Any) -> list[float]:
+    """Returns when each output of a request came."""
+    stamps: list[float] = []
+    async with aclosing(engine.generate(request)) as chunks:
+        async for _ in chunks:
+            stamps.append(time.perf_counter())
+    return stamps
+
+
+class StockEngine:
+    """vLLM as it comes: its own Qwen2-Audio class, no logits processor, driven by AsyncLLM's own calls."""
+
+    def __init__(self, settings: Any, checkpoint: Any) -> None:
+        self.settings = settings
+        self.checkpoint = checkpoint
+        self.llm: Any = None
+
+    async def start(self) -> None:
+        """Starts vLLM's processes with the settings of the service."""
+        from hyper_model.engine_environment import prepare_environment
+
+        prepare_environment(kv_cache_gib=self.settings.kv_cache_gib)
+        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args = AsyncEngineArgs(
+            model=str(self.checkpoint.path),
+            dtype=self.settings.dtype,
+            max_model_len=self.checkpoint.manifest.max_model_len,
+            max_num_seqs=self.settings.max_num_seqs,
+            limit_mm_per_prompt={"audio": 1},
+            enforce_eager=True,
+            generation_config="vllm",
+        )
+        self.llm = AsyncLLM.from_engine_args(args)
+        await self.llm.reset_mm_cache()
+
+    async def stop(self) -> None:
+        """Ends vLLM's processes."""
+        await asyncio.to_thread(self.llm.shutdown)
+
+    async def generate(self, request: Any) -> Any:
+        """Yields the completion as chunks of the service's own kind."""
+        from server.engine import TokenChunk
+        from server.engine_vllm import sampling_params
+
+        prompt = {
+            "prompt_token_ids": list(request.prompt_token_ids),
+            "multi_modal_data": {"audio": [(clip, SAMPLE_RATE_HZ) for clip in request.clips]},
+        }
+        (engine_input,) = await self.llm.renderer.render_cmpl_async([prompt])
+        params = sampling_params(request, request.max_tokens)
+        async with aclosing(self.llm.generate(engine_input, params, request.request_id)) as outputs:
+            async for output in outputs:
+                yield TokenChunk(tuple(output.outputs[0].token_ids))
+
+
+class TransformersPeer:
+    """transformers' `generate` in batches of 16, which is how the published code evaluates."""
+
+    def __init__(self, checkpoint: Path, fresh: FreshClips, dtype: str) -> None:
+        import torch
+        from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+        self.fresh = fresh
+        self.model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=getattr(torch, dtype)
+        ).eval()
+        self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
+        self.processor.tokenizer.padding_side = "left"
+        content = [{"type": "audio"}, {"type": "text", "text": QUESTION}]
+        conversation = [{"role": "user", "content": content}]
+        self.prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+
+    def throughput(self, seeds: Sequence[int], clients: int, max_tokens: int) -> tuple[float, int]:
+        """Answers one question about each fresh clip, `clients` in a batch: seconds in all, and tokens written."""
+        import torch
+
+        clips = [self.fresh.make(seed) for seed in seeds]
+        num_tokens = 0
+        started_s = time.perf_counter()
+        for start in range(0, len(clips), clients):
+            some = clips[start : start + clients]
+            inputs = self.processor(
+                text=[self.prompt] * len(some),
+                audio=some,
+                sampling_rate=SAMPLE_RATE_HZ,
+                return_tensors="pt",
+                padding=True,
+            ).to(self.model.dtype)
+            with torch.inference_mode():
+                output = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+            written = output[:, inputs["input_ids"].shape[1] :]
+            num_tokens += int((written != self.model.generation_config.pad_token_id).sum())
+        return time.perf_counter() - started_s, num_tokens
+
+    def encoder_difference(self, durations_s: Sequence[float]) -> float:
+        """Returns the largest difference, in float32, between our packed encoder and transformers' padded one."""
+        import torch
+
+        from hyper_model.audio_encoder import LogMel, encode
+
+        dtype = self.model.dtype
+        tower = self.model.float().model.audio_tower
+        source = np.concatenate([self.fresh.make(seed) for seed in range(8)])
+        clips = [source[: round(seconds * SAMPLE_RATE_HZ)] for seconds in durations_s]
+        log_mel = LogMel(tower.config.num_mel_bins)
+        worst = 0.0
+        with torch.inference_mode():
+            packed, lengths = encode(tower, [log_mel(clip) for clip in clips])
+            for clip, together in zip(clips, packed.split(lengths), strict=True):
+                alone, _ = encode(tower, [log_mel(clip)])
+                padded = self.padded(tower, clip)
+                for each in (together, alone):
+                    worst = max(worst, float((each - padded).abs().max()))
+        self.model.to(dtype)
+        return worst
+
+    def padded(self, tower: Any, clip: np.ndarray) -> Any:
+        """Encodes a clip as transformers does: padded to 30 s, with a mask."""
+        import torch
+
+        features = self.processor.feature_extractor(
+            clip,
+            sampling_rate=SAMPLE_RATE_HZ,
+            padding="max_length",
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        frames = features["attention_mask"].sum(-1)
+        num_states, num_tokens = (int(each) for each in tower._get_feat_extract_output_lengths(frames))
+        mask = torch.zeros(1, 1, 1500, 1500)
+        mask[..., num_states:] = float("-inf")
+        return tower(features["input_features"], attention_mask=mask).last_hidden_state[0, :num_tokens]
+
+
+if __name__ == "__main__":
+    main()
