@@ -1,8 +1,8 @@
 """Makes a HyPeR checkpoint of somebody else's Qwen2-Audio: the stock model, an R1-AQA model, a published HyPeR model.
 
 What changes: the weights get the names that vLLM wants, tokens that the tokenizer lacks are added with rows of their
-own, and a manifest says how the model writes. What a model has learned does not change: one that never saw `<PAUSE>` is
-adopted with pauses off.
+own, and a manifest says how the model writes. What a model has learned does not change: one that never saw `<PAUSE>`,
+or whose tags are not tokens, is adopted with pauses off.
 
 Only config, tokenizer and safetensors of the source are read, one tensor at a time; pickles and code are never opened,
 and nothing is copied but licence texts. Knows nothing of training or serving.
@@ -93,7 +93,8 @@ def adopt(
         else "r1" (`<think>`, `<answer>`). A published HyPeR model with Qwen's own tokenizer must be named by hand.
       - answer_style: "letter" for "hyper", "text" for "r1".
       - pauses: `<IMPLICIT_THINK>` spans, sampled, where the tokenizer has them; `<PAUSE>` spans where it has that; else
-        `<PAUSE>` is added and pauses are off.
+        `<PAUSE>` is added. They are off for tokens that were added, and wherever tags are text: the gate must know in
+        which section it is, and only a token tells.
 
     Args:
         source: The directory; links, as in a hub cache, are followed.
@@ -144,7 +145,7 @@ def _adopt(
     style = tag_style or (TagStyle.TOKEN if all(set(section.tags) <= known for section in Section) else TagStyle.TEXT)
     names: TagNames = tag_names or ("hyper" if style is TagStyle.TOKEN or known & _HYPER_MARKS else "r1")
     spellings = {section: section.tags for section in Section} if style is TagStyle.TOKEN else _SPELLINGS[names]
-    pause = _pause_fields(known)
+    pause = _pause_fields(known, style)
 
     num_trained = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     num_rows_before: int = config["text_config"]["vocab_size"]
@@ -239,12 +240,14 @@ def _read_tokenizer(root: Path, config: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _pause_fields(known: set[str]) -> dict[str, Any]:
-    if set(_LATENT_SPAN) <= known:
-        return {"mode": "sampled", "open": _LATENT_SPAN[0], "close": _LATENT_SPAN[1]}
-    # A token that the model never saw refines nothing: its row is a mean of others until it is trained.
-    budget = {} if PAUSE in known else {"max_pauses": 0}
-    return {"mode": "parallel", "open": PAUSE, "close": PAUSE_CLOSE} | budget
+def _pause_fields(known: set[str], style: TagStyle) -> dict[str, Any]:
+    has_span = set(_LATENT_SPAN) <= known
+    open_tag, close_tag = _LATENT_SPAN if has_span else (PAUSE, PAUSE_CLOSE)
+    # A token that the model never saw refines nothing: its row is a mean of others until it is trained. And where tags
+    # are plain text there is no gate (`GateSettings.of`).
+    can_pause = style is TagStyle.TOKEN and open_tag in known
+    budget = {} if can_pause else {"max_pauses": 0}
+    return {"mode": "sampled" if has_span else "parallel", "open": open_tag, "close": close_tag} | budget
 
 
 def _add_tokens(tokenizer: Tokenizer, wanted: list[str]) -> tuple[str, ...]:

@@ -141,4 +141,5 @@ def adopt(
     rows = f"{adopted.num_rows} embedding rows (were {adopted.num_rows_before})"
     click.echo(f"tokens added: {', '.join(adopted.added_tokens) or 'none'}; {rows}")
     if not manifest.pause.max_pauses:
-        click.echo("pauses: off, because this model never saw them")
+        is_text = manifest.trace.tag_style is TagStyle.TEXT
+        click.echo(f"pauses: off, because {'its tags are plain text' if is_text else 'this model never saw them'}")

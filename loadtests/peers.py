@@ -239,6 +239,8 @@ class StockEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from server.engine_vllm import CPU_BLOCK_SIZE
+
         args = AsyncEngineArgs(
             model=str(self.checkpoint.path),
             dtype=self.settings.dtype,
@@ -247,6 +249,8 @@ class StockEngine:
             limit_mm_per_prompt={"audio": 1},
             enforce_eager=True,
             generation_config="vllm",
+            # Ours: what is compared here is the model class and the gate, and not how long a row of keys is.
+            block_size=CPU_BLOCK_SIZE,
         )
         self.llm = AsyncLLM.from_engine_args(args)
         await self.llm.reset_mm_cache()

@@ -135,7 +135,8 @@ def test_a_published_hyper_model_keeps_its_latent_span_and_its_spellings(tmp_pat
     assert manifest.trace.tags[Section.ENV].open == "<BGM>"
     assert (manifest.pause.mode, manifest.pause.open, manifest.pause.close) == ("sampled", *LATENT_SPAN)
     assert manifest.pause.open_id == stock_tokenizer(["<PAUSE>", *LATENT_SPAN]).token_to_id(LATENT_SPAN[0])
-    assert manifest.pause.max_pauses == 3
+    # Its tags are text, so no gate can know where it is.
+    assert manifest.pause.max_pauses == 0
     before, after = stored(source), stored(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -158,6 +159,14 @@ def test_tags_that_the_tokenizer_has_stay_what_they_are(tmp_path: Path) -> None:
         known.token_to_id("<ENV>"),
         known.token_to_id("</ENV>"),
     )
+    assert (adopted.checkpoint.manifest.pause.mode, adopted.checkpoint.manifest.pause.max_pauses) == ("parallel", 3)
+
+
+def test_a_model_with_tag_tokens_and_a_latent_span_pauses_by_sampling(tmp_path: Path) -> None:
+    tags = [token for token in SPECIAL_TOKENS if token not in CONTROL_TOKENS]
+    source = write_source(tmp_path / "source", extra_tokens=[*tags, *LATENT_SPAN])
+    pause = adopt(source, tmp_path / "out").checkpoint.manifest.pause
+    assert (pause.mode, pause.max_pauses, pause.open) == ("sampled", 3, LATENT_SPAN[0])
 
 
 def test_a_tied_model_stays_tied(tmp_path: Path) -> None:
@@ -274,7 +283,7 @@ def test_the_command_says_what_it_decided(
     said = capsys.readouterr().out
     assert "tags: text, spelled as hyper; choices by text" in said
     assert "tokens added: <PAUSE>, </PAUSE>" in said
-    assert "pauses: off" in said
+    assert "pauses: off, because its tags are plain text" in said
     assert open_checkpoint(out).manifest.name == "mine"
     with pytest.raises(SystemExit) as exit_info:
         main(["checkpoint", "adopt", str(source), str(out)])

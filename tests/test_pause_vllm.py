@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyper_model.checkpoint import open_checkpoint
-from hyper_model.pause import Decision, Gate, GateSettings, Verdict
+from hyper_model.pause import Decision, Gate, GateReport, GateSettings, Verdict
 from hyper_model.trace import PauseMode, Section
 from server.scripted import scripted_checkpoint
 
@@ -612,6 +612,38 @@ def test_the_next_chunk_of_a_session_goes_on_from_the_state_that_it_brings() -> 
     assert gate is not None and (gate.num_pauses, gate.num_resting, gate.num_in_span) == (1, 2, 0)
     write(engine, request, WORDS, confidence=0.8)
     assert len(engine.v2.places) == 1 and not engine.v2.parked
+
+
+def test_with_v1_a_session_keeps_its_window_though_its_reader_hears_no_confidences() -> None:
+    found = gate_settings(tau_pause=0.5, tau_abort=0.0, max_pauses=1, is_fed=True)
+    processor, pure, reader = make_v1(found), Gate(found), Gate(found)
+    generator = torch.Generator().manual_seed(0)
+
+    def write(token_ids: Sequence[int], scale: float) -> None:
+        output: list[int] = []
+        params = sampling(arguments(reader, "one"))
+        processor.update_state(BatchUpdate(batch_size=1, removed=[], added=[(0, params, None, output)], moved=[]))
+        for token_id in token_ids:
+            logits = torch.randn(1, VOCAB_SIZE, generator=generator) * scale
+            confidence = confidence_of(logits[0])
+            decision = pure.decide(confidence)
+            assert same_bits(processor.apply(logits.clone())[0], expected(logits[0], decision, found))
+            assert decision.forced_id in (None, token_id)
+            pure.push(token_id, confidence)
+            reader.push(token_id, None)
+            output.append(token_id)
+
+    write([*REASONING, *WORDS[:2], OPEN], scale=1.0)
+    assert pure.feed_span() == reader.feed_span()
+    write(WORDS, scale=9.0)
+    assert reader.report() == GateReport(None, (None,))
+    worker = pause_vllm.GateReports()
+    (report,) = worker.gate_reports(["one"])
+    assert report == pure.report() and report.lowest is not None and report.confidences[0] is not None
+    processor.update_state(BatchUpdate(batch_size=0, removed=[0], added=[], moved=[]))
+    assert worker.gate_reports(["one", "another"]) == [pure.report(), GateReport()]
+    # Told once, it is forgotten: nothing in the engine grows with requests that are over.
+    assert worker.gate_reports(["one"]) == [GateReport()]
 
 
 def test_a_step_that_was_under_way_when_a_chunk_ended_leaves_no_trace() -> None:
