@@ -322,12 +322,26 @@ def update_pause(directory: str | Path, fields: Mapping[str, Any]) -> Checkpoint
     document = checkpoint.manifest.model_dump(mode="json")
     document["pause"] |= fields
     manifest = make_manifest(document)
-    path = checkpoint.path / MANIFEST_FILE
+    path = checkpoint.path.resolve() / MANIFEST_FILE
     # Beside the checkpoint, in which a stray file would be refused; the rename leaves the old manifest or the new one.
     partial = path.parent.with_name(f".{path.parent.name}.{uuid.uuid4().hex}.json")
-    partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return open_checkpoint(directory, verify=False)
+
+    def write(document: bytes) -> None:
+        try:
+            partial.write_bytes(document)
+            partial.replace(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    before = path.read_bytes()
+    write(f"{manifest.model_dump_json(indent=2)}\n".encode())
+    try:
+        return open_checkpoint(directory, verify=False)
+    except CheckpointError:
+        write(before)
+        raise
 
 
 def _fill_tags(fields: dict[str, Any], tokenizer_text: str) -> TraceTokenizer:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 from hyper_model.manifest import Manifest
 from hyper_model.trace import PARENTS, PauseMode, Section, TagStyle, TraceTokenizer
@@ -103,7 +103,7 @@ class GateSettings:
         gated: The sets of open sections in which the gate works: those whose innermost section the manifest names.
         closing_ids: Each section's closing tag.
         answer_id: The tag that opens the final answer.
-        end_ids: What ends a completion, and so may not be sampled inside a span.
+        end_ids: What ends a completion, or the part of it that may pause: not to be sampled inside a span.
         acoustic_bias: Added to the logit of the pause token where a keyword is recent; 0 turns the prior off.
         keyword_ids: The keywords as token ids.
         loop_tokens: A completion whose last so many sampled tokens repeat one phrase is given up.
@@ -159,7 +159,7 @@ class GateSettings:
             gated=frozenset(held for held in range(NUM_OPEN_SETS) if innermost(held) in pause.sections),
             closing_ids={section: ids[1] for section, ids in tokenizer.tag_ids.items()},
             answer_id=tokenizer.tag_ids[Section.FINAL_ANSWER][0],
-            end_ids=tokenizer.stop_ids,
+            end_ids=(*tokenizer.stop_ids, *tokenizer.tag_ids[Section.FINAL_ANSWER]),
             acoustic_bias=pause.acoustic_bias,
             keyword_ids=_encode_keywords(tokenizer) if pause.acoustic_bias else (),
             loop_tokens=pause.loop_tokens,
@@ -430,6 +430,26 @@ class Gate:
             name: list(getattr(self, name)) for name in _STATE_LISTS
         }
 
+    @staticmethod
+    def is_state(value: object) -> bool:
+        """Tells whether a value has the form that `state` writes."""
+        if not isinstance(value, dict):
+            return False
+        state = cast("dict[str, Any]", value)
+        if state.keys() != {*_STATE_FIELDS, *_STATE_LISTS}:
+            return False
+        lists_fit = all(
+            isinstance(state[name], list) and all(isinstance(each, kind) for each in state[name])
+            for name, kind in _STATE_LISTS.items()
+        )
+        sets = (state["open_sections"], state["seen_sections"])
+        return (
+            lists_fit
+            and len(state["repeats"]) == LOOP_PERIOD_TOKENS
+            and all(isinstance(state[name], kind) for name, kind in _STATE_FIELDS.items())
+            and all(0 <= each < NUM_OPEN_SETS for each in sets)
+        )
+
     @classmethod
     def resume(cls, settings: GateSettings, state: Mapping[str, Any] | None) -> Self:
         """Makes the gate that goes on from a state; from the beginning where there is none."""
@@ -440,18 +460,18 @@ class Gate:
         return cls(settings, **fields)
 
 
-_STATE_FIELDS = (
-    "total",
-    "lowest",
-    "num_pauses",
-    "num_resting",
-    "open_sections",
-    "seen_sections",
-    "num_in_span",
-    "keyword_age",
-    "is_aborted",
-)
-_STATE_LISTS = ("window", "recent", "repeats", "forced")
+_STATE_FIELDS: Mapping[str, Any] = {
+    "total": float | int,
+    "lowest": float | int | None,
+    "num_pauses": int,
+    "num_resting": int,
+    "open_sections": int,
+    "seen_sections": int,
+    "num_in_span": int,
+    "keyword_age": int | None,
+    "is_aborted": bool,
+}
+_STATE_LISTS: Mapping[str, Any] = {"window": float | int, "recent": int, "repeats": int, "forced": int}
 
 
 def replay(settings: GateSettings, token_ids: Iterable[int], confidences: Sequence[float | None]) -> Gate:

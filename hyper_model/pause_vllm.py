@@ -5,7 +5,8 @@ kinds; `processor_name` picks the one that an engine wants. Both read the thresh
 the model's directory, so a plain `python -m vllm.entrypoints.openai.api_server --logits-processors NAME` pauses too.
 
 A request is armed by its extra arguments (over HTTP: `vllm_xargs`):
-  - `hyper_pause`: the most pauses it may take; 0, or nothing at all, and the processor does not touch it.
+  - `hyper_pause`: the most pauses it may take; with 0 the gate still gives up what is hopeless or repeats itself.
+    Without this argument the processor does not touch the request.
   - `hyper_pause_fed`: 1 when whoever reads the completion feeds the span of a parallel pause; the completion must then
     stop on the pause token, and on the token that closes a pause, which says that the gate gave it up.
   - `hyper_pause_tau`: two numbers instead of the manifest's tau_pause and tau_abort, for calibration and training.
@@ -92,7 +93,7 @@ def check_arguments(params: SamplingParams) -> None:
             if len(numbers) != 2 or not all(isinstance(each, int | float) for each in numbers):
                 raise ValueError(f"{name} must be two numbers, tau_pause and tau_abort")
         elif name == STATE:
-            if not isinstance(value, dict):
+            if not Gate.is_state(value):
                 raise ValueError(f"{name} is not a state of the gate")
         elif name == KEY:
             if not isinstance(value, str) or not value:
@@ -106,11 +107,10 @@ def check_arguments(params: SamplingParams) -> None:
 def armed_settings(settings: GateSettings | None, params: SamplingParams) -> GateSettings | None:
     """Returns what a request's gate goes by; None where it has none."""
     extra: Mapping[str, Any] = params.extra_args or {}
-    budget = extra.get(BUDGET, 0)
-    if settings is None or not budget:
+    if settings is None or BUDGET not in extra:
         return None
     tau_pause, tau_abort = extra.get(TAU) or (settings.tau_pause, settings.tau_abort)
-    lowered = settings.lowered(budget)
+    lowered = settings.lowered(extra[BUDGET])
     return replace(lowered, tau_pause=tau_pause, tau_abort=tau_abort, is_fed=bool(extra.get(FED)))
 
 
@@ -147,7 +147,8 @@ class _Row:
         """
         # Tokens that vLLM dropped, to sample them again, have been told already.
         self.num_seen = min(self.num_seen, len(self.output))
-        while self.num_seen < len(self.output):
+        # A token below 0 is a place that vLLM holds for one that is still being sampled.
+        while self.num_seen < len(self.output) and self.output[self.num_seen] >= 0:
             self.gate.push(self.output[self.num_seen], self.confidence)
             self.num_seen += 1
             self.confidence = None

@@ -1,4 +1,4 @@
-"""The command line: `python -m loadtests smoke` and `bench`. Knows only its own package and HTTP."""
+"""The command line: `python -m loadtests smoke` and `bench`. Knows only its own package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loadtests.report import summarize, table
 
 @click.group()
 def main() -> None:
-    """Measures a running service over HTTP."""
+    """Measures the service: a running one over HTTP, or one of its own beside its peers."""
 
 
 @main.command()
@@ -76,18 +76,23 @@ def smoke(url: str, clips: Path, clients: int, requests: int, timeout: float) ->
     help="Where the measured processes write their messages.",
 )
 def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], log: Path) -> None:
-    """Measures the service beside vLLM's own server, bare engines and transformers (about 12 minutes on two cores).
+    """Measures the service beside vLLM's own server, bare engines and transformers (about 15 minutes on two cores).
 
     They take turns in one run; every figure is a ratio within it. Ends with one JSON line.
     """
-    from loadtests.bench import Bench, measure_engine, measure_throughput, table
+    from loadtests.bench import Bench, Figure, measure_engine, measure_throughput, table
 
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     setup = Bench(checkpoint, clips, rounds, log, say=lambda text: click.echo(text, err=True))
     measures = {"engine": measure_engine, "throughput": measure_throughput}
-    figures = [figure for name, measure in measures.items() if name in (parts or measures) for figure in measure(setup)]
-    click.echo(table(figures))
+    figures: list[Figure] = []
+    for name, measure in measures.items():
+        if name in (parts or measures):
+            found = measure(setup)
+            figures += found
+            # At once: the other part may fail.
+            click.echo(table(found))
     click.echo(json.dumps({figure.name: round(figure.value, 8) for figure in figures}))
 
 

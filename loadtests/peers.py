@@ -27,6 +27,7 @@ from loadtests.clips import SAMPLE_RATE_HZ, FreshClips
 
 QUESTION = "What does the first speaker say?"
 SECOND_QUESTION = "How many people speak?"
+DTYPE = "bfloat16"
 Kind = Literal["ours", "stock", "transformers", "openai"]
 
 # Standard output carries replies only; vLLM and its children print there as well.
@@ -37,32 +38,29 @@ REPLIES = os.fdopen(os.dup(1), "w", buffering=1)
 @click.argument("kind", type=click.Choice(["ours", "stock", "transformers", "openai"]))
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--clips", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
-@click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--max-num-seqs", default=32, show_default=True)
 @click.option("--pause", help="Fields of the manifest's `pause` group to serve instead, as JSON.")
 @click.option("--port", type=int, help="openai only: where vLLM's own server listens.")
-def main(
-    kind: Kind, checkpoint: Path, clips: Path, dtype: str, max_num_seqs: int, pause: str | None, port: int | None
-) -> None:
+def main(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int, pause: str | None, port: int | None) -> None:
     """Serve measurements of KIND over standard input and output, or become vLLM's own OpenAI server."""
     if kind == "openai":
-        become_openai_server(checkpoint, dtype, max_num_seqs, port)
+        become_openai_server(checkpoint, max_num_seqs, port)
     if pause is not None:
         with tempfile.TemporaryDirectory() as folder:
-            run(kind, with_pause(checkpoint, Path(folder), json.loads(pause)), clips, dtype, max_num_seqs)
+            run(kind, with_pause(checkpoint, Path(folder), json.loads(pause)), clips, max_num_seqs)
     else:
-        run(kind, checkpoint, clips, dtype, max_num_seqs)
+        run(kind, checkpoint, clips, max_num_seqs)
 
 
-def run(kind: Kind, checkpoint: Path, clips: Path, dtype: str, max_num_seqs: int) -> None:
+def run(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int) -> None:
     """Measures until standard input closes."""
     os.dup2(2, 1)
     fresh = FreshClips(clips)
     if kind == "transformers":
-        peer = TransformersPeer(checkpoint, fresh, dtype)
+        peer = TransformersPeer(checkpoint, fresh)
         serve_sync(peer)
     else:
-        asyncio.run(serve(kind, checkpoint, fresh, dtype, max_num_seqs))
+        asyncio.run(serve(kind, checkpoint, fresh, max_num_seqs))
 
 
 def with_pause(checkpoint: Path, folder: Path, fields: dict[str, Any]) -> Path:
@@ -75,16 +73,21 @@ def with_pause(checkpoint: Path, folder: Path, fields: dict[str, Any]) -> Path:
     return copied
 
 
-def become_openai_server(checkpoint: Path, dtype: str, max_num_seqs: int, port: int | None) -> None:
+def become_openai_server(checkpoint: Path, max_num_seqs: int, port: int | None) -> None:
     """Runs vLLM's own server in this process's place, with its own model class."""
     from hyper_model.engine_environment import prepare_environment
 
     prepare_environment()
     os.environ["VLLM_PLUGINS"] = ""
-    arguments = ["--model", str(checkpoint), "--served-model-name", "stock", "--host", "127.0.0.1", "--port", str(port)]
-    arguments += ["--dtype", dtype, "--max-num-seqs", str(max_num_seqs), "--enforce-eager"]
-    arguments += ["--generation-config", "vllm", "--disable-log-requests"]
+    arguments = openai_arguments(checkpoint, max_num_seqs, port)
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments])
+
+
+def openai_arguments(checkpoint: Path, max_num_seqs: int, port: int | None) -> list[str]:
+    """Returns the command line of vLLM's own server: as it comes, with the service's type, batch and eager mode."""
+    arguments = ["--model", str(checkpoint), "--served-model-name", "stock", "--host", "127.0.0.1", "--port", str(port)]
+    arguments += ["--dtype", DTYPE, "--max-num-seqs", str(max_num_seqs), "--enforce-eager"]
+    return [*arguments, "--generation-config", "vllm", "--disable-uvicorn-access-log"]
 
 
 def reply(value: Any) -> None:
@@ -100,9 +103,9 @@ def serve_sync(peer: Any) -> None:
         reply(getattr(peer, request.pop("do"))(**request))
 
 
-async def serve(kind: Kind, checkpoint: Path, fresh: FreshClips, dtype: str, max_num_seqs: int) -> None:
+async def serve(kind: Kind, checkpoint: Path, fresh: FreshClips, max_num_seqs: int) -> None:
     """Answers requests with an engine until standard input closes."""
-    peer = EnginePeer(checkpoint, fresh, dtype, max_num_seqs, is_stock=kind == "stock")
+    peer = EnginePeer(checkpoint, fresh, max_num_seqs, is_stock=kind == "stock")
     await peer.start()
     reply("ready")
     while line := await asyncio.to_thread(sys.stdin.readline):
@@ -114,7 +117,7 @@ async def serve(kind: Kind, checkpoint: Path, fresh: FreshClips, dtype: str, max
 class EnginePeer:
     """vLLM's engine with nothing around it: with our model class and gate, or as it comes (`is_stock`)."""
 
-    def __init__(self, checkpoint: Path, fresh: FreshClips, dtype: str, max_num_seqs: int, *, is_stock: bool) -> None:
+    def __init__(self, checkpoint: Path, fresh: FreshClips, max_num_seqs: int, *, is_stock: bool) -> None:
         from hyper_model.checkpoint import open_checkpoint
         from server.engine_vllm import VllmEngine
         from server.settings import Settings
@@ -126,7 +129,7 @@ class EnginePeer:
         if is_stock:
             # vLLM then loads no plugin, and so not our model class.
             os.environ["VLLM_PLUGINS"] = ""
-        settings: Any = {"dtype": dtype, "max_num_seqs": max_num_seqs, "checkpoint": checkpoint}
+        settings: Any = {"dtype": DTYPE, "max_num_seqs": max_num_seqs, "checkpoint": checkpoint}
         self.engine: Any = (StockEngine if is_stock else VllmEngine)(Settings(**settings), self.checkpoint)
 
     async def start(self) -> None:
@@ -214,11 +217,11 @@ class EnginePeer:
 
 
 async def time_tokens(engine: Any, request: Any) -> list[float]:
-    """Returns when each output of a request came."""
+    """Returns when each token of a request came; several at once where the reader was slower than the engine."""
     stamps: list[float] = []
     async with aclosing(engine.generate(request)) as chunks:
-        async for _ in chunks:
-            stamps.append(time.perf_counter())
+        async for chunk in chunks:
+            stamps += [time.perf_counter()] * len(chunk.token_ids)
     return stamps
 
 
@@ -278,13 +281,13 @@ class StockEngine:
 class TransformersPeer:
     """transformers' `generate` in batches of 16, which is how the published code evaluates."""
 
-    def __init__(self, checkpoint: Path, fresh: FreshClips, dtype: str) -> None:
+    def __init__(self, checkpoint: Path, fresh: FreshClips) -> None:
         import torch
         from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
         self.fresh = fresh
         self.model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=getattr(torch, dtype)
+            checkpoint, dtype=getattr(torch, DTYPE)
         ).eval()
         self.processor: Any = AutoProcessor.from_pretrained(checkpoint)
         self.processor.tokenizer.padding_side = "left"

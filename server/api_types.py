@@ -28,7 +28,8 @@ class QaOptions(Wire):
     )
     stream: bool = Field(default=False, description="Answer with server-sent events as the trace is written.")
     pause: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = Field(
-        default="auto", description="Pauses the model may take: as the checkpoint says, none, or at most this many."
+        default="auto",
+        description="Pauses the model may take: what checkpoint, deadline and load allow, none, or at most this many.",
     )
     reasoning: Literal["full", "answer"] = Field(default="full", description="What to show; the trace is always made.")
     long_audio: Literal["error", "window", "chunk"] = Field(

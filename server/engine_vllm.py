@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import math
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
 
 from hyper_model.audio import SAMPLE_RATE_HZ
@@ -39,7 +41,11 @@ if TYPE_CHECKING:
 # vLLM clips biases to this; a model's logits stay far inside it.
 BAN = -100.0
 STOP_TIMEOUT_S = 10.0
+REPORT_TIMEOUT_S = 2.0
 CPU_BLOCK_SIZE = 32
+PLUGIN = "hyper"
+
+logger = logging.getLogger(__name__)
 
 
 class VllmEngine:
@@ -54,6 +60,8 @@ class VllmEngine:
         self.is_ready = False
         self.is_v2 = False
         self.span_input: EngineInput | None = None
+        self.cache_tokens = 0
+        self.session_tokens = 0
 
     @property
     def is_alive(self) -> bool:
@@ -68,6 +76,8 @@ class VllmEngine:
         assert self.llm is not None
         # Profiling leaves its dummy clips in the cache.
         await self.llm.reset_mm_cache()
+        cache = self.llm.vllm_config.cache_config
+        self.cache_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         gate = GateSettings.of(self.checkpoint.manifest, self.checkpoint.tokenizer)
         if gate is not None and gate.mode is PauseMode.PARALLEL:
             # Every span is the same; rendered here, a pause need not wait for it.
@@ -103,6 +113,7 @@ class VllmEngine:
 
         from hyper_model.pause_vllm import processor_name
 
+        check_plugin()
         manifest = self.checkpoint.manifest
         args = AsyncEngineArgs(
             model=str(self.checkpoint.path),
@@ -148,32 +159,52 @@ class VllmEngine:
         self, request: GenerationRequest, settings: GateSettings
     ) -> AsyncGenerator[TokenChunk, None]:
         """Yields a completion that may pause: visible tokens, and each span as a chunk of its own."""
-        is_fed = settings.mode is PauseMode.PARALLEL
-        session = Session(request, Gate(replace(settings, is_fed=is_fed)), is_following=self.is_v2)
-        session.feed(await self.render(request, request.prompt_token_ids))
-        async with aclosing(self.outputs(session.inputs(), session.params(), request.request_id)) as outputs:
-            async for output in outputs:
-                for chunk in session.read(output):
-                    if chunk.finish_reason is not None:
-                        yield replace(chunk, report=await self.report(session))
-                        return
-                    yield chunk
-                if session.is_waiting:
-                    assert self.span_input is not None
-                    session.twin().feed_span()
-                    session.feed(cast("EngineInput", {**self.span_input}))
+        engine_input = await self.render(request, request.prompt_token_ids)
+        most_spans = settings.max_pauses * settings.span_tokens
+        num_tokens = len(cast("Any", engine_input)["prompt_token_ids"]) + request.max_tokens + most_spans
+        # vLLM takes no cache back from a session that waits for its next chunk. Were sessions to fill all of it, none
+        # could ever go on; a request whose span is written token by token can be preempted like any other.
+        is_fed = settings.mode is PauseMode.PARALLEL and self.session_tokens + num_tokens <= self.cache_tokens
+        self.session_tokens += num_tokens * is_fed
+        try:
+            session = Session(request, Gate(replace(settings, is_fed=is_fed)), is_following=self.is_v2)
+            session.feed(engine_input)
+            async with aclosing(self.outputs(session.inputs(), session.params(), request.request_id)) as outputs:
+                async for output in outputs:
+                    chunks = session.read(output)
+                    if session.is_waiting:
+                        # Before anybody is told: a client that is slow to read must not hold up the engine.
+                        session.twin().feed_span()
+                        session.feed(self.span_of(engine_input))
+                    for chunk in chunks:
+                        if chunk.finish_reason is not None:
+                            yield replace(chunk, report=await self.report(session))
+                            return
+                        yield chunk
+        finally:
+            self.session_tokens -= num_tokens * is_fed
+
+    def span_of(self, engine_input: EngineInput) -> EngineInput:
+        """Returns the span of a parallel pause as the engine's input, in the session that began with another.
+
+        vLLM measures latencies from an input's arrival; a span's is that of the whole request.
+        """
+        assert self.span_input is not None
+        first, span = cast("dict[str, Any]", engine_input), cast("dict[str, Any]", self.span_input)
+        return cast("EngineInput", span | {"arrival_time": first["arrival_time"]})
 
     async def report(self, session: Session) -> GateReport:
-        """Asks what the gate inside the engine has seen."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
+        """Asks what the gate inside the engine has seen; an empty report where it does not say so in time."""
         if session.is_following:
             return session.twin().report()
         llm: Any = self.llm
         try:
-            found = await llm.collective_rpc("gate_reports", args=([session.request.request_id],))
-        except EngineDeadError:
-            raise EngineUnavailableError("The engine died.") from None
+            async with asyncio.timeout(REPORT_TIMEOUT_S):
+                found = await llm.collective_rpc("gate_reports", args=([session.request.request_id],))
+        except TimeoutError:
+            # vLLM leaves such a call unanswered when its processes die. The answer is whole without the report.
+            logger.warning("the gate's report did not come", extra={"request_id": session.request.request_id})
+            return GateReport()
         # Of the first worker: all of them follow the same tokens. It comes as a list of what the report holds.
         lowest, confidences = found[0][0]
         return GateReport(lowest, tuple(confidences))
@@ -299,7 +330,7 @@ class Session:
         self.span: list[int] = []
         self.unread: list[tuple[tuple[int, ...], object]] = []
         self.marks = {gate.settings.open_id, gate.settings.close_id, *request.stop_token_ids}
-        self.chunks: asyncio.Queue[StreamingInput] = asyncio.Queue()
+        self.chunks: asyncio.Queue[tuple[StreamingInput, bool]] = asyncio.Queue()
 
     def params(self) -> SamplingParams:
         """Returns the sampling parameters of the next chunk."""
@@ -324,7 +355,9 @@ class Session:
         """Gives the engine its next input."""
         from vllm.engine.protocol import StreamingInput
 
-        self.chunks.put_nowait(StreamingInput(engine_input, self.params()))
+        settings = self.gate.settings
+        is_last = not settings.is_fed or self.gate.num_pauses >= settings.max_pauses
+        self.chunks.put_nowait((StreamingInput(engine_input, self.params()), is_last))
         self.is_waiting = False
 
     async def inputs(self) -> AsyncGenerator[StreamingInput, None]:
@@ -332,11 +365,10 @@ class Session:
 
         vLLM then ends the request by itself. A session that ends earlier is closed, which it counts as aborted.
         """
-        settings = self.gate.settings
-        while True:
-            yield await self.chunks.get()
-            if not settings.is_fed or self.gate.num_pauses >= settings.max_pauses:
-                return
+        is_last = False
+        while not is_last:
+            chunk, is_last = await self.chunks.get()
+            yield chunk
 
     def read(self, output: RequestOutput) -> list[TokenChunk]:
         """Sorts new tokens into visible ones and spans."""
@@ -360,7 +392,11 @@ class Session:
             if self.span or token_id == settings.open_id:
                 self.span.append(token_id)
                 self.is_waiting = settings.is_fed
-                if self.is_waiting or token_id == settings.close_id:
+                if settings.mode is PauseMode.SAMPLED:
+                    is_over = token_id == settings.close_id
+                else:
+                    is_over = self.is_waiting or len(self.span) == settings.latent_tokens
+                if is_over:
                     flush()
                     span = settings.span_ids if self.is_waiting else tuple(self.span)
                     chunks.append(replace(found, token_ids=(), finish_reason=None, span=span))
@@ -391,6 +427,14 @@ class Session:
                 self.gate.push(token_id, confidence)
         self.unread.clear()
         return self.gate
+
+
+def check_plugin() -> None:
+    """Warns where vLLM will not load our model class: its own answers alike, but encodes 30 s for every clip."""
+    names = [each.name for each in metadata.entry_points(group="vllm.general_plugins")]
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if PLUGIN not in names or (allowed is not None and PLUGIN not in allowed.split(",")):
+        logger.warning("vLLM does not load the plugin %r (installed: %s; VLLM_PLUGINS=%s)", PLUGIN, names, allowed)
 
 
 def sampling_params(request: GenerationRequest, max_tokens: int, **fields: Any) -> SamplingParams:

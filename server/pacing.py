@@ -6,6 +6,7 @@ touched. Knows no HTTP, no engine and no clock of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,18 +32,23 @@ class Pace:
     """Keeps the running means of what answers take; None before the first.
 
     Attributes:
-        trace_s: From the first token of a trace to the last, its pauses left out.
+        trace_s: From when an answer's budget is settled to the last token of its trace, its pauses left out.
         pause_s: From the pause token to the first token behind the span.
     """
 
     trace_s: float | None = None
     pause_s: float | None = None
 
-    def note(self, trace_s: float, pause_s: list[float]) -> None:
+    def note(self, trace_s: float, pause_s: Sequence[float]) -> None:
         """Takes the times of a finished answer and of each of its pauses."""
         self.trace_s = smooth(self.trace_s, max(0.0, trace_s - sum(pause_s)))
         for seconds in pause_s:
             self.pause_s = smooth(self.pause_s, seconds)
+
+    def note_late(self, trace_s: float, pause_s: Sequence[float]) -> None:
+        """Takes the times of an answer that missed its deadline: a whole one takes that long or longer."""
+        late = smooth(self.trace_s, max(0.0, trace_s - sum(pause_s)))
+        self.trace_s = late if self.trace_s is None else max(self.trace_s, late)
 
     def budget(self, most: int, *, left_s: float, num_waiting: int, num_places: int) -> Budget:
         """Returns what an answer that leaves it to the service may spend.

@@ -39,12 +39,16 @@ End = Literal["stop", "length", "abort", "answer"]
 
 @dataclass(frozen=True)
 class Question:
-    """Holds a question that has been checked against the model and the limits."""
+    """Holds a question that has been checked against the model and the limits.
+
+    Attributes:
+        max_pauses: With 0 the gate still gives up a trace that repeats itself; None turns it off.
+    """
 
     choices: tuple[str, ...]
     prompt_token_ids: tuple[int, ...]
     max_tokens: int
-    max_pauses: int = 0
+    max_pauses: int | None = None
     lowered_by: LoweredBy | None = None
     temperature: float = 0.0
     seed: int | None = None
@@ -63,7 +67,8 @@ class QaRun:
         self.question = question
         self.waveform = waveform
         pause = self.manifest.pause
-        self.gate = service.gate.lowered(question.max_pauses) if service.gate and question.max_pauses else None
+        budget = question.max_pauses
+        self.gate = None if service.gate is None or budget is None else service.gate.lowered(budget)
         self.clip_keys = (service.clip_key(waveform),)
         self.parser = TraceParser(self.tokenizer, pause_mode=PauseMode(pause.mode), latent_tokens=pause.latent_tokens)
         self.tally = replies.Tally()
@@ -243,6 +248,7 @@ class QaRun:
             tally.cached_tokens = chunk.num_cached_tokens
             tally.queue_s, tally.prefill_s = chunk.queue_s, chunk.prefill_s
             self.exchange.phase = "generate"
+        tally.last_token_s = now_s
         if tally.paused_s is not None:
             tally.pause_s.append(now_s - tally.paused_s)
             tally.paused_s = None

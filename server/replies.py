@@ -6,7 +6,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from hyper_model.audio import Waveform
@@ -57,7 +56,9 @@ class Tally:
     queue_s: float | None = None
     prefill_s: float | None = None
     score_s: float | None = None
+    started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
+    last_token_s: float | None = None
     first_answer_s: float | None = None
     section_started_s: dict[Section, float] = field(default_factory=dict[Section, float])
     section_ended_s: dict[Section, float] = field(default_factory=dict[Section, float])
@@ -89,14 +90,13 @@ def build(run: QaRun, answer: Answer) -> QaReply:
         termination=result.termination.value,
         pause=PauseReply(
             mode=run.manifest.pause.mode if run.question.max_pauses else "off",
-            budget=run.question.max_pauses,
+            budget=run.question.max_pauses or 0,
             lowered_by=run.question.lowered_by,
             count=tally.num_pauses,
             latent_tokens=tally.pause_tokens,
             at=[
                 PauseAt(section=pause.section, confidence=rounded(confidence))
-                # A text that spells a pause's tags is read as one too, and a report may have been forgotten.
-                for pause, confidence in zip_longest(result.pauses, tally.report.confidences[: len(result.pauses)])
+                for pause, confidence in zip(result.pauses, known_confidences(run), strict=True)
             ],
             lowest_group_confidence=rounded(tally.report.lowest),
         ),
@@ -112,6 +112,13 @@ def build(run: QaRun, answer: Answer) -> QaReply:
         timings_ms=timings(tally, exchange),
         warnings=warnings(result, waveform, answer),
     )
+
+
+def known_confidences(run: QaRun) -> Sequence[float | None]:
+    """Returns the confidence at each pause of the trace; None for the first ones where a report has been forgotten."""
+    num_pauses = len(run.parser.result.pauses)
+    padded = (*[None] * num_pauses, *run.tally.report.confidences)
+    return padded[len(padded) - num_pauses :]
 
 
 def rounded(confidence: float | None) -> float | None:
@@ -249,7 +256,8 @@ def account(service: Service, run: QaRun, reply: QaReply) -> None:
     if tally.first_token_s is not None:
         metrics.time_to_first_token.observe(exchange.elapsed_ms(tally.first_token_s) / 1000)
         metrics.stage_seconds.labels("generate").observe(time.monotonic() - tally.first_token_s)
-        service.pace.note(time.monotonic() - tally.first_token_s, tally.pause_s)
+    if tally.last_token_s is not None and reply.termination == "complete":
+        service.pace.note(tally.last_token_s - tally.started_s, tally.pause_s)
     if tally.first_answer_s is not None:
         metrics.time_to_first_answer_token.observe(exchange.elapsed_ms(tally.first_answer_s) / 1000)
     for stage, seconds in (("queue", tally.queue_s), ("prefill", tally.prefill_s), ("score", tally.score_s)):
@@ -267,7 +275,7 @@ def account(service: Service, run: QaRun, reply: QaReply) -> None:
     for confidence in tally.report.confidences:
         if confidence is not None:
             metrics.pause_confidence.observe(confidence)
-    if tally.num_pauses and tally.num_pauses >= run.question.max_pauses:
+    if tally.num_pauses and tally.num_pauses >= (run.question.max_pauses or 0):
         metrics.pause_budget_spent.inc()
     if run.question.lowered_by is not None:
         metrics.pause_budget_lowered.labels(run.question.lowered_by).inc()

@@ -88,7 +88,7 @@ async def audio_qa(request: Request) -> Response:
         try:
             reply = await service.carry(run.run(drop), exchange, request.receive, deadline_s)
         except RequestError as fault:
-            raise with_partial(fault, run) from None
+            raise cut_short(fault, service, run) from None
         account(service, run, reply)
         return JSONResponse(reply.model_dump(mode="json"))
 
@@ -255,7 +255,7 @@ def make_question(
         case "auto":
             budget = service.auto_budget(left_s)
         case "off":
-            budget = Budget(0)
+            budget = None
         case number:
             budget = Budget(number)
     longest_choice = 0
@@ -266,7 +266,7 @@ def make_question(
     reserved = (
         len(prompt_token_ids)
         + round(waveform.num_samples / SAMPLE_RATE_HZ * manifest.audio.tokens_per_s)
-        + (budget.max_pauses * service.gate.span_tokens if service.gate else 0)
+        + (budget.max_pauses * service.gate.span_tokens if service.gate and budget else 0)
         + CLOSING_TOKENS
         + max(ANSWER_TOKENS, longest_choice)
     )
@@ -283,18 +283,19 @@ def make_question(
         choices=tuple(options.choices),
         prompt_token_ids=tuple(prompt_token_ids),
         max_tokens=options.max_tokens or min(room, settings.default_max_tokens),
-        max_pauses=budget.max_pauses,
-        lowered_by=budget.lowered_by,
+        max_pauses=budget.max_pauses if budget else None,
+        lowered_by=budget.lowered_by if budget else None,
         temperature=options.temperature,
         seed=options.seed,
         shows_reasoning=options.reasoning == "full",
     )
 
 
-def with_partial(fault: RequestError, run: QaRun) -> RequestError:
-    """Adds what had been written to the error of a deadline."""
+def cut_short(fault: RequestError, service: Service, run: QaRun) -> RequestError:
+    """Adds what had been written to the error of a deadline, and lets the pauses of other answers heed it."""
     if fault.code == "deadline_exceeded":
         fault.partial = run.partial()
+        service.pace.note_late(time.monotonic() - run.tally.started_s, run.tally.pause_s)
     return fault
 
 
@@ -329,7 +330,7 @@ class EventStream(Response):
                 self.exchange.outcome = as_fault(error).code
                 return
             except Exception as error:
-                fault = with_partial(as_fault(error), self.run)
+                fault = cut_short(as_fault(error), self.service, self.run)
                 self.exchange.outcome = fault.code
                 if fault.code == "internal_error":
                     logger.error("stream failed", exc_info=error, extra={"request_id": self.exchange.request_id})

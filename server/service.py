@@ -70,7 +70,8 @@ class Service:
     def auto_budget(self, left_s: float) -> Budget:
         """Returns the pauses of a request that leaves them to the service and has so many seconds left."""
         settings = self.settings
-        num_waiting = max(0, self.num_in_flight - settings.max_num_seqs)
+        # Of the engine's requests, not the service's: an upload waits for its client alone.
+        num_waiting = max(0, self.engine.num_in_flight + 1 - settings.max_num_seqs)
         num_places = max(0, settings.max_in_flight - settings.max_num_seqs)
         return self.pace.budget(self.max_pauses, left_s=left_s, num_waiting=num_waiting, num_places=num_places)
 

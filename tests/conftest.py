@@ -15,6 +15,7 @@ import pytest
 # Before anything loads torch: tests share the machine, and tiny models gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from hyper_model.manifest import GATED_SECTIONS
 from server.app import EMBEDDED_CHECKPOINT
 from server.settings import Settings
 from tests.serving import Live, running, scripted
@@ -26,6 +27,7 @@ PAUSING = {
     "tau_abort": 0.0,
     "window_tokens": 6,
     "rest_tokens": 9,
+    "sections": [section.value for section in GATED_SECTIONS],
 }
 """A gate that always wants to pause: with its rests, three pauses in every trace of some length."""
 

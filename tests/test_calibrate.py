@@ -33,12 +33,11 @@ from training.calibrate import (
     threshold_curve,
     threshold_for,
 )
-from training.rollout import Completion
+from training.rollout import Completion, num_kept
 
 CHECKPOINT = scripted_checkpoint()
 MINI = ROOT / "checkpoints/hyper-mini"
 CLIPS = ROOT / "tests/assets/clips"
-SCRIPT = "from training.commands import calibrate; calibrate()"
 
 
 def settings(**fields: object) -> GateSettings:
@@ -146,6 +145,33 @@ def test_a_rate_that_no_threshold_gives_is_said_with_what_was_measured() -> None
         find_thresholds(settings(), engine(1.0), source="made up", wanted=Wanted((5.0, 6.0)))
 
 
+def test_where_completions_repeat_themselves_no_threshold_is_blamed() -> None:
+    def complete(gate: GateSettings, is_armed: bool) -> list[Completion]:
+        made = engine(1.0)(gate, is_armed)
+        for each in made[:3] if is_armed else ():
+            assert each.gate is not None
+            each.gate.is_aborted = True
+        return made
+
+    with pytest.raises(CheckpointError, match="these repeat themselves for loop_tokens, 64 tokens"):
+        find_thresholds(settings(), complete, source="made up", wanted=Wanted())
+
+
+def test_more_pauses_than_the_budget_are_refused_before_anything_runs(copied: Path) -> None:
+    with pytest.raises(CheckpointError, match="2 pauses are wanted of a budget of 1"):
+        wanted = Wanted((2.0, 3.0))
+        calibrate(open_checkpoint(copied, verify=False), [], source="", wanted=wanted, fields={"max_pauses": 1})
+
+
+@pytest.mark.parametrize("mode", list(PauseMode))
+def test_only_visible_tokens_count_against_a_limit(mode: PauseMode) -> None:
+    gate = settings(mode=mode, latent_tokens=3)
+    span = [gate.open_id] * 3 if mode is PauseMode.PARALLEL else [gate.open_id, 65, 66, gate.close_id]
+    token_ids = [65, 66, *span, 67, 68]
+    expected = [1, 2, 3 + len(span), 4 + len(span), len(token_ids)]
+    assert [num_kept(gate, token_ids, most) for most in (1, 2, 3, 4, 9)] == expected
+
+
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
     directory = tmp_path / "mini"
@@ -162,7 +188,8 @@ def test_a_checkpoint_without_a_gate_is_refused_and_left_as_it_was(copied: Path)
 
 def test_settings_that_do_not_fit_leave_the_manifest_as_it_was(copied: Path) -> None:
     before = (copied / "hyper.json").read_bytes()
-    for fields in ({"tau_pause": 2.0}, {"tau_pause": 0.1, "tau_abort": 0.2}, {"nonsense": 1}):
+    # The last one fits a manifest, and not this tokenizer.
+    for fields in ({"tau_pause": 2.0}, {"tau_pause": 0.1, "tau_abort": 0.2}, {"nonsense": 1}, {"open_id": 1}):
         with pytest.raises(CheckpointError):
             update_pause(copied, fields)
     assert (copied / "hyper.json").read_bytes() == before and len(list(copied.parent.iterdir())) == 1
@@ -170,7 +197,8 @@ def test_settings_that_do_not_fit_leave_the_manifest_as_it_was(copied: Path) -> 
 
 def test_the_command_calibrates_on_clips_of_ones_own_and_the_checkpoint_stays_whole(copied: Path) -> None:
     """In a process of its own, with the real engine: the thresholds are those of the real model."""
-    command = [sys.executable, "-c", SCRIPT, str(copied), "--examples", str(CLIPS / "truth.json")]
+    command = [sys.executable, "-m", "hyper_model.cli", "checkpoint", "calibrate", str(copied)]
+    command += ["--examples", str(CLIPS / "truth.json")]
     command += ["--wanted", "0.3", "2", "--max-pauses", "3", "--window-tokens", "6", "--section", "reasoning"]
     command += ["--section", "asr", "--png", str(copied.parent / "curve.png")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

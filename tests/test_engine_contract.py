@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import math
+import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -17,6 +18,7 @@ from hyper_model.audio import SAMPLE_RATE_HZ, decode
 from hyper_model.pause import GateSettings
 from hyper_model.trace import build_prompt
 from server.engine import Engine, GenerationRequest, TokenChunk
+from server.engine_vllm import VllmEngine
 from tests.conftest import VllmHost
 from tests.serving import Live
 
@@ -248,6 +250,44 @@ def test_without_a_gate_nothing_pauses(pausing: Live) -> None:
     assert not spans(chunks) and not set(banned) & set(tokens(chunks))
 
 
+def test_a_gate_without_a_budget_takes_no_pause_and_still_gives_up(pausing: Live) -> None:
+    gate = gate_of(pausing).lowered(0)
+    chunks = collect(pausing, ask_pausing(pausing, gate=gate))
+    assert not spans(chunks) and chunks[-1].finish_reason == "stop" and chunks[-1].report is not None
+    strict = dataclasses.replace(gate, tau_abort=1.0)
+    assert collect(pausing, ask_pausing(pausing, gate=strict))[-1].finish_reason == "abort"
+
+
+def test_where_the_cache_cannot_hold_a_session_a_pause_is_written_token_by_token(
+    pausing: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = pausing.service.engine
+    if not isinstance(engine, VllmEngine):
+        pytest.skip("the scripted engine has no cache")
+    fed = collect(pausing, ask_pausing(pausing))
+    assert engine.cache_tokens > 10_000 and engine.session_tokens == 0
+    monkeypatch.setattr(engine, "cache_tokens", 100)
+    inline = collect(pausing, ask_pausing(pausing))
+    assert (tokens(inline), spans(inline)) == (tokens(fed), spans(fed))
+    first, last = inline[-1].report, fed[-1].report
+    assert first is not None and last is not None
+    assert first.confidences == pytest.approx(last.confidences, abs=1e-4)
+
+
+def test_vllm_counts_the_time_of_a_pausing_request_from_its_arrival(pausing: Live) -> None:
+    if not isinstance(pausing.service.engine, VllmEngine):
+        pytest.skip("the scripted engine has no such metric")
+    name = "vllm:time_to_first_token_seconds_sum"
+
+    def total_s() -> float:
+        lines = pausing.client.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+    before, started_s = total_s(), time.monotonic()
+    num_chunks = 1 + len(spans(collect(pausing, ask_pausing(pausing))))
+    assert 0 < total_s() - before <= num_chunks * (time.monotonic() - started_s)
+
+
 def test_a_seed_repeats_itself_with_its_pauses(pausing: Live) -> None:
     first, second = (collect(pausing, ask_pausing(pausing, temperature=0.8, seed=3)) for _ in range(2))
     assert tokens(first) == tokens(second) and spans(first) == spans(second)
@@ -257,7 +297,7 @@ def test_a_completion_that_is_closed_at_a_pause_is_aborted(pausing: Live) -> Non
     async def leave() -> None:
         async with aclosing(pausing.service.engine.generate(ask_pausing(pausing))) as chunks:
             async for chunk in chunks:
-                if chunk.span is not None:
+                if chunk.span:
                     return
 
     pausing.run(leave())

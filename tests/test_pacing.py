@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.app import create_app
+from server.engine import ScriptedEngine
 from server.pacing import Budget, Pace
 from server.service import Service
 from tests.serving import Live, scripted
@@ -61,10 +62,36 @@ def test_a_request_says_what_became_of_auto_and_a_fixed_budget_stays(live: Live)
     assert live.ask().json()["pause"]["budget"] == 3
 
 
-def test_a_full_house_lowers_auto() -> None:
+def test_an_answer_that_missed_its_deadline_is_remembered_as_long() -> None:
+    pace = Pace()
+    pace.note_late(2.0, [])
+    assert pace.budget(3, left_s=2.0, **NO_QUEUE) == Budget(0, "deadline")
+    pace = learned(trace_s=5.0)
+    # Cut short after a second it says nothing new: a whole one takes that long or longer.
+    pace.note_late(1.0, [])
+    assert pace.trace_s == 5.0
+    for _ in range(100):
+        pace.note_late(9.0, [1.0])
+    assert pace.trace_s == pytest.approx(8.0, abs=0.01)
+
+
+def test_deadlines_that_pass_lower_the_next_budget(slow: Live) -> None:
+    service, before = slow.service, slow.service.pace
+    service.pace = Pace()
+    try:
+        assert slow.ask(timeout_ms=700).status_code == 504
+        assert service.pace.trace_s is not None
+        assert service.auto_budget(0.7) == Budget(0, "deadline")
+    finally:
+        service.pace = before
+
+
+def test_a_full_engine_lowers_auto_and_uploads_do_not() -> None:
     service: Service = create_app(scripted(max_in_flight=20, max_num_seqs=16)).state.service
-    service.num_in_flight = 16
+    assert isinstance(service.engine, ScriptedEngine)
+    service.num_in_flight = 19
+    service.engine.num_in_flight = 15
     assert service.auto_budget(60.0) == Budget(3)
-    service.num_in_flight = 18
+    service.engine.num_in_flight = 17
     assert service.auto_budget(60.0) == Budget(1, "load")
     service.pool.shutdown()

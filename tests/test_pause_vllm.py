@@ -165,6 +165,11 @@ def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         {"hyper_pause": "2"},
         {"hyper_pause_fed": 1.5},
         {"hyper_pause_state": [1]},
+        {"hyper_pause_state": {}},
+        {"hyper_pause_state": Gate(gate_settings()).state() | {"open_sections": 1 << 20}},
+        {"hyper_pause_state": Gate(gate_settings()).state() | {"repeats": [0]}},
+        {"hyper_pause_state": Gate(gate_settings()).state() | {"window": ["0.5"]}},
+        {"hyper_pause_state": Gate(gate_settings()).state() | {"total": None}},
         {"hyper_pause_key": 7},
         {"hyper_pause_key": ""},
         {"hyper_pause_tau": [0.5]},
@@ -793,5 +798,6 @@ def test_forced_and_banned_logits_are_what_the_decision_says() -> None:
     logits = row_with(0.2)[None]
     hidden = engine.v1.apply(logits.clone())[0]
     banned = {int(token_id) for token_id in (hidden == -math.inf).nonzero()}
-    assert banned == {OPEN, *TOKENIZER.stop_ids}
+    # Nor the answer's tags: they would end the part of the trace that may pause, in the middle of a span.
+    assert banned == {OPEN, *TOKENIZER.stop_ids, *TAGS[Section.FINAL_ANSWER]}
     assert found.mode is PauseMode.SAMPLED

@@ -278,6 +278,7 @@ def test_choices_answered_by_their_words_have_room_to_be_scored() -> None:
     question = routes.make_question(service, QaOptions(question="a", choices=choices), [1] * 10, waveform, 60.0)
     longest = max(map(len, tokenizer.choice_ids(choices, by_letter=False)))
     assert longest > max(map(len, map(tokenizer.encode_text, choices)))
+    assert question.max_pauses is not None
     pauses = question.max_pauses * manifest.pause.latent_tokens
     used = 10 + round(manifest.audio.tokens_per_s) + pauses + question.max_tokens + CLOSING_TOKENS + longest + 1
     assert used == manifest.max_model_len

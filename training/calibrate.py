@@ -16,7 +16,7 @@ from typing import Any
 
 from hyper_model.checkpoint import Checkpoint, update_pause
 from hyper_model.errors import CheckpointError
-from hyper_model.manifest import MANIFEST_FILE, Calibration, CalibrationPoint
+from hyper_model.manifest import MANIFEST_FILE, Calibration, CalibrationPoint, PauseFields
 from hyper_model.pause import Gate, GateSettings, Verdict
 from hyper_model.trace import PauseMode
 from training.rollout import Completion, Prompt, VllmBackend
@@ -66,12 +66,18 @@ def calibrate(
     Whatever is raised, the manifest is as it was.
     """
     before = (checkpoint.path / MANIFEST_FILE).read_bytes()
+    fields = dict(fields or {})
+    if checkpoint.manifest.pause.calibration is not None:
+        # What an earlier set asked for is no limit to this one.
+        fields = {name: PauseFields.model_fields[name].default for name in ("tau_pause", "tau_abort")} | fields
     try:
         # First, since the engine reads the gate's settings from the manifest when it starts.
-        checkpoint = update_pause(checkpoint.path, {**(fields or {}), "calibration": None})
+        checkpoint = update_pause(checkpoint.path, {**fields, "calibration": None})
         settings = GateSettings.of(checkpoint.manifest, checkpoint.tokenizer)
         if settings is None:
-            raise CheckpointError("no gate: its tags are plain text, or its budget of pauses is 0")
+            raise CheckpointError("no gate: its tags are plain text, or its budget is 0 (--max-pauses sets one)")
+        if wanted.pauses[0] > settings.max_pauses:
+            raise CheckpointError(f"{wanted.pauses[0]:g} pauses are wanted of a budget of {settings.max_pauses}")
         backend = VllmBackend(checkpoint)
 
         def complete(gate: GateSettings, is_armed: bool) -> list[Completion]:
@@ -114,7 +120,11 @@ def find_thresholds(
         pauses, abort_rate = rates(complete(trial, True))
         measured.append(f"{pauses:.2f} pauses and {abort_rate:.3f} aborted at {tau_pause:.4f}")
         if abort_rate > wanted.abort_rate:
-            tau_abort /= 2
+            if trial.tau_abort == 0.0:
+                # Then it is not for lack of confidence.
+                measured.append(f"these repeat themselves for loop_tokens, {settings.loop_tokens} tokens")
+                break
+            tau_abort = tau_abort / 2 if tau_abort > curve[0].tau else 0.0
         elif wanted.pauses[0] <= pauses <= wanted.pauses[1]:
             calibration = Calibration(
                 source=source,
@@ -128,6 +138,8 @@ def find_thresholds(
             taus = {"tau_pause": trial.tau_pause, "tau_abort": trial.tau_abort}
             return taus | {"calibration": calibration.model_dump(mode="json")}, calibration
         elif pauses < wanted.pauses[0]:
+            if tau_pause == 1.0:
+                break
             low = tau_pause
             tau_pause = (tau_pause + high) / 2
         else:

@@ -58,7 +58,7 @@ def export_mini(run_dir: Path, encoder_file: Path, directory: Path, *, overwrite
             "environment_labels": [*sounds.labels(), sounds.QUIET, sounds.BACKGROUND_SPEECH],
             "max_model_len": MAX_MODEL_LEN,
             "trace": {"answer_style": "text"},
-            # Training holds latent spans, but nothing here decides yet when to open one.
+            # Training holds latent spans; a gate that opens them needs thresholds, which calibrating sets.
             "pause": {"mode": "parallel", "latent_tokens": recipe.latent_tokens, "max_pauses": 0},
         },
     )

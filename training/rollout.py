@@ -1,13 +1,15 @@
 """Generates completions with vLLM in this process: what evaluation, calibration, and later rollouts, run on.
 
 Takes and returns token ids; choices are scored as the service scores them, and pauses are decided by the gate that
-serves, its spans forced token by token: the same tokens as the service's, at another price. Knows nothing of rewards or
+serves, its spans forced token by token: the same tokens as the service's, at another price. Only where a completion
+was given up the model reads one token more before it answers: the one that says so. Knows nothing of rewards or
 metrics. The environment that vLLM reads is set before it is imported.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -93,6 +95,9 @@ class VllmBackend:
             generation_config="vllm",
             seed=0,
         )
+        # Its renderer asks for one thread a prompt, and its worker, in the same process here, says each time that it
+        # does not let it.
+        logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
 
     @property
     def gate(self) -> GateSettings | None:
@@ -150,6 +155,11 @@ class VllmBackend:
         outputs = self._generate(prompts, [p.token_ids for p in prompts], [params(p) for p in prompts])
         sampled = [tuple(output.outputs[0].token_ids) for output in outputs]
         known = [_confidences(output.outputs[0].logprobs) for output in outputs]
+        if gate is not None and is_armed:
+            # vLLM counts the tokens of pauses too, so it was given room for all of them.
+            kept = [num_kept(gate, token_ids, max_tokens) for token_ids in sampled]
+            sampled = [token_ids[:num] for token_ids, num in zip(sampled, kept, strict=True)]
+            known = [confidences[:num] for confidences, num in zip(known, kept, strict=True)]
         gates = [replay(gate, *each) if gate else None for each in zip(sampled, known, strict=True)]
         ends = set(tokenizer.stop_ids)
         written = [[token for token in token_ids if token not in ends] for token_ids in sampled]
@@ -209,6 +219,18 @@ class VllmBackend:
             for prompt, token_ids in zip(prompts, ids, strict=True)
         ]
         return self.llm.generate(inputs, params, use_tqdm=False) if inputs else []
+
+
+def num_kept(settings: GateSettings, token_ids: Sequence[int], max_visible: int) -> int:
+    """Returns how many tokens of a completion stand up to the last visible one that is allowed."""
+    gate, num_visible = Gate(settings), 0
+    for place, token_id in enumerate(token_ids):
+        is_visible = not gate.is_pausing and token_id not in (settings.open_id, settings.close_id)
+        gate.push(token_id, None)
+        num_visible += is_visible
+        if num_visible == max_visible:
+            return place + 1
+    return len(token_ids)
 
 
 def _confidences(logprobs: Any) -> tuple[float, ...]:
