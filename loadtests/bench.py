@@ -224,10 +224,13 @@ def measure_engine(bench: Bench) -> list[Figure]:
             rounds.add(pair[True][0], pair[False][0])
             costs[name].append((pair[True][0] - pair[False][0]) / NUM_PAUSES)
 
-        for number in range(2 * bench.rounds):
-            pause_round(ours, parallel, "parallel", LATENT_TOKENS)
-            pause_round(ours_sampled, sampled, "sampled", LATENT_TOKENS + 2)  # and its two tags
-            bench.say(f"pauses {number + 1}/{2 * bench.rounds}")
+        for number in range(4 * bench.rounds):
+            # What is small beside the machine's noise takes more turns.
+            for _ in range(3):
+                pause_round(ours, parallel, "parallel", LATENT_TOKENS)
+            if number % 2:
+                pause_round(ours_sampled, sampled, "sampled", LATENT_TOKENS + 2)  # and its two tags
+            bench.say(f"pauses {number + 1}/{4 * bench.rounds}")
         for number in range(2 * bench.rounds):
             first.add(ours.ask("first_token", seed=next(seeds)), stock.ask("first_token", seed=next(seeds)))
             pair = ours.ask("second_question", seed=next(seeds))
@@ -244,7 +247,8 @@ def measure_engine(bench: Bench) -> list[Figure]:
         f"{1000 * statistics.median(second.ours):.1f} ms for a second question; step "
         f"{1000 * statistics.median(steps.ours):.2f} ms armed, {1000 * statistics.median(steps.theirs):.2f} ms stock"
     )
-    speedups = [ours / theirs for theirs, ours in zip(costs["parallel"], costs["sampled"], strict=True)]
+    # One parallel pause is less than the noise of a single round, so each sampled one is put over their median.
+    speedups = [sampled_s / cost_parallel for sampled_s in costs["sampled"]]
     return [
         parallel.figure("pause_latency_ratio_parallel", "<= 1.08"),
         sampled.figure("pause_latency_ratio_sampled", ""),
@@ -315,7 +319,8 @@ async def ask_all(url: str, bodies: Sequence[bytes], ask: Callable[[httpx.AsyncC
         async def one_client() -> None:
             nonlocal num_tokens
             for body in prepared:
-                num_tokens += await ask(client, body)
+                num_written = await ask(client, body)
+                num_tokens += num_written
 
         started_s = time.perf_counter()
         await asyncio.gather(*(one_client() for _ in range(CLIENTS)))

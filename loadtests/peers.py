@@ -209,7 +209,8 @@ class EnginePeer:
         async def client() -> None:
             nonlocal num_tokens
             for clip in clips:
-                num_tokens += (await self.last(self.request(clip, max_tokens, stop_token_ids=stop)))[2]
+                _, _, num_visible, _ = await self.last(self.request(clip, max_tokens, stop_token_ids=stop))
+                num_tokens += num_visible
 
         started_s = time.perf_counter()
         await asyncio.gather(*(client() for _ in range(clients)))
@@ -242,7 +243,7 @@ class StockEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from server.engine_vllm import CPU_BLOCK_SIZE
+        from server.engine_vllm import cpu_fields
 
         args = AsyncEngineArgs(
             model=str(self.checkpoint.path),
@@ -252,8 +253,8 @@ class StockEngine:
             limit_mm_per_prompt={"audio": 1},
             enforce_eager=True,
             generation_config="vllm",
-            # Ours: what is compared here is the model class and the gate, and not how long a row of keys is.
-            block_size=CPU_BLOCK_SIZE,
+            # What is compared here is the model class and the gate, and nothing else.
+            **cpu_fields(),
         )
         self.llm = AsyncLLM.from_engine_args(args)
         await self.llm.reset_mm_cache()
