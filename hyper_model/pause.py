@@ -331,12 +331,15 @@ class Gate:
             self.total = self.total - oldest + confidence
         if self.num_resting:
             self.num_resting -= 1
-        recent, repeats = self.recent, self.repeats
+        recent = self.recent
         if token_id in recent:
-            for place, other in enumerate(reversed(recent)):
-                repeats[place] = repeats[place] + 1 if other == token_id else 0
+            counted = [
+                count + 1 if other == token_id else 0
+                for count, other in zip(self.repeats, reversed(recent), strict=False)
+            ]
+            self.repeats = counted + [0] * (LOOP_PERIOD_TOKENS - len(counted))
         else:
-            repeats[:] = _NO_REPEATS
+            self.repeats = [*_NO_REPEATS]
         recent.append(token_id)
         if len(recent) > LOOP_PERIOD_TOKENS:
             del recent[0]

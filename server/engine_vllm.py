@@ -17,7 +17,7 @@ import gc
 import logging
 import math
 import os
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from importlib import metadata
@@ -43,6 +43,7 @@ BAN = -100.0
 STOP_TIMEOUT_S = 10.0
 REPORT_TIMEOUT_S = 2.0
 PLUGIN = "hyper"
+FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 logger = logging.getLogger(__name__)
 
@@ -139,13 +140,14 @@ class VllmEngine:
         # Kept here and not returned: a thread holds on to what its last task returned.
         self.llm = AsyncLLM.from_vllm_config(config)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yields the completion as vLLM writes it; several tokens a chunk when the reader is slower than the engine."""
-        if request.gate is not None:
-            async with aclosing(self.generate_pausing(request, request.gate)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-            return
+        # One of two generators and none around them: each costs something at every token of every request.
+        gate = request.gate
+        return self.generate_plain(request) if gate is None else self.generate_pausing(request, gate)
+
+    async def generate_plain(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Yields a completion that never pauses."""
         params = sampling_params(request, request.max_tokens)
         engine_input = await self.render(request, request.prompt_token_ids)
         async with aclosing(self.outputs(engine_input, params, request.request_id)) as outputs:
@@ -168,6 +170,10 @@ class VllmEngine:
             session.feed(engine_input)
             async with aclosing(self.outputs(session.inputs(), session.params(), request.request_id)) as outputs:
                 async for output in outputs:
+                    plain = session.read_plain(output)
+                    if plain is not None:
+                        yield plain
+                        continue
                     chunks = session.read(output)
                     if session.is_waiting:
                         # Before anybody is told: a client that is slow to read must not hold up the engine.
@@ -325,7 +331,7 @@ class Session:
         self.num_visible = 0
         self.is_waiting = False
         self.span: list[int] = []
-        self.unread: list[tuple[tuple[int, ...], object]] = []
+        self.unread: list[tuple[Sequence[int], object]] = []
         self.marks = {gate.settings.open_id, gate.settings.close_id, *request.stop_token_ids}
         self.chunks: asyncio.Queue[tuple[StreamingInput, bool]] = asyncio.Queue()
 
@@ -367,16 +373,22 @@ class Session:
             chunk, is_last = await self.chunks.get()
             yield chunk
 
+    def read_plain(self, output: RequestOutput) -> TokenChunk | None:
+        """Takes an output that is tokens of the trace and no more, as nearly all are; leaves any other to `read`."""
+        completion = output.outputs[0]
+        token_ids = completion.token_ids
+        num_visible = self.num_visible + len(token_ids)
+        if self.span or num_visible >= self.request.max_tokens or not self.marks.isdisjoint(token_ids):
+            return None
+        self.unread.append((token_ids, completion.logprobs))
+        self.num_visible = num_visible
+        return chunk_from(output)
+
     def read(self, output: RequestOutput) -> list[TokenChunk]:
         """Sorts new tokens into visible ones and spans."""
         completion, found = output.outputs[0], chunk_from(output)
         token_ids = found.token_ids
         self.unread.append((token_ids, completion.logprobs))
-        is_plain = not self.span and self.marks.isdisjoint(token_ids)
-        if is_plain and self.num_visible + len(token_ids) < self.request.max_tokens:
-            # Nearly every output: a token of the trace, at every step of every request.
-            self.num_visible += len(token_ids)
-            return [found]
         settings, visible, chunks = self.gate.settings, list[int](), list[TokenChunk]()
         finish_reason = None if settings.is_fed and found.finish_reason == "stop" else found.finish_reason
 
@@ -478,10 +490,9 @@ def chunk_from(output: RequestOutput) -> TokenChunk:
     if stats is not None and stats.first_token_ts:
         queue_s = stats.scheduled_ts - stats.queued_ts
         prefill_s = stats.first_token_ts - stats.scheduled_ts
-    reasons: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
     return TokenChunk(
         token_ids=tuple(completion.token_ids),
-        finish_reason=reasons.get(completion.finish_reason, "abort") if completion.finish_reason else None,
+        finish_reason=FINISH_REASONS.get(completion.finish_reason, "abort") if completion.finish_reason else None,
         num_prompt_tokens=len(output.prompt_token_ids or ()),
         num_cached_tokens=output.num_cached_tokens or 0,
         queue_s=queue_s,

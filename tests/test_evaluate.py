@@ -10,7 +10,7 @@ import pytest
 from hyper_model.trace import render
 from hyper_model.trace_parser import parse_text
 from tests.training_data import write_bank, write_sounds
-from training.evaluate import _interval, _mean, count_from_turns_accuracy, draw_items, judge, normalise, word_errors
+from training.evaluate import _interval, _mean, count_from_turns_accuracy, draw_items, judge
 from training.questions import KINDS, draw_example
 from training.scenes import SceneBuilder
 from training.voices import Bank, trained_lines
@@ -20,25 +20,6 @@ from training.voices import Bank, trained_lines
 def builder(tmp_path_factory: pytest.TempPathFactory) -> SceneBuilder:
     folder = tmp_path_factory.mktemp("evaluate")
     return SceneBuilder(Bank(write_bank(folder / "bank")), write_sounds(folder / "sounds"), "test")
-
-
-@pytest.mark.parametrize(
-    ("reference", "hypothesis", "errors"),
-    [
-        ("a b c", "a b c", 0),
-        ("a b c", "a x c", 1),
-        ("a b c", "b c", 1),
-        ("", "a b", 2),
-        ("a b", "", 2),
-        ("a b", "b a", 2),
-    ],
-)
-def test_word_errors_count_substitutions_deletions_and_insertions(reference: str, hypothesis: str, errors: int) -> None:
-    assert word_errors(reference.split(), hypothesis.split()) == errors
-
-
-def test_normalised_words_have_no_case_or_punctuation() -> None:
-    assert normalise("Anna, cannot come. On FRIDAY") == ["anna", "cannot", "come", "on", "friday"]
 
 
 def test_the_gold_trace_is_judged_right_in_every_figure(builder: SceneBuilder) -> None:
@@ -53,6 +34,8 @@ def test_the_gold_trace_is_judged_right_in_every_figure(builder: SceneBuilder) -
         assert verdict.count_is_right in (True, None)
         assert verdict.word_errors == 0
         assert verdict.is_strict
+        assert verdict.is_consistent
+        assert verdict.fidelity in (1.0, None)
 
 
 def test_an_empty_completion_is_judged_wrong_and_not_dropped(builder: SceneBuilder) -> None:
@@ -62,6 +45,7 @@ def test_an_empty_completion_is_judged_wrong_and_not_dropped(builder: SceneBuild
     assert verdict.free_is_right is False
     assert not verdict.environment_is_right
     assert not verdict.is_strict
+    assert not verdict.is_consistent and not verdict.fidelity
     assert verdict.word_errors == verdict.num_words
 
 

@@ -21,7 +21,7 @@ from hyper_model.checkpoint import open_checkpoint
 from server.commands import ask
 from tests.process import ROOT, exit_code, serve_process
 from tests.serving import parse_events
-from training.evaluate import normalise, word_errors
+from training.rewards import edit_distance, words
 
 CLIPS = ROOT / "tests/assets/clips"
 TRUTH: list[dict[str, Any]] = json.loads((CLIPS / "truth.json").read_text(encoding="utf-8"))
@@ -73,14 +73,14 @@ def test_the_answers_and_the_perception_match_the_truth(replies: list[dict[str, 
     environments = sum(reply["perception"]["environment"] == [row["environment"]] for row, reply in pairs)
     counts = sum(len(reply["perception"]["speakers"]) == row["num_speakers"] for row, reply in pairs)
     errors = sum(
-        word_errors(normalise(row["transcript"]), normalise(reply["perception"]["transcript"])) for row, reply in pairs
+        edit_distance(words(row["transcript"]), words(reply["perception"]["transcript"])) for row, reply in pairs
     )
-    words = sum(len(normalise(row["transcript"])) for row in TRUTH)
-    print(f"answers {answers}, environments {environments}, counts {counts} of 10; {errors} of {words} words wrong")
+    num_words = sum(len(words(row["transcript"])) for row in TRUTH)
+    print(f"answers {answers}, environments {environments}, counts {counts} of 10; {errors} of {num_words} words wrong")
     assert answers >= 7
     assert environments >= 5
     assert counts >= 6
-    assert errors <= 0.35 * words
+    assert errors <= 0.35 * num_words
 
 
 def test_a_clip_without_speech_has_no_words_and_no_speakers(replies: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import click
 
 if TYPE_CHECKING:
     from hyper_model.checkpoint import Checkpoint
+    from training.examples import Format
     from training.rollout import Prompt
     from training.voices import Bank, Split
 
@@ -57,6 +59,40 @@ def _bank_of(split: Split, work: Path, workers: int) -> Bank:
 @click.group()
 def data() -> None:
     """Build the audio that training and evaluation use."""
+
+
+@data.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["paqa", "sharegpt", "avqa", "mmau", "mmar", "csv", "plain"]),
+    help="What the file is.  [default: told from its name and first row]",
+)
+@click.option(
+    "--audio-root",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where relative audio paths start.  [default: the file's folder]",
+)
+def check(file: Path, format_: Format | None, audio_root: Path | None) -> None:
+    """Read a data set of questions about clips, count what it holds and name every row that cannot be used.
+
+    Reads PAQA and LLaMA-Factory's alpaca and ShareGPT forms, R1-AQA's AVQA lines, MMAU, MMAR, CSV (columns audio,
+    question, answer; optionally choices separated by |) and a JSON list of objects with file and question. Exits 1
+    when there is a bad row.
+    """
+    from training.examples import check_examples
+
+    found = check_examples(file, format=format_, audio_root=audio_root)
+    click.echo(f"{file}: {found.format}, {found.num_examples} examples, {found.num_with_choices} with choices")
+    for category, number in found.by_category.items():
+        click.echo(f"  {category}: {number}")
+    if found.num_missing_audio:
+        click.echo(f"{found.num_missing_audio} audio files are not there")
+    for fault in found.faults:
+        click.echo(str(fault), err=True)
+    if found.faults:
+        raise click.ClickException(f"{len(found.faults)} rows cannot be used")
 
 
 @data.command()
@@ -188,7 +224,7 @@ def evaluate(
 @click.option(
     "--examples",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A JSON list of objects with `file` (a clip beside it), `question` and, for some, `choices`.  "
+    help="Questions and clips of your own, in any format that `hyper data check` reads.  "
     "[default: synthetic scenes of the validation voices]",
 )
 @click.option("--items", type=click.IntRange(10), default=300, show_default=True, help="Questions to ask.")
@@ -272,23 +308,27 @@ def _prompts_of_scenes(checkpoint: Checkpoint, num_items: int, work: Path, worke
 
 
 def _prompts_of(checkpoint: Checkpoint, path: Path, num_items: int) -> list[Prompt]:
-    """Read questions and clips of one's own."""
+    """Read questions and clips of one's own, in any of the formats of data sets."""
     from hyper_model.audio import decode, require_single_window
     from hyper_model.errors import HyperError
     from hyper_model.trace import build_prompt
+    from training.examples import ExampleError, read_examples
     from training.rollout import Prompt
 
+    faults: list[ExampleError] = []
     prompts: list[Prompt] = []
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        for row in rows[:num_items]:
-            choices = tuple(row.get("choices") or ())
-            token_ids = build_prompt(checkpoint.tokenizer, row["question"], choices)
-            waveform = decode((path.parent / row["file"]).read_bytes())
+    for example in islice(read_examples(path, on_fault=faults.append), num_items):
+        try:
+            waveform = decode(example.audio.read_bytes())
             require_single_window(waveform)
-            prompts.append(Prompt(token_ids, waveform.samples_S, choices))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise click.ClickException(f"{path}: not a list of questions (at item {len(prompts) + 1}: {error})") from error
-    except (OSError, HyperError) as error:
-        raise click.ClickException(f"{path}: item {len(prompts) + 1}: {error}") from error
+        except OSError as error:
+            raise click.ClickException(f"{example.source}: {example.audio}: {error.strerror}") from error
+        except HyperError as error:
+            raise click.ClickException(f"{example.source}: {example.audio}: {error}") from error
+        token_ids = build_prompt(checkpoint.tokenizer, example.question, example.choices)
+        prompts.append(Prompt(token_ids, waveform.samples_S, example.choices))
+    if faults:
+        click.echo(f"{len(faults)} rows left out, the first: {faults[0]}", err=True)
+    if not prompts:
+        raise click.ClickException(f"{path}: no row can be used")
     return prompts

@@ -23,7 +23,8 @@ from hyper_model.trace import build_prompt
 from hyper_model.trace_parser import ParsedTrace, TraceFormat
 from training import sounds
 from training.clips import SEED_STRIDE
-from training.questions import KINDS, Example, chance_accuracy, draw_example, possible_kinds
+from training.questions import KINDS, SceneExample, chance_accuracy, draw_example, possible_kinds
+from training.rewards import Truth, Weights, accuracy, edit_distance, reward, words
 from training.rollout import Prompt, VllmBackend
 from training.scenes import SceneBuilder
 from training.voices import Bank, Split
@@ -37,7 +38,7 @@ MAX_SWAPPED = 500
 class Item:
     """An example and its clip, float32 [S]."""
 
-    example: Example
+    example: SceneExample
     samples_S: np.ndarray  # noqa: N815  # the axis suffix
 
 
@@ -55,6 +56,15 @@ class Judged:
     is_silent: bool | None
     """In a clip without speech: whether no word and no speaker was named."""
 
+    is_consistent: bool
+    """Whether the conclusion of the trace names what it then answers, and takes no background sound for words."""
+
+    fidelity: float | None
+    """How well the quotes of the speakers are backed by the trace's own transcript."""
+
+    reward: float
+    """What Stage II would give for it, with the weights that it begins with."""
+
     num_pauses: int = 0
     is_aborted: bool = False
 
@@ -71,36 +81,37 @@ def draw_items(builder: SceneBuilder, *, num_items: int, first_seed: int) -> lis
     return items
 
 
-def normalise(text: str) -> list[str]:
-    """Return the words of a text, lower case, without punctuation."""
-    return "".join(c if c.isalnum() or c.isspace() else " " for c in text.lower()).split()
+def truth_of(example: SceneExample) -> Truth:
+    """Return what is known about an example: everything, since its scene was made."""
+    scene = example.scene
+    return Truth(
+        example.question,
+        example.answer,
+        example.choices,
+        environment=scene.environment,
+        num_speakers=len(scene.speakers),
+        transcript=scene.transcript,
+    )
 
 
-def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
-    """Return the Levenshtein distance in words (Levenshtein 1966, one row at a time)."""
-    row = list(range(len(hypothesis) + 1))
-    for i, word in enumerate(reference, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(hypothesis, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
-    return row[-1]
-
-
-def judge(example: Example, parsed: ParsedTrace, choice_scores: Sequence[float]) -> Judged:
+def judge(example: SceneExample, parsed: ParsedTrace, choice_scores: Sequence[float]) -> Judged:
     """Compare one completion with the scene's truth."""
-    scene, trace = example.scene, parsed.trace
-    reference = normalise(scene.transcript)
-    answer = " ".join(normalise(parsed.answer_text or ""))
+    scene, trace, truth = example.scene, parsed.trace, truth_of(example)
+    reference, heard = words(scene.transcript), words(trace.transcript or "")
     num_people = len(scene.speakers)
+    worth = reward(parsed, truth, Weights())
     return Judged(
         is_right=int(np.argmax(choice_scores)) == example.answer_index if example.choices else None,
-        free_is_right=None if example.choices else answer == " ".join(normalise(example.answer)),
+        free_is_right=None if example.choices else accuracy(parsed, truth) == 1,
         environment_is_right=(trace.environment or "").strip().lower() == scene.environment,
         count_is_right=len(trace.speakers) == num_people if num_people else None,
-        word_errors=word_errors(reference, normalise(trace.transcript or "")),
+        word_errors=edit_distance(reference, heard),
         num_words=len(reference),
         is_strict=parsed.format is TraceFormat.STRICT,
-        is_silent=None if num_people else not trace.speakers and not normalise(trace.transcript or ""),
+        is_silent=None if num_people else not trace.speakers and not heard,
+        is_consistent=worth.alignment * worth.background_gate == 1,
+        fidelity=worth.fidelity if num_people else None,
+        reward=worth.total,
     )
 
 
@@ -122,15 +133,15 @@ def _interval(
     return [round(draws[int(0.025 * NUM_BOOTSTRAP)], 4), round(draws[int(0.975 * NUM_BOOTSTRAP)], 4)]
 
 
-def _voice(example: Example) -> str:
+def _voice(example: SceneExample) -> str:
     return example.scene.speakers[0].voice if example.scene.speakers else "nobody"
 
 
-def _background(example: Example) -> str:
+def _background(example: SceneExample) -> str:
     return example.scene.recording or example.scene.environment
 
 
-def count_from_turns_accuracy(examples: Sequence[Example]) -> float:
+def count_from_turns_accuracy(examples: Sequence[SceneExample]) -> float:
     """Return what counting turns alone could reach: the best fixed guess of the head count for each number of turns."""
     counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for example in examples:
@@ -215,7 +226,7 @@ def evaluate(
 
     def figure(
         pairs: Sequence[tuple[Item, Any]],
-        cluster: Callable[[Example], str],
+        cluster: Callable[[SceneExample], str],
         statistic: Callable[[Sequence[Any]], float] = _mean,
     ) -> tuple[float, list[float]]:
         defined = [(cluster(item.example), value) for item, value in pairs if value is not None]
@@ -236,6 +247,9 @@ def evaluate(
         "speech_free_is_silent_rate": figure([(i, j.is_silent) for i, j in whole], _background),
         "strict_format_rate": figure([(i, j.is_strict) for i, j in whole], _voice),
         "free_answer_accuracy": figure([(i, j.free_is_right) for i, j in whole], _voice),
+        "consistency": figure([(i, j.is_consistent) for i, j in whole], _voice),
+        "quote_fidelity": figure([(i, j.fidelity) for i, j in whole], _voice),
+        "reward": figure([(i, j.reward) for i, j in whole], _voice),
         "pauses_per_sample": figure([(i, j.num_pauses) for i, j in whole], _voice),
         "aborted_rate": figure([(i, j.is_aborted) for i, j in whole], _voice),
         "swapped_clip_accuracy": figure([(i, j.is_right) for i, j in zip(exchanged, swapped, strict=True)], _voice),
@@ -267,7 +281,7 @@ def _other_clips(items: Sequence[Item]) -> list[np.ndarray]:
 def _by(
     items: Sequence[Item],
     judged: Sequence[Judged],
-    key: Callable[[Example], str],
+    key: Callable[[SceneExample], str],
     outcome: Callable[[Judged], bool | None],
 ) -> dict[str, float]:
     groups: defaultdict[str, list[bool]] = defaultdict(list)

@@ -20,7 +20,7 @@ NUMBER_WORDS = ("nobody", "one", "two", "three", "four")
 
 
 @dataclass(frozen=True)
-class Example:
+class SceneExample:
     """One data-set row: what is asked of which clip, the gold answer and the gold trace."""
 
     scene: Scene
@@ -268,7 +268,7 @@ def perception(scene: Scene) -> Trace:
 
 def draw_example(
     scene: Scene, rng: random.Random, *, kind: str | None = None, with_choices: bool | None = None
-) -> Example:
+) -> SceneExample:
     """Draw one example about a scene.
 
     Args:
@@ -301,10 +301,10 @@ def draw_example(
         wrong = rng.choice([c for c in choices if c != item.answer] or list(item.wrong))
         trace = replace(trace, response=wrong, reflection=f"{wrong} is wrong, {item.reasoning}")
     num_pauses = rng.choice((1, 1, 2)) if is_hard and rng.random() < 0.25 else 0
-    return Example(scene, kind, item.question, choices, item.answer, trace, num_pauses)
+    return SceneExample(scene, kind, item.question, choices, item.answer, trace, num_pauses)
 
 
-def chance_accuracy(examples: Sequence[Example]) -> float:
+def chance_accuracy(examples: Sequence[SceneExample]) -> float:
     """Return the accuracy of guessing uniformly among each example's choices."""
     with_choices = [e for e in examples if e.choices]
     return sum(1 / len(e.choices) for e in with_choices) / max(1, len(with_choices))

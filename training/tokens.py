@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from hyper_model.trace import Section, TraceTokenizer, build_prompt, render, train_tokenizer
 from training.lines import SLOTS, draw_line
-from training.questions import Example
+from training.questions import SceneExample
 
 IGNORED = -100
 """Label of a position without loss: the prompt, the audio and every latent token."""
@@ -34,7 +34,7 @@ class Sequence:
     audio_position: int
 
 
-def encode_example(tokenizer: TraceTokenizer, example: Example, *, latent_tokens: int) -> Sequence:
+def encode_example(tokenizer: TraceTokenizer, example: SceneExample, *, latent_tokens: int) -> Sequence:
     """Encode prompt and completion, with the example's pauses, ended by the end-of-turn token."""
     prompt = build_prompt(tokenizer, example.question, example.choices)
     completion = [*tokenizer.encode_trace(render(example.trace)), tokenizer.im_end_id]
@@ -51,7 +51,7 @@ def encode_example(tokenizer: TraceTokenizer, example: Example, *, latent_tokens
     return Sequence(token_ids, [*targets[1:], IGNORED], prompt.index(tokenizer.audio_id))
 
 
-def _texts(examples: Iterator[Example]) -> Iterator[str]:
+def _texts(examples: Iterator[SceneExample]) -> Iterator[str]:
     for example in examples:
         yield "\n".join((example.question, *example.choices))
         yield render(example.trace).replace("<", " <").replace(">", "> ")
@@ -64,6 +64,6 @@ def _texts(examples: Iterator[Example]) -> Iterator[str]:
         yield draw_line(rng).text
 
 
-def build_tokenizer(examples: Iterator[Example], vocab_size: int) -> Tokenizer:
+def build_tokenizer(examples: Iterator[SceneExample], vocab_size: int) -> Tokenizer:
     """Train the embedded checkpoint's byte-level BPE on the questions, traces and lines of the training split."""
     return train_tokenizer(_texts(examples), vocab_size)

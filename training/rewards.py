@@ -1,0 +1,280 @@
+"""What a completion is worth (method, section 6): pure functions of the trace and of what is known to be true.
+
+Every part is between 0 and 1 and says one thing; `reward` weighs them and keeps them apart in its breakdown. Nothing is
+read out of prose by searching: a letter inside a word, a list of all choices, a quote copied from the question or words
+behind the answer earn nothing. What cannot be judged raises: a reward that fails must stop training, not lower it.
+
+Knows neither tokens' probabilities, nor models, nor groups; imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hyper_model.trace import Section, choice_label, environment_labels, render_choice
+from hyper_model.trace_parser import ParsedTrace, TraceFormat
+
+WEAK_FORMAT = 0.5
+"""What a weak trace earns of the strict one's reward."""
+
+COPIED_SIMILARITY = 0.8
+"""A quote as near as this to a piece of the question is taken for a copy of it."""
+
+_BACKGROUND = re.compile(r"\b(background|bgm|noises?|music|ambien\w+|sounds? of)\b")
+_LINGUISTIC = re.compile(r"\b(says?|said|saying|speaks? of|talks? about|mentions?|tells?|asks?|words?|sentences?)\b")
+_CAUSE_FOLLOWS = re.compile(r"\b(because of|because|since|due to|judging by|from)\b")
+_CAUSE_PRECEDES = re.compile(r"\b(so|therefore|thus|hence|suggests?|implies|means|indicates?|shows?)\b")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Says what is known about a question: its gold answer, and of its clip what the data set tells.
+
+    Attributes:
+        answer: With choices, exactly one of them.
+        environment, num_speakers, transcript: None where the data set does not say; "" is a clip without speech.
+    """
+
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    environment: str | None = None
+    num_speakers: int | None = None
+    transcript: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.choices and self.answer not in self.choices:
+            raise ValueError(f"the answer {self.answer!r} is none of the choices")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weighs the parts of a reward; the defaults of the first six are the paper's code, the last three are ours.
+
+    Attributes:
+        min_tokens, max_tokens: Visible tokens of a trace whose length earns everything.
+        ramp_tokens: Outside of these it falls to nothing over so many tokens, smoothly: the paper saw a collapse at the
+            sharp edge of its own.
+    """
+
+    accuracy: float = 1.0
+    format: float = 0.2
+    fidelity: float = 0.2
+    alignment: float = 0.5
+    length: float = 0.5
+    environment: float = 0.2
+    speakers: float = 0.2
+    transcript: float = 0.2
+    min_tokens: int = 60
+    max_tokens: int = 400
+    ramp_tokens: int = 60
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Holds a reward and its parts before they are weighed; None where nothing is known to judge by."""
+
+    total: float
+    accuracy: float
+    format: float
+    background_gate: float
+    fidelity: float
+    alignment: float
+    length: float
+    environment: float | None
+    speakers: float | None
+    transcript: float | None
+
+
+def reward(parsed: ParsedTrace, truth: Truth, weights: Weights) -> Reward:
+    """Returns what a finished completion earns.
+
+    A malformed trace earns nothing at all: it could give two answers, and be right with one of them.
+    """
+    if parsed.format is TraceFormat.MALFORMED:
+        return Reward(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, *[None] * 3)
+    right = accuracy(parsed, truth)
+    gate = background_gate(parsed)
+    parts = {
+        "accuracy": right,
+        "format": form(parsed),
+        "fidelity": fidelity(parsed, truth),
+        "alignment": alignment(parsed, truth),
+        "length": right * length(parsed, weights),
+        "environment": environment(parsed, truth),
+        "speakers": speakers(parsed, truth),
+        "transcript": transcript(parsed, truth),
+    }
+    total = sum(getattr(weights, name) * value for name, value in parts.items() if value is not None)
+    total -= (1 - gate) * (weights.fidelity * parts["fidelity"] + weights.alignment * parts["alignment"])
+    return Reward(total=total, background_gate=gate, **parts)
+
+
+def accuracy(parsed: ParsedTrace, truth: Truth) -> float:
+    """Returns 1 where the answer is the gold one: a choice's words, its letter or both; else exactly the words."""
+    text = parsed.answer_text or ""
+    if truth.choices:
+        return float(named_choice(text, truth.choices) == truth.choices.index(truth.answer))
+    return float(bool(words(text)) and words(text) == words(truth.answer))
+
+
+def form(parsed: ParsedTrace) -> float:
+    """Returns 1 for the strict form, less for the weak one, and nothing where words follow the answer."""
+    if parsed.trailing_text or parsed.format is TraceFormat.MALFORMED:
+        return 0.0
+    return 1.0 if parsed.format is TraceFormat.STRICT else WEAK_FORMAT
+
+
+def fidelity(parsed: ParsedTrace, truth: Truth) -> float:
+    """Returns how well the quotes of the speakers are backed by the transcript of the same trace, on average.
+
+    A quote's similarity is that of the sentence nearest to it (Levenshtein, by characters). One that is copied from the
+    question counts nothing unless the true transcript holds it; nor does a trace that quotes nobody, but for a clip
+    that is known to be without speech.
+    """
+    trace = parsed.trace
+    quotes = [quote for speaker in trace.speakers for quote in speaker.quotes]
+    if not quotes:
+        is_silent = truth.transcript == "" and not trace.speakers and not words(trace.transcript or "")
+        return float(is_silent)
+    sentences = _sentences(trace.transcript or "")
+    asked = [truth.question, *truth.choices]
+
+    def backing(quote: str) -> float:
+        if any(_is_copied(quote, text) for text in asked) and not _is_copied(quote, truth.transcript or ""):
+            return 0.0
+        return max((similarity(quote, sentence) for sentence in sentences), default=0.0)
+
+    return sum(map(backing, quotes)) / len(quotes)
+
+
+def alignment(parsed: ParsedTrace, truth: Truth) -> float:
+    """Returns 1 where the conclusion inside THINK names what FINAL_ANSWER says, and no other choice beside it."""
+    texts = parsed.texts
+    conclusion = texts.get(Section.SUMMARY) or (_sentences(texts.get(Section.REASONING, "")) or [""])[-1]
+    answer = parsed.answer_text or ""
+    if not truth.choices:
+        return float(bool(words(answer)) and _holds(words(conclusion), words(answer)))
+    named = named_choice(answer, truth.choices)
+    return float(named is not None and _mentioned_choices(conclusion, truth.choices) == {named})
+
+
+def background_gate(parsed: ParsedTrace) -> float:
+    """Returns 0 where the reasoning takes background sound for the cause of what is *said*, else 1.
+
+    A heuristic on clauses: "because of the music he says ..." and "the noise suggests that she said ..." are such, and
+    "he says it is loud because of the music" is not, since there the words are the cause's witness.
+    """
+    text = " ".join(parsed.texts.get(section, "") for section in (Section.REASONING, Section.SUMMARY)).lower()
+    for clause in re.split(r"[.;!?\n]+", text):
+        follows, precedes = _CAUSE_FOLLOWS.search(clause), _CAUSE_PRECEDES.search(clause)
+        if follows and not clause[: follows.start()].strip():
+            # "Because of X, Y": the cause ends at the first comma, or where somebody begins to speak.
+            cause, _, effect = clause[follows.end() :].partition(",")
+            if not effect and (said := _LINGUISTIC.search(cause)):
+                cause, effect = cause[: said.start()], cause[said.start() :]
+        elif precedes:
+            cause, effect = clause[: precedes.start()], clause[precedes.end() :]
+        else:
+            continue
+        if _BACKGROUND.search(cause) and not _LINGUISTIC.search(cause) and _LINGUISTIC.search(effect):
+            return 0.0
+    return 1.0
+
+
+def length(parsed: ParsedTrace, weights: Weights) -> float:
+    """Returns 1 for a trace of the wanted length, falling along a cosine outside; 0 where words follow the answer."""
+    if parsed.trailing_text:
+        return 0.0
+    num_tokens = sum(parsed.section_num_tokens.values())
+    outside = max(weights.min_tokens - num_tokens, num_tokens - weights.max_tokens, 0)
+    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, outside / weights.ramp_tokens))
+
+
+def environment(parsed: ParsedTrace, truth: Truth) -> float | None:
+    """Returns 1 where ENV names the true environment and nothing else."""
+    if truth.environment is None:
+        return None
+    named = environment_labels(parsed.trace.environment or "")
+    return float([words(label) for label in named] == [words(truth.environment)])
+
+
+def speakers(parsed: ParsedTrace, truth: Truth) -> float | None:
+    """Returns 1 where SPEAKER lists as many people as speak."""
+    return None if truth.num_speakers is None else float(len(parsed.trace.speakers) == truth.num_speakers)
+
+
+def transcript(parsed: ParsedTrace, truth: Truth) -> float | None:
+    """Returns 1 less the word error rate of ASR, at least 0; without speech, 1 for an empty one."""
+    if truth.transcript is None:
+        return None
+    reference, heard = words(truth.transcript), words(parsed.trace.transcript or "")
+    if not reference:
+        return float(not heard)
+    return max(0.0, 1 - edit_distance(reference, heard) / len(reference))
+
+
+def named_choice(text: str, choices: Sequence[str]) -> int | None:
+    """Returns the one choice that a text is: its words, its letter (`B`, `(b)`, `B.`), or both; None for anything else.
+
+    Where a text is one choice by its words and another by its letter, it names none.
+    """
+    said = words(text)
+    found = {index for index, choice in enumerate(choices) if said == words(choice)}
+    found |= {index for index, _ in enumerate(choices) if said == words(render_choice(index, choices))}
+    if re.fullmatch(r"\s*\(?[A-Za-z]\)?[.:]?\s*", text):
+        found |= {index for index, _ in enumerate(choices) if said == words(choice_label(index))}
+    return found.pop() if len(found) == 1 else None
+
+
+def words(text: str) -> list[str]:
+    """Returns the words of a text, lower case, without punctuation."""
+    return "".join(c if c.isalnum() or c.isspace() else " " for c in text.lower()).split()
+
+
+def edit_distance(reference: Sequence[object], hypothesis: Sequence[object]) -> int:
+    """Returns the Levenshtein distance (Levenshtein 1966, one row at a time)."""
+    row = list(range(len(hypothesis) + 1))
+    for i, item in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(hypothesis, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (item != other))
+    return row[-1]
+
+
+def similarity(one: str, other: str) -> float:
+    """Returns 1 less the edit distance over the longer length, by characters of the words alone."""
+    one, other = " ".join(words(one)), " ".join(words(other))
+    longest = max(len(one), len(other))
+    return 1 - edit_distance(one, other) / longest if one and other else 0.0
+
+
+def _sentences(text: str) -> list[str]:
+    return [part for part in re.split(r"[.!?]+\s*", text) if part.strip()]
+
+
+def _holds(text: Sequence[str], part: Sequence[str]) -> bool:
+    """Tells whether words stand in a text, one behind the other."""
+    return any(list(text[at : at + len(part)]) == list(part) for at in range(len(text) - len(part) + 1))
+
+
+def _is_copied(quote: str, text: str) -> bool:
+    quoted = words(quote)
+    return bool(quoted) and (_holds(words(text), quoted) or similarity(quote, text) >= COPIED_SIMILARITY)
+
+
+def _mentioned_choices(text: str, choices: Sequence[str]) -> set[int]:
+    """Returns the choices whose words stand in a text; of one inside a longer one that stands there, the longer."""
+    whole = named_choice(text, choices)
+    if whole is not None:
+        return {whole}
+    said = words(text)
+    found = {index for index, choice in enumerate(choices) if words(choice) and _holds(said, words(choice))}
+    return {
+        index
+        for index in found
+        if not any(other != index and _holds(words(choices[other]), words(choices[index])) for other in found)
+    }
