@@ -51,7 +51,7 @@ GATE: dict[str, Any] = {
     "sections": ["ENV", "SPEAKER", "ASR", "DESCRIPTION", "REASONING", "SUMMARY", "REFLECT"],
 }
 # OpenBLAS tuned for another machine would slow some peers and not others.
-LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS")
+LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 
 
 @dataclass(frozen=True)

@@ -451,6 +451,9 @@ def cpu_fields() -> dict[str, Any]:
     num_cores = len(os.sched_getaffinity(0))
     if num_cores <= 2:
         os.environ.setdefault("OMP_NUM_THREADS", str(num_cores))
+        # Waiting threads would else spin on the core that the service needs when a pause is to be fed. This covers the
+        # few microseconds between two operators, and no more.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         # By its full name: vLLM takes the short one for a mistake.
         fields["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     return fields
