@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.checkpoint import Checkpoint
-from hyper_model.engine_environment import prepare_environment
+from hyper_model.engine_environment import num_cores, prepare_environment
 from hyper_model.pause import Gate, GateReport, GateSettings
 from hyper_model.trace import PauseMode
 from server.engine import EngineUnavailableError, FinishReason, GenerationRequest, TokenChunk
@@ -448,12 +448,7 @@ def cpu_fields() -> dict[str, Any]:
     cores that is half: there the model runs in the scheduler's process, on both.
     """
     fields: dict[str, Any] = {"block_size": 32}
-    num_cores = len(os.sched_getaffinity(0))
-    if num_cores <= 2:
-        os.environ.setdefault("OMP_NUM_THREADS", str(num_cores))
-        # Waiting threads would else spin on the core that the service needs when a pause is to be fed. This covers the
-        # few microseconds between two operators, and no more.
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if num_cores() <= 2:
         # By its full name: vLLM takes the short one for a mistake.
         fields["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     return fields

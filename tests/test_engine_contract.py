@@ -196,6 +196,14 @@ def pausing(request: pytest.FixtureRequest, live: Live) -> Iterator[Live]:
     service.wait_until_idle()
 
 
+@pytest.fixture
+def pausing_vllm(pausing_host: VllmHost) -> Iterator[Live]:
+    """The same over vLLM alone, for what only a real engine has: a key-value cache and metrics of its own."""
+    service = pausing_host.live()
+    yield service
+    service.wait_until_idle()
+
+
 def gate_of(host: Live) -> GateSettings:
     assert host.service.gate is not None
     return host.service.gate
@@ -259,32 +267,29 @@ def test_a_gate_without_a_budget_takes_no_pause_and_still_gives_up(pausing: Live
 
 
 def test_where_the_cache_cannot_hold_a_session_a_pause_is_written_token_by_token(
-    pausing: Live, monkeypatch: pytest.MonkeyPatch
+    pausing_vllm: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = pausing.service.engine
-    if not isinstance(engine, VllmEngine):
-        pytest.skip("the scripted engine has no cache")
-    fed = collect(pausing, ask_pausing(pausing))
+    engine = pausing_vllm.service.engine
+    assert isinstance(engine, VllmEngine)
+    fed = collect(pausing_vllm, ask_pausing(pausing_vllm))
     assert engine.cache_tokens > 10_000 and engine.session_tokens == 0
     monkeypatch.setattr(engine, "cache_tokens", 100)
-    inline = collect(pausing, ask_pausing(pausing))
+    inline = collect(pausing_vllm, ask_pausing(pausing_vllm))
     assert (tokens(inline), spans(inline)) == (tokens(fed), spans(fed))
     first, last = inline[-1].report, fed[-1].report
     assert first is not None and last is not None
     assert first.confidences == pytest.approx(last.confidences, abs=1e-4)
 
 
-def test_vllm_counts_the_time_of_a_pausing_request_from_its_arrival(pausing: Live) -> None:
-    if not isinstance(pausing.service.engine, VllmEngine):
-        pytest.skip("the scripted engine has no such metric")
+def test_vllm_counts_the_time_of_a_pausing_request_from_its_arrival(pausing_vllm: Live) -> None:
     name = "vllm:time_to_first_token_seconds_sum"
 
     def total_s() -> float:
-        lines = pausing.client.get("/metrics").text.splitlines()
+        lines = pausing_vllm.client.get("/metrics").text.splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
     before, started_s = total_s(), time.monotonic()
-    num_chunks = 1 + len(spans(collect(pausing, ask_pausing(pausing))))
+    num_chunks = 1 + len(spans(collect(pausing_vllm, ask_pausing(pausing_vllm))))
     assert 0 < total_s() - before <= num_chunks * (time.monotonic() - started_s)
 
 
