@@ -30,7 +30,7 @@ check: ## Lint, format, types, Dockerfile
 	$(BIN)/pyright
 	$(BIN)/hadolint Dockerfile
 
-bench: ## Measure the service beside vLLM's own server, bare engines and transformers (ARGS="--rounds 3"; 15 minutes)
+bench: ## Measure the service beside vLLM's own server, bare engines and transformers (ARGS="--rounds 3"; 12 minutes)
 	@$(INSTALL) train
 	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests bench $(ARGS)
 

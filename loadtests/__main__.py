@@ -76,7 +76,7 @@ def smoke(url: str, clips: Path, clients: int, requests: int, timeout: float) ->
     help="Where the measured processes write their messages.",
 )
 def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], log: Path) -> None:
-    """Measures the service beside vLLM's own server, bare engines and transformers (about 15 minutes on two cores).
+    """Measures the service beside vLLM's own server, bare engines and transformers (about 12 minutes on two cores).
 
     They take turns in one run; every figure is a ratio within it. Ends with one JSON line.
     """
