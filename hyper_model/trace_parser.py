@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
@@ -567,4 +568,9 @@ def _parse_speaker(line: str, place: int) -> Speaker:
 
 
 def _unescape(text: str) -> str:
-    return _ESCAPED.sub(lambda match: "\n" if match[1] == "n" else match[1], text)
+    def character(match: re.Match[str]) -> str:
+        # An accent that stood behind a line break has joined the escape's letter.
+        letter, *accents = unicodedata.normalize("NFD", match[1])
+        return "".join(("\n", *accents)) if letter == "n" else match[1]
+
+    return _ESCAPED.sub(character, text)

@@ -449,3 +449,9 @@ def test_reading_costs_the_same_for_each_token(tokenizer: TraceTokenizer, unit: 
     small_s = min(cost_s(1000) for _ in range(3))
     # 16 times as much would be 256 times as dear if it were quadratic.
     assert min(cost_s(16_000) for _ in range(3)) < 64 * small_s
+
+
+def test_an_accent_behind_a_line_break_stays_behind_it() -> None:
+    speaker = Speaker("S1", "low\n\u0301", ("yes\n\u0301",))
+    text = unicodedata.normalize("NFC", render_speakers([speaker]))
+    assert parse_speakers(text) == (speaker,)
