@@ -28,6 +28,7 @@ from hyper_model.errors import (
     PromptError,
     UnsupportedAudioError,
 )
+from server.box import DecoderUnavailableError
 from server.engine import EngineUnavailableError
 from server.exchange import Exchange
 
@@ -70,6 +71,7 @@ FAULTS: Mapping[str, FaultKind] = {
     "starting": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
     "shutting_down": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
     "engine_unavailable": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
+    "decoder_unavailable": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
     "deadline_exceeded": FaultKind(504, "timeout_error", retryable=True),
 }
 """Every code that a reply may carry. An `AudioError` keeps its own, finer code with the status of its class."""
@@ -157,6 +159,8 @@ def as_fault(error: BaseException) -> RequestError:
             return RequestError("invalid_prompt", error.message, param=error.param)
         case EngineUnavailableError():
             return RequestError("engine_unavailable", error.message, hint="Try again after the Retry-After time.")
+        case DecoderUnavailableError():
+            return RequestError("decoder_unavailable", error.message, hint="Try again after the Retry-After time.")
         case ClientDisconnect():
             return RequestError("client_closed_request", "The client closed the connection.")
         case HTTPException() if error.status_code in HTTP_FAULTS:

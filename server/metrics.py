@@ -72,6 +72,8 @@ class Metrics:
         self.engine_up = gauge("engine_up", "1 while the engine answers")
         self.canary_seconds = gauge("canary_seconds", "Time of the canary clip at start")
         self.event_loop_lag = histogram("event_loop_lag_seconds", "How late the event loop wakes", SECONDS)
+        self.decoder_deaths = counter("decoder_deaths", "Decoders that ended without a word")
+        self.sandbox = Info("hyper_decode_sandbox", "What keeps the decoder in", registry=registry)
         self.build = Info("hyper_build", "What is running", registry=registry)
 
     def render(self) -> bytes:

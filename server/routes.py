@@ -394,6 +394,7 @@ async def info(request: Request) -> dict[str, Any]:
             "max_model_len": manifest.max_model_len,
         },
         "formats": list(FORMATS),
+        "decoding": {"sandbox": list(service.box.layers), "memory_mib": settings.decode_memory_mib},
         "sections": [section.value for section in Section],
         "environment_labels": list(manifest.environment_labels),
         "pause": {

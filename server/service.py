@@ -11,7 +11,6 @@ import functools
 import hashlib
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +19,17 @@ from typing import Any, Literal, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from hyper_model.audio import SAMPLE_RATE_HZ, AudioLimits, Waveform, decode
+from hyper_model.audio import SAMPLE_RATE_HZ, AudioLimits, Waveform
 from hyper_model.checkpoint import Checkpoint
+from hyper_model.errors import HyperError
 from hyper_model.pause import GateSettings
+from server.box import Box
 from server.engine import Engine
 from server.exchange import Exchange
 from server.faults import RequestError
 from server.metrics import Metrics
 from server.pacing import Budget, Pace
-from server.settings import Settings
+from server.settings import MEBIBYTE, Settings
 
 logger = logging.getLogger("hyper.server")
 
@@ -51,15 +52,19 @@ class Service:
         self.state: State = "starting"
         self.failure: BaseException | None = None
         self.num_in_flight = 0
-        self.audio_limits = AudioLimits(
+        audio_limits = AudioLimits(
             max_bytes=settings.max_audio_bytes,
             min_duration_s=checkpoint.manifest.audio.min_duration_s,
             max_duration_s=settings.max_audio_s,
             decode_timeout_s=settings.decode_timeout_s,
         )
+        self.box = Box(
+            audio_limits, memory_bytes=settings.decode_memory_mib * MEBIBYTE, on_death=metrics.decoder_deaths.inc
+        )
+        self.decoders = asyncio.Semaphore(settings.decode_workers)
         # One salt for all while there are no tenants; a fresh one a process, as the cache does not outlive it either.
         self.cache_salt = secrets.token_hex(16)
-        self.pool = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="hyper-decode")
+        self.pool = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="hyper-pool")
         self.tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -83,8 +88,9 @@ class Service:
         return hashlib.sha256(f"{self.cache_salt} {SAMPLE_RATE_HZ} {waveform.sha256}".encode()).hexdigest()
 
     async def start(self, canary: Callable[[Service], Coroutine[Any, Any, float]]) -> None:
-        """Starts the engine, asks it the canary question, and watches it from then on; ends when the engine does."""
+        """Starts decoder and engine, asks the canary question, and watches the engine until it ends."""
         try:
+            await self.start_box()
             await self.engine.start()
             self.metrics.canary_seconds.set(await canary(self))
         except Exception as error:
@@ -104,6 +110,25 @@ class Service:
         # Ctrl-C reaches the engine's processes too: when nothing is in flight their end is only early, not a failure.
         if self.state != "stopped" and not (self.state == "draining" and self.num_in_flight == 0):
             self.fail(RuntimeError("the engine died"))
+
+    async def start_box(self) -> None:
+        """Starts the decoder and says what keeps it in.
+
+        Raises:
+            HyperError: Nothing does, and strangers can reach the service.
+        """
+        await self.box.start()
+        layers = {"layers": list(self.box.layers)}
+        self.metrics.sandbox.info({"layers": "+".join(self.box.layers) or "none"})
+        if self.box.is_closed:
+            logger.info("clips are decoded in a sandbox", extra=layers)
+            return
+        if self.settings.decode_sandbox == "require" or not self.settings.is_local:
+            raise HyperError(
+                "There is neither seccomp, Landlock nor bubblewrap here, so a process that may open files and sockets "
+                "would decode the clips of strangers. HYPER_DECODE_SANDBOX=auto allows that on 127.0.0.1 alone."
+            )
+        logger.warning("clips are decoded WITHOUT a sandbox: this kernel offers none", extra=layers)
 
     def fail(self, error: BaseException) -> None:
         """Marks the service as beyond repair; the process that hosts it reads `failure` and exits."""
@@ -132,6 +157,7 @@ class Service:
         self.state = "stopped"
         await self.engine.stop()
         self.metrics.engine_up.set(0)
+        await self.box.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def reasons_not_ready(self) -> list[str]:
@@ -180,13 +206,12 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self.pool, functools.partial(function, *args, **kwargs))
 
     async def decode(self, data: bytes) -> Waveform:
-        """Decodes a clip in the pool; cancelling this kills the decoder."""
-        cancel = threading.Event()
+        """Decodes a clip in the box, so many at a time; cancelling this kills the decoder."""
         with self.metrics.decoding.track_inprogress():
-            try:
-                return await self.in_pool(hear, data, self.audio_limits, cancel)
-            finally:
-                cancel.set()
+            async with self.decoders:
+                waveform = await self.box.decode(data)
+            await self.in_pool(look_at, waveform)
+            return waveform
 
     async def carry(
         self, work: Coroutine[Any, Any, Result], exchange: Exchange, receive: Receive, deadline_s: float
@@ -228,11 +253,9 @@ class Service:
             await asyncio.gather(task, gone, return_exceptions=True)
 
 
-def hear(data: bytes, limits: AudioLimits, cancel: threading.Event) -> Waveform:
-    """Decodes a clip and looks at all of its samples while still off the event loop."""
-    waveform = decode(data, limits, cancel=cancel)
+def look_at(waveform: Waveform) -> None:
+    """Computes what takes a look at every sample, which the waveform then remembers."""
     _ = waveform.quality, waveform.sha256
-    return waveform
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

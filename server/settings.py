@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +43,12 @@ class Settings(BaseSettings):
     max_audio_bytes: int = Field(default=25 * MEBIBYTE, ge=1)
     max_audio_s: float = Field(default=600.0, gt=0, description="Decoded seconds; counted, headers are not trusted.")
     decode_timeout_s: float = Field(default=10.0, gt=0)
-    decode_workers: int = Field(default=2, ge=1)
+    decode_workers: int = Field(default=2, ge=1, description="Clips that are decoded at the same time.")
+    decode_memory_mib: int = Field(default=256, ge=96, description="What decoding one clip may take, code included.")
+    decode_sandbox: Literal["auto", "require"] = Field(
+        default="auto",
+        description="auto goes without where the kernel has none, on 127.0.0.1 alone; require never does.",
+    )
     upload_timeout_s: float = Field(default=60.0, gt=0)
     upload_idle_timeout_s: float = Field(default=10.0, gt=0)
 
@@ -53,6 +59,16 @@ class Settings(BaseSettings):
     max_timeout_ms: int = Field(default=600_000, ge=1)
     ping_interval_s: float = Field(default=5.0, gt=0, le=10)
     drain_timeout_s: float = Field(default=30.0, ge=0)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the service."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
     @property
     def max_body_bytes(self) -> int:
