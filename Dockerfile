@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # Two targets, one service:
 #   docker build --target cpu -t hyper:cpu .        docker build --target gpu -t hyper:gpu .
-#   docker run --rm -p 8000:8000 --read-only --tmpfs /tmp:size=512m,noexec,nosuid,nodev,mode=1777 \
+#   docker run --rm -p 127.0.0.1:8000:8000 -e HYPER_OPEN_TO_ALL=true --read-only --tmpfs /tmp:size=512m,noexec,nosuid,nodev,mode=1777 \
 #       -v hyper-cache:/var/cache/hyper --cap-drop ALL --security-opt no-new-privileges hyper:cpu
 # The GPU image needs the NVIDIA container runtime (--gpus all); its CUDA libraries come from the hash-locked wheels.
 

@@ -71,7 +71,7 @@ async def audio_qa(request: Request) -> Response:
     service: Service = request.app.state.service
     exchange = Exchange.of(request.scope)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(service.admit())
+        stack.enter_context(service.admit(exchange))
         try:
             options, data = await read_question(request, service)
         except ClientDisconnect:
@@ -80,6 +80,7 @@ async def audio_qa(request: Request) -> Response:
         service.metrics.stage_seconds.labels("receive").observe(exchange.elapsed_ms(exchange.received_s) / 1000)
         timeout_ms = options.timeout_ms or service.settings.default_timeout_ms
         deadline_s = exchange.started_s + timeout_ms / 1000
+        service.require_time(exchange, deadline_s)
         exchange.phase = "decode"
         work = prepare(service, exchange, options, data, deadline_s)
         run = await service.carry(work, exchange, request.receive, deadline_s)
@@ -222,7 +223,7 @@ async def prepare(service: Service, exchange: Exchange, options: QaOptions, data
     )
     metrics.stage_seconds.labels("prompt").observe(time.monotonic() - started_s)
     started_s = time.monotonic()
-    waveform = await service.decode(data)
+    waveform = await service.decode(data, exchange)
     exchange.decode_s = time.monotonic() - started_s
     metrics.stage_seconds.labels("decode").observe(exchange.decode_s)
     metrics.audio_bytes.observe(len(data))
@@ -420,6 +421,7 @@ async def info(request: Request) -> dict[str, Any]:
             "max_tokens": settings.max_tokens,
             "max_timeout_ms": settings.max_timeout_ms,
             "max_in_flight": settings.max_in_flight,
+            "max_queue_wait_s": settings.max_queue_wait_s,
         },
     }
 

@@ -9,7 +9,10 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import hmac
 import logging
+import math
+import random
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Generator
@@ -23,12 +26,15 @@ from hyper_model.audio import SAMPLE_RATE_HZ, AudioLimits, Waveform
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.errors import HyperError
 from hyper_model.pause import GateSettings
+from server.admission import Line
 from server.box import Box
 from server.engine import Engine
 from server.exchange import Exchange
 from server.faults import RequestError
+from server.keys import KeyRing
 from server.metrics import Metrics
 from server.pacing import Budget, Pace
+from server.quotas import Quotas
 from server.settings import MEBIBYTE, Settings
 
 logger = logging.getLogger("hyper.server")
@@ -37,6 +43,8 @@ State = Literal["starting", "ready", "draining", "failed", "stopped"]
 Result = TypeVar("Result")
 
 WATCH_INTERVAL_S = 0.25
+MAX_RETRY_AFTER_S = 60
+COME_AGAIN = "Try again after the Retry-After time."
 
 
 class Service:
@@ -61,9 +69,13 @@ class Service:
         self.box = Box(
             audio_limits, memory_bytes=settings.decode_memory_mib * MEBIBYTE, on_death=metrics.decoder_deaths.inc
         )
-        self.decoders = asyncio.Semaphore(settings.decode_workers)
-        # One salt for all while there are no tenants; a fresh one a process, as the cache does not outlive it either.
-        self.cache_salt = secrets.token_hex(16)
+        self.decoders = Line(settings.decode_workers)
+        # A fresh one a process, as what the engine keeps does not outlive it either.
+        self.secret = secrets.token_bytes(32)
+        self.keys = key_ring(settings)
+        self.quotas = Quotas()
+        # Where the engine would take more than it works on together, whose turn it is would be for it to say.
+        self.line = Line(settings.max_num_seqs)
         self.pool = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="hyper-pool")
         self.tasks: set[asyncio.Task[Any]] = set()
 
@@ -75,17 +87,22 @@ class Service:
     def auto_budget(self, left_s: float) -> Budget:
         """Returns the pauses of a request that leaves them to the service and has so many seconds left."""
         settings = self.settings
-        # Of the engine's requests, not the service's: an upload waits for its client alone.
-        num_waiting = max(0, self.engine.num_in_flight + 1 - settings.max_num_seqs)
+        # Of the requests that want the engine, not of all: an upload waits for its client alone.
+        num_waiting = max(0, self.line.num_working + self.line.num_waiting + 1 - settings.max_num_seqs)
         num_places = max(0, settings.max_in_flight - settings.max_num_seqs)
         return self.pace.budget(self.max_pauses, left_s=left_s, num_waiting=num_waiting, num_places=num_places)
 
-    def clip_key(self, waveform: Waveform) -> str:
-        """Names a clip for the engine's caches: the same for the same sound, and nothing that a stranger can guess.
+    def cache_salt(self, exchange: Exchange) -> str:
+        """Keeps what the engine has computed for one caller from the next: how soon a reply comes would tell of it."""
+        return hmac.new(self.secret, exchange.tenant_name.encode(), hashlib.sha256).hexdigest()
+
+    def clip_key(self, waveform: Waveform, exchange: Exchange) -> str:
+        """Names a clip for the engine's caches: the same for a caller's same sound, and nothing that can be guessed.
 
         The engine takes the name for the sound itself: whoever could choose it could be answered about another's clip.
         """
-        return hashlib.sha256(f"{self.cache_salt} {SAMPLE_RATE_HZ} {waveform.sha256}".encode()).hexdigest()
+        named = f"{self.cache_salt(exchange)} {SAMPLE_RATE_HZ} {waveform.sha256}"
+        return hashlib.sha256(named.encode()).hexdigest()
 
     async def start(self, canary: Callable[[Service], Coroutine[Any, Any, float]]) -> None:
         """Starts decoder and engine, asks the canary question, and watches the engine until it ends."""
@@ -107,9 +124,17 @@ class Service:
             before = time.monotonic()
             await asyncio.sleep(WATCH_INTERVAL_S)
             self.metrics.event_loop_lag.observe(max(0.0, time.monotonic() - before - WATCH_INTERVAL_S))
+            self.metrics.waiting.set(self.line.num_waiting)
+            self.refresh_keys()
         # Ctrl-C reaches the engine's processes too: when nothing is in flight their end is only early, not a failure.
         if self.state != "stopped" and not (self.state == "draining" and self.num_in_flight == 0):
             self.fail(RuntimeError("the engine died"))
+
+    def refresh_keys(self) -> None:
+        """Heeds what has been added to the key file or taken out of it."""
+        if self.keys is not None:
+            self.keys.refresh()
+            self.quotas.forget({key.name for key in self.keys.keys})
 
     async def start_box(self) -> None:
         """Starts the decoder and says what keeps it in.
@@ -179,11 +204,11 @@ class Service:
         return reasons
 
     @contextlib.contextmanager
-    def admit(self) -> Generator[None]:
+    def admit(self, exchange: Exchange) -> Generator[None]:
         """Holds one of the places for requests; taken before the body is read, as uploads and decoding cost too.
 
         Raises:
-            RequestError: 503, when the service is not ready or full.
+            RequestError: 429, when the caller has used what its key allows; 503, when the service is not ready or full.
         """
         messages = {
             "starting": "The model is still loading.",
@@ -191,25 +216,69 @@ class Service:
             "engine_unavailable": "The engine is not running.",
             "overloaded": f"The service is full: {self.settings.max_in_flight} requests are in flight.",
         }
-        for reason in self.reasons_not_ready():
-            raise RequestError(reason, messages[reason], hint="Try again after the Retry-After time.")
-        self.num_in_flight += 1
-        self.metrics.in_flight.inc()
-        try:
-            yield
-        finally:
-            self.num_in_flight -= 1
-            self.metrics.in_flight.dec()
+        with contextlib.ExitStack() as stack:
+            if exchange.tenant is not None:
+                stack.enter_context(exchange.tenant.enter())
+            for reason in self.reasons_not_ready():
+                if reason == "overloaded":
+                    raise self.overloaded(messages[reason])
+                raise RequestError(reason, messages[reason], hint=COME_AGAIN)
+            if exchange.priority == "batch" and self.num_in_flight >= self.max_batch_in_flight:
+                raise self.overloaded(
+                    f"All {self.max_batch_in_flight} places for requests of the class batch are taken."
+                )
+            wait_s = self.line.wait_s(self.num_in_flight)
+            if wait_s > self.settings.max_queue_wait_s:
+                raise self.overloaded(f"The wait would be about {math.ceil(wait_s)} s.")
+            self.num_in_flight += 1
+            self.metrics.in_flight.inc()
+            try:
+                yield
+            finally:
+                self.num_in_flight -= 1
+                self.metrics.in_flight.dec()
+
+    @property
+    def max_batch_in_flight(self) -> int:
+        """The places that requests of the class batch may take."""
+        return max(1, int(self.settings.max_in_flight * self.settings.max_batch_share))
+
+    def overloaded(self, message: str) -> RequestError:
+        """Says that there is no room, and when there will be: after as long as a place takes to become free of late."""
+        excess_s = max(0.0, self.line.wait_s(self.num_in_flight) - self.settings.max_queue_wait_s)
+        free_s = (self.line.work_s or 0.0) / self.line.num_places
+        # Spread a little, so that those who are refused together do not come back together.
+        wait_s = (excess_s + free_s) * random.uniform(1.0, 1.25)
+        retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(wait_s)))
+        return RequestError("overloaded", message, hint=COME_AGAIN, retry_after_s=retry_after_s)
+
+    def require_time(self, exchange: Exchange, deadline_s: float) -> None:
+        """Refuses a request whose turn would come after its deadline; asked before its clip is decoded.
+
+        Raises:
+            RequestError: 503; nothing has been spent on it but its upload.
+        """
+        num_ahead = self.line.num_working + (self.line.num_waiting if exchange.priority == "batch" else 0)
+        wait_s = self.line.wait_s(num_ahead)
+        if wait_s > 0 and time.monotonic() + wait_s > deadline_s:
+            raise self.overloaded("The wait would be longer than the request's deadline.")
 
     async def in_pool(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Runs a function that takes long in the bounded pool, off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, functools.partial(function, *args, **kwargs))
 
-    async def decode(self, data: bytes) -> Waveform:
-        """Decodes a clip in the box, so many at a time; cancelling this kills the decoder."""
+    async def decode(self, data: bytes, exchange: Exchange) -> Waveform:
+        """Decodes a clip in the box, so many at a time, and charges its length; cancelling this kills the decoder.
+
+        Raises:
+            AudioError: The clip cannot be used.
+            RequestError: 429, when the caller has used up its seconds of audio.
+        """
         with self.metrics.decoding.track_inprogress():
-            async with self.decoders:
+            async with self.decoders.place(exchange.priority):
                 waveform = await self.box.decode(data)
+            if exchange.tenant is not None:
+                exchange.tenant.charge(waveform.duration_s)
             await self.in_pool(look_at, waveform)
             return waveform
 
@@ -256,6 +325,23 @@ class Service:
 def look_at(waveform: Waveform) -> None:
     """Computes what takes a look at every sample, which the waveform then remembers."""
     _ = waveform.quality, waveform.sha256
+
+
+def key_ring(settings: Settings) -> KeyRing | None:
+    """Reads the keys; None where everybody may ask.
+
+    Raises:
+        HyperError: The keys cannot be read, or there are none and strangers can reach the service.
+    """
+    if settings.key_file is not None:
+        return KeyRing(settings.key_file)
+    if settings.is_local or settings.open_to_all:
+        logger.warning("no HYPER_KEY_FILE: EVERYBODY who can connect to %s may ask, without a key", settings.host)
+        return None
+    raise HyperError(
+        f"Everybody who can connect to {settings.host} could ask. Make keys with `hyper keys add` and name their file "
+        "in HYPER_KEY_FILE, listen on 127.0.0.1, or say with HYPER_OPEN_TO_ALL=true that this is meant."
+    )
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

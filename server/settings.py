@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
 PREFIX = "HYPER_"
-NOT_OURS = frozenset({"HYPER_URL"})  # `hyper ask` reads it.
+NOT_OURS = frozenset({"HYPER_URL", "HYPER_KEY"})  # `hyper ask` reads them.
 
 
 class Settings(BaseSettings):
@@ -28,6 +28,15 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    key_file: Path | None = Field(default=None, description="API keys, written by `hyper keys`; none: see open_to_all.")
+    open_to_all: bool = Field(
+        default=False, description="Serve everybody who can connect. Without keys that is else done on 127.0.0.1 alone."
+    )
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="A second port, for probes and /metrics alone, which asks for no key."
+    )
 
     checkpoint: Path | None = None
     verify_checkpoint: bool = True
@@ -49,10 +58,18 @@ class Settings(BaseSettings):
         default="auto",
         description="auto goes without where the kernel has none, on 127.0.0.1 alone; require never does.",
     )
+    max_connections: int = Field(default=1000, ge=1, description="Open connections; more are closed as they come.")
+    head_timeout_s: float = Field(default=10.0, gt=0, description="From connecting to the last header.")
     upload_timeout_s: float = Field(default=60.0, gt=0)
     upload_idle_timeout_s: float = Field(default=10.0, gt=0)
 
     max_in_flight: int = Field(default=32, ge=1, description="Admitted requests, uploads included; more get a 503.")
+    max_batch_share: float = Field(
+        default=0.5, gt=0, le=1, description="Share of these places that requests of the class `batch` may take."
+    )
+    max_queue_wait_s: float = Field(
+        default=60.0, gt=0, description="Expected wait for the engine beyond which requests get a 503."
+    )
     default_max_tokens: int = Field(default=1024, ge=1)
     max_tokens: int = Field(default=4096, ge=1)
     default_timeout_ms: int = Field(default=120_000, ge=1)

@@ -112,7 +112,10 @@ def test_an_upload_that_drips_is_ended(small: Live) -> None:
 def test_headers_without_end_are_refused(live: Live) -> None:
     with socket.create_connection(live.server.servers[0].sockets[0].getsockname(), timeout=5) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\n" + b"x-filler: " + b"a" * 100_000)
-        assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+        head, _, body = connection.recv(4096).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431") and b"x-request-id: req_" in head
+    error = json.loads(body)["error"]
+    assert (error["code"], error["limit"]) == ("headers_too_large", 16384)
 
 
 class BrokenEngine(ScriptedEngine):
