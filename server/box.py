@@ -55,7 +55,13 @@ Words = Annotated[str, Field(max_length=400, pattern=r"^[ -~]*$")]
 Code = Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9_]+$")]
 
 
-class Refused(BaseModel):
+class Said(BaseModel):
+    """What a worker says in any case."""
+
+    peak_kib: int = Field(ge=0, le=2**40)
+
+
+class Refused(Said):
     """What a worker says about a clip that it could not decode."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -68,7 +74,7 @@ class Refused(BaseModel):
     hint: Words | None
 
 
-class Heard(BaseModel):
+class Heard(Said):
     """What a worker says before it sends samples."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -92,6 +98,7 @@ class Box:
 
     Attributes:
         layers: What keeps the decoder in, strongest first: "bubblewrap", "uid", "landlock", "seccomp".
+        peak_bytes: The most memory that a worker has had, by its own word.
         on_death: Called for each worker that ended without a word: killed by a limit, by us, or by its clip.
     """
 
@@ -107,9 +114,11 @@ class Box:
         self.memory_bytes = memory_bytes
         self.program = program
         self.layers: tuple[str, ...] = ()
+        self.peak_bytes = 0
         self.on_death = on_death
         self.process: subprocess.Popen[bytes] | None = None
         self.control: socket.socket | None = None
+        self.is_stopped = False
         self.jobs = itertools.count()
         self.starting = asyncio.Lock()
 
@@ -172,7 +181,12 @@ class Box:
         return json.loads(hello)["layers"]
 
     async def stop(self) -> None:
-        """Ends the helper and every worker."""
+        """Ends the helper and every worker, for good."""
+        self.is_stopped = True
+        await self.end()
+
+    async def end(self) -> None:
+        """Ends the helper, which ends its workers."""
         if self.control is not None:
             self.control.close()
             self.control = None
@@ -251,10 +265,12 @@ class Box:
         header = json.loads(bytes(await receive(connection, bytearray(num_header_bytes))))
         if "error" in header:
             refused = Refused.model_validate(header)
+            self.note(refused)
             raise ERRORS.get(refused.error, InvalidAudioError)(
                 refused.message, code=refused.code, limit=refused.limit, actual=refused.actual, hint=refused.hint
             )
         heard = Heard.model_validate(header)
+        self.note(heard)
         if heard.num_samples > self.limits.max_duration_s * SAMPLE_RATE_HZ + SPARE_SAMPLES:
             raise ValueError
         if heard.codec not in CODEC_NAMES:
@@ -265,6 +281,10 @@ class Box:
         if heard.num_samples and not (samples_S.min() >= -1.0 and samples_S.max() <= 1.0):
             raise ValueError
         return Waveform(samples_S, heard.codec, heard.sample_rate_hz, heard.channels)
+
+    def note(self, said: Said) -> None:
+        """Remembers the most memory."""
+        self.peak_bytes = max(self.peak_bytes, said.peak_kib * 1024)
 
     async def order(self, message: Mapping[str, object], descriptor: int) -> None:
         """Sends an order to the helper; starts it anew where it has gone."""
@@ -286,9 +306,11 @@ class Box:
     async def restart(self, gone: socket.socket | None) -> None:
         """Starts the helper again, once however many callers find it gone."""
         async with self.starting:
+            if self.is_stopped:
+                raise DecoderUnavailableError("The service shuts down.")
             if self.control is gone:
                 logger.error("the decoder is gone; starting it again")
-                await self.stop()
+                await self.end()
                 await self.start()
 
     def kill(self, job: int) -> None:

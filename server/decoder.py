@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import resource
 import select
 import signal
 import socket
@@ -117,6 +118,7 @@ def work(
         sandbox.forbid_calls(sandbox.WORKER_CALLS.values())
         data = read_exactly(connection, int.from_bytes(read_exactly(connection, 8)))
         about, samples = handler(data, limits)
+        about["peak_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         header = json.dumps(about).encode()
         write_all(connection, memoryview(len(header).to_bytes(4) + header))
         write_all(connection, samples)

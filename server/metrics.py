@@ -76,6 +76,7 @@ class Metrics:
         self.canary_seconds = gauge("canary_seconds", "Time of the canary clip at start")
         self.event_loop_lag = histogram("event_loop_lag_seconds", "How late the event loop wakes", SECONDS)
         self.decoder_deaths = counter("decoder_deaths", "Decoders that ended without a word")
+        self.decode_peak = gauge("decode_peak_bytes", "The most memory that decoding a clip has taken")
         self.sandbox = Info("hyper_decode_sandbox", "What keeps the decoder in", registry=registry)
         self.build = Info("hyper_build", "What is running", registry=registry)
 

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -114,12 +114,20 @@ async def read_form(request: Request) -> tuple[QaOptions, bytes]:
     _, parameters = parse_options_header(request.headers.get("content-type"))
     if parameters.get(b"charset", b"utf-8").lower() not in CHARSETS:
         raise RequestError("invalid_multipart", "The multipart body must be in UTF-8.", hint="Leave `charset` out.")
+    async with contextlib.aclosing(request.stream()) as stream:
+        parser = MultiPartParser(
+            request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
+        )
+        # Of a body that breaks off inside a clip the parser says nothing, and leaves the file open.
+        spooled = parser._files_to_close_on_error  # pyright: ignore[reportPrivateUsage]
+        try:
+            form = await parser.parse()
+        except (MultiPartException, UnicodeError):
+            hint = f"At most {MAX_FIELDS} fields of {MAX_FIELD_BYTES} bytes each, and a boundary in the content type."
+            raise RequestError("invalid_multipart", "The multipart body cannot be read.", hint=hint) from None
     try:
-        form = await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
-    except (HTTPException, UnicodeError):
-        hint = f"At most {MAX_FIELDS} fields of {MAX_FIELD_BYTES} bytes each, and a boundary in the content type."
-        raise RequestError("invalid_multipart", "The multipart body cannot be read.", hint=hint) from None
-    try:
+        if len(spooled) > sum(isinstance(value, UploadFile) for _, value in form.multi_items()):
+            raise RequestError("invalid_multipart", "The multipart body breaks off inside a file.")
         fields: dict[str, Any] = {}
         files: list[UploadFile] = []
         for name, value in form.multi_items():
@@ -146,7 +154,8 @@ async def read_form(request: Request) -> tuple[QaOptions, bytes]:
             raise RequestError("missing_parameter", "`file` is required: the clip.", param="file")
         return options, await files[0].read()
     finally:
-        await form.close()
+        for file in spooled:
+            file.close()
 
 
 def read_json(body: bytes) -> tuple[QaOptions, bytes]:

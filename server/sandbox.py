@@ -64,6 +64,7 @@ WORKER_CALLS = {
     "getpid": 39,
     "exit": 60,
     "gettimeofday": 96,
+    "getrusage": 98,
     "sigaltstack": 131,
     "gettid": 186,
     "futex": 202,

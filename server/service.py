@@ -125,6 +125,7 @@ class Service:
             await asyncio.sleep(WATCH_INTERVAL_S)
             self.metrics.event_loop_lag.observe(max(0.0, time.monotonic() - before - WATCH_INTERVAL_S))
             self.metrics.waiting.set(self.line.num_waiting)
+            self.metrics.decode_peak.set(self.box.peak_bytes)
             self.refresh_keys()
         # Ctrl-C reaches the engine's processes too: when nothing is in flight their end is only early, not a failure.
         if self.state != "stopped" and not (self.state == "draining" and self.num_in_flight == 0):

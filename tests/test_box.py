@@ -7,6 +7,8 @@ import errno
 import os
 import signal
 import socket
+import statistics
+import subprocess
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from hyper_model.audio import AudioLimits, Waveform, decode
+from hyper_model.audio import AudioLimits, Waveform, decode, find_ffmpeg
 from hyper_model.errors import AudioError, AudioTooLargeError, InvalidAudioError, UnsupportedAudioError
 from server.box import Box
 from tests import hostile_decoder
@@ -233,3 +235,49 @@ async def no_worker_is_left(box: Box) -> None:
             return
         await asyncio.sleep(0.02)
     raise AssertionError(f"still there: {workers(box)}")
+
+
+LONG_CLIPS = {
+    "25 MB of wav": ("r=44100:cl=stereo", 148, "wav", "pcm_s16le"),
+    "ten minutes of flac": ("r=48000:cl=mono", 599, "flac", "flac"),
+    "ten minutes of m4a": ("r=8000:cl=mono", 599, "ipod", "aac"),
+    "a bomb of flac": ("r=192000:cl=7.1", 100, "flac", "flac"),
+}
+
+
+def test_the_box_costs_little_time_and_memory(tmp_path: Path) -> None:
+    """Prints the figures; the bounds here are for a machine that does other work."""
+
+    async def work() -> None:
+        async with boxed() as (box, deaths):
+            overheads_ms: list[float] = []
+            for path in CLIPS:
+                data = path.read_bytes()
+                for _ in range(5):
+                    started_s = time.perf_counter()
+                    decode(data)
+                    middle_s = time.perf_counter()
+                    await box.decode(data)
+                    overheads_ms.append(1000 * (time.perf_counter() - middle_s - (middle_s - started_s)))
+            peaks_mib: dict[str, float] = {}
+            for name, (source, seconds, container, codec) in LONG_CLIPS.items():
+                file = tmp_path / name.replace(" ", "-")
+                arguments = ["-f", "lavfi", "-i", f"anullsrc={source}", "-t", str(seconds), "-c:a", codec]
+                command = [find_ffmpeg(), "-v", "error", *arguments, "-f", container, str(file)]
+                subprocess.run(command, check=True)
+                box.peak_bytes = 0
+                (outcome,) = await asyncio.gather(box.decode(file.read_bytes()), return_exceptions=True)
+                peaks_mib[name] = box.peak_bytes / 2**20
+                if name.startswith("a bomb"):
+                    assert isinstance(outcome, AudioTooLargeError)
+                else:
+                    assert isinstance(outcome, Waveform) and outcome.duration_s > seconds - 1
+            assert not deaths
+            overhead_ms = statistics.median(overheads_ms)
+            print(f"\nsandbox {'+'.join(box.layers)}")
+            print(f"sandbox_overhead_ms p50 {overhead_ms:.1f} of {len(overheads_ms)} decodes")
+            print("decode_peak_mib " + ", ".join(f"{name} {peak:.0f}" for name, peak in peaks_mib.items()))
+            assert overhead_ms < 100
+            assert all(20 < peak <= MEMORY_BYTES / 2**20 for peak in peaks_mib.values()), peaks_mib
+
+    run(work)
