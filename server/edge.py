@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from ipaddress import ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +23,7 @@ from server.settings import Settings
 access_logger = logging.getLogger("hyper.access")
 logger = logging.getLogger("hyper.server")
 
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{1,5})?")
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 # A server that closes while the client still sends makes the kernel drop the reply it has not read yet. So the reply to
@@ -98,6 +100,9 @@ class Edge:
                 raise RequestError("not_found", "This port has /metrics, /livez and /readyz.")
             return
         keys = self.service.keys
+        if keys is None and not self.settings.open_to_all and is_domain(headers.get("host", "")):
+            hint = "Use 127.0.0.1 or localhost, or give the service a key file."
+            raise RequestError("forbidden", "Without keys this service answers only to this machine's name.", hint=hint)
         if keys is not None and path not in PUBLIC_PATHS:
             key = keys.find(bearer_of(headers))
             if key is None:
@@ -218,6 +223,19 @@ def bearer_of(headers: Headers) -> str:
     """Returns the key that a request presents; empty where it presents none."""
     scheme, _, secret = headers.get("authorization", "").partition(" ")
     return secret.strip() if scheme.lower() == "bearer" else ""
+
+
+def is_domain(host: str) -> bool:
+    """Whether a Host header is a name in the DNS, which a stranger may have pointed to this machine's own address."""
+    found = HOST.fullmatch(host)
+    name = found[1] if found else host
+    if "." not in name.rstrip("."):
+        return False
+    try:
+        ip_address(name.strip("[]"))
+    except ValueError:
+        return not name.endswith(".localhost")
+    return False
 
 
 def request_id_from(headers: Headers) -> str:

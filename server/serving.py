@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from types import FrameType
 
@@ -20,6 +21,7 @@ from server.settings import Settings
 EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
 CLOSE_TIMEOUT_S = 5
 MAX_HEAD_BYTES = 16 * 1024
+NUM_OTHER_DESCRIPTORS = 1000
 
 
 def run(settings: Settings) -> int:
@@ -32,6 +34,7 @@ def run(settings: Settings) -> int:
     logs.configure(settings.log_level)
     app = create_app(settings)
     config = uvicorn_config(app, settings)
+    raise_descriptor_limit(settings.max_connections)
     # Before the model loads: a port that is taken should not take a minute to find out.
     listener = config.bind_socket()
     listeners = [listener]
@@ -41,6 +44,15 @@ def run(settings: Settings) -> int:
     server = DrainingServer(config, app.state.service, url_of(host, port))
     server.run(sockets=listeners)
     return EXIT_ENGINE_FAILED if server.service.failure is not None else 0
+
+
+def raise_descriptor_limit(num_connections: int) -> None:
+    """Makes room for that many connections, as far as this process may: the usual soft limit is 1024 descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_connections + NUM_OTHER_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -58,7 +58,7 @@ class Settings(BaseSettings):
         default="auto",
         description="auto goes without where the kernel has none, on 127.0.0.1 alone; require never does.",
     )
-    max_connections: int = Field(default=1000, ge=1, description="Open connections; more are closed as they come.")
+    max_connections: int = Field(default=4000, ge=1, description="Open connections; more are closed as they come.")
     head_timeout_s: float = Field(default=10.0, gt=0, description="From connecting to the last header.")
     upload_timeout_s: float = Field(default=60.0, gt=0)
     upload_idle_timeout_s: float = Field(default=10.0, gt=0)
