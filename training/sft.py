@@ -8,7 +8,7 @@ Knows nothing of synthesizers, scenes' sound or the engine.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -217,11 +217,11 @@ class SftTrainer(PolicyTrainer):
         return -model(**micro["batch"]).logprobs_N.sum() * micro["share"]
 
 
-def train_tokenizer_on(clips: Sequence[Clip], recipe: SftRecipe, file: Path, more: Callable[[], Any] = list) -> None:
+def train_tokenizer_on(clips: Sequence[Clip], recipe: SftRecipe, file: Path, more: Iterable[str] = ()) -> None:
     """Writes the tokenizer of a run that begins from nothing; one that is there stays.
 
     Args:
-        more: Returns further texts, such as the open ones that clips are spoken from.
+        more: Further texts, such as the open ones that clips are spoken from.
     """
     if file.exists():
         return
@@ -229,7 +229,7 @@ def train_tokenizer_on(clips: Sequence[Clip], recipe: SftRecipe, file: Path, mor
     rng = random.Random(recipe.seed)
     picked = rng.sample(clips, min(_TOKENIZER_CLIPS, len(clips)))
     examples = (draw_example(clip.scene, rng) for clip in picked)
-    build_tokenizer(examples, recipe.decoder.vocab_size, more()).save(str(file))
+    build_tokenizer(examples, recipe.decoder.vocab_size, more).save(str(file))
 
 
 def read_clips(folder: Path, kind: str | None = None) -> list[Clip]:

@@ -185,9 +185,10 @@ def _sft(
     import torch
 
     from hyper_model.audio_encoder import LogMel
-    from training.assets import ENCODER_FILE
+    from training.assets import ENCODER_FILE, TEXTS_FOLDER
     from training.export import model_from_scratch
     from training.sft import ClipSequences, ExampleSequences, SftTrainer, read_clips, train_tokenizer_on
+    from training.texts import iter_texts
 
     torch.manual_seed(recipe.seed)
     if recipe.decoder is not None:
@@ -196,7 +197,9 @@ def _sft(
                 f"{recipe.name} makes a decoder of its own, on scenes: --base and --data are not for it"
             )
         scenes, speech = read_clips(work / "clips/train", "scene"), read_clips(work / "clips/train", "speech")
-        train_tokenizer_on([*scenes, *speech], recipe, run_dir / "tokenizer.json")
+        # Open texts too, where speech was built from them: a vocabulary of scenes alone would spell other words out.
+        texts = iter_texts(work / "assets" / TEXTS_FOLDER) if speech else ()
+        train_tokenizer_on([*scenes, *speech], recipe, run_dir / "tokenizer.json", texts)
         dtype = getattr(torch, recipe.dtype)
         model = model_from_scratch(
             recipe.decoder, run_dir / "tokenizer.json", work / "assets" / ENCODER_FILE, dtype=dtype
