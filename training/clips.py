@@ -105,7 +105,7 @@ class Clip:
 
 def open_clips(folder: Path, width: int, *, kind: ClipKind | None = None) -> Iterator[Clip]:
     """Yield the clips of every finished shard, in order; of one kind only where it is named."""
-    for index in sorted(folder.glob(f"{kind or '*'}*.jsonl")):
+    for index in sorted(folder.glob(f"{kind}-*.jsonl" if kind else "*.jsonl")):
         offset = 0
         for line in index.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
