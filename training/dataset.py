@@ -97,9 +97,14 @@ def export_scenes(plan: ExportPlan, folder: Path, *, num_workers: int) -> Path:
     (folder / "audio").mkdir(exist_ok=True)
     firsts = range(0, plan.num_items, ITEMS_PER_CHUNK)
     jobs = [(plan, folder, first) for first in firsts if not (chunks_folder / f"{first:06d}.jsonl").exists()]
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        for _ in tqdm(pool.map(_write_chunk, jobs), total=len(jobs), desc="items", unit="hundred"):
-            pass
+    if num_workers == 1:
+        # A process of its own would take longer to start than a hundred items.
+        for job in tqdm(jobs, desc="items", unit="hundred"):
+            _write_chunk(job)
+    else:
+        with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+            for _ in tqdm(pool.map(_write_chunk, jobs), total=len(jobs), desc="items", unit="hundred"):
+                pass
     rows_file = folder / f"{plan.suite or plan.split}.jsonl"
     partial = rows_file.with_suffix(".partial")
     backgrounds: set[str] = set()
