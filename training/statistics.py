@@ -80,7 +80,7 @@ def mean_average_precision(sums: np.ndarray) -> np.ndarray:
     return (average_precision * is_there).sum(-1) / np.maximum(is_there.sum(-1), 1)
 
 
-def shares(outcomes: Sequence[float | bool], clusters: Sequence[str]) -> Sums:
+def shares(outcomes: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> Sums:
     """Returns the sums of a mean: each item adds its outcome, and itself."""
     values = np.asarray(outcomes, np.float64).reshape(-1)
     return Sums(np.stack([values, np.ones_like(values)], axis=1), tuple(clusters))

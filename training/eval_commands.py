@@ -1,0 +1,251 @@
+"""`hyper eval`: asks a suite of a checkpoint, a service or a rival, and writes figures, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from training.examples import Format
+    from training.suites import Item
+    from training.voices import Bank, Split
+
+SEED = 0
+"""Of the bank, which training and evaluation share."""
+
+NAMED_SUITES = ("held-out", "validation", "hard-multi-speaker", "snr-N", "human", "paqa", "mmau", "mmar", "own")
+
+
+def bank_of(split: Split, work: Path, workers: int) -> Bank:
+    """Opens the bank of a split's voices, and builds what is missing of it."""
+    from training.assets import fetch, require_speech_programs
+    from training.voices import Bank, build_bank, list_voices, missing_rounds, trained_lines
+
+    fetch(work / "assets")
+    voices = [voice for voice in list_voices() if voice.split == split]
+    if missing_rounds(work / "bank", voices):
+        require_speech_programs()
+        build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers, voices=voices)
+    # A sentence that some training voice spoke word for word would measure memory.
+    return Bank(work / "bank", without=trained_lines(seed=SEED))
+
+
+class _SuiteName(click.ParamType):
+    """A suite's name; `snr-N` stands for any level in dB."""
+
+    name = "suite"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if (value in NAMED_SUITES and value != "snr-N") or re.fullmatch(r"snr-\d{1,2}", str(value)):
+            return str(value)
+        self.fail(f"{value!r} is none of {', '.join(NAMED_SUITES)}", param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(NAMED_SUITES)}]"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Says what is asked, in a form that another process can be given."""
+
+    suite: str
+    work: Path
+    workers: int
+    num_items: int | None
+    data: Path | None
+    audio_root: Path | None
+    cuts_long: bool
+    pauses: int | None
+    use_tqdm: bool
+
+    def items(self) -> list[Item]:
+        """Draws or reads the items."""
+        from training.assets import SOUNDS_FOLDER
+        from training.suites import DATA_SUITES, data_items, human_items, is_scene_suite, scene_items, split_of
+
+        if is_scene_suite(self.suite):
+            bank = bank_of(split_of(self.suite), self.work, self.workers)
+            return scene_items(
+                self.suite, bank, self.work / "assets" / SOUNDS_FOLDER, num_items=self.num_items or 1_400
+            )
+        if self.suite == "human":
+            return human_items()[: self.num_items]
+        if self.data is None:
+            raise click.UsageError(f"--suite {self.suite} reads a data set: give its file with --data")
+        named: Format | None = next((name for name in DATA_SUITES if name == self.suite), None)
+        items, faults = data_items(self.data, format=named, audio_root=self.audio_root, num_items=self.num_items)
+        if faults:
+            click.echo(f"{len(faults)} rows cannot be asked and are left out, the first: {faults[0]}", err=True)
+        return items
+
+
+@click.command("eval")
+@click.option(
+    "--suite",
+    type=_SuiteName(),
+    default="held-out",
+    show_default=True,
+    help="held-out: scenes of voices and recordings that nothing was trained or tuned on. validation: for choosing "
+    "settings. hard-multi-speaker: four people. snr-N: every background at N dB. human: ten recorded human clips "
+    "(needs apt-get install pocketsphinx-testdata). paqa, mmau, mmar, own: a data set's file, see --data.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("checkpoints/hyper-mini"),
+    show_default=True,
+    help="The checkpoint to measure.",
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The questions of --suite paqa, mmau, mmar or own, in any format that `hyper data check` reads.",
+)
+@click.option(
+    "--audio-root",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where relative audio paths of --data start.  [default: the file's folder]",
+)
+@click.option(
+    "--cut-long",
+    "cuts_long",
+    is_flag=True,
+    help="Ask clips beyond 30 s by their beginning.  [default: such a clip is refused, and its item wrong]",
+)
+@click.option("--pauses", type=click.IntRange(0), help="Lower the budget of pauses.  [default: the checkpoint's]")
+@click.option(
+    "--items",
+    "num_items",
+    type=click.IntRange(2),
+    help="Questions to ask.  [default: 1400 of scenes, all of a data set]",
+)
+@click.option(
+    "--against",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Compare with this, item by item: the result.json of an earlier run, its folder, or another checkpoint, which "
+    "is then asked first. May be given more than once.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write result.json (with each item's outcome), report.md and pictures there.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON line instead of a table.")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build"),
+    show_default=True,
+    help="Folder of assets and voices; a suite of scenes builds what it lacks.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    show_default="one a core",
+    help="Processes that build missing voices.",
+)
+def evaluate(
+    suite: str,
+    checkpoint: Path,
+    data: Path | None,
+    audio_root: Path | None,
+    cuts_long: bool,
+    pauses: int | None,
+    num_items: int | None,
+    against: tuple[Path, ...],
+    out: Path | None,
+    as_json: bool,
+    work: Path,
+    workers: int,
+) -> None:
+    """Ask a suite of questions and measure the replies: a checkpoint through vLLM.
+
+    Builds the voices of a suite of scenes first if they are missing. docs/evaluation.md says what each figure is.
+    """
+    asked = Asked(suite, work, workers, num_items, data, audio_root, cuts_long, pauses, not as_json)
+    others = [_other_result(path, asked) for path in against]
+    items = asked.items()
+    result = ask_checkpoint(checkpoint, asked, items)
+    _finish(result, others, items, out=out, as_json=as_json)
+
+
+def ask_checkpoint(checkpoint: Path, asked: Asked, items: list[Item] | None = None) -> dict[str, Any]:
+    """Asks a checkpoint in this process; draws the items anew where none are given."""
+    from hyper_model.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    from training.answering import answer, time_alone
+    from training.evaluate import judge, latency, summarize
+    from training.rollout import VllmBackend
+
+    items = asked.items() if items is None else items
+    backend = VllmBackend(opened)
+    gate = backend.gate
+    if gate is not None and asked.pauses is not None:
+        gate = gate.lowered(asked.pauses) if asked.pauses else None
+    seconds = time_alone(backend, items, gate=gate, cuts_long=asked.cuts_long)
+    replies = answer(backend, items, gate=gate, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
+    result = summarize(items, [judge(item, reply) for item, reply in zip(items, replies, strict=True)])
+    result |= latency("e2e", seconds)
+    result |= {"system": opened.manifest.name, "checkpoint": opened.manifest.name}
+    return result | {"manifest_sha256": opened.manifest_sha256, **_about(asked)}
+
+
+def _about(asked: Asked) -> dict[str, Any]:
+    from training.suites import is_scene_suite, split_of
+
+    return {"suite": asked.suite} | ({"split": split_of(asked.suite)} if is_scene_suite(asked.suite) else {})
+
+
+def _other_result(path: Path, asked: Asked) -> dict[str, Any]:
+    """Reads an earlier result, or asks another checkpoint in a process of its own: an engine cannot be unloaded."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from hyper_model.errors import HyperError
+    from training.evaluate import RESULT_VERSION
+    from training.report import RESULT_FILE
+
+    if (path / "hyper.json").is_file():
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(ask_checkpoint, path, asked).result()
+    file = path / RESULT_FILE if path.is_dir() else path
+    try:
+        result = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise HyperError(f"--against {path}: neither a checkpoint nor a result ({error})") from error
+    if not isinstance(result, dict) or result.get("version") != RESULT_VERSION or "items" not in result:
+        raise HyperError(f"--against {path}: no result of this version with its items; write one with --out")
+    return result
+
+
+def _finish(
+    result: dict[str, Any], others: list[dict[str, Any]], items: list[Item], *, out: Path | None, as_json: bool
+) -> None:
+    """Compares, writes and prints."""
+    from hyper_model.errors import HyperError
+    from training.evaluate import differences
+    from training.report import markdown, write
+
+    compared: list[dict[str, Any]] = []
+    for other in others:
+        try:
+            compared.append({"system": other["system"], **differences(items, result, other)})
+        except ValueError as error:
+            raise HyperError(f"--against {other['system']}: {error}") from error
+    if compared:
+        result["compared"] = compared
+    if out is not None:
+        write([result, *others], out)
+    if as_json:
+        click.echo(json.dumps({name: value for name, value in result.items() if name != "items"}))
+    else:
+        click.echo(markdown([result, *others]))
