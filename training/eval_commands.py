@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from training.endpoints import Endpoint
     from training.examples import Format
     from training.suites import Item
     from training.voices import Bank, Split
+
+KEPT_FILE = "replies.jsonl"
 
 SEED = 0
 """Of the bank, which training and evaluation share."""
@@ -118,6 +121,26 @@ class Asked:
     is_flag=True,
     help="Ask clips beyond 30 s by their beginning.  [default: such a clip is refused, and its item wrong]",
 )
+@click.option(
+    "--url",
+    help="Ask a running service instead of a checkpoint: a HyPeR service, or with --api openai any server that takes "
+    "input_audio in chat requests.",
+)
+@click.option("--api", type=click.Choice(["hyper", "openai"]), default="hyper", show_default=True, help="Its API.")
+@click.option("--model", help="The model's name there (openai).  [default: the first that the server lists]")
+@click.option("--api-key-env", help="Name of the environment variable that holds the key.")
+@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Requests at a time.")
+@click.option("--timeout", "timeout_s", type=float, default=120.0, show_default=True, help="Seconds for one request.")
+@click.option("--tries", "num_tries", type=click.IntRange(1), default=6, show_default=True, help="Of each item.")
+@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of a reply (openai).")
+@click.option(
+    "--instruction", help="What follows the choices (openai).  [default: Answer with the letter and the words ...]"
+)
+@click.option(
+    "--extra-body",
+    help="JSON object of fields laid over each request (openai), such as '{\"skip_special_tokens\": false}' for a "
+    "HyPeR checkpoint on vLLM's own server; null leaves a field out.",
+)
 @click.option("--pauses", type=click.IntRange(0), help="Lower the budget of pauses.  [default: the checkpoint's]")
 @click.option(
     "--items",
@@ -135,7 +158,8 @@ class Asked:
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Write result.json (with each item's outcome), report.md and pictures there.",
+    help="Write result.json (with each item's outcome), report.md and pictures there; replies from --url are kept "
+    "there too, and an interrupted run goes on from them.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON line instead of a table.")
 @click.option(
@@ -158,6 +182,7 @@ def evaluate(
     data: Path | None,
     audio_root: Path | None,
     cuts_long: bool,
+    url: str | None,
     pauses: int | None,
     num_items: int | None,
     against: tuple[Path, ...],
@@ -165,15 +190,20 @@ def evaluate(
     as_json: bool,
     work: Path,
     workers: int,
+    **endpoint_options: Any,
 ) -> None:
-    """Ask a suite of questions and measure the replies: a checkpoint through vLLM.
+    """Ask a suite of questions and measure the replies: of a checkpoint through vLLM, or of a service (--url).
 
     Builds the voices of a suite of scenes first if they are missing. docs/evaluation.md says what each figure is.
     """
     asked = Asked(suite, work, workers, num_items, data, audio_root, cuts_long, pauses, not as_json)
+    endpoint = None if url is None else _endpoint(url, **endpoint_options)
     others = [_other_result(path, asked) for path in against]
     items = asked.items()
-    result = ask_checkpoint(checkpoint, asked, items)
+    if endpoint is not None:
+        result = ask_endpoint(endpoint, asked, items, None if out is None else out / KEPT_FILE)
+    else:
+        result = ask_checkpoint(checkpoint, asked, items)
     _finish(result, others, items, out=out, as_json=as_json)
 
 
@@ -197,6 +227,36 @@ def ask_checkpoint(checkpoint: Path, asked: Asked, items: list[Item] | None = No
     result |= latency("e2e", seconds)
     result |= {"system": opened.manifest.name, "checkpoint": opened.manifest.name}
     return result | {"manifest_sha256": opened.manifest_sha256, **_about(asked)}
+
+
+def _endpoint(
+    url: str, *, api_key_env: str | None, instruction: str | None, extra_body: str | None, **fields: Any
+) -> Endpoint:
+    """Checks the options about a service."""
+    from training.endpoints import INSTRUCTION, Endpoint
+
+    try:
+        extra = json.loads(extra_body or "{}")
+    except ValueError as error:
+        raise click.BadParameter(f"no JSON ({error})", param_hint="--extra-body") from error
+    if not isinstance(extra, dict):
+        raise click.BadParameter("no JSON object", param_hint="--extra-body")
+    api_key = os.environ.get(api_key_env) if api_key_env else None
+    if api_key_env and not api_key:
+        raise click.BadParameter(f"the environment has no {api_key_env}", param_hint="--api-key-env")
+    instruction = INSTRUCTION if instruction is None else instruction
+    return Endpoint(url, api_key=api_key, instruction=instruction, extra=extra, **fields)
+
+
+def ask_endpoint(endpoint: Endpoint, asked: Asked, items: list[Item], kept: Path | None) -> dict[str, Any]:
+    """Asks a service; of one that never writes a trace only the answers are judged."""
+    from training.endpoints import ask
+    from training.evaluate import judge, summarize
+
+    replies, model = ask(endpoint, items, kept=kept, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
+    reads_trace = endpoint.api == "hyper" or any(reply.parsed.texts for reply in replies)
+    judged = [judge(item, reply, reads_trace=reads_trace) for item, reply in zip(items, replies, strict=True)]
+    return summarize(items, judged) | {"system": model, "url": endpoint.base, **_about(asked)}
 
 
 def _about(asked: Asked) -> dict[str, Any]:
@@ -235,6 +295,12 @@ def _finish(
     from training.evaluate import differences
     from training.report import markdown, write
 
+    taken = [result["system"]]
+    for other in others:
+        # Two runs of one checkpoint are told apart in the tables.
+        if other["system"] in taken:
+            other["system"] += f" ({len(taken) + 1})"
+        taken.append(other["system"])
     compared: list[dict[str, Any]] = []
     for other in others:
         try:
