@@ -106,7 +106,7 @@ def test_a_reply_that_did_not_come_is_wrong_and_counted(suite: list[Item]) -> No
 
 def test_of_a_model_that_answers_in_prose_only_the_answer_is_judged(suite: list[Item]) -> None:
     item = next(item for item in suite if item.truth.choices)
-    verdict = judge(item, Reply(parse_text("It is so."), None, "It is so."), reads_trace=False)
+    verdict = judge(item, Reply(parse_text("It is so."), None, "It is so."), reads="answer")
     assert verdict.is_right is False and verdict.names_choice is False
     assert verdict.environment_is_right is verdict.is_strict is verdict.word_errors is None
 

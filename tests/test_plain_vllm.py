@@ -122,7 +122,10 @@ def test_an_evaluation_asks_it_and_reads_traces_or_prose(url: str, tags: str, tm
     )
     replies, model = evaluation_ask(endpoint, items, kept=tmp_path / "replies.jsonl", use_tqdm=False)
     assert model == "hyper"
-    judged = [judge(item, reply, reads_trace=tags == "shown") for item, reply in zip(items, replies, strict=True)]
+    judged = [
+        judge(item, reply, reads="trace" if tags == "shown" else "answer")
+        for item, reply in zip(items, replies, strict=True)
+    ]
     assert all(each.ttft_s and each.e2e_s and each.ttft_s < each.e2e_s and not each.error for each in judged)
     if tags == "shown":
         assert all(each.is_strict for each in judged)

@@ -23,6 +23,9 @@ NUM_TIMED = 20
 
 _NUM_WARM_UP = 2
 
+NUM_PROBED = 300
+"""Items whose hidden states are looked at."""
+
 
 def make_prompt(backend: VllmBackend, item: Item, samples_S: np.ndarray) -> Prompt:
     """Returns the prompt that asks an item of a clip."""
@@ -47,6 +50,23 @@ def answer(
             replies += _answer_some(backend, some, gate, cuts_long=cuts_long)
             bar.update(len(some))
     return replies
+
+
+def complete_for_probe(
+    backend: VllmBackend, items: Sequence[Item], *, gate: GateSettings | None, cuts_long: bool = False
+) -> tuple[list[Prompt], list[Completion], list[str]]:
+    """Returns prompts, completions and clusters of the first items whose clips can be read, for `latent_probe`."""
+    prompts: list[Prompt] = []
+    clusters: list[str] = []
+    for item in items:
+        if len(prompts) == NUM_PROBED:
+            break
+        try:
+            prompts.append(make_prompt(backend, item, item.load(cuts_long=cuts_long)))
+        except HyperError:
+            continue
+        clusters.append(item.voice)
+    return prompts, backend.complete(prompts, gate=gate, use_tqdm=False), clusters
 
 
 def _answer_some(

@@ -65,6 +65,7 @@ class Asked:
     audio_root: Path | None
     cuts_long: bool
     pauses: int | None
+    probe: bool
     use_tqdm: bool
 
     def items(self) -> list[Item]:
@@ -126,6 +127,12 @@ class Asked:
     help="Ask a running service instead of a checkpoint: a HyPeR service, or with --api openai any server that takes "
     "input_audio in chat requests.",
 )
+@click.option(
+    "--baseline",
+    type=click.Choice(["cascade"]),
+    help="Ask the rival instead: recogniser, voice activity, speaker clustering, sound tagger and rules "
+    "(needs the packages of hyper-audio[baseline]).",
+)
 @click.option("--api", type=click.Choice(["hyper", "openai"]), default="hyper", show_default=True, help="Its API.")
 @click.option("--model", help="The model's name there (openai).  [default: the first that the server lists]")
 @click.option("--api-key-env", help="Name of the environment variable that holds the key.")
@@ -140,6 +147,11 @@ class Asked:
     "--extra-body",
     help="JSON object of fields laid over each request (openai), such as '{\"skip_special_tokens\": false}' for a "
     "HyPeR checkpoint on vLLM's own server; null leaves a field out.",
+)
+@click.option(
+    "--probe",
+    is_flag=True,
+    help="Look at the hidden states of 300 completions as well: what pauses do on the way to the answer.",
 )
 @click.option("--pauses", type=click.IntRange(0), help="Lower the budget of pauses.  [default: the checkpoint's]")
 @click.option(
@@ -183,6 +195,8 @@ def evaluate(
     audio_root: Path | None,
     cuts_long: bool,
     url: str | None,
+    baseline: str | None,
+    probe: bool,
     pauses: int | None,
     num_items: int | None,
     against: tuple[Path, ...],
@@ -192,16 +206,22 @@ def evaluate(
     workers: int,
     **endpoint_options: Any,
 ) -> None:
-    """Ask a suite of questions and measure the replies: of a checkpoint through vLLM, or of a service (--url).
+    """Ask a suite of questions and measure the replies: of a checkpoint through vLLM, of a service, or of a rival.
 
     Builds the voices of a suite of scenes first if they are missing. docs/evaluation.md says what each figure is.
     """
-    asked = Asked(suite, work, workers, num_items, data, audio_root, cuts_long, pauses, not as_json)
+    asked = Asked(suite, work, workers, num_items, data, audio_root, cuts_long, pauses, probe, not as_json)
+    if url is not None and baseline is not None:
+        raise click.UsageError("ask either --url or --baseline")
+    if probe and (url is not None or baseline is not None):
+        raise click.UsageError("--probe looks into a --checkpoint; neither --url nor --baseline shows its states")
     endpoint = None if url is None else _endpoint(url, **endpoint_options)
     others = [_other_result(path, asked) for path in against]
     items = asked.items()
     if endpoint is not None:
         result = ask_endpoint(endpoint, asked, items, None if out is None else out / KEPT_FILE)
+    elif baseline is not None:
+        result = ask_cascade(asked, items)
     else:
         result = ask_checkpoint(checkpoint, asked, items)
     _finish(result, others, items, out=out, as_json=as_json)
@@ -225,6 +245,13 @@ def ask_checkpoint(checkpoint: Path, asked: Asked, items: list[Item] | None = No
     replies = answer(backend, items, gate=gate, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
     result = summarize(items, [judge(item, reply) for item, reply in zip(items, replies, strict=True)])
     result |= latency("e2e", seconds)
+    if asked.probe:
+        from training.answering import complete_for_probe
+        from training.latent_probe import probe
+
+        main = [item for item in items if item.part == "main"]
+        completed = complete_for_probe(backend, main, gate=gate, cuts_long=asked.cuts_long)
+        result["probe"] = probe(opened, *completed, use_tqdm=asked.use_tqdm)
     result |= {"system": opened.manifest.name, "checkpoint": opened.manifest.name}
     return result | {"manifest_sha256": opened.manifest_sha256, **_about(asked)}
 
@@ -254,9 +281,27 @@ def ask_endpoint(endpoint: Endpoint, asked: Asked, items: list[Item], kept: Path
     from training.evaluate import judge, summarize
 
     replies, model = ask(endpoint, items, kept=kept, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
-    reads_trace = endpoint.api == "hyper" or any(reply.parsed.texts for reply in replies)
-    judged = [judge(item, reply, reads_trace=reads_trace) for item, reply in zip(items, replies, strict=True)]
+    reads = "trace" if endpoint.api == "hyper" or any(reply.parsed.texts for reply in replies) else "answer"
+    judged = [judge(item, reply, reads=reads) for item, reply in zip(items, replies, strict=True)]
     return summarize(items, judged) | {"system": model, "url": endpoint.base, **_about(asked)}
+
+
+def ask_cascade(asked: Asked, items: list[Item]) -> dict[str, Any]:
+    """Asks the cascade, which is fitted first where it was not before."""
+    from training.assets import SOUNDS_FOLDER
+    from training.cascade import Cascade, Fitted, Parts, answer_all, fit
+    from training.evaluate import judge, summarize
+
+    folder = asked.work / "baseline"
+    parts = Parts(folder)
+    file = folder / "cascade.npz"
+    if not file.exists():
+        bank = bank_of("validation", asked.work, asked.workers)
+        fit(parts, bank, asked.work / "assets" / SOUNDS_FOLDER, use_tqdm=asked.use_tqdm).save(file)
+    fitted = Fitted.load(file)
+    replies = answer_all(Cascade(parts, fitted), items, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
+    judged = [judge(item, reply, reads="perception") for item, reply in zip(items, replies, strict=True)]
+    return summarize(items, judged) | {"system": "cascade", "fitted": fitted.measured, **_about(asked)}
 
 
 def _about(asked: Asked) -> dict[str, Any]:

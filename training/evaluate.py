@@ -25,6 +25,11 @@ from training.suites import SNR_LEVELS_DB, Item
 
 RESULT_VERSION = 1
 
+Reads = Literal["trace", "perception", "answer"]
+
+_OF_THE_TRACE = frozenset({"is_strict", "is_consistent", "fidelity", "reward"})
+"""Outcomes that say how a trace was written, and not what was heard."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -95,12 +100,13 @@ class Judged:
     error: str | None = None
 
 
-def judge(item: Item, reply: Reply, *, reads_trace: bool = True) -> Judged:
+def judge(item: Item, reply: Reply, *, reads: Reads = "trace") -> Judged:
     """Compares one reply with the truth.
 
     Args:
-        reads_trace: Whether whoever replied is one that writes traces. If so, a missing section is a wrong one; of a
-            model that answers in prose, only the answer is judged.
+        reads: What whoever replied is one to give. Of one that writes a trace, a missing section is a wrong one; of a
+            cascade, which hears and does not reason, the perception is judged and the trace's form is not; of a model
+            that answers in prose, only the answer.
     """
     truth = item.truth
     judged = Judged(
@@ -114,7 +120,12 @@ def judge(item: Item, reply: Reply, *, reads_trace: bool = True) -> Judged:
         e2e_s=reply.e2e_s,
         error=reply.error,
     )
-    return Judged(**{**vars(judged), **_judge_trace(truth, reply)}) if reads_trace else judged
+    if reads == "answer":
+        return judged
+    outcomes = _judge_trace(truth, reply)
+    if reads == "perception":
+        outcomes = {name: value for name, value in outcomes.items() if name not in _OF_THE_TRACE}
+    return Judged(**{**vars(judged), **outcomes})
 
 
 def _free_is_right(reply: Reply, truth: Truth) -> bool | None:

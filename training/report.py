@@ -112,18 +112,17 @@ def _differences_table(system: str, compared: Mapping[str, Any]) -> str:
 
 
 def _probe_table(probe: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            str(row["pause"]),
-            str(row["num_spans"]),
-            *(f"{row[name]:.3f}" for name in ("trigger_rate", "cosine_to_answer", "displacement")),
-        ]
-        for row in probe["pauses"]
-    ]
-    head = ["pause", "spans", "trigger rate", "cosine to the answer", "displacement"]
-    note = f"{probe['num_completions']} completions; control: tokens that no pause precedes, cosine "
-    note += f"{probe['control_cosine']:.3f}."
-    return f"## Latent probe\n\n{note}\n\n" + _table(head, rows)
+    names = ("trigger_rate", "cosine_to_answer", "cosine_before", "displacement")
+
+    def cell(row: Mapping[str, Any], name: str) -> str:
+        if name not in row:
+            return "-"
+        low, high = row[f"{name}_interval_95"]
+        return f"{row[name]:.3f} ({low:.3f} to {high:.3f})"
+
+    rows = [[str(row["pause"]), str(row["num_spans"]), *(cell(row, name) for name in names)] for row in probe["pauses"]]
+    head = ["pause", "spans", *(name.replace("_", " ") for name in names)]
+    return f"## Latent probe\n\n{probe['num_completions']} completions.\n\n" + _table(head, rows)
 
 
 def draw(results: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
