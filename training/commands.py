@@ -1,11 +1,10 @@
-"""The training side of the `hyper` command: build data, train, export, evaluate.
+"""The training side of the `hyper` command: build data, train, export, calibrate.
 
 Everything lives under one work folder: `assets/`, `bank/`, `clips/SPLIT/`, `runs/RECIPE/`. Each step resumes.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from itertools import islice
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from training.eval_commands import SEED, bank_of
+
 if TYPE_CHECKING:
     from hyper_model.checkpoint import Checkpoint
     from training.examples import Format
     from training.rollout import Prompt
-    from training.voices import Bank, Split
-
-SEED = 0
+    from training.voices import Split
 
 _work = click.option(
     "--work",
@@ -40,20 +39,6 @@ _workers = click.option(
 def _single_threaded() -> None:
     # One thread a process: on shared cores threads inside processes cost several times what they give.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def _bank_of(split: Split, work: Path, workers: int) -> Bank:
-    """Opens the bank of a split's voices, and builds what is missing of it."""
-    from training.assets import fetch, require_speech_programs
-    from training.voices import Bank, build_bank, list_voices, missing_rounds, trained_lines
-
-    fetch(work / "assets")
-    voices = [voice for voice in list_voices() if voice.split == split]
-    if missing_rounds(work / "bank", voices):
-        require_speech_programs()
-        build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers, voices=voices)
-    # A sentence that some training voice spoke word for word would measure memory.
-    return Bank(work / "bank", without=trained_lines(seed=SEED))
 
 
 @click.group()
@@ -246,59 +231,6 @@ def samples(work: Path, folder: Path) -> None:
 
 
 @click.command()
-@click.option(
-    "--suite",
-    type=click.Choice(["held-out", "validation"]),
-    default="held-out",
-    show_default=True,
-    help="held-out: voices and recordings nothing was trained or tuned on. validation: for choosing settings.",
-)
-@click.option(
-    "--checkpoint",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("checkpoints/hyper-mini"),
-    show_default=True,
-    help="The checkpoint to measure.",
-)
-@click.option("--pauses", type=click.IntRange(0), help="Lower the budget of pauses.  [default: the checkpoint's]")
-@click.option("--items", type=click.IntRange(20), default=1_400, show_default=True, help="Questions to ask.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead of a table.")
-@_work
-@_workers
-def evaluate(
-    suite: str, checkpoint: Path, pauses: int | None, items: int, as_json: bool, work: Path, workers: int
-) -> None:
-    """Measure a checkpoint on synthetic scenes, through vLLM; builds the test voices first if they are missing."""
-    from hyper_model.checkpoint import open_checkpoint
-
-    opened = open_checkpoint(checkpoint)
-    from training.assets import SOUNDS_FOLDER
-    from training.evaluate import evaluate as run
-
-    split: Split = "test" if suite == "held-out" else "validation"
-    result = run(
-        opened,
-        _bank_of(split, work, workers),
-        work / "assets" / SOUNDS_FOLDER,
-        split=split,
-        num_items=items,
-        max_pauses=pauses,
-        use_tqdm=not as_json,
-    )
-    result["checkpoint"] = opened.manifest.name
-    result["manifest_sha256"] = opened.manifest_sha256
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    for name, value in result.items():
-        if isinstance(value, float):
-            low, high = result["interval_95"].get(name, (None, None))
-            click.echo(f"{name:32} {value:7.3f}" + (f"   [{low:.3f}, {high:.3f}]" if low is not None else ""))
-    for name in ("choice_accuracy_by_kind", "environment_accuracy_by_class", "speaker_count_accuracy_by_count"):
-        click.echo(f"{name}: " + "  ".join(f"{key} {value:.2f}" for key, value in result[name].items()))
-
-
-@click.command()
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--examples",
@@ -370,17 +302,17 @@ def _prompts_of_scenes(checkpoint: Checkpoint, num_items: int, work: Path, worke
     from hyper_model.trace import build_prompt
     from training.assets import SOUNDS_FOLDER
     from training.clips import SEED_STRIDE
-    from training.evaluate import draw_items
     from training.rollout import Prompt
     from training.scenes import SceneBuilder
+    from training.suites import draw_items
 
-    bank = _bank_of("validation", work, workers)
+    bank = bank_of("validation", work, workers)
     builder = SceneBuilder(bank, work / "assets" / SOUNDS_FOLDER, "validation")
     return [
         Prompt(
-            build_prompt(checkpoint.tokenizer, item.example.question, item.example.choices),
-            item.samples_S,
-            item.example.choices,
+            build_prompt(checkpoint.tokenizer, item.truth.question, item.truth.choices),
+            item.load(),
+            item.truth.choices,
         )
         for item in draw_items(builder, num_items=num_items, first_seed=SEED_STRIDE["validation"])
     ]

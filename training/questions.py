@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from hyper_model.trace import Speaker, Trace
 from training import sounds
 from training.lines import SLOTS, Line, draw_line, line_from_text
+from training.rewards import Truth
 from training.scenes import Scene
 from training.texts import content_words
 
@@ -345,6 +346,19 @@ def draw_example(
         trace = replace(trace, response=wrong, reflection=f"{wrong} is wrong, {item.reasoning}")
     num_pauses = rng.choice((1, 1, 2)) if is_hard and rng.random() < 0.25 else 0
     return SceneExample(scene, kind, item.question, choices, item.answer, trace, num_pauses)
+
+
+def truth_of(example: SceneExample) -> Truth:
+    """Returns what is known about a scene's example: everything, since the scene was made."""
+    scene = example.scene
+    return Truth(
+        example.question,
+        example.answer,
+        example.choices,
+        environment=scene.environment,
+        num_speakers=len(scene.speakers),
+        transcript=scene.transcript,
+    )
 
 
 def chance_accuracy(examples: Sequence[SceneExample]) -> float:
