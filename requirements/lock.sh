@@ -32,6 +32,8 @@ cpu="--override requirements/overrides-cpu.txt --find-links $wheels --no-emit-pa
   compile cpu cpu $cpu
   compile train train $cpu --constraint requirements/cpu.txt
   compile data data $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt
+  compile baseline baseline $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt \
+    --constraint requirements/data.txt
   compile dev dev $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt
 }
 compile gpu gpu

@@ -262,6 +262,7 @@ def test_mmau_is_reported_by_task_and_sub_category(tmp_path: Path) -> None:
         answer="Man",
         choices=("Man", "Woman", "Child", "Robot"),
         category="sound/Acoustic Source Inference",
+        difficulty="medium",
         source=f"{path}, item 1",
     )
 

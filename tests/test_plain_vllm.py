@@ -24,6 +24,10 @@ from hyper_model.trace_parser import ParsedTrace, TraceParser
 from tests.conftest import PAUSING
 from tests.process import ROOT
 from tests.serving import tone
+from training.endpoints import Endpoint
+from training.endpoints import ask as evaluation_ask
+from training.evaluate import judge
+from training.suites import data_items
 
 CLIP = ROOT / "tests/assets/clips/one-voice.mp3"
 START_TIMEOUT_S = 240
@@ -108,6 +112,29 @@ def test_arguments_that_make_no_gate_are_a_bad_request(url: str) -> None:
     for value in (-1, "many", 1.5):
         assert ask(url, CLIP.read_bytes(), vllm_xargs={"hyper_pause": value}).status_code == 400
     assert ask(url, CLIP.read_bytes(), vllm_xargs={"hyper_pause_budget": 1}).status_code == 400
+
+
+@pytest.mark.parametrize("tags", ["shown", "hidden"])
+def test_an_evaluation_asks_it_and_reads_traces_or_prose(url: str, tags: str, tmp_path: Path) -> None:
+    items, _ = data_items(CLIP.parent / "truth.json", num_items=4)
+    endpoint = Endpoint(
+        url, "openai", instruction="", timeout_s=200, extra={"skip_special_tokens": False} if tags == "shown" else {}
+    )
+    replies, model = evaluation_ask(endpoint, items, kept=tmp_path / "replies.jsonl", use_tqdm=False)
+    assert model == "hyper"
+    judged = [
+        judge(item, reply, reads="trace" if tags == "shown" else "answer")
+        for item, reply in zip(items, replies, strict=True)
+    ]
+    assert all(each.ttft_s and each.e2e_s and each.ttft_s < each.e2e_s and not each.error for each in judged)
+    if tags == "shown":
+        assert all(each.is_strict for each in judged)
+        assert sum(each.is_right is True for each in judged) >= 2
+        assert sum(each.environment_is_right is True for each in judged) >= 2
+    else:
+        # Words of every section run into each other: that is what a client of vLLM's own server sees by default.
+        assert all(not reply.parsed.texts and reply.parsed.raw for reply in replies)
+    assert evaluation_ask(endpoint, items, kept=tmp_path / "replies.jsonl", use_tqdm=False)[0] == replies
 
 
 def test_a_clip_beyond_the_window_is_refused_and_not_cut(url: str) -> None:

@@ -1,25 +1,24 @@
-"""The training side of the `hyper` command: build data, train, export, evaluate.
+"""The training side of the `hyper` command: build data, train, export, calibrate.
 
 Everything lives under one work folder: `assets/`, `bank/`, `clips/SPLIT/`, `runs/RECIPE/`. Each step resumes.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
+
+from training.eval_commands import SEED, bank_of
 
 if TYPE_CHECKING:
     from hyper_model.checkpoint import Checkpoint
     from training.examples import Format
     from training.rollout import Prompt
-    from training.voices import Bank, Split
-
-SEED = 0
+    from training.voices import Split
 
 _work = click.option(
     "--work",
@@ -40,20 +39,6 @@ _workers = click.option(
 def _single_threaded() -> None:
     # One thread a process: on shared cores threads inside processes cost several times what they give.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def _bank_of(split: Split, work: Path, workers: int) -> Bank:
-    """Opens the bank of a split's voices, and builds what is missing of it."""
-    from training.assets import fetch, require_speech_programs
-    from training.voices import Bank, build_bank, list_voices, missing_rounds, trained_lines
-
-    fetch(work / "assets")
-    voices = [voice for voice in list_voices() if voice.split == split]
-    if missing_rounds(work / "bank", voices):
-        require_speech_programs()
-        build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers, voices=voices)
-    # A sentence that some training voice spoke word for word would measure memory.
-    return Bank(work / "bank", without=trained_lines(seed=SEED))
 
 
 @click.group()
@@ -98,31 +83,135 @@ def check(file: Path, format_: Format | None, audio_root: Path | None) -> None:
 @data.command()
 @_work
 @_workers
-def bank(work: Path, workers: int) -> None:
-    """Fetch the assets and let every voice speak its lines (about 40 minutes on two cores)."""
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    help="Let only the voices of this split speak.  [default: all]",
+)
+def bank(work: Path, workers: int, split: Split | None) -> None:
+    """Fetch the assets and let every voice speak its lines (52,000 of them; about an hour on two cores)."""
     _single_threaded()
     from training.assets import fetch, require_speech_programs
-    from training.voices import build_bank
+    from training.voices import build_bank, list_voices
 
     require_speech_programs()
     fetch(work / "assets")
-    build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers)
+    voices = [voice for voice in list_voices() if split in (None, voice.split)]
+    build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers, voices=voices)
+
+
+_noise = click.option(
+    "--noise",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Take backgrounds from this folder of MUSAN or FSD50K, as it unpacks. May be given several times.",
+)
 
 
 @data.command()
 @_work
 @_workers
-@click.option("--shards", type=click.IntRange(1), default=32, show_default=True, help="Shards of 500 clips.")
-def scenes(work: Path, workers: int, shards: int) -> None:
-    """Mix voices and recordings into scenes and keep the encoder's states of each (about 8 minutes on two cores)."""
+@click.option("--shards", type=click.IntRange(0), default=32, show_default=True, help="Shards of 500 scenes.")
+@click.option(
+    "--speech-shards",
+    type=click.IntRange(0),
+    default=120,
+    show_default=True,
+    help="Shards of 500 short clips of one voice and open text.",
+)
+@_noise
+@click.option(
+    "--noise-shards", type=click.IntRange(0), default=32, show_default=True, help="Shards of 500 scenes over --noise."
+)
+def scenes(
+    work: Path, workers: int, shards: int, speech_shards: int, noise: tuple[Path, ...], noise_shards: int
+) -> None:
+    """Build the training clips: render them and keep the encoder's states of each.
+
+    A shard takes half a minute of one core. Shards that are there stay; a build that stopped goes on. All kinds of
+    clips lie in WORK/clips/train; what the files of --noise ask for is listed there in noise-licences.json.
+    """
     _single_threaded()
-    from training.clips import build_clips
+    from training.clips import ClipKind, build_clips
     from training.voices import list_voices, missing_rounds
 
-    missing = missing_rounds(work / "bank", list_voices())
+    missing = missing_rounds(work / "bank", [voice for voice in list_voices() if voice.split == "train"])
     if missing:
         raise click.ClickException(f"the bank lacks {len(missing)} rounds: finish it first (make bank)")
-    build_clips(work / "assets", work / "bank", work / "clips/train", "train", num_shards=shards, num_workers=workers)
+    wanted: dict[ClipKind, int] = {"speech": speech_shards, "scene": shards, "noise": noise_shards if noise else 0}
+    for kind, number in wanted.items():
+        if number:
+            build_clips(
+                work / "assets",
+                work / "bank",
+                work / "clips/train",
+                "train",
+                kind=kind,
+                num_shards=number,
+                num_workers=workers,
+                noise=noise,
+            )
+
+
+@data.command()
+@_work
+@_workers
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--items", type=click.IntRange(1), default=1_000, show_default=True, help="Questions, one a clip.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    default="train",
+    show_default=True,
+    help="Whose voices and recordings to use.",
+)
+@click.option(
+    "--suite",
+    help="Export a hard set: hard-multi-speaker, snr-20, snr-15, snr-10, snr-5, snr-0, overlap or "
+    "contradicting-background.  [default: the usual mixture]",
+)
+@_noise
+@click.option("--audio", type=click.Choice(["flac", "wav"]), default="flac", show_default=True, help="Kind of file.")
+@click.option("--parts", is_flag=True, help="Also write each clip's speech and background apart.")
+def export(
+    work: Path,
+    workers: int,
+    folder: Path,
+    items: int,
+    split: Split,
+    suite: str | None,
+    noise: tuple[Path, ...],
+    audio: Literal["flac", "wav"],
+    parts: bool,
+) -> None:
+    """Write scenes into FOLDER as a data set that others can train on.
+
+    FOLDER gets audio/, a JSON Lines file in PAQA's form (instruction, output, audios; `hyper data check` reads it) with
+    what is true of each clip, and LICENCES.json with what the sources of the sound ask for. An export that stopped goes
+    on; finished files are not made again.
+    """
+    _single_threaded()
+    from training.assets import SOUNDS_FOLDER
+    from training.dataset import ExportPlan, export_scenes
+    from training.hard_sets import HARD_SETS
+
+    if suite is not None and suite not in HARD_SETS:
+        raise click.BadParameter(f"{suite!r} is none of {', '.join(HARD_SETS)}", param_hint="--suite")
+    if suite is not None and noise:
+        raise click.UsageError("--suite has backgrounds of its own: leave --noise out")
+    plan = ExportPlan(
+        work / "bank",
+        work / "assets" / SOUNDS_FOLDER,
+        split,
+        items,
+        suite=suite,
+        noise=noise,
+        audio=audio,
+        with_parts=parts,
+        seed=SEED,
+    )
+    rows = export_scenes(plan, folder, num_workers=workers)
+    click.echo(f"{items} items in {rows}")
 
 
 @data.command()
@@ -139,84 +228,6 @@ def samples(work: Path, folder: Path) -> None:
     builders = {n: SceneBuilder(bank, recordings, "test", num_speakers=n, snr_db=(10.0, 20.0)) for n in range(5)}
     rows = write_samples(builders, folder)
     click.echo(f"{len(rows)} clips in {folder}")
-
-
-@click.command()
-@click.argument("recipe", default="mini_sft")
-@_work
-@_workers
-@click.option("--export", "export_to", type=click.Path(file_okay=False, path_type=Path), help="Export here at the end.")
-@click.option("--export-only", is_flag=True, help="Export the newest saved state without training on.")
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is already there.")
-def train(recipe: str, work: Path, workers: int, export_to: Path | None, export_only: bool, overwrite: bool) -> None:
-    """Train RECIPE on the clips under WORK, going on where an earlier run stopped, and export the checkpoint."""
-    _single_threaded()
-    from training.assets import ENCODER_FILE
-    from training.export import export_mini
-    from training.recipes import RECIPES
-    from training.sft import train as run
-
-    if recipe not in RECIPES:
-        raise click.BadParameter(f"{recipe!r} is none of {', '.join(RECIPES)}", param_hint="RECIPE")
-    run_dir = work / "runs" / recipe
-    if not export_only:
-        run(RECIPES[recipe](), work / "clips/train", run_dir, num_processes=workers)
-    if export_to is not None:
-        checkpoint = export_mini(run_dir, work / "assets" / ENCODER_FILE, export_to, overwrite=overwrite)
-        click.echo(f"exported {checkpoint.path} (manifest sha256 {checkpoint.manifest_sha256[:12]})")
-
-
-@click.command()
-@click.option(
-    "--suite",
-    type=click.Choice(["held-out", "validation"]),
-    default="held-out",
-    show_default=True,
-    help="held-out: voices and recordings nothing was trained or tuned on. validation: for choosing settings.",
-)
-@click.option(
-    "--checkpoint",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("checkpoints/hyper-mini"),
-    show_default=True,
-    help="The checkpoint to measure.",
-)
-@click.option("--pauses", type=click.IntRange(0), help="Lower the budget of pauses.  [default: the checkpoint's]")
-@click.option("--items", type=click.IntRange(20), default=1_400, show_default=True, help="Questions to ask.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line instead of a table.")
-@_work
-@_workers
-def evaluate(
-    suite: str, checkpoint: Path, pauses: int | None, items: int, as_json: bool, work: Path, workers: int
-) -> None:
-    """Measure a checkpoint on synthetic scenes, through vLLM; builds the test voices first if they are missing."""
-    from hyper_model.checkpoint import open_checkpoint
-
-    opened = open_checkpoint(checkpoint)
-    from training.assets import SOUNDS_FOLDER
-    from training.evaluate import evaluate as run
-
-    split: Split = "test" if suite == "held-out" else "validation"
-    result = run(
-        opened,
-        _bank_of(split, work, workers),
-        work / "assets" / SOUNDS_FOLDER,
-        split=split,
-        num_items=items,
-        max_pauses=pauses,
-        use_tqdm=not as_json,
-    )
-    result["checkpoint"] = opened.manifest.name
-    result["manifest_sha256"] = opened.manifest_sha256
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    for name, value in result.items():
-        if isinstance(value, float):
-            low, high = result["interval_95"].get(name, (None, None))
-            click.echo(f"{name:32} {value:7.3f}" + (f"   [{low:.3f}, {high:.3f}]" if low is not None else ""))
-    for name in ("choice_accuracy_by_kind", "environment_accuracy_by_class", "speaker_count_accuracy_by_count"):
-        click.echo(f"{name}: " + "  ".join(f"{key} {value:.2f}" for key, value in result[name].items()))
 
 
 @click.command()
@@ -291,17 +302,17 @@ def _prompts_of_scenes(checkpoint: Checkpoint, num_items: int, work: Path, worke
     from hyper_model.trace import build_prompt
     from training.assets import SOUNDS_FOLDER
     from training.clips import SEED_STRIDE
-    from training.evaluate import draw_items
     from training.rollout import Prompt
     from training.scenes import SceneBuilder
+    from training.suites import draw_items
 
-    bank = _bank_of("validation", work, workers)
+    bank = bank_of("validation", work, workers)
     builder = SceneBuilder(bank, work / "assets" / SOUNDS_FOLDER, "validation")
     return [
         Prompt(
-            build_prompt(checkpoint.tokenizer, item.example.question, item.example.choices),
-            item.samples_S,
-            item.example.choices,
+            build_prompt(checkpoint.tokenizer, item.truth.question, item.truth.choices),
+            item.load(),
+            item.truth.choices,
         )
         for item in draw_items(builder, num_items=num_items, first_seed=SEED_STRIDE["validation"])
     ]

@@ -1,292 +1,434 @@
-"""Measures a checkpoint on scenes of held-out voices and recordings, through vLLM and the service's prompt and parser.
+"""Judges replies and turns them into figures, whoever replied: a checkpoint, a service, another model, a rival.
 
 Every figure is over all items it is defined on, with a 95 % bootstrap interval of fixed seed. Items are not
 independent: a few voices and recordings make them all, so whole voices or recordings are resampled, not items.
-`swapped_clip_accuracy` asks each question of another item's clip: a model that listens falls to chance.
-Knows nothing of how scenes sound or of training.
+What was not answered (an endpoint's fault, a clip that is refused) is wrong, and counted apart as well.
+
+Knows nothing of how scenes sound, of HTTP, or of training.
 """
 
 from __future__ import annotations
 
-import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from hyper_model.checkpoint import Checkpoint
-from hyper_model.pause import GateSettings
-from hyper_model.trace import build_prompt
-from hyper_model.trace_parser import ParsedTrace, TraceFormat
-from training import sounds
-from training.clips import SEED_STRIDE
-from training.questions import KINDS, SceneExample, chance_accuracy, draw_example, possible_kinds
+from hyper_model.trace import environment_labels
+from hyper_model.trace_parser import ParsedTrace, TraceFormat, parse_text
+from training.answers import matches_words
+from training.hard_sets import SNR_LEVELS_DB
 from training.rewards import Truth, Weights, accuracy, edit_distance, reward, words
-from training.rollout import Prompt, VllmBackend
-from training.scenes import SceneBuilder
-from training.voices import Bank, Split
+from training.statistics import Difference, Statistic, Sums, compare, figure, mean_average_precision, ratio
+from training.suites import Item
 
-NUM_BOOTSTRAP = 1_000
-MAX_SWAPPED = 500
-"""Questions that are asked again of another clip."""
+RESULT_VERSION = 1
+
+Reads = Literal["trace", "perception", "answer"]
+
+_OF_THE_TRACE = frozenset({"is_strict", "is_consistent", "fidelity", "reward"})
+"""Outcomes that say how a trace was written, and not what was heard."""
 
 
-@dataclass(frozen=True, eq=False)
-class Item:
-    """An example and its clip, float32 [S]."""
+@dataclass(frozen=True)
+class Reply:
+    """Holds what somebody replied to an item.
 
-    example: SceneExample
-    samples_S: np.ndarray  # noqa: N815  # the axis suffix
+    Attributes:
+        parsed: The trace; of a reply in prose, its words without any section.
+        choice: The index of the choice it means; None where it means none, or there are none.
+        prediction: The answer in words, as rules by words read it.
+        has_tokens: Whether the trace's tokens were counted, which its reward needs.
+        ttft_s, e2e_s: Seconds to the first token and to the end; None where they were not measured.
+        error: Why there is no reply; None where there is one.
+    """
+
+    parsed: ParsedTrace
+    choice: int | None = None
+    prediction: str = ""
+    has_tokens: bool = False
+    num_pauses: int | None = None
+    is_aborted: bool | None = None
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    error: str | None = None
+
+    @classmethod
+    def failed(cls, error: str) -> Reply:
+        """Returns what stands for a reply that did not come."""
+        return cls(parse_text(""), error=error)
 
 
 @dataclass(frozen=True)
 class Judged:
     """One item's outcomes; None where a figure does not apply to it."""
 
-    is_right: bool | None
-    free_is_right: bool | None
-    environment_is_right: bool
-    count_is_right: bool | None
-    word_errors: int
-    num_words: int
-    is_strict: bool
-    is_silent: bool | None
+    is_right: bool | None = None
+    matches_words: bool | None = None
+    """By the string match of MMAU and MMAR."""
+
+    names_choice: bool | None = None
+    free_is_right: bool | None = None
+    environment_is_right: bool | None = None
+    environment_named: tuple[str, ...] | None = None
+    count_is_right: bool | None = None
+    word_errors: int | None = None
+    num_words: int | None = None
+    char_errors: int | None = None
+    num_chars: int | None = None
+    is_strict: bool | None = None
+    is_silent: bool | None = None
     """In a clip without speech: whether no word and no speaker was named."""
 
-    is_consistent: bool
+    invents_speech: bool | None = None
+    """In a clip without speech: whether any word was transcribed."""
+
+    is_consistent: bool | None = None
     """Whether the conclusion of the trace names what it then answers, and takes no background sound for words."""
 
-    fidelity: float | None
+    fidelity: float | None = None
     """How well the quotes of the speakers are backed by the trace's own transcript."""
 
-    reward: float
+    reward: float | None = None
     """What Stage II would give for it, with the weights that it begins with."""
 
-    num_pauses: int = 0
-    is_aborted: bool = False
+    num_pauses: int | None = None
+    is_aborted: bool | None = None
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    error: str | None = None
 
 
-def draw_items(builder: SceneBuilder, *, num_items: int, first_seed: int) -> list[Item]:
-    """Draw items from consecutive seeds, each asking the least asked kind that its scene can answer."""
-    asked: dict[str, int] = dict.fromkeys(KINDS, 0)
-    items: list[Item] = []
-    for seed in range(first_seed, first_seed + num_items):
-        scene, samples_S = builder.draw(seed)
-        kind = min(possible_kinds(scene), key=lambda k: asked[k])
-        asked[kind] += 1
-        items.append(Item(draw_example(scene, random.Random(seed), kind=kind), samples_S))
-    return items
+def judge(item: Item, reply: Reply, *, reads: Reads = "trace") -> Judged:
+    """Compares one reply with the truth.
 
-
-def truth_of(example: SceneExample) -> Truth:
-    """Return what is known about an example: everything, since its scene was made."""
-    scene = example.scene
-    return Truth(
-        example.question,
-        example.answer,
-        example.choices,
-        environment=scene.environment,
-        num_speakers=len(scene.speakers),
-        transcript=scene.transcript,
+    Args:
+        reads: What whoever replied is one to give. Of one that writes a trace, a missing section is a wrong one; of a
+            cascade, which hears and does not reason, the perception is judged and the trace's form is not; of a model
+            that answers in prose, only the answer.
+    """
+    truth = item.truth
+    judged = Judged(
+        is_right=reply.choice == truth.choices.index(truth.answer) if truth.choices else None,
+        matches_words=matches_words(reply.prediction, truth.answer, truth.choices) if truth.choices else None,
+        names_choice=reply.choice is not None if truth.choices else None,
+        free_is_right=_free_is_right(reply, truth),
+        num_pauses=reply.num_pauses,
+        is_aborted=reply.is_aborted,
+        ttft_s=reply.ttft_s,
+        e2e_s=reply.e2e_s,
+        error=reply.error,
     )
+    if reads == "answer":
+        return judged
+    outcomes = _judge_trace(truth, reply)
+    if reads == "perception":
+        outcomes = {name: value for name, value in outcomes.items() if name not in _OF_THE_TRACE}
+    return Judged(**{**vars(judged), **outcomes})
 
 
-def judge(example: SceneExample, parsed: ParsedTrace, choice_scores: Sequence[float]) -> Judged:
-    """Compare one completion with the scene's truth."""
-    scene, trace, truth = example.scene, parsed.trace, truth_of(example)
-    reference, heard = words(scene.transcript), words(trace.transcript or "")
-    num_people = len(scene.speakers)
+def _free_is_right(reply: Reply, truth: Truth) -> bool | None:
+    if truth.choices or not truth.answer:
+        return None
+    if reply.parsed.answer_text is not None:
+        return accuracy(reply.parsed, truth) == 1
+    return bool(words(reply.prediction)) and words(reply.prediction) == words(truth.answer)
+
+
+def _judge_trace(truth: Truth, reply: Reply) -> dict[str, Any]:
+    parsed, trace = reply.parsed, reply.parsed.trace
     worth = reward(parsed, truth, Weights())
-    return Judged(
-        is_right=int(np.argmax(choice_scores)) == example.answer_index if example.choices else None,
-        free_is_right=None if example.choices else accuracy(parsed, truth) == 1,
-        environment_is_right=(trace.environment or "").strip().lower() == scene.environment,
-        count_is_right=len(trace.speakers) == num_people if num_people else None,
-        word_errors=edit_distance(reference, heard),
-        num_words=len(reference),
-        is_strict=parsed.format is TraceFormat.STRICT,
-        is_silent=None if num_people else not trace.speakers and not heard,
-        is_consistent=worth.alignment * worth.background_gate == 1,
-        fidelity=worth.fidelity if num_people else None,
-        reward=worth.total,
-    )
+    outcomes: dict[str, Any] = {
+        "is_strict": parsed.format is TraceFormat.STRICT,
+        "is_consistent": worth.alignment * worth.background_gate == 1,
+        "reward": worth.total if reply.has_tokens else None,
+    }
+    if truth.environment is not None:
+        named = sorted({" ".join(words(label)) for label in environment_labels(trace.environment or "")})
+        outcomes["environment_named"] = tuple(named)
+        outcomes["environment_is_right"] = set(named) == true_labels(truth)
+    if truth.num_speakers:
+        outcomes["count_is_right"] = len(trace.speakers) == truth.num_speakers
+        outcomes["fidelity"] = worth.fidelity
+    if truth.transcript is not None:
+        reference, heard = words(truth.transcript), words(trace.transcript or "")
+        outcomes |= {
+            "word_errors": edit_distance(reference, heard),
+            "num_words": len(reference),
+            "char_errors": edit_distance(" ".join(reference), " ".join(heard)),
+            "num_chars": len(" ".join(reference)),
+        }
+        if not reference:
+            outcomes["invents_speech"] = bool(heard)
+            outcomes["is_silent"] = not trace.speakers and not heard
+    return outcomes
 
 
-def _interval(
-    values: Sequence[Any], clusters: Sequence[str], statistic: Callable[[Sequence[Any]], float]
-) -> list[float]:
-    """Bootstrap whole clusters (Field and Welsh 2007): what one voice or recording makes is drawn together."""
-    members: defaultdict[str, list[Any]] = defaultdict(list)
-    for value, cluster in zip(values, clusters, strict=True):
-        members[cluster].append(value)
-    groups = list(members.values())
-    if not groups:
-        return [0.0, 0.0]
-    rng = random.Random(0)
-    draws = sorted(
-        statistic([value for group in rng.choices(groups, k=len(groups)) for value in group])
-        for _ in range(NUM_BOOTSTRAP)
-    )
-    return [round(draws[int(0.025 * NUM_BOOTSTRAP)], 4), round(draws[int(0.975 * NUM_BOOTSTRAP)], 4)]
+def true_labels(truth: Truth) -> set[str]:
+    """Returns the labels that are true of a clip's environment, in plain words."""
+    return {" ".join(words(label)) for label in environment_labels(truth.environment or "")}
 
 
-def _voice(example: SceneExample) -> str:
-    return example.scene.speakers[0].voice if example.scene.speakers else "nobody"
+@dataclass(frozen=True)
+class Figure:
+    """Says how a figure is made: of which part's items, of which outcome, and what is drawn together.
+
+    Attributes:
+        value: What an item adds: a number, or a pair of which the second is what the first is a share of; None where
+            the figure does not apply to it.
+    """
+
+    name: str
+    value: Callable[[Item, Judged], float | tuple[float, float] | None]
+    cluster: Literal["voice", "background"] = "voice"
+    part: str = "main"
+    meaning: str = ""
 
 
-def _background(example: SceneExample) -> str:
-    return example.scene.recording or example.scene.environment
+def _errors(kind: Literal["word", "char"]) -> Callable[[Item, Judged], tuple[float, float] | None]:
+    def value(_: Item, judged: Judged) -> tuple[float, float] | None:
+        errors, num = (
+            (judged.word_errors, judged.num_words) if kind == "word" else (judged.char_errors, judged.num_chars)
+        )
+        return None if not num or errors is None else (errors, num)
+
+    return value
 
 
-def count_from_turns_accuracy(examples: Sequence[SceneExample]) -> float:
-    """Return what counting turns alone could reach: the best fixed guess of the head count for each number of turns."""
+FIGURES: tuple[Figure, ...] = (
+    Figure("choice_accuracy", lambda _, j: j.is_right, meaning="right choice"),
+    Figure("string_match_accuracy", lambda _, j: j.matches_words, meaning="right by the string match of MMAU and MMAR"),
+    Figure("environment_accuracy", lambda _, j: j.environment_is_right, "background", meaning="ENV names what is true"),
+    Figure(
+        "environment_accuracy_recorded",
+        lambda i, j: j.environment_is_right if i.is_recorded else None,
+        "background",
+        meaning="the same, recorded backgrounds only",
+    ),
+    Figure("speaker_count_accuracy", lambda _, j: j.count_is_right, meaning="SPEAKER has the right number of people"),
+    Figure(
+        "one_voice_counted_as_one",
+        lambda _, j: j.count_is_right,
+        part="one_voice",
+        meaning="one voice that speaks four turns is one person",
+    ),
+    Figure("wer", _errors("word"), meaning="word errors of ASR"),
+    Figure("cer", _errors("char"), meaning="character errors of ASR"),
+    Figure(
+        "speech_free_is_silent_rate",
+        lambda _, j: j.is_silent,
+        "background",
+        meaning="clips without speech: no word, no speaker",
+    ),
+    Figure(
+        "invented_speech_rate",
+        lambda _, j: j.invents_speech,
+        "background",
+        part="speech_free",
+        meaning="clips without speech: any word transcribed",
+    ),
+    Figure("strict_format_rate", lambda _, j: j.is_strict, meaning="traces with every section in order"),
+    Figure("free_answer_accuracy", lambda _, j: j.free_is_right, meaning="questions without choices: the exact words"),
+    Figure("consistency", lambda _, j: j.is_consistent, meaning="the trace concludes what it answers"),
+    Figure("quote_fidelity", lambda _, j: j.fidelity, meaning="quotes are backed by the trace's transcript"),
+    Figure("reward", lambda _, j: j.reward, meaning="what Stage II gives"),
+    Figure("pauses_per_sample", lambda _, j: j.num_pauses, meaning="pauses a completion"),
+    Figure("aborted_rate", lambda _, j: j.is_aborted, meaning="completions given up by the gate"),
+    Figure("unread_answer_rate", lambda _, j: _no(j.names_choice), meaning="replies that name no choice"),
+    Figure("failed_rate", lambda _, j: j.error is not None, meaning="items without a reply"),
+    Figure(
+        "swapped_clip_accuracy", lambda _, j: j.is_right, part="swapped", meaning="right choice, of another item's clip"
+    ),
+    *(
+        figure
+        for level in SNR_LEVELS_DB
+        for figure in (
+            Figure(f"accuracy_snr_{level}", lambda _, j: j.is_right, part=f"snr_{level}", meaning=f"at {level} dB"),
+            Figure(
+                f"environment_accuracy_snr_{level}",
+                lambda _, j: j.environment_is_right,
+                "background",
+                f"snr_{level}",
+                f"at {level} dB",
+            ),
+            Figure(f"wer_snr_{level}", _errors("word"), part=f"snr_{level}", meaning=f"at {level} dB"),
+        )
+    ),
+)
+"""Every figure but the mean average precision, in the order in which they are shown; all are shares of sums."""
+
+MAP = "environment_map"
+
+BREAKDOWNS: tuple[tuple[str, str, Callable[[Judged], bool | None]], ...] = (
+    ("choice_accuracy_by_kind", "kind", lambda j: j.is_right),
+    ("choice_accuracy_by_task", "task", lambda j: j.is_right),
+    ("choice_accuracy_by_category", "category", lambda j: j.is_right),
+    ("choice_accuracy_by_difficulty", "difficulty", lambda j: j.is_right),
+    ("string_match_accuracy_by_task", "task", lambda j: j.matches_words),
+    ("environment_accuracy_by_class", "class", lambda j: j.environment_is_right),
+    ("speaker_count_accuracy_by_count", "people", lambda j: j.count_is_right),
+)
+"""(name, group, outcome) of every breakdown of the part `main`."""
+
+
+def _no(outcome: bool | None) -> bool | None:
+    return None if outcome is None else not outcome
+
+
+def summarize(items: Sequence[Item], judged: Sequence[Judged]) -> dict[str, Any]:
+    """Returns the figures, their intervals and breakdowns, and each item's outcomes, as plain data.
+
+    A figure that no item of the suite defines is left out.
+    """
+    result: dict[str, Any] = {}
+    intervals: dict[str, list[float]] = {}
+    pairs = list(zip(items, judged, strict=True))
+
+    def add(name: str, sums: Sums, statistic: Statistic = ratio) -> None:
+        value, interval = figure(sums, statistic)
+        result[name] = round(value, 4)
+        intervals[name] = [round(each, 4) for each in interval]
+
+    for each in FIGURES:
+        sums = _sums(each, pairs)
+        if sums.clusters:
+            add(each.name, sums)
+    labels = sorted({label for item in items for label in true_labels(item.truth)})
+    sums = _label_sums(pairs, labels)
+    if sums.clusters:
+        add(MAP, sums, mean_average_precision)
+    main = [(item, verdict) for item, verdict in pairs if item.part == "main"]
+    for name in ("ttft", "e2e"):
+        result |= latency(name, [value for _, j in main if (value := getattr(j, f"{name}_s")) is not None])
+    counts = Counter(j.num_pauses for _, j in main if j.num_pauses is not None)
+    if counts:
+        result["pause_shares"] = {str(k): round(counts[k] / counts.total(), 4) for k in sorted(counts)}
+    for name, group, outcome in BREAKDOWNS:
+        if broken := _by(main, group, outcome):
+            result[name] = broken
+    with_choices = [item for item, _ in main if item.truth.choices]
+    if with_choices:
+        result["chance_accuracy"] = round(_mean([1 / len(item.truth.choices) for item in with_choices]), 4)
+    if any(item.num_turns is not None for item, _ in main):
+        result["count_from_turns_accuracy"] = round(count_from_turns_accuracy([item for item, _ in main]), 4)
+    result["interval_95"] = intervals
+    result["num_items"] = len(main)
+    result["num_choice_items"] = len(with_choices)
+    result["num_environment_classes"] = len(labels)
+    result["items"] = {item.id: _row(item, verdict) for item, verdict in pairs}
+    result["version"] = RESULT_VERSION
+    return result
+
+
+def latency(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    """Returns the median and the 95th percentile of a latency; nothing where it was not measured."""
+    if not seconds:
+        return {}
+    return {f"{name}_p{percent}_s": round(float(np.percentile(seconds, percent)), 4) for percent in (50, 95)}
+
+
+def _sums(each: Figure, pairs: Sequence[tuple[Item, Judged]]) -> Sums:
+    rows: list[tuple[float, float]] = []
+    clusters: list[str] = []
+    for item, verdict in pairs:
+        if item.part != each.part:
+            continue
+        value = each.value(item, verdict)
+        if value is not None:
+            rows.append(value if isinstance(value, tuple) else (float(value), 1.0))
+            clusters.append(getattr(item, each.cluster))
+    return Sums(np.asarray(rows, np.float64).reshape(-1, 2), tuple(clusters))
+
+
+def _label_sums(pairs: Sequence[tuple[Item, Judged]], labels: Sequence[str]) -> Sums:
+    rows: list[list[float]] = []
+    clusters: list[str] = []
+    for item, verdict in pairs:
+        if item.part == "main" and verdict.environment_named is not None:
+            named, true = set(verdict.environment_named), true_labels(item.truth)
+            rows.append([1.0, *(float(x) for label in labels for x in _membership(label, named, true))])
+            clusters.append(item.background)
+    return Sums(np.asarray(rows, np.float64).reshape(-1, 1 + 3 * len(labels)), tuple(clusters))
+
+
+def _membership(label: str, named: set[str], true: set[str]) -> tuple[bool, bool, bool]:
+    return label in named and label in true, label in named, label in true
+
+
+def _by(pairs: Sequence[tuple[Item, Judged]], group: str, outcome: Callable[[Judged], bool | None]) -> dict[str, float]:
+    found: defaultdict[str, list[bool]] = defaultdict(list)
+    for item, verdict in pairs:
+        value = outcome(verdict)
+        if value is not None and group in item.groups:
+            found[item.groups[group]].append(value)
+    return {name: round(_mean(values), 3) for name, values in sorted(found.items())}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def count_from_turns_accuracy(items: Sequence[Item]) -> float:
+    """Returns what counting turns alone could reach: for each number of turns, the best fixed guess of head count."""
     counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
-    for example in examples:
-        if example.scene.speakers:
-            counts[len(example.scene.turns)][len(example.scene.speakers)] += 1
+    for item in items:
+        if item.truth.num_speakers and item.num_turns is not None:
+            counts[item.num_turns][item.truth.num_speakers] += 1
     total = sum(counter.total() for counter in counts.values())
     return sum(max(counter.values()) for counter in counts.values()) / max(1, total)
 
 
-def _mean(values: Sequence[Any]) -> float:
-    return sum(values) / max(1, len(values))
+def _row(item: Item, verdict: Judged) -> dict[str, Any]:
+    """Returns what a later comparison needs of an item: what was asked, and every outcome that applies."""
+    outcomes = {name: value for name, value in asdict(verdict).items() if value is not None}
+    return {"digest": item.digest(), "voice": item.voice, "background": item.background, **outcomes}
 
 
-def _word_error_rate(judged: Sequence[Any]) -> float:
-    return sum(j.word_errors for j in judged) / max(1, sum(j.num_words for j in judged))
+def differences(items: Sequence[Item], result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Compares two results figure by figure on the items that both answered: the first less the other.
 
-
-def make_prompts(backend: VllmBackend, items: Sequence[Item], clips: Sequence[np.ndarray]) -> list[Prompt]:
-    """Make the prompt that asks every item of the clip at the same place of `clips`."""
-    tokenizer = backend.checkpoint.tokenizer
-    return [
-        Prompt(build_prompt(tokenizer, i.example.question, i.example.choices), clip, i.example.choices)
-        for i, clip in zip(items, clips, strict=True)
-    ]
-
-
-def ask(
-    backend: VllmBackend,
-    items: Sequence[Item],
-    clips: Sequence[np.ndarray],
-    *,
-    gate: GateSettings | None = None,
-    use_tqdm: bool,
-) -> list[Judged]:
-    """Ask every item of the clip at the same place of `clips`."""
-    completions = backend.complete(make_prompts(backend, items, clips), gate=gate, use_tqdm=use_tqdm)
-    judged: list[Judged] = []
-    for item, completion in zip(items, completions, strict=True):
-        parser = backend.parser()
-        for token_id in completion.token_ids:
-            parser.feed(token_id)
-        parser.finish()
-        verdict = judge(item.example, parser.result, completion.choice_scores)
-        if completion.gate is not None:
-            found = completion.gate
-            verdict = replace(verdict, num_pauses=found.num_pauses, is_aborted=found.is_aborted)
-        judged.append(verdict)
-    return judged
-
-
-def evaluate(
-    checkpoint: Checkpoint,
-    bank: Bank,
-    sounds_folder: Path,
-    *,
-    split: Split,
-    num_items: int,
-    max_pauses: int | None = None,
-    use_tqdm: bool = True,
-) -> dict[str, Any]:
-    """Run the whole suite; returns the figures, their intervals, and breakdowns by kind, class and head count.
-
-    Args:
-        max_pauses: Lowers the checkpoint's budget of pauses; None leaves it as it is.
+    Raises:
+        ValueError: The other result holds no item that was asked here, with the same question and sound.
     """
-    first_seed = SEED_STRIDE[split]
-    items = draw_items(SceneBuilder(bank, sounds_folder, split), num_items=num_items, first_seed=first_seed)
-    one_voice = draw_items(
-        SceneBuilder(bank, sounds_folder, split, one_voice_turns=4),
-        num_items=max(20, num_items // 10),
-        first_seed=first_seed + 5_000_000,
-    )
-    backend = VllmBackend(checkpoint)
-    gate = backend.gate
-    if gate is not None and max_pauses is not None:
-        gate = gate.lowered(max_pauses) if max_pauses else None
-    judged = ask(backend, items, [item.samples_S for item in items], gate=gate, use_tqdm=use_tqdm)
-    shortcut = ask(backend, one_voice, [item.samples_S for item in one_voice], gate=gate, use_tqdm=use_tqdm)
-    chosen = [item for item in items if item.example.choices]
-    exchanged = chosen[:MAX_SWAPPED]
-    swapped = ask(backend, exchanged, _other_clips(exchanged), gate=gate, use_tqdm=use_tqdm)
-
-    def figure(
-        pairs: Sequence[tuple[Item, Any]],
-        cluster: Callable[[SceneExample], str],
-        statistic: Callable[[Sequence[Any]], float] = _mean,
-    ) -> tuple[float, list[float]]:
-        defined = [(cluster(item.example), value) for item, value in pairs if value is not None]
-        values = [value for _, value in defined]
-        return round(statistic(values), 4), _interval(values, [name for name, _ in defined], statistic)
-
-    whole = list(zip(items, judged, strict=True))
-    recorded = [(i, j.environment_is_right) for i, j in whole if i.example.scene.recording is not None]
-    figures = {
-        "choice_accuracy": figure([(i, j.is_right) for i, j in whole], _voice),
-        "environment_accuracy": figure([(i, j.environment_is_right) for i, j in whole], _background),
-        "environment_accuracy_recorded": figure(recorded, _background),
-        "speaker_count_accuracy": figure([(i, j.count_is_right) for i, j in whole], _voice),
-        "one_voice_counted_as_one": figure(
-            [(i, j.count_is_right) for i, j in zip(one_voice, shortcut, strict=True)], _voice
-        ),
-        "wer": figure([(i, j if j.num_words else None) for i, j in whole], _voice, _word_error_rate),
-        "speech_free_is_silent_rate": figure([(i, j.is_silent) for i, j in whole], _background),
-        "strict_format_rate": figure([(i, j.is_strict) for i, j in whole], _voice),
-        "free_answer_accuracy": figure([(i, j.free_is_right) for i, j in whole], _voice),
-        "consistency": figure([(i, j.is_consistent) for i, j in whole], _voice),
-        "quote_fidelity": figure([(i, j.fidelity) for i, j in whole], _voice),
-        "reward": figure([(i, j.reward) for i, j in whole], _voice),
-        "pauses_per_sample": figure([(i, j.num_pauses) for i, j in whole], _voice),
-        "aborted_rate": figure([(i, j.is_aborted) for i, j in whole], _voice),
-        "swapped_clip_accuracy": figure([(i, j.is_right) for i, j in zip(exchanged, swapped, strict=True)], _voice),
-    }
-    result: dict[str, Any] = {name: value for name, (value, _) in figures.items()}
-    result["interval_95"] = {name: interval for name, (_, interval) in figures.items()}
-    result["chance_accuracy"] = round(chance_accuracy([item.example for item in items]), 4)
-    result["count_from_turns_accuracy"] = round(count_from_turns_accuracy([item.example for item in items]), 4)
-    result["num_items"] = len(items)
-    result["num_choice_items"] = len(chosen)
-    result["split"] = split
-    result["choice_accuracy_by_kind"] = _by(items, judged, lambda e: e.kind, lambda j: j.is_right)
-    result["environment_accuracy_by_class"] = _by(
-        items, judged, lambda e: e.scene.environment, lambda j: j.environment_is_right
-    )
-    result["speaker_count_accuracy_by_count"] = _by(
-        items, judged, lambda e: str(len(e.scene.speakers)), lambda j: j.count_is_right
-    )
-    result["num_environment_classes"] = len(sounds.labels()) + 2
-    return result
+    rows, other_rows = result["items"], other.get("items") or {}
+    shared = [
+        item for item in items if item.id in other_rows and other_rows[item.id]["digest"] == rows[item.id]["digest"]
+    ]
+    if not shared:
+        raise ValueError("the two results have no item in common: not the same suite, voices or number of items")
+    ours = [(item, judged_of(rows[item.id])) for item in shared]
+    theirs = [(item, judged_of(other_rows[item.id])) for item in shared]
+    found: dict[str, Any] = {}
+    for each in FIGURES:
+        both = [
+            (one, two)
+            for one, two in zip(ours, theirs, strict=True)
+            if each.value(*one) is not None and each.value(*two) is not None
+        ]
+        sums = _sums(each, [one for one, _ in both]), _sums(each, [two for _, two in both])
+        if sums[0].clusters:
+            found[each.name] = _plain(compare(*sums))
+    labels = sorted({label for item in shared for label in true_labels(item.truth)})
+    sums = _label_sums(ours, labels), _label_sums(theirs, labels)
+    if sums[0].clusters and sums[0].clusters == sums[1].clusters:
+        found[MAP] = _plain(compare(*sums, mean_average_precision))
+    return {"num_shared": len(shared), "num_left_out": len(items) - len(shared), "figures": found}
 
 
-def _other_clips(items: Sequence[Item]) -> list[np.ndarray]:
-    """Give each item the clip of the item half the list away: never its own."""
-    shift = max(1, len(items) // 2)
-    return [items[(i + shift) % len(items)].samples_S for i in range(len(items))]
+def judged_of(row: Mapping[str, Any]) -> Judged:
+    """Reads an item's outcomes back from a result."""
+    fields = {name: value for name, value in row.items() if name in Judged.__dataclass_fields__}
+    if "environment_named" in fields:
+        fields["environment_named"] = tuple(fields["environment_named"])
+    return Judged(**fields)
 
 
-def _by(
-    items: Sequence[Item],
-    judged: Sequence[Judged],
-    key: Callable[[SceneExample], str],
-    outcome: Callable[[Judged], bool | None],
-) -> dict[str, float]:
-    groups: defaultdict[str, list[bool]] = defaultdict(list)
-    for item, verdict in zip(items, judged, strict=True):
-        value = outcome(verdict)
-        if value is not None:
-            groups[key(item.example)].append(value)
-    return {name: round(_mean(values), 3) for name, values in sorted(groups.items())}
+def _plain(difference: Difference) -> dict[str, Any]:
+    def rounded(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [rounded(each) for each in value]
+        return round(value, 6) if isinstance(value, float) else value
+
+    return {name: rounded(value) for name, value in asdict(difference).items() if value is not None}

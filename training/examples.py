@@ -53,6 +53,7 @@ class Example:
         answer: With choices, exactly one of them; "" where a plain list does not tell it.
         completion: The gold trace as the data set spells it, None where it has none.
         category: What accuracy is reported by, such as "speech/Semantic Layer".
+        difficulty: As the data set grades it, such as "easy"; None where it does not.
         environment, transcript, num_speakers: None where the data set does not say; "" is a clip without speech.
         source: File and line, or file and item, for messages.
     """
@@ -64,6 +65,7 @@ class Example:
     choices: tuple[str, ...] = ()
     completion: str | None = None
     category: str | None = None
+    difficulty: str | None = None
     environment: str | None = None
     transcript: str | None = None
     num_speakers: int | None = None
@@ -534,6 +536,7 @@ def _benchmark(row: _Row, audio_field: str, *category_fields: str) -> Example:
         answer=row.answer("answer", choices),
         choices=choices,
         category="/".join(categories) or None,
+        difficulty=row.optional_text("difficulty"),
         source=row.source,
     )
 

@@ -159,7 +159,7 @@ def alignment(parsed: ParsedTrace, truth: Truth) -> float:
     if not truth.choices:
         return float(bool(words(answer)) and _holds(words(conclusion), words(answer)))
     named = named_choice(answer, truth.choices)
-    return float(named is not None and _mentioned_choices(conclusion, truth.choices) == {named})
+    return float(named is not None and mentioned_choices(conclusion, truth.choices) == {named})
 
 
 def background_gate(parsed: ParsedTrace) -> float:
@@ -230,6 +230,20 @@ def named_choice(text: str, choices: Sequence[str]) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
+def mentioned_choices(text: str, choices: Sequence[str]) -> set[int]:
+    """Returns the choices whose words stand in a text; of one inside a longer one that stands there, the longer."""
+    whole = named_choice(text, choices)
+    if whole is not None:
+        return {whole}
+    said = words(text)
+    found = {index for index, choice in enumerate(choices) if words(choice) and _holds(said, words(choice))}
+    return {
+        index
+        for index in found
+        if not any(other != index and _holds(words(choices[other]), words(choices[index])) for other in found)
+    }
+
+
 def words(text: str) -> list[str]:
     """Returns the words of a text, lower case, without punctuation."""
     return "".join(c if c.isalnum() or c.isspace() else " " for c in text.lower()).split()
@@ -264,17 +278,3 @@ def _holds(text: Sequence[str], part: Sequence[str]) -> bool:
 def _is_copied(quote: str, text: str) -> bool:
     quoted = words(quote)
     return bool(quoted) and (_holds(words(text), quoted) or similarity(quote, text) >= COPIED_SIMILARITY)
-
-
-def _mentioned_choices(text: str, choices: Sequence[str]) -> set[int]:
-    """Returns the choices whose words stand in a text; of one inside a longer one that stands there, the longer."""
-    whole = named_choice(text, choices)
-    if whole is not None:
-        return {whole}
-    said = words(text)
-    found = {index for index, choice in enumerate(choices) if words(choice) and _holds(said, words(choice))}
-    return {
-        index
-        for index in found
-        if not any(other != index and _holds(words(choices[other]), words(choices[index])) for other in found)
-    }
