@@ -16,6 +16,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.faults import RequestError
+from server.metrics import Metrics
 from server.settings import Settings
 
 
@@ -24,6 +25,7 @@ class Connection(H11Protocol):
 
     head_timeout_s: float
     max_connections: int
+    metrics: Metrics
     head_timer: asyncio.TimerHandle | None = None
     has_bytes = False
 
@@ -32,6 +34,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
             # Without a word: who opens so many does not read.
+            self.metrics.connections_dropped.inc()
             transport.abort()
             return
         self.start_head_timer()
@@ -93,6 +96,7 @@ class Connection(H11Protocol):
             # A reply is on its way: there is no honest way to say anything else.
             self.transport.close()
             return
+        self.metrics.rejected.labels(str(fault.status), fault.code).inc()
         request_id = f"req_{uuid.uuid4().hex}"
         body = json.dumps(fault.body(request_id)).encode()
         headers = [
@@ -106,10 +110,11 @@ class Connection(H11Protocol):
         self.transport.close()
 
 
-def connection_type(settings: Settings) -> type[Connection]:
+def connection_type(settings: Settings, metrics: Metrics) -> type[Connection]:
     """Returns the class that uvicorn makes of each connection, with this service's limits."""
     limits: dict[str, Any] = {
         "head_timeout_s": settings.head_timeout_s,
         "max_connections": settings.max_connections,
+        "metrics": metrics,
     }
     return type("Connection", (Connection,), limits)

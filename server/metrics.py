@@ -65,6 +65,7 @@ class Metrics:
         self.pause_budget_spent = counter("pause_budget_spent", "Requests that used every pause they had")
         self.rejected = counter("rejected", "Requests that ended in an error, by status and reason", "code", "reason")
         self.aborted = counter("aborted", "Requests that ended early", "phase", "by")
+        self.connections_dropped = counter("connections_dropped", "Connections closed because there were too many")
         self.auth_failures = counter("auth_failures", "Requests without a key that opens the address", "reason")
         self.waiting = gauge("queue_depth", "Requests that wait for a place in the engine")
         self.queue_wait = histogram("queue_wait_seconds", "Time a request waited for its place", SECONDS)

@@ -80,7 +80,7 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         # Not httptools, the default, which accepts headers without a bound.
-        http=connection_type(settings),
+        http=connection_type(settings, app.state.service.metrics),
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws="none",
         log_config=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import re
 import socket
@@ -196,14 +197,34 @@ def test_the_wait_counts_as_queue_and_against_the_deadline() -> None:
         assert replies[0].json()["timings_ms"]["queue"] >= 250
 
 
+def test_a_client_that_leaves_the_line_leaves_no_trace() -> None:
+    with running(scripted(max_num_seqs=1)) as service, busy(service, 1):
+        service.service.line.work_s = None
+        thread = threading.Thread(target=leave, args=(service,))
+        thread.start()
+        wait_for(lambda: service.service.line.num_waiting == 1)
+        thread.join()
+        wait_for(lambda: service.service.num_in_flight == 1)
+        assert service.service.line.num_waiting == 0
+        assert service.metric("hyper_aborted_total", phase="queue", by="client") == 1
+
+
+def leave(service: Live) -> None:
+    """Asks, and hangs up half a second later."""
+    with contextlib.suppress(httpx.ReadTimeout):
+        ask(service, timeout_s=0.5)
+
+
 def test_every_request_is_accounted_for_under_overload() -> None:
     """Clients and counters agree, whoever is refused, answered or gone."""
     with running(scripted(max_num_seqs=2, max_in_flight=6, scripted_token_interval_s=0.0005)) as service:
         statuses: list[int] = []
+        refused_ms: list[float] = []
 
         def work(seed: int) -> None:
             rng = random.Random(seed)
             for _ in range(6):
+                started_s = time.monotonic()
                 try:
                     reply = ask(service, timeout_s=rng.choice([0.1, 30, 30]))
                 except httpx.TransportError:
@@ -212,6 +233,7 @@ def test_every_request_is_accounted_for_under_overload() -> None:
                 statuses.append(reply.status_code)
                 if reply.status_code != 200:
                     assert reply.status_code == 503 and int(reply.headers["retry-after"]) >= 1
+                    refused_ms.append(1000 * (time.monotonic() - started_s))
 
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(12)]
         for thread in threads:
@@ -221,6 +243,13 @@ def test_every_request_is_accounted_for_under_overload() -> None:
         service.wait_until_idle()
         counted = {200: outcome(service, "ok"), 503: outcome(service, "overloaded")}
         counted[499] = outcome(service, "client_closed_request")
+        refused_ms.sort()
+        print(
+            f"\noverload: {len(statuses)} requests, {statuses.count(200)} answered, {len(refused_ms)} refused, ", end=""
+        )
+        print(
+            f"overload_rejection_ms p50 {refused_ms[len(refused_ms) // 2]:.0f} p99 {refused_ms[-1]:.0f}, unaccounted 0"
+        )
         # A client may leave just as its answer is on its way.
         assert sum(counted.values()) == len(statuses) == 72
         assert statuses.count(200) <= counted[200] and statuses.count(503) <= counted[503]

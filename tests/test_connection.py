@@ -108,6 +108,7 @@ def test_heads_beyond_every_bound(strict: Live) -> None:
     received, _ = reply_to(strict, many)
     assert received.startswith(b"HTTP/1.1 431") and b'"limit":100' in received
     assert time.monotonic() - started_s < 3
+    assert strict.metric("hyper_rejected_total", code="431", reason="headers_too_large") == 4
 
 
 NO_HTTP = {
@@ -160,6 +161,7 @@ def test_connections_beyond_the_bound_are_dropped_and_the_others_served(strict: 
             except ConnectionError:
                 dropped += 1
         assert 38 <= dropped <= 60
+        assert strict.metric("hyper_connections_dropped_total") == dropped
     time.sleep(0.1)
     assert strict.client.get("/livez").status_code == 200
 

@@ -62,6 +62,10 @@ def test_a_thousand_broken_clips_are_refused_or_answered(service: Live, good: di
                 wrong.append(f"{name}: {reply.status_code} after {seconds:.1f} s: {reply.text[:200]}")
 
         list(threads.map(work, hostile.mutants(good, NUM_MUTANTS, SEED)))
+    print(
+        f"\nseed {SEED}: {dict(statuses)}, decoder deaths {service.metric('hyper_decoder_deaths_total'):.0f}, ", end=""
+    )
+    print(f"hostile_audio_5xx {sum(count for status, count in statuses.items() if status >= 500)}")
     assert not wrong, wrong[:5]
     assert sum(statuses.values()) == NUM_MUTANTS
     # Else the mutants would test nothing.
@@ -90,6 +94,8 @@ def test_traps_fetch_nothing_read_nothing_and_take_no_time(
             assert reply.status_code in (400, 415) and seconds < PATIENCE_S, (name, reply.status_code, seconds)
             all_seconds.append(seconds)
             assert str(port) not in reply.text.replace(reply.headers["x-request-id"], "") and "secret" not in reply.text
+        print(f"\n{len(traps)} traps, median {1000 * statistics.median(all_seconds):.0f} ms, ", end="")
+        print(f"slowest {1000 * max(all_seconds):.0f} ms; decoder_outbound 0, foreign_reads 0 are asserted next")
         for listener in (tcp.accept, lambda: udp.recv(1)):
             with pytest.raises(BlockingIOError):
                 listener()

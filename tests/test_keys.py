@@ -19,6 +19,7 @@ from starlette.routing import Route
 from hyper_model.errors import HyperError
 from server import keys
 from server.app import create_app
+from server.commands import ask as ask_command
 from server.commands import keys as command
 from server.edge import OPERATOR_PATHS, PUBLIC_PATHS
 from server.exchange import Exchange
@@ -336,6 +337,15 @@ def test_keys_are_made_listed_and_revoked_on_the_command_line(tmp_path: Path) ->
     assert KeyRing(path).find(secret) is None
     with pytest.raises(KeyFileError, match="no key named anna"):
         hyper_keys("revoke", "anna")
+
+
+def test_ask_sends_the_key(guarded: Live, secrets: dict[str, str], tmp_path: Path) -> None:
+    clip = tmp_path / "clip.wav"
+    clip.write_bytes(tone())
+    arguments = [str(clip), QUESTION, "--url", guarded.url]
+    assert CliRunner().invoke(ask_command, arguments, env={"HYPER_KEY": secrets["anna"]}).exit_code == 0
+    refused = CliRunner().invoke(ask_command, [*arguments, "--key", "hyp_wrong"])
+    assert refused.exit_code == 1 and "API key" in refused.output
 
 
 def test_the_metrics_port_answers_operators_without_a_key_and_nobody_else(
