@@ -114,22 +114,20 @@ def train(
 
 def _launch(processes: int) -> None:
     """Starts this command again, once a rank."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    # Whoever dies takes the others along, and none is started again: the run is resumed from its last checkpoint.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(
-        [
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-            "--max-restarts",
-            "0",
-            "-m",
-            "hyper_model.cli",
-            *sys.argv[1:],
-        ]
-    )
+    # Who dies takes the others along, and none is started again: the run is resumed from its last checkpoint.
+    ranks = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", "0"]
+    try:
+        main([*ranks, "-m", "hyper_model.cli", *sys.argv[1:]])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise click.ClickException(
+            f"rank {rank} ended with exit code {failure.exitcode}, and the others with it; what it said stands above, "
+            "and --resume goes on from the last checkpoint"
+        ) from error
 
 
 def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
@@ -237,6 +235,11 @@ def _grpo(
     from training.voices import Bank
 
     torch.manual_seed(recipe.seed)
+    if "RANK" in os.environ:
+        from accelerate import PartialState
+
+        # Before the engine, which would make a process group of one rank.
+        PartialState(cpu=not torch.cuda.is_available())
     model = _base(base, recipe)
     assert base is not None
     checkpoint = open_checkpoint(base, verify=False)
