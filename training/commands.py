@@ -1,4 +1,4 @@
-"""The training side of the `hyper` command: build data, train, export, calibrate.
+"""The training side of the `hyper` command: build data, calibrate, evaluate.
 
 Everything lives under one work folder: `assets/`, `bank/`, `clips/SPLIT/`, `runs/RECIPE/`. Each step resumes.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from training.examples import Format
     from training.rollout import Prompt
 
-__all__ = ["calibrate", "data", "evaluate", "train"]
+__all__ = ["calibrate", "data", "evaluate"]
 """The commands, as pyproject.toml names them."""
 
 _work = click.option(
@@ -126,31 +126,6 @@ def samples(work: Path, folder: Path) -> None:
     builders = {n: SceneBuilder(bank, recordings, "test", num_speakers=n, snr_db=(10.0, 20.0)) for n in range(5)}
     rows = write_samples(builders, folder)
     click.echo(f"{len(rows)} clips in {folder}")
-
-
-@click.command()
-@click.argument("recipe", default="mini_sft")
-@_work
-@_workers
-@click.option("--export", "export_to", type=click.Path(file_okay=False, path_type=Path), help="Export here at the end.")
-@click.option("--export-only", is_flag=True, help="Export the newest saved state without training on.")
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is already there.")
-def train(recipe: str, work: Path, workers: int, export_to: Path | None, export_only: bool, overwrite: bool) -> None:
-    """Train RECIPE on the clips under WORK, going on where an earlier run stopped, and export the checkpoint."""
-    _single_threaded()
-    from training.assets import ENCODER_FILE
-    from training.export import export_mini
-    from training.recipes import RECIPES
-    from training.sft import train as run
-
-    if recipe not in RECIPES:
-        raise click.BadParameter(f"{recipe!r} is none of {', '.join(RECIPES)}", param_hint="RECIPE")
-    run_dir = work / "runs" / recipe
-    if not export_only:
-        run(RECIPES[recipe](), work / "clips/train", run_dir, num_processes=workers)
-    if export_to is not None:
-        checkpoint = export_mini(run_dir, work / "assets" / ENCODER_FILE, export_to, overwrite=overwrite)
-        click.echo(f"exported {checkpoint.path} (manifest sha256 {checkpoint.manifest_sha256[:12]})")
 
 
 @click.command()

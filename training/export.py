@@ -1,64 +1,190 @@
-"""Assembles the embedded checkpoint from the frozen encoder and a Stage I run, and exports it as a HyPeR directory."""
+"""The model of a run: where it comes from, how it is saved and loaded again, how it leaves as a HyPeR checkpoint."""
 
 from __future__ import annotations
 
+import copy
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import Qwen2Config
 
-from hyper_model.checkpoint import Checkpoint, export
+from hyper_model.checkpoint import Checkpoint, export, open_checkpoint
 from hyper_model.trace import TraceTokenizer
+from hyper_model.weights import StoredTensors, read_entries, weight_files
 from training import sounds
-from training.assets import MissingDataError
 from training.encoder import load_encoder
-from training.recipes import SftRecipe
-from training.sft import MiniPolicy
+from training.policy import (
+    HyperPolicy,
+    build_policy,
+    freeze_encoder,
+    load_tensors,
+    merged,
+    named_tensors,
+    open_policy,
+)
+from training.recipes import Decoder, Lora
 
-MAX_MODEL_LEN = 2048
+MODEL, ADAPTER = "model", "adapter"
+MAX_MODEL_LEN = 2_048
+"""Positions of a decoder that is made here."""
 
 
-def export_mini(run_dir: Path, encoder_file: Path, directory: Path, *, overwrite: bool = False) -> Checkpoint:
-    """Write the checkpoint that a Stage I run has reached, in bfloat16.
+@dataclass(eq=False)
+class RunModel:
+    """Holds a policy and all that makes a checkpoint of it.
+
+    Attributes:
+        policy: A `HyperPolicy`, or peft's model around one.
+        config: Its `config.json`, as a dictionary.
+        tokenizer_json: The text of its tokenizer.
+        manifest: Fields of the manifest.
+    """
+
+    policy: Any
+    tokenizer: TraceTokenizer
+    config: dict[str, Any]
+    tokenizer_json: str
+    manifest: dict[str, Any]
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether LoRA adapters are trained, and nothing else."""
+        return hasattr(self.policy, "merge_adapter")
+
+    @property
+    def core(self) -> HyperPolicy:
+        """The policy without peft's wrapper."""
+        return self.policy.base_model.model if self.is_adapted else self.policy
+
+    def save(self, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Writes what `load` reads: the adapters, or the whole model as a checkpoint.
+
+        Args:
+            state_dict: Gathered from the shards of all ranks; None where the policy is whole.
+        """
+        if self.is_adapted:
+            self.policy.save_pretrained(folder / ADAPTER, state_dict=state_dict)
+        else:
+            self._write(folder / MODEL, state_dict or dict(named_tensors(self.policy)), recipe=None, dtype=None)
+
+    def load(self, folder: Path, model: nn.Module | None = None) -> None:
+        """Puts saved weights back, exactly.
+
+        Args:
+            model: The policy as it is wrapped by now; None where it is not.
+        """
+        if self.is_adapted:
+            from peft import set_peft_model_state_dict
+            from safetensors.torch import load_file
+
+            set_peft_model_state_dict(self.policy, load_file(folder / ADAPTER / "adapter_model.safetensors"))
+        else:
+            stored = StoredTensors(read_entries(weight_files(folder / MODEL)))
+            load_tensors(model or self.policy, stored.items())
+
+    def export(
+        self, directory: Path, *, recipe: Any, num_steps: int, dtype: torch.dtype | None, overwrite: bool = False
+    ) -> Checkpoint:
+        """Writes a checkpoint to serve, with adapters merged in.
+
+        Args:
+            recipe: What trained it, for the manifest.
+            dtype: Converts the weights; None keeps them as they are.
+        """
+        with merged(self.policy) as model:
+            said = asdict(recipe) | {"trained_steps": num_steps}
+            return self._write(directory, dict(named_tensors(model)), recipe=said, dtype=dtype, overwrite=overwrite)
+
+    def _write(
+        self,
+        directory: Path,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        recipe: dict[str, Any] | None,
+        dtype: torch.dtype | None,
+        overwrite: bool = True,
+    ) -> Checkpoint:
+        fields = copy.deepcopy(self.manifest)
+        if recipe is not None:
+            fields["recipe"] = json.dumps(recipe, sort_keys=True)
+        return export(
+            directory,
+            state_dict=tensors,
+            config=self.config,
+            tokenizer_json=self.tokenizer_json,
+            manifest_fields=fields,
+            dtype=dtype,
+            overwrite=overwrite,
+        )
+
+
+def model_of_checkpoint(directory: Path, *, dtype: torch.dtype, lora: Lora | None = None) -> RunModel:
+    """Opens a checkpoint to train on; its audio tower stays as it is.
 
     Raises:
-        MissingDataError: the run has not saved a state yet.
-        CheckpointError: what was written does not verify.
+        CheckpointError: It cannot be opened.
     """
-    if not (run_dir / "state.pt").exists():
-        raise MissingDataError(f"no trained state in {run_dir}: train first (make train)")
-    recipe = SftRecipe(**json.loads((run_dir / "recipe.json").read_text(encoding="utf-8")))
-    tokenizer = TraceTokenizer.from_file(run_dir / "tokenizer.json")
-    state = torch.load(run_dir / "state.pt", weights_only=True)
-    policy = MiniPolicy(recipe, tokenizer.vocab_size)
-    policy.load_state_dict(state["policy"], strict=True)
+    checkpoint = open_checkpoint(directory)
+    policy: Any = open_policy(checkpoint, dtype=dtype)
+    freeze_encoder(policy)
+    fields = checkpoint.manifest.model_dump(mode="json", exclude={"files", "format_version", "recipe"})
+    # Thresholds belong to the weights that they were found on: a trained checkpoint is calibrated anew.
+    fields["pause"].pop("calibration", None)
+    fields["trace"]["tags"] = {
+        name: {"open": tag["open"], "close": tag["close"]} for name, tag in fields["trace"]["tags"].items()
+    }
+    fields["base_model"] = f"{checkpoint.manifest.name} ({checkpoint.manifest_sha256[:12]})"
+    if lora is not None:
+        policy = adapt(policy, lora)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    text = (directory / "tokenizer.json").read_text(encoding="utf-8")
+    return RunModel(policy, checkpoint.tokenizer, config, text, fields)
+
+
+def model_from_scratch(decoder: Decoder, tokenizer_file: Path, encoder_file: Path, *, dtype: torch.dtype) -> RunModel:
+    """Makes the embedded checkpoint's model: Whisper's encoder, and a decoder of random weights."""
+    tokenizer = TraceTokenizer.from_file(tokenizer_file)
+    text_config = Qwen2Config(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=decoder.hidden_size,
+        intermediate_size=decoder.ffn_size,
+        num_hidden_layers=decoder.num_layers,
+        num_attention_heads=decoder.num_heads,
+        num_key_value_heads=decoder.num_heads,
+        max_position_embeddings=MAX_MODEL_LEN,
+        tie_word_embeddings=True,
+    )
     encoder = load_encoder(encoder_file)
-    tensors = {f"audio_tower.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    tensors |= {f"multi_modal_projector.linear.{name}": t for name, t in policy.projector.state_dict().items()}
-    tensors |= {f"language_model.{name}": tensor for name, tensor in policy.decoder.state_dict().items()}
+    policy = build_policy(text_config, encoder, audio_id=tokenizer.audio_id).to(dtype)  # pyright: ignore[reportArgumentType]
+    freeze_encoder(policy)
     config = {
         "architectures": ["Qwen2AudioForConditionalGeneration"],
         "model_type": "qwen2_audio",
         "audio_config": encoder.config.to_dict(),
-        "text_config": policy.decoder.config.to_dict(),
+        "text_config": text_config.to_dict(),
     }
-    return export(
-        directory,
-        state_dict=tensors,
-        config=config,
-        tokenizer_json=run_dir / "tokenizer.json",
-        dtype=torch.bfloat16,
-        overwrite=overwrite,
-        manifest_fields={
-            "name": "hyper-mini",
-            "base_model": "Whisper tiny.en encoder (frozen) + Qwen2 decoder trained from scratch",
-            "recipe": json.dumps(asdict(recipe) | {"trained_steps": state["step"]}, sort_keys=True),
-            "data_card": "README.md",
-            "environment_labels": [*sounds.labels(), sounds.QUIET, sounds.BACKGROUND_SPEECH],
-            "max_model_len": MAX_MODEL_LEN,
-            "trace": {"answer_style": "text"},
-            # Training holds latent spans; a gate that opens them needs thresholds, which calibrating sets.
-            "pause": {"mode": "parallel", "latent_tokens": recipe.latent_tokens, "max_pauses": 0},
-        },
-    )
+    fields = {
+        "name": "hyper-mini",
+        "base_model": "Whisper tiny.en encoder (frozen) + Qwen2 decoder trained from scratch",
+        "data_card": "README.md",
+        "environment_labels": [*sounds.labels(), sounds.QUIET, sounds.BACKGROUND_SPEECH],
+        "max_model_len": MAX_MODEL_LEN,
+        "trace": {"answer_style": "text"},
+        # Training holds latent spans; a gate that opens them needs thresholds, which calibrating sets.
+        "pause": {"mode": "parallel", "latent_tokens": decoder.latent_tokens, "max_pauses": 0},
+    }
+    return RunModel(policy, tokenizer, config, tokenizer_file.read_text(encoding="utf-8"), fields)
+
+
+def adapt(policy: HyperPolicy, lora: Lora) -> Any:
+    """Puts LoRA adapters (Hu et al. 2022) on the decoder's linear layers; head and embedding have none."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(lora.targets)})"
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    return get_peft_model(policy, config)  # pyright: ignore[reportArgumentType]

@@ -239,6 +239,8 @@ class Line:
 
     text: str
     questions: tuple[LineQuestion, ...]
+    is_open: bool = False
+    """Whether it is open text (`training/texts.py`) and no template's sentence."""
 
 
 def vocabulary() -> frozenset[str]:
@@ -281,11 +283,7 @@ _PATTERNS = tuple((_pattern(sentence), questions) for sentence, questions in TEM
 
 @lru_cache(maxsize=65_536)
 def line_from_text(text: str) -> Line:
-    """Find the template a drawn sentence came from, and with it the sentence's questions.
-
-    Raises:
-        ValueError: no template makes this sentence.
-    """
+    """Find the template a sentence came from, and with it the sentence's questions; open text has none."""
     for pattern, questions in _PATTERNS:
         match = pattern.fullmatch(text)
         if match is not None:
@@ -298,4 +296,4 @@ def line_from_text(text: str) -> Line:
                 text=text,
                 questions=tuple(LineQuestion(fill(q), filled[answer], answer.rstrip("2")) for q, answer in questions),
             )
-    raise ValueError(f"no template makes the line {text!r}")
+    return Line(text, (), is_open=True)

@@ -1,59 +1,289 @@
 """Holds the training recipes: functions that return a frozen, complete configuration.
 
-A recipe's name and values travel in the exported checkpoint's manifest and model card.
+A recipe's name and values travel in the exported checkpoint's manifest and model card, and a run is resumed only by the
+recipe that began it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
+
+from training.rewards import Weights
 
 
 @dataclass(frozen=True)
-class SftRecipe:
-    """Configures Stage I: cross entropy on perceptual traces over precomputed encoder states."""
+class Decoder:
+    """Shapes a Qwen2 decoder that is trained from nothing below Whisper's encoder.
 
-    name: str
-    seed: int
+    Attributes:
+        latent_tokens: Length of a pause's span.
+    """
+
     vocab_size: int
     hidden_size: int
     num_layers: int
     num_heads: int
-    num_kv_heads: int
     ffn_size: int
     latent_tokens: int
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Sets adapters: their rank, their scale (alpha / rank), and the projections that have one."""
+
+    rank: int
+    alpha: int
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Configures what both stages share.
+
+    Attributes:
+        batch_size: Sequences (Stage I) or prompts (Stage II) of a step, of all ranks together.
+        rows_at_once: Sequences that are in memory together; fewer cost time and change nothing else.
+        dtype: Of the weights while they are trained. With bfloat16 the optimizer keeps float32 copies.
+        export_dtype: Of the exported checkpoint.
+        autocast: Runs float32 weights in bfloat16 (GPU).
+        fsdp: transformers' setting, such as "full_shard"; "" keeps the model whole on every rank.
+        shown: What the progress bar shows of the log.
+    """
+
+    name: str
+    seed: int
     num_steps: int
     batch_size: int
+    rows_at_once: int
     learning_rate: float
     min_learning_rate: float
     warmup_steps: int
     weight_decay: float
+    adam_beta2: float
     max_grad_norm: float
+    save_every_steps: int
+    log_every_steps: int
+    dtype: Literal["float32", "bfloat16"]
+    export_dtype: Literal["float32", "bfloat16"]
+    autocast: bool
+    gradient_checkpointing: bool
+    fsdp: str
+    lora: Lora | None
+    shown: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SftRecipe(Run):
+    """Configures Stage I: cross entropy on perceptual traces.
+
+    Attributes:
+        decoder: Trains one from nothing on built clips; None trains a checkpoint on a data set.
+        dropout_states: Share of audio tokens blanked in training, in short spans: so that words lean on more than one
+            state.
+        speech_share: Share of the sequences that are single sentences of open text, in the first and in the last step;
+            it moves linearly. The others are scenes.
+        pause_share: Share of the sequences that hold latent spans, at places where a gate could open them.
+    """
+
+    decoder: Decoder | None
     dropout_states: float
-    """Share of audio tokens blanked in training, in short spans: so that words lean on more than one state."""
-    save_every_s: float
+    speech_share: tuple[float, float]
+    pause_share: float
+
+
+@dataclass(frozen=True)
+class GrpoRecipe(Run):
+    """Configures Stage II (method, section 6).
+
+    Attributes:
+        group_size: Rollouts of a prompt.
+        temperature: Of the rollouts.
+        max_tokens: Visible tokens of a rollout.
+        max_pauses: Budget of a rollout; 0 trains without pauses.
+        wanted_pauses: Pauses a rollout that the threshold is moved towards while training; 0 keeps the checkpoint's.
+        kl_weight: Beta of the KL divergence to the policy at the beginning.
+        loss: How tokens are weighed: `grpo` (each rollout the same), `dapo` (each token the same), `dr_grpo` (each
+            token the same, by a constant; and advantages are not divided by their deviation).
+        clip_low, clip_high: Bounds of the ratio to the policy that wrote the rollouts: 1 - low and 1 + high.
+        updates_per_rollout: Optimizer steps that one set of rollouts is cut into.
+        max_importance: Where the weight of sampler against trainer is cut off.
+        max_gap: A mean difference of their log-probabilities above this, three steps in a row, ends the run.
+        max_redraws: How often groups of equal rewards are replaced by others in one step.
+        overlong: What a rollout that was cut off does: `mask` leaves it out of the loss, `keep` lets it be worth what
+            its reward says.
+        collapse_length, collapse_format: The run ends when the smoothed length, or the share of strict traces, falls
+            below this share of what it was at the beginning.
+        lgc_weights: Whether advantages are weighed by the confidence of their rollouts.
+        weights: Of the parts of the reward.
+        backend: What writes the rollouts.
+    """
+
+    group_size: int
+    temperature: float
+    max_tokens: int
+    max_pauses: int
+    wanted_pauses: float
+    kl_weight: float
+    loss: Literal["grpo", "dr_grpo", "dapo"]
+    clip_low: float
+    clip_high: float
+    updates_per_rollout: int
+    max_importance: float
+    max_gap: float
+    max_redraws: int
+    overlong: Literal["mask", "keep"]
+    collapse_length: float
+    collapse_format: float
+    lgc_weights: bool
+    weights: Weights = field(default_factory=Weights)
+    backend: Literal["vllm", "transformers"] = "vllm"
 
 
 def mini_sft() -> SftRecipe:
-    """The embedded checkpoint: Whisper-tiny states, a five-layer decoder of 320, on two cores."""
+    """The embedded checkpoint: Whisper-tiny states, a six-layer decoder of 320, on two cores."""
     return SftRecipe(
         name="mini_sft",
         seed=0,
-        vocab_size=2304,
-        hidden_size=320,
-        num_layers=5,
-        num_heads=4,
-        num_kv_heads=4,
-        ffn_size=896,
-        latent_tokens=8,
-        num_steps=4_300,
-        batch_size=16,
+        num_steps=9_000,
+        batch_size=32,
+        rows_at_once=32,
         learning_rate=1.0e-3,
-        min_learning_rate=5e-5,
+        min_learning_rate=3e-5,
         warmup_steps=200,
         weight_decay=0.05,
+        adam_beta2=0.98,
         max_grad_norm=1.0,
+        save_every_steps=250,
+        log_every_steps=20,
+        dtype="bfloat16",
+        export_dtype="bfloat16",
+        autocast=False,
+        gradient_checkpointing=False,
+        fsdp="",
+        lora=None,
+        shown=("loss", "step_s"),
+        decoder=Decoder(vocab_size=4_096, hidden_size=320, num_layers=6, num_heads=5, ffn_size=896, latent_tokens=8),
         dropout_states=0.04,
-        save_every_s=300.0,
+        speech_share=(1.0, 0.25),
+        pause_share=0.25,
+    )
+
+
+def mini_grpo() -> GrpoRecipe:
+    """Stage II of the embedded checkpoint, on two cores."""
+    return GrpoRecipe(
+        name="mini_grpo",
+        seed=0,
+        num_steps=300,
+        batch_size=4,
+        rows_at_once=32,
+        learning_rate=1e-5,
+        min_learning_rate=1e-6,
+        warmup_steps=5,
+        weight_decay=0.0,
+        adam_beta2=0.99,
+        max_grad_norm=1.0,
+        save_every_steps=25,
+        log_every_steps=1,
+        dtype="bfloat16",
+        export_dtype="bfloat16",
+        autocast=False,
+        gradient_checkpointing=False,
+        fsdp="",
+        lora=None,
+        shown=("reward", "kl", "pauses", "step_s"),
+        group_size=8,
+        temperature=1.0,
+        max_tokens=320,
+        max_pauses=3,
+        wanted_pauses=0.75,
+        kl_weight=0.05,
+        loss="dapo",
+        clip_low=0.2,
+        clip_high=0.28,
+        updates_per_rollout=1,
+        max_importance=2.0,
+        max_gap=0.05,
+        max_redraws=2,
+        overlong="keep",
+        collapse_length=0.5,
+        collapse_format=0.7,
+        lgc_weights=True,
+    )
+
+
+def qwen2_audio_7b_sft() -> SftRecipe:
+    """Stage I of the paper: Qwen2-Audio-7B on PAQA (7,470 items, three epochs), on 8 GPUs of 80 GB."""
+    return SftRecipe(
+        name="qwen2_audio_7b_sft",
+        seed=0,
+        num_steps=700,
+        batch_size=32,
+        rows_at_once=2,
+        learning_rate=1e-5,
+        min_learning_rate=1e-6,
+        warmup_steps=35,
+        weight_decay=0.01,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        save_every_steps=100,
+        log_every_steps=5,
+        dtype="float32",
+        export_dtype="bfloat16",
+        autocast=True,
+        gradient_checkpointing=True,
+        fsdp="full_shard",
+        lora=None,
+        shown=("loss", "step_s"),
+        decoder=None,
+        dropout_states=0.0,
+        speech_share=(0.0, 0.0),
+        pause_share=0.25,
+    )
+
+
+def qwen2_audio_7b_grpo() -> GrpoRecipe:
+    """Stage II of the paper: group of 8, learning rate 1e-6, KL 0.1, 16 rollouts a step on 1,000 steps of AVQA."""
+    return GrpoRecipe(
+        name="qwen2_audio_7b_grpo",
+        seed=0,
+        num_steps=1_000,
+        batch_size=16,
+        rows_at_once=2,
+        learning_rate=1e-6,
+        min_learning_rate=1e-6,
+        warmup_steps=10,
+        weight_decay=0.0,
+        adam_beta2=0.99,
+        max_grad_norm=1.0,
+        save_every_steps=50,
+        log_every_steps=1,
+        dtype="float32",
+        export_dtype="bfloat16",
+        autocast=True,
+        gradient_checkpointing=True,
+        fsdp="full_shard",
+        lora=None,
+        shown=("reward", "kl", "pauses", "step_s"),
+        group_size=8,
+        temperature=1.0,
+        max_tokens=1_024,
+        max_pauses=3,
+        wanted_pauses=0.0,
+        kl_weight=0.1,
+        loss="grpo",
+        clip_low=0.2,
+        clip_high=0.28,
+        updates_per_rollout=1,
+        max_importance=2.0,
+        max_gap=0.05,
+        max_redraws=2,
+        overlong="keep",
+        collapse_length=0.5,
+        collapse_format=0.7,
+        lgc_weights=True,
     )
 
 
@@ -62,23 +292,75 @@ def debug() -> SftRecipe:
     return SftRecipe(
         name="debug",
         seed=0,
-        vocab_size=700,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
-        ffn_size=128,
-        latent_tokens=4,
         num_steps=6,
         batch_size=2,
+        rows_at_once=2,
         learning_rate=1e-3,
         min_learning_rate=1e-4,
         warmup_steps=2,
         weight_decay=0.01,
+        adam_beta2=0.98,
         max_grad_norm=1.0,
+        save_every_steps=3,
+        log_every_steps=1,
+        dtype="bfloat16",
+        export_dtype="bfloat16",
+        autocast=False,
+        gradient_checkpointing=False,
+        fsdp="",
+        lora=None,
+        shown=("loss", "step_s"),
+        decoder=Decoder(vocab_size=700, hidden_size=64, num_layers=2, num_heads=1, ffn_size=128, latent_tokens=4),
         dropout_states=0.0,
-        save_every_s=0.0,
+        speech_share=(0.0, 0.0),
+        pause_share=0.5,
     )
 
 
-RECIPES = {"mini_sft": mini_sft, "debug": debug}
+def debug_grpo() -> GrpoRecipe:
+    """A few steps of Stage II on a small checkpoint, for tests."""
+    return GrpoRecipe(
+        name="debug_grpo",
+        seed=0,
+        num_steps=4,
+        batch_size=2,
+        rows_at_once=8,
+        learning_rate=1e-5,
+        min_learning_rate=1e-6,
+        warmup_steps=1,
+        weight_decay=0.0,
+        adam_beta2=0.99,
+        max_grad_norm=1.0,
+        save_every_steps=2,
+        log_every_steps=1,
+        dtype="float32",
+        export_dtype="float32",
+        autocast=False,
+        gradient_checkpointing=False,
+        fsdp="",
+        lora=None,
+        shown=("reward", "kl", "pauses", "step_s"),
+        group_size=4,
+        temperature=1.0,
+        max_tokens=160,
+        max_pauses=2,
+        wanted_pauses=1.0,
+        kl_weight=0.1,
+        loss="grpo",
+        clip_low=0.2,
+        clip_high=0.28,
+        updates_per_rollout=1,
+        max_importance=2.0,
+        max_gap=1e-3,
+        max_redraws=1,
+        overlong="keep",
+        collapse_length=0.1,
+        collapse_format=0.0,
+        lgc_weights=True,
+    )
+
+
+RECIPES = {
+    recipe.__name__: recipe
+    for recipe in (mini_sft, mini_grpo, qwen2_audio_7b_sft, qwen2_audio_7b_grpo, debug, debug_grpo)
+}

@@ -1,4 +1,4 @@
-"""Generates completions with vLLM in this process: what evaluation, calibration, and later rollouts, run on.
+"""Generates completions with vLLM in this process: what evaluation, calibration and Stage II's rollouts run on.
 
 Takes and returns token ids; choices are scored as the service scores them, and pauses are decided by the gate that
 serves, its spans forced token by token: the same tokens as the service's, at another price. Only where a completion
@@ -12,9 +12,9 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -24,8 +24,11 @@ from hyper_model.checkpoint import Checkpoint
 from hyper_model.engine_environment import prepare_environment
 from hyper_model.errors import CheckpointError
 from hyper_model.pause import Gate, GateSettings, replay
-from hyper_model.trace import PauseMode, Section, TagStyle
+from hyper_model.trace import PauseMode, Section, TagStyle, TraceTokenizer
 from hyper_model.trace_parser import TraceParser
+
+if TYPE_CHECKING:
+    import torch
 
 PROMPTS_AT_ONCE = 48
 """Few enough that the encoder's output of each clip is still cached when its choices are scored."""
@@ -56,8 +59,59 @@ class Completion:
     confidences: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """Holds one sampled completion.
+
+    Attributes:
+        token_ids: With spans, forced tags and the token that ended it.
+        logprobs: Of each token as the engine sampled it, over what was allowed there; 0 where it was forced.
+        is_forced: Whether nobody chose the token: pauses, spans, and the tags that close what the gate gave up.
+        gate: A gate that has followed it; None where none was asked for.
+        is_cut: Whether it ran into the limit.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    is_forced: tuple[bool, ...]
+    gate: Gate | None
+    is_cut: bool
+
+
+def banned_ids(tokenizer: TraceTokenizer, gate: GateSettings | None) -> list[int]:
+    """Lists what a rollout may not choose: pauses, which the gate opens, and the tokens of turns and of the clip.
+
+    A sampled AUDIO token has no sound behind it, and a scorer that finds one placeholder too many fails. Whoever scores
+    the rollouts leaves the same tokens out of the distribution.
+    """
+    found = set(tokenizer.control_ids) - set(tokenizer.stop_ids) | {tokenizer.pause_id}
+    if gate is None or gate.mode is PauseMode.PARALLEL:
+        # A sampled span may be closed by the model, and the gate sees to it that nothing else is.
+        found.add(tokenizer.pause_close_id)
+    return sorted(token_id for token_id in found if token_id is not None)
+
+
+def follow(
+    settings: GateSettings | None, token_ids: Sequence[int], confidences: Sequence[float | None]
+) -> tuple[Gate | None, tuple[bool, ...]]:
+    """Follows a rollout; returns the gate at its end, and which tokens were forced."""
+    if settings is None:
+        return None, (False,) * len(token_ids)
+    gate, is_forced = Gate(settings), list[bool]()
+    for token_id, confidence in zip(token_ids, confidences, strict=True):
+        # Pauses cannot be chosen in a rollout, so where one stands it was forced; and so is all of its span.
+        forced = gate.is_pausing or bool(gate.forced) or token_id in (settings.open_id, settings.close_id)
+        gate.push(token_id, None if forced else confidence)
+        is_forced.append(forced)
+    return gate, tuple(is_forced)
+
+
 class VllmBackend:
     """Holds one in-process engine on a checkpoint.
+
+    Args:
+        is_sampler: Lets it return the log-probabilities of what it sampled from, as Stage II compares them.
+        gpu_memory_utilization: Share of a GPU's memory; None is vLLM's own.
 
     Raises:
         CheckpointError: its tags are plain text, which no single token ends; ask such a checkpoint through the service.
@@ -69,6 +123,8 @@ class VllmBackend:
         *,
         dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
         max_num_seqs: int = 32,
+        is_sampler: bool = False,
+        gpu_memory_utilization: float | None = None,
     ) -> None:
         if checkpoint.manifest.trace.tag_style is not TagStyle.TOKEN:
             raise CheckpointError(f"{checkpoint.path}: only checkpoints whose tags are tokens can be run here")
@@ -80,6 +136,9 @@ class VllmBackend:
 
         from hyper_model.pause_vllm import processor_name
 
+        memory: dict[str, Any] = {}
+        if gpu_memory_utilization is not None:
+            memory["gpu_memory_utilization"] = gpu_memory_utilization
         self.checkpoint = checkpoint
         self.numbers = itertools.count()
         is_v2 = EngineArgs(model=str(checkpoint.path)).create_engine_config().use_v2_model_runner
@@ -93,11 +152,84 @@ class VllmBackend:
             enable_prefix_caching=True,
             enforce_eager=current_platform.is_cpu(),
             generation_config="vllm",
+            # A scorer can only be compared with the distribution that was sampled from.
+            logprobs_mode="processed_logprobs" if is_sampler else "raw_logprobs",
             seed=0,
+            **memory,
         )
         # Its renderer asks for one thread a prompt, and its worker, in the same process here, says each time that it
         # does not let it.
         logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
+
+    def sync(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replaces the weights of the running engine, and forgets everything that was computed with the old ones.
+
+        Args:
+            tensors: All of them, under their names on disk.
+        """
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
+        # In this order. Without the first, the scheduler believes that clips are encoded that the worker has forgotten,
+        # and the engine dies; without the last, prompts of more than one block are answered from stale keys.
+        self.llm.llm_engine.reset_encoder_cache()
+        self.llm.reset_mm_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("the engine's cache is in use; weights can only be replaced between rollouts")
+
+    def rollouts(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        seeds: Sequence[int],
+        temperature: float,
+        max_tokens: int,
+        gate: GateSettings | None,
+    ) -> list[list[Rollout]]:
+        """Samples a group of completions for each prompt, all of what they say their own: no choice is scored.
+
+        Args:
+            seeds: One a prompt; each of its rollouts gets one of its own from it.
+            max_tokens: Of visible tokens.
+            gate: Lets rollouts pause, by the gate that serves; None, and none does.
+        """
+        from vllm import SamplingParams
+
+        from hyper_model.pause_vllm import arguments
+
+        tokenizer = self.checkpoint.tokenizer
+        room = gate.max_pauses * gate.span_tokens if gate else 0
+
+        def params(seed: int) -> SamplingParams:
+            return SamplingParams(
+                temperature=temperature,
+                top_p=1.0,
+                top_k=0,
+                seed=seed,
+                max_tokens=max_tokens + room,
+                stop_token_ids=list(tokenizer.stop_ids),
+                detokenize=False,
+                logprobs=1,
+                logit_bias=dict.fromkeys(banned_ids(tokenizer, gate), -100.0),
+                extra_args=arguments(Gate(gate), f"rollout-{next(self.numbers)}") if gate else None,
+            )
+
+        jobs = [
+            (prompt, (seed + i) % 2**63) for prompt, seed in zip(prompts, seeds, strict=True) for i in range(group_size)
+        ]
+        outputs = self._generate(
+            [p for p, _ in jobs], [p.token_ids for p, _ in jobs], [params(seed) for _, seed in jobs]
+        )
+        found = [self._rollout(output.outputs[0], max_tokens, gate) for output in outputs]
+        return [found[i : i + group_size] for i in range(0, len(found), group_size)]
+
+    def _rollout(self, output: Any, max_tokens: int, gate: GateSettings | None) -> Rollout:
+        token_ids = tuple(output.token_ids)
+        num = num_kept(gate, token_ids, max_tokens) if gate else len(token_ids)
+        token_ids = token_ids[:num]
+        followed, is_forced = follow(gate, token_ids, _confidences(output.logprobs)[:num])
+        logprobs = tuple(p[t].logprob for t, p in zip(token_ids, output.logprobs, strict=False))
+        is_cut = not token_ids or token_ids[-1] not in self.checkpoint.tokenizer.stop_ids
+        return Rollout(token_ids, logprobs, is_forced, followed, is_cut)
 
     @property
     def gate(self) -> GateSettings | None:

@@ -55,11 +55,17 @@ class Scene:
     background_line: str | None
     has_overlap: bool
     duration_s: float
+    other_lines: tuple[str, ...] = ()
+    """Open lines that nobody says here, from the same voices: what wrong choices are made of."""
+    channel: str | None = None
+    """What the clip was sent through (`training/channels.py`)."""
 
     @property
     def transcript(self) -> str:
         return ". ".join(turn.line.text for turn in self.turns)
 
+
+NUM_OTHER_LINES = 6
 
 # One voice often speaks several turns, so that counting turns is not counting people; it still says something, since n
 # people take at least n turns. The evaluation states what turns alone would reach.
@@ -98,6 +104,9 @@ class SceneBuilder:
         self.snr_db = snr_db
         self.one_voice_turns = one_voice_turns
         self.voices = tuple(bank.voices(split))
+        self.open_texts = tuple(
+            utterance.text for voice in self.voices for utterance, _ in bank.by_kind(voice.name, is_open=True)
+        )
         # Recordings are not split three ways: there are too few. Validation hears training recordings, new voices.
         wanted = "test" if split == "test" else "train"
         self.recordings: dict[str, list[sounds.Recording]] = {}
@@ -105,11 +114,25 @@ class SceneBuilder:
             if recording.split == wanted:
                 self.recordings.setdefault(recording.label, []).append(recording)
 
-    def _draw_utterance(self, rng: random.Random, voice: str) -> tuple[Utterance, np.ndarray]:
-        utterance, path = rng.choice(self.bank.utterances[voice])
+    def draw_utterance(
+        self, rng: random.Random, voice: str, *, is_open: bool | None = None
+    ) -> tuple[Utterance, np.ndarray]:
+        """Draw a line of a voice and its sound; of open text, or of the patterns, where the voice has any such."""
+        options = self.bank.utterances[voice]
+        if is_open is not None:
+            options = self.bank.by_kind(voice, is_open=is_open) or options
+        utterance, path = rng.choice(options)
         return utterance, self.bank.samples(utterance, path)
 
-    def _draw_background(self, rng: random.Random, label: str, num_samples: int) -> tuple[np.ndarray, str]:
+    def draw_other_lines(self, rng: random.Random, said: set[str], count: int) -> tuple[str, ...]:
+        """Draw open lines of this split's voices that are not among `said`."""
+        if not self.open_texts:
+            return ()
+        drawn = dict.fromkeys(rng.choice(self.open_texts) for _ in range(count))
+        return tuple(text for text in drawn if text not in said)
+
+    def draw_background(self, rng: random.Random, label: str, num_samples: int) -> tuple[np.ndarray, str]:
+        """Draw a recording of a class, cut or repeated to `num_samples`, and the name of its first file."""
         recording = rng.choice(self.recordings[label])
         background_S = np.zeros(num_samples, np.float32)
         # Few recordings stand for a class: train on many versions of each.
@@ -119,7 +142,7 @@ class SceneBuilder:
         while start < num_samples:
             piece_S = sounds.load(self.folder / rng.choice(recording.files))
             if self.split == "train":
-                piece_S = _tilt(piece_S, tilt)
+                piece_S = tilt_spectrum(piece_S, tilt)
             if factor != 1.0:
                 piece_S = soxr.resample(piece_S, SAMPLE_RATE_HZ, SAMPLE_RATE_HZ * factor, quality="LQ")
             if len(piece_S) > num_samples:
@@ -133,7 +156,7 @@ class SceneBuilder:
 
     def _draw_distant_speech(self, rng: random.Random, num_samples: int, taken: set[str]) -> tuple[np.ndarray, str]:
         voice = rng.choice([v for v in self.voices if same_speaker(v.name) not in taken])
-        utterance, speech_S = self._draw_utterance(rng, voice.name)
+        utterance, speech_S = self.draw_utterance(rng, voice.name)
         # A voice from another room: no treble, and an exponential tail of diffuse reflections.
         dull_S = soxr.resample(soxr.resample(speech_S, 16_000, 4_400), 4_400, 16_000)
         noise = np.random.default_rng(rng.randrange(2**32))
@@ -166,14 +189,14 @@ class SceneBuilder:
         cursor_s, placed, has_overlap = lead_s, [], False
         said: set[str] = set()
         for index, name in enumerate(order):
-            utterance, samples_S = self._draw_utterance(rng, name)
+            utterance, samples_S = self.draw_utterance(rng, name)
             for _ in range(5):
                 if utterance.text not in said:
                     break
-                utterance, samples_S = self._draw_utterance(rng, name)
+                utterance, samples_S = self.draw_utterance(rng, name)
             said.add(utterance.text)
             if tilt[name]:
-                samples_S = _tilt(samples_S, tilt[name])
+                samples_S = tilt_spectrum(samples_S, tilt[name])
             if abs(speed[name] - 1.0) > 0.01:
                 samples_S = soxr.resample(samples_S, SAMPLE_RATE_HZ, SAMPLE_RATE_HZ / speed[name], quality="MQ")
             if index:
@@ -199,7 +222,7 @@ class SceneBuilder:
             background_S, background_line = self._draw_distant_speech(rng, num_samples, taken)
             snr_db = rng.uniform(8.0, 18.0)
         elif label != sounds.QUIET:
-            background_S, recording = self._draw_background(rng, label, num_samples)
+            background_S, recording = self.draw_background(rng, label, num_samples)
             snr_db = rng.uniform(*self.snr_db)
         mixture_S = self._mix(rng, speech_S if placed else None, background_S, snr_db)
 
@@ -255,7 +278,7 @@ class SceneBuilder:
         return (mixture_S * (0.98 / peak) if peak > 0.98 else mixture_S).astype(np.float32)
 
 
-def _tilt(samples_S: np.ndarray, amount: float) -> np.ndarray:
+def tilt_spectrum(samples_S: np.ndarray, amount: float) -> np.ndarray:
     """Tilt the spectrum with one tap (above 0 dulls, below 0 sharpens) at equal level: another microphone or room."""
     tilted_S = samples_S.copy()
     tilted_S[1:] += amount * samples_S[:-1]

@@ -1,294 +1,237 @@
-"""Stage I: trains projector and decoder to write the perceptual trace, over the frozen encoder's precomputed states.
+"""Stage I: teaches a policy to write the perceptual trace (method, section 5).
 
-Axes: B sequences of a batch, T positions, A audio tokens, D encoder width, H hidden width, V vocabulary.
-Plain token-normalised cross entropy on the trace; prompt, audio and latent tokens carry none. Sequences are drawn anew
-each step (clip, then question), so what a step sees depends on the seed and the step alone: that is what resume needs.
+Plain token-normalised cross entropy on the completion; prompt, audio and latent tokens carry none. What a step sees
+depends on the seed and the step alone, so a resumed run goes on with the very sequences that it would have seen.
 Knows nothing of synthesizers, scenes' sound or the engine.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
-import json
-import math
 import random
-import time
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.multiprocessing.spawn import spawn
-from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from hyper_model.trace import TraceTokenizer
-from training import lean
+from hyper_model.audio import decode, require_single_window
+from hyper_model.audio_encoder import LogMel
+from hyper_model.errors import HyperError
+from hyper_model.trace import TraceTokenizer, render, render_choice
 from training.assets import MissingDataError
 from training.clips import Clip, open_clips
+from training.examples import Example
+from training.export import RunModel
+from training.policy import IGNORED, Row, pack
 from training.questions import draw_example
 from training.recipes import SftRecipe
-from training.tokens import IGNORED, build_tokenizer, encode_example
+from training.tokens import Encoded, Spans, build_tokenizer, canonical_completion, encode_sequence
+from training.trainer import PolicyTrainer
 
 ENCODER_WIDTH = 384
+"""Width of the states that built clips hold: Whisper tiny.en's."""
+_WINDOW_STEPS = 8
+_TOKENIZER_CLIPS = 6_000
 
 
-class MiniPolicy(nn.Module):
-    """The trained half of the embedded checkpoint: Qwen2-Audio's linear projector and a small Qwen2 decoder."""
+class Sequences(Protocol):
+    """Draws what Stage I trains on."""
 
-    def __init__(self, recipe: SftRecipe, vocab_size: int) -> None:
-        super().__init__()
-        self.projector = nn.Linear(ENCODER_WIDTH, recipe.hidden_size)
-        self.decoder = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=vocab_size,
-                hidden_size=recipe.hidden_size,
-                intermediate_size=recipe.ffn_size,
-                num_hidden_layers=recipe.num_layers,
-                num_attention_heads=recipe.num_heads,
-                num_key_value_heads=recipe.num_kv_heads,
-                max_position_embeddings=2048,
-                tie_word_embeddings=True,
-                use_cache=False,
-            )
-        )
+    is_encoded: bool
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Return the summed cross entropy of the batch's labelled positions."""
-        embedded_BTH = self.decoder.get_input_embeddings()(batch.token_ids_BT)
-        audio_NH = self.projector(batch.states_ND.to(self.projector.weight.dtype))
-        embedded_BTH = embedded_BTH.masked_scatter(batch.is_audio_BT[..., None], audio_NH)
-        # Padding stands right of every label and attention is causal, so no mask is needed.
-        hidden_BTH = lean.hidden_states(self.decoder, embedded_BTH)
-        has_loss_BT = batch.labels_BT != IGNORED
-        logits_NV = self.decoder.lm_head(hidden_BTH[has_loss_BT])
-        return nn.functional.cross_entropy(logits_NV.float(), batch.labels_BT[has_loss_BT], reduction="sum")
+    def lengths(self, step: int) -> list[tuple[int, int]]:
+        """Lists a step's sequences: what `draw` takes, and about how long each is."""
+        ...
+
+    def draw(self, key: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
+        """Returns a sequence and its clip: the encoder's states, or its log-mel."""
+        ...
 
 
-class Batch:
-    """Right-padded sequences with the clips' states flattened in order of their audio positions."""
+class _Order:
+    """Visits items in a shuffled order each epoch: place p is the same item whenever it is asked."""
 
-    def __init__(self, rows: list[tuple[list[int], list[int], int, torch.Tensor]], pad_id: int) -> None:
-        lengths = [len(ids) - 1 + len(states) for ids, _, _, states in rows]
-        shape = (len(rows), max(lengths))
-        self.token_ids_BT = torch.full(shape, pad_id)
-        self.labels_BT = torch.full(shape, IGNORED)
-        self.is_audio_BT = torch.zeros(shape, dtype=torch.bool)
-        for b, (ids, labels, at, states) in enumerate(rows):
-            end, length = at + len(states), lengths[b]
-            self.token_ids_BT[b, :at] = torch.tensor(ids[:at])
-            self.token_ids_BT[b, end:length] = torch.tensor(ids[at + 1 :])
-            self.labels_BT[b, :at] = torch.tensor(labels[:at])
-            self.labels_BT[b, end:length] = torch.tensor(labels[at + 1 :])
-            self.is_audio_BT[b, at:end] = True
-        self.states_ND = torch.cat([states for *_, states in rows])
+    def __init__(self, num_items: int, seed: str) -> None:
+        self.num_items, self.seed, self.epoch = num_items, seed, -1
+        self.order: list[int] = []
+
+    def __getitem__(self, place: int) -> int:
+        epoch, place = divmod(place, self.num_items)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, list(range(self.num_items))
+            random.Random(f"{self.seed}/epoch/{epoch}").shuffle(self.order)
+        return self.order[place]
 
 
-class ExampleStream:
-    """Draws the training batches: over the same clips, step s sees the same sequences whenever it is run."""
-
-    def __init__(self, clips: list[Clip], tokenizer: TraceTokenizer, recipe: SftRecipe) -> None:
-        self.clips, self.tokenizer, self.recipe = clips, tokenizer, recipe
-
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Draw the batch of a step, or one process's share of it."""
-        recipe = self.recipe
-        # One pass over the clips in a shuffled order each epoch, sorted by length inside a window of eight batches:
-        # padding costs time, and a window keeps the order random enough.
-        window_steps = 8
-        window, place = divmod(step, window_steps)
-        size = recipe.batch_size * window_steps
-        indices = [self._clip_index(window * size + i) for i in range(size)]
-        indices.sort(key=lambda i: self.clips[i].num_tokens)
-        batches = [indices[i * recipe.batch_size : (i + 1) * recipe.batch_size] for i in range(window_steps)]
-        random.Random(f"{recipe.seed}/window/{window}").shuffle(batches)
-        rng = random.Random(f"{recipe.seed}/step/{step}")
-        seeds = [rng.getrandbits(32) for _ in batches[place]]
-        mine = list(zip(batches[place], seeds, strict=True))[rank::world_size]
-        return Batch([self._row(i, random.Random(seed)) for i, seed in mine], self.tokenizer.end_of_text_id)
-
-    def _clip_index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.clips))
-        if getattr(self, "_epoch", None) != epoch:
-            self._order = list(range(len(self.clips)))
-            random.Random(f"{self.recipe.seed}/epoch/{epoch}").shuffle(self._order)
-            self._epoch = epoch
-        return self._order[place]
-
-    def _row(self, index: int, rng: random.Random) -> tuple[list[int], list[int], int, torch.Tensor]:
-        clip = self.clips[index]
-        example = draw_example(clip.scene, rng)
-        encoded = encode_example(self.tokenizer, example, latent_tokens=self.recipe.latent_tokens)
-        states = clip.states(ENCODER_WIDTH).float()
-        for _ in range(round(self.recipe.dropout_states * len(states) / 3)):
-            start = rng.randrange(len(states))
-            states[start : start + 3] = 0.0
-        return encoded.token_ids, encoded.labels, encoded.audio_position, states
-
-
-def learning_rate(step: int, recipe: SftRecipe) -> float:
-    """Linear warm-up, then cosine to `min_learning_rate`."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    progress = min(1.0, (step - recipe.warmup_steps) / max(1, recipe.num_steps - recipe.warmup_steps))
-    span = recipe.learning_rate - recipe.min_learning_rate
-    return recipe.min_learning_rate + span * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-class SftTrainer:
-    """Owns policy, optimizer and step; saves and resumes them.
-
-    The policy is float32; forward and backward run on a bfloat16 copy. With several processes each takes every n-th
-    sequence of a batch and gradients are summed, so a step means the same whatever their number.
+class ClipSequences:
+    """Draws from clips that were built and encoded before: a question of its own about each, whenever it is seen.
 
     Args:
-        run_dir: where `tokenizer.json`, `state.pt`, `recipe.json` and `log.jsonl` live; a run found there is resumed.
-        rank: this process's number; 0 alone writes files.
+        scenes, speech: Clips of both kinds; without the second all are scenes.
     """
+
+    is_encoded = True
 
     def __init__(
-        self, recipe: SftRecipe, clips_folder: Path, run_dir: Path, *, rank: int = 0, world_size: int = 1
+        self, scenes: Sequence[Clip], speech: Sequence[Clip], tokenizer: TraceTokenizer, recipe: SftRecipe
     ) -> None:
-        self.recipe, self.run_dir, self.rank, self.world_size = recipe, run_dir, rank, world_size
-        self.clips_folder = clips_folder
-        self.clips = list(open_clips(clips_folder, ENCODER_WIDTH))
-        self.tokenizer = TraceTokenizer.from_file(run_dir / "tokenizer.json")
-        torch.manual_seed(recipe.seed)
-        self.policy = MiniPolicy(recipe, self.tokenizer.vocab_size)
-        self.working = copy.deepcopy(self.policy).to(torch.bfloat16)
-        decayed = [p for p in self.policy.parameters() if p.dim() > 1]
-        others = [p for p in self.policy.parameters() if p.dim() <= 1]
-        groups: list[dict[str, Any]] = [
-            {"params": decayed, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
-        self.step = 0
-        if (run_dir / "state.pt").exists():
-            self._resume()
+        if not scenes and not speech:
+            raise MissingDataError("no clips to train on: build them first (make scenes)")
+        self.clips = [*scenes, *speech]
+        self.tokenizer, self.recipe = tokenizer, recipe
+        self.num_scenes = len(scenes)
+        self.scene_order = _Order(max(1, len(scenes)), f"{recipe.seed}/scenes")
+        self.speech_order = _Order(max(1, len(speech)), f"{recipe.seed}/speech")
+        # Speech sequences before each window; it grows as windows are asked for.
+        self.num_before = [0]
 
-    def _resume(self) -> None:
-        state = torch.load(self.run_dir / "state.pt", weights_only=True)
-        self.policy.load_state_dict(state["policy"], strict=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        self._refresh()
+    def _num_speech(self, window: int) -> int:
+        if self.num_scenes in (0, len(self.clips)):
+            return 0 if self.num_scenes else self.recipe.batch_size * _WINDOW_STEPS
+        first, last = self.recipe.speech_share
+        progress = min(1.0, window * _WINDOW_STEPS / max(1, self.recipe.num_steps))
+        return round((first + (last - first) * progress) * self.recipe.batch_size * _WINDOW_STEPS)
 
-    @torch.no_grad()
-    def _refresh(self) -> None:
-        for working, master in zip(self.working.parameters(), self.policy.parameters(), strict=True):
-            working.copy_(master)
+    def lengths(self, step: int) -> list[tuple[int, int]]:
+        """Lists a step's clips; sorted by length inside a window of eight steps, since padding costs time."""
+        window, place = divmod(step, _WINDOW_STEPS)
+        while len(self.num_before) <= window:
+            self.num_before.append(self.num_before[-1] + self._num_speech(len(self.num_before) - 1))
+        size = self.recipe.batch_size * _WINDOW_STEPS
+        before, count = self.num_before[window], self._num_speech(window)
+        keys = [self.num_scenes + self.speech_order[before + i] for i in range(count)]
+        keys += [self.scene_order[window * size - before + i] for i in range(size - count)]
+        keys.sort(key=lambda key: self.clips[key].num_tokens)
+        batches = [keys[i : i + self.recipe.batch_size] for i in range(0, size, self.recipe.batch_size)]
+        random.Random(f"{self.recipe.seed}/window/{window}").shuffle(batches)
+        return [(key, self.clips[key].num_tokens) for key in batches[place]]
 
-    def save(self) -> None:
-        """Write the state beside the old one and rename it into place."""
-        partial = self.run_dir / "state.pt.partial"
-        torch.save(
-            {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}, partial
+    def draw(self, key: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
+        """Asks a question about a clip, and blanks a few of its states."""
+        clip, recipe = self.clips[key], self.recipe
+        assert recipe.decoder is not None
+        example = draw_example(clip.scene, rng)
+        spans = Spans(recipe.pause_share, recipe.decoder.latent_tokens)
+        encoded = encode_sequence(
+            self.tokenizer, example.question, example.choices, render(example.trace), spans=spans, rng=rng
         )
-        partial.rename(self.run_dir / "state.pt")
+        states_AD = clip.states(ENCODER_WIDTH).clone()
+        for _ in range(round(recipe.dropout_states * len(states_AD) / 3)):
+            start = rng.randrange(len(states_AD))
+            states_AD[start : start + 3] = 0.0
+        return encoded, states_AD
 
-    def train_step(self, batch: Batch) -> float:
-        """Take one optimizer step on this process's share of a batch; returns the mean loss of the whole batch.
+
+@dataclass(eq=False)
+class ExampleSequences:
+    """Draws from a data set with gold completions; clips are decoded when they are needed, and never kept.
+
+    Attributes:
+        examples: Rows that have a completion.
+        answers_by_letter: How the checkpoint writes its choice.
+    """
+
+    examples: Sequence[Example]
+    tokenizer: TraceTokenizer
+    recipe: SftRecipe
+    latent_tokens: int
+    answers_by_letter: bool
+    log_mel: LogMel
+    is_encoded = False
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise MissingDataError("no example with a gold completion to train on")
+        self.order = _Order(len(self.examples), f"{self.recipe.seed}/examples")
+
+    def lengths(self, step: int) -> list[tuple[int, int]]:
+        """Lists a step's rows; how long their clips are nobody knows yet."""
+        first = step * self.recipe.batch_size
+        return [(self.order[first + i], 0) for i in range(self.recipe.batch_size)]
+
+    def draw(self, key: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
+        """Decodes a row's clip and encodes its gold completion.
 
         Raises:
-            FloatingPointError: the loss is not finite; the state on disk stays the last good one.
+            HyperError: The clip or the completion cannot be read; the message names file and row.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.recipe)
-        loss_sum = self.working(batch)
-        loss_sum.backward()
-        masters = list(self.policy.parameters())
-        # One buffer: every gradient, then the loss and its number of positions.
-        totals = torch.tensor([loss_sum.item(), float((batch.labels_BT != IGNORED).sum())])
-        gradients = [p.grad.flatten().float() for p in self.working.parameters() if p.grad is not None]
-        buffer = torch.cat([*gradients, totals])
-        if self.world_size > 1:
-            torch.distributed.all_reduce(buffer)
-        loss = float(buffer[-2] / buffer[-1])
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"loss {loss} at step {self.step}")
-        buffer /= buffer[-1].clone()
-        offset = 0
-        for master in masters:
-            master.grad = buffer[offset : offset + master.numel()].view_as(master)
-            offset += master.numel()
-        nn.utils.clip_grad_norm_(masters, self.recipe.max_grad_norm)
-        self.optimizer.step()
-        self.working.zero_grad(set_to_none=True)
-        self._refresh()
-        self.step += 1
-        return loss
-
-    def train(self) -> None:
-        """Run to the recipe's last step, with a progress bar, a log line every 20 steps and regular saves."""
-        stream = ExampleStream(self.clips, self.tokenizer, self.recipe)
-        saved_s, smooth = time.monotonic(), None
-        is_writer = self.rank == 0
-        log_file = self.run_dir / "log.jsonl" if is_writer else Path("/dev/null")
-        with (
-            tqdm(
-                total=self.recipe.num_steps, initial=self.step, desc="Stage I", unit="step", disable=not is_writer
-            ) as bar,
-            log_file.open("a", encoding="utf-8") as log,
-        ):
-            while self.step < self.recipe.num_steps:
-                started_s = time.monotonic()
-                loss = self.train_step(stream.batch(self.step, self.rank, self.world_size))
-                smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
-                bar.update()
-                if is_writer and self.step % 20 == 0:
-                    seconds = time.monotonic() - started_s
-                    bar.set_postfix(loss=f"{smooth:.3f}")
-                    log.write(json.dumps({"step": self.step, "loss": loss, "smooth": smooth, "step_s": seconds}) + "\n")
-                    log.flush()
-                if is_writer and time.monotonic() - saved_s > self.recipe.save_every_s:
-                    self.save()
-                    saved_s = time.monotonic()
-        if is_writer:
-            self.save()
+        example = self.examples[key]
+        try:
+            waveform = decode(example.audio.read_bytes())
+            require_single_window(waveform)
+            answer = example.answer
+            if example.choices and self.answers_by_letter:
+                answer = render_choice(example.choices.index(answer), example.choices)
+            completion = canonical_completion(example.completion or "", answer)
+            spans = Spans(self.recipe.pause_share, self.latent_tokens)
+            encoded = encode_sequence(
+                self.tokenizer, example.question, example.choices, completion, spans=spans, rng=rng
+            )
+        except OSError as error:
+            raise HyperError(f"{example.source}: {example.audio}: {error.strerror}") from error
+        except HyperError as error:
+            raise HyperError(f"{example.source}: {error}") from error
+        return encoded, self.log_mel(waveform.samples_S)
 
 
-def prepare_run(recipe: SftRecipe, clips_folder: Path, run_dir: Path) -> None:
-    """Write the run's recipe and, once, its tokenizer.
+class SftTrainer(PolicyTrainer):
+    """Trains on sequences by cross entropy, the mean over all targets of a step on all ranks."""
 
-    Raises:
-        MissingDataError: there are no clips to train on, or the run there was made by another recipe.
+    recipe: SftRecipe
+
+    def __init__(
+        self, model: RunModel, recipe: SftRecipe, run_dir: Path, sequences: Sequences, *, num_workers: int = 0
+    ) -> None:
+        self.sequences = sequences
+        super().__init__(model, recipe, run_dir, num_workers=num_workers)
+
+    def make_step(self, step: int) -> list[tuple[Encoded, torch.Tensor]]:
+        """Draws this rank's sequences of a step: every n-th of those sorted by length."""
+        recipe = self.recipe
+        rng = random.Random(f"{recipe.seed}/step/{step}")
+        keys = [(key, rng.getrandbits(32)) for key, _ in self.sequences.lengths(step)]
+        mine = keys[self.args.process_index :: self.args.world_size]
+        return [self.sequences.draw(key, random.Random(seed)) for key, seed in mine]
+
+    def micro_batches(self, prepared: list[tuple[Encoded, torch.Tensor]]) -> list[dict[str, Any]]:
+        """Packs as many sequences as are in memory together."""
+        num_targets = sum(target != IGNORED for encoded, _ in prepared for target in encoded.targets)
+        share = 1.0 / self.sum_over_ranks(num_targets)
+        at_once = self.recipe.rows_at_once
+        found: list[dict[str, Any]] = []
+        for start in range(0, len(prepared), at_once):
+            some = prepared[start : start + at_once]
+            rows = [Row(e.token_ids, e.targets, e.audio_at, clip) for clip, (e, _) in enumerate(some)]
+            batch = pack(
+                rows,
+                [clip for _, clip in some],
+                pad_id=self.run_model.tokenizer.end_of_text_id,
+                is_encoded=self.sequences.is_encoded,
+            )
+            found.append({"batch": batch, "share": share})
+        return found
+
+    def micro_loss(self, model: Any, micro: dict[str, Any]) -> torch.Tensor:
+        """Returns the batch's cross entropy as a share of the step's mean."""
+        return -model(**micro["batch"]).logprobs_N.sum() * micro["share"]
+
+
+def train_tokenizer_on(clips: Sequence[Clip], recipe: SftRecipe, file: Path, more: Iterable[str] = ()) -> None:
+    """Writes the tokenizer of a run that begins from nothing; one that is there stays.
+
+    Args:
+        more: Further texts, such as the open ones that clips are spoken from.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(recipe), indent=2) + "\n"
-    recipe_file = run_dir / "recipe.json"
-    if recipe_file.exists() and recipe_file.read_text(encoding="utf-8") != text:
-        raise MissingDataError(f"{run_dir} was trained by another recipe: remove it, or choose another work folder")
-    recipe_file.write_text(text, encoding="utf-8")
-    if (run_dir / "tokenizer.json").exists():
+    if file.exists():
         return
-    clips = list(itertools.islice(open_clips(clips_folder, ENCODER_WIDTH), 4_000))
-    if not clips:
-        raise MissingDataError(f"no clips in {clips_folder}: build them first (make scenes)")
+    assert recipe.decoder is not None
     rng = random.Random(recipe.seed)
-    tokenizer = build_tokenizer((draw_example(clip.scene, rng) for clip in clips), recipe.vocab_size)
-    tokenizer.save(str(run_dir / "tokenizer.json"))
+    picked = rng.sample(clips, min(_TOKENIZER_CLIPS, len(clips)))
+    examples = (draw_example(clip.scene, rng) for clip in picked)
+    build_tokenizer(examples, recipe.decoder.vocab_size, more).save(str(file))
 
 
-def _train_rank(rank: int, recipe: SftRecipe, clips_folder: Path, run_dir: Path, world_size: int) -> None:
-    torch.set_num_threads(1)
-    if world_size > 1:
-        rendezvous = f"file://{(run_dir / 'rendezvous').resolve()}"
-        torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    SftTrainer(recipe, clips_folder, run_dir, rank=rank, world_size=world_size).train()
-    if world_size > 1:
-        torch.distributed.destroy_process_group()
-
-
-def train(recipe: SftRecipe, clips_folder: Path, run_dir: Path, *, num_processes: int = 1) -> None:
-    """Train a recipe to its end, resuming a run found in `run_dir`; one process a core is fastest on CPU."""
-    prepare_run(recipe, clips_folder, run_dir)
-    (run_dir / "rendezvous").unlink(missing_ok=True)
-    num_processes = min(num_processes, recipe.batch_size)
-    arguments = (recipe, clips_folder, run_dir, num_processes)
-    if num_processes == 1:
-        _train_rank(0, *arguments)
-    else:
-        spawn(_train_rank, arguments, nprocs=num_processes)
+def read_clips(folder: Path, kind: str | None = None) -> list[Clip]:
+    """Opens the built clips of a folder, or those of one kind."""
+    return list(open_clips(folder, ENCODER_WIDTH) if kind is None else open_clips(folder, ENCODER_WIDTH, kind=kind))

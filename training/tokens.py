@@ -1,4 +1,4 @@
-"""Turns an example into token ids, loss mask and audio position: the training side of the one prompt builder.
+"""Turns examples into token ids and targets: the training side of the one prompt builder.
 
 Knows nothing of models; the tokenizer is the checkpoint's own.
 """
@@ -6,49 +6,107 @@ Knows nothing of models; the tokenizer is the checkpoint's own.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from tokenizers import Tokenizer
 
+from hyper_model.errors import HyperError
+from hyper_model.manifest import GATED_SECTIONS
 from hyper_model.trace import Section, TraceTokenizer, build_prompt, render, train_tokenizer
+from hyper_model.trace_parser import TraceFormat, parse_text
 from training.lines import SLOTS, draw_line
+from training.policy import IGNORED
 from training.questions import SceneExample
 
-IGNORED = -100
-"""Label of a position without loss: the prompt, the audio and every latent token."""
-
-# Where the trace says what is hard to hear: a pause stands right after the opening tag.
-_PAUSE_SECTIONS = (Section.SPEAKER, Section.ENV)
+MAX_SPANS = 3
+"""Spans of one training sequence: the useful range of the paper."""
 
 
 @dataclass(frozen=True)
-class Sequence:
+class Encoded:
     """One training sequence; the single AUDIO id is still to be replaced by the clip's states.
 
-    `labels` is already shifted: `labels[t]` is the token that position t must predict.
+    `targets` is already shifted: `targets[t]` is the token that position t must predict.
     """
 
     token_ids: list[int]
-    labels: list[int]
-    audio_position: int
+    targets: list[int]
+    audio_at: int
 
 
-def encode_example(tokenizer: TraceTokenizer, example: SceneExample, *, latent_tokens: int) -> Sequence:
-    """Encode prompt and completion, with the example's pauses, ended by the end-of-turn token."""
-    prompt = build_prompt(tokenizer, example.question, example.choices)
-    completion = [*tokenizer.encode_trace(render(example.trace)), tokenizer.im_end_id]
+@dataclass(frozen=True)
+class Spans:
+    """Says how latent spans are put into training sequences.
+
+    Attributes:
+        share: Of the sequences that hold any.
+        latent_tokens: Length of a span.
+    """
+
+    share: float
+    latent_tokens: int
+
+
+def encode_sequence(
+    tokenizer: TraceTokenizer,
+    question: str,
+    choices: Sequence[str],
+    trace: str,
+    *,
+    spans: Spans,
+    rng: random.Random,
+) -> Encoded:
+    """Encodes prompt and completion, ended by the end-of-turn token, with latent spans in a share of the sequences.
+
+    A span stands where a gate could open one: anywhere inside the sections that may pause. It is nobody's choice, so
+    none of its tokens is a target; what stands behind it is predicted from its last token.
+    """
+    prompt = build_prompt(tokenizer, question, choices)
+    completion = [*tokenizer.encode_trace(trace), tokenizer.im_end_id]
     assert tokenizer.pause_id is not None
-    is_latent = [False] * len(completion)
-    for section in _PAUSE_SECTIONS[: example.num_pauses]:
-        at = completion.index(tokenizer.tag_ids[section][0]) + 1
-        completion[at:at] = [tokenizer.pause_id] * latent_tokens
-        is_latent[at:at] = [True] * latent_tokens
-    token_ids = prompt + completion
-    targets = [IGNORED] * len(prompt) + [
-        IGNORED if latent else token for token, latent in zip(completion, is_latent, strict=True)
-    ]
-    return Sequence(token_ids, [*targets[1:], IGNORED], prompt.index(tokenizer.audio_id))
+    token_ids, targets = [*prompt], [IGNORED] * len(prompt)
+    opened = set(_draw_places(tokenizer, completion, rng)) if rng.random() < spans.share else set()
+    for place, token_id in enumerate(completion):
+        if place in opened:
+            token_ids += [tokenizer.pause_id] * spans.latent_tokens
+            targets += [IGNORED] * spans.latent_tokens
+        token_ids.append(token_id)
+        targets.append(token_id)
+    return Encoded(token_ids, [*targets[1:], IGNORED], prompt.index(tokenizer.audio_id))
+
+
+def _draw_places(tokenizer: TraceTokenizer, completion: Sequence[int], rng: random.Random) -> list[int]:
+    """Draws the tokens in front of which spans are put: half of them the first of a section, where most is unsure."""
+    opening = {ids[0]: section for section, ids in tokenizer.tag_ids.items()}
+    closing = {ids[1] for ids in tokenizer.tag_ids.values()}
+    first: list[int] = []
+    inside: list[int] = []
+    held: list[Section] = []
+    for place, token_id in enumerate(completion):
+        if held and held[-1] in GATED_SECTIONS:
+            (first if completion[place - 1] in opening else inside).append(place)
+        if token_id in opening:
+            held.append(opening[token_id])
+        elif token_id in closing and held:
+            held.pop()
+    pools = [pool for pool in (first, inside) if pool]
+    return [rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, MAX_SPANS))] if pools else []
+
+
+def canonical_completion(text: str, answer: str) -> str:
+    """Renders a data set's gold completion in the one grammar that is trained, with the answer as prompts show it.
+
+    A weak trace (R1-AQA's, say) keeps the sections that it has.
+
+    Raises:
+        HyperError: It cannot be read as a trace.
+    """
+    parsed = parse_text(text)
+    if parsed.format is TraceFormat.MALFORMED:
+        raise HyperError("the gold completion is no trace")
+    return render(replace(parsed.trace, final_answer=answer))
 
 
 def _texts(examples: Iterator[SceneExample]) -> Iterator[str]:
@@ -64,6 +122,10 @@ def _texts(examples: Iterator[SceneExample]) -> Iterator[str]:
         yield draw_line(rng).text
 
 
-def build_tokenizer(examples: Iterator[SceneExample], vocab_size: int) -> Tokenizer:
-    """Train the embedded checkpoint's byte-level BPE on the questions, traces and lines of the training split."""
-    return train_tokenizer(_texts(examples), vocab_size)
+def build_tokenizer(examples: Iterator[SceneExample], vocab_size: int, more: Iterable[str] = ()) -> Tokenizer:
+    """Train the embedded checkpoint's byte-level BPE on the questions, traces and lines of the training split.
+
+    Args:
+        more: Further texts that it should be good at.
+    """
+    return train_tokenizer(chain(_texts(examples), more), vocab_size)

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +26,9 @@ import soxr
 from tqdm import tqdm
 
 from hyper_model.audio import SAMPLE_RATE_HZ
-from training.assets import KOKORO_FILE, KOKORO_VOICES_FOLDER, MissingDataError, package_folder
+from training.assets import KOKORO_FILE, KOKORO_VOICES_FOLDER, TEXTS_FOLDER, MissingDataError, package_folder
 from training.lines import draw_line
-
-Split = Literal["train", "validation", "test"]
+from training.texts import Split, draw_text
 
 TARGET_RMS = 0.06
 """Root mean square every utterance is brought to (-24 dBFS), so that scene levels are decided by the scene alone."""
@@ -53,6 +52,10 @@ class Voice:
     num_rounds: int
     playback: float = 1.0
     """Speed at which the synthesizer's sound is played: pitch and formants move with it."""
+    num_patterned: int = 6
+    """Lines of a round that sentence patterns make; they have questions about their content."""
+    num_open: int = 6
+    """Lines of a round that are open text."""
 
     @property
     def split(self) -> Split:
@@ -71,9 +74,9 @@ class Utterance:
     start: int
     """First sample inside its round's file."""
     num_samples: int
+    is_open: bool = False
+    """Whether the line is open text and not a sentence pattern's."""
 
-
-LINES_PER_ROUND = 12
 
 _KOKORO = (
     "af_alloy af_aoede af_bella af_heart af_jessica af_kore af_nicole af_nova af_river af_sarah af_sky "
@@ -87,29 +90,35 @@ _KOKORO = (
 # espeak-ng ignores variants of plain `en-gb` (every one gives the same audio), so only bases that honour them are used.
 _ESPEAK = (
     "en-us+m1 en-us+m3 en-us+m4 en-us+m7 en-us+f1 en-us+f2 en-us+f4 en-gb-scotland+m2 en-gb-scotland+f3 "
-    "en-gb-x-rp+m5 en-gb-x-rp+f5 en-gb-x-rp+m8"
+    "en-gb-x-rp+m5 en-gb-x-rp+f5 en-gb-x-rp+m8 en-us+Andy en-us+Michael en-us+edward en-us+Annie en-us+linda "
+    "en-us+steph en-gb-x-gbclan+m6 en-gb-x-gbcwmd+f1 en-gb-scotland+john en-029+m3 en-029+f2"
 ).split()
+_ESPEAK_WOMEN = ("+f", "+Annie", "+linda", "+steph")
 
 
 def list_voices() -> tuple[Voice, ...]:
     """List every voice of the bank, in a fixed order."""
     voices: list[Voice] = []
     for name in _KOKORO:
-        num_rounds = 5 if name in TEST_VOICES else 3
+        num_rounds = 6 if name in TEST_VOICES else 4 if name in VALIDATION_VOICES else 3
         voices.append(Voice(name, "kokoro", "woman" if name[1] == "f" else "man", name, num_rounds))
+    for name, sex in (("slt", "woman"), ("rms", "man")):
+        voices.append(Voice(name, "flite", sex, name, 8))
+    # The fast synthesizers speak open text in bulk: Kokoro takes a second for a line, they take a few hundredths.
+    bulk: list[tuple[Voice, int]] = []
     # hibari's only voice is distilled from af_heart: more lines of that speaker, not another speaker.
-    voices.append(Voice("af_heart_fast", "hibari", "woman", "heart", 24))
-    for name, sex in (("kal16", "man"), ("awb", "man"), ("slt", "woman"), ("rms", "man")):
-        voices.append(Voice(name, "flite", sex, name, 6 if name in TEST_VOICES else 20))
-    # Played faster or slower, a fast voice is another one for the ear, and its lines cost next to nothing.
+    bulk.append((Voice("af_heart_fast", "hibari", "woman", "heart", 0), 28))
+    # Played faster or slower, a fast voice is another one for the ear.
     for percent in (78, 84, 90, 110, 116, 122, 128, 134):
         sex = "woman" if percent > 85 else "man"
-        voices.append(Voice(f"heart_at_{percent}", "hibari", sex, "heart", 25, percent / 100))
-    for name, percent in (("kal16", 112), ("kal16", 124), ("awb", 110), ("awb", 90)):
-        voices.append(Voice(f"{name}_at_{percent}", "flite", "man", name, 25, percent / 100))
+        bulk.append((Voice(f"heart_at_{percent}", "hibari", sex, "heart", 0, percent / 100), 28))
+    for name, percent in (("kal16", 100), ("awb", 100), ("kal16", 112), ("kal16", 124), ("awb", 110), ("awb", 90)):
+        own_name = name if percent == 100 else f"{name}_at_{percent}"
+        bulk.append((Voice(own_name, "flite", "man", name, 0, percent / 100), 42))
     for argument in _ESPEAK:
-        sex = "woman" if "+f" in argument else "man"
-        voices.append(Voice(f"espeak_{argument.replace('+', '_')}", "espeak", sex, argument, 6))
+        sex = "woman" if any(mark in argument for mark in _ESPEAK_WOMEN) else "man"
+        bulk.append((Voice(f"espeak_{argument.replace('+', '_')}", "espeak", sex, argument, 0), 14))
+    voices += [replace(voice, num_rounds=rounds, num_patterned=12, num_open=48) for voice, rounds in bulk]
     return tuple(voices)
 
 
@@ -184,27 +193,37 @@ def draw_pace(voice: Voice, rng: random.Random) -> float:
         case "kokoro":
             return rng.uniform(0.95, 1.25)
         case "flite":
-            return rng.uniform(0.9, 1.15)
+            return rng.uniform(0.85, 1.2)
         case "espeak":
-            return float(rng.randint(135, 185))
+            return float(rng.randint(125, 195))
         case "hibari":
-            return 1.0
+            return rng.uniform(0.85, 1.2)
 
 
-def plan_round(voice: Voice, round_index: int, *, seed: int) -> list[tuple[str, float]]:
-    """List the lines of a round and the pace of each: what is spoken is known without speaking it."""
+def _plan_patterned(voice: Voice, round_index: int, seed: int) -> list[tuple[str, float]]:
     rng = random.Random(_seed(seed, voice.name, round_index))
-    return [(draw_line(rng).text, draw_pace(voice, rng)) for _ in range(LINES_PER_ROUND)]
+    return [(draw_line(rng).text, draw_pace(voice, rng)) for _ in range(voice.num_patterned)]
+
+
+def plan_round(voice: Voice, round_index: int, *, seed: int, texts: Path) -> list[tuple[str, float]]:
+    """List the lines of a round and the pace of each: what is spoken is known without speaking it.
+
+    Args:
+        texts: the assets' folder of open text; a voice speaks lines of its own split alone.
+    """
+    rng = random.Random(_seed(seed, voice.name, round_index, "open"))
+    open_lines = [(draw_text(rng, voice.split, texts), draw_pace(voice, rng)) for _ in range(voice.num_open)]
+    return _plan_patterned(voice, round_index, seed) + open_lines
 
 
 def trained_lines(*, seed: int) -> frozenset[str]:
-    """Return every line that a training voice speaks."""
+    """Return every pattern's line that a training voice speaks; open text is split by itself (`texts.split_of`)."""
     return frozenset(
         text
         for voice in list_voices()
         if voice.split == "train"
         for round_index in range(voice.num_rounds)
-        for text, _ in plan_round(voice, round_index, seed=seed)
+        for text, _ in _plan_patterned(voice, round_index, seed)
     )
 
 
@@ -214,7 +233,7 @@ def speak(text: str, voice: Voice, assets: Path, pace: float) -> np.ndarray:
         samples_S, rate_hz = _speak_kokoro(text, voice, assets, pace)
     elif voice.engine == "hibari":
         # Its breath noise is drawn from the line itself: the same line sounds the same again.
-        samples_S, rate_hz = _hibari()(text, seed=_seed(text) % 2**32), 24_000
+        samples_S, rate_hz = _hibari()(text, seed=_seed(text) % 2**32, speed=pace), 24_000
     else:
         samples_S, rate_hz = _speak_by_program(text, voice, pace)
     samples_S = soxr.resample(np.asarray(samples_S, np.float32), rate_hz * voice.playback, SAMPLE_RATE_HZ, quality="HQ")
@@ -233,9 +252,11 @@ def _build_round(job: tuple[Voice, int, Path, Path, int]) -> str:
     utterances: list[Utterance] = []
     pieces: list[np.ndarray] = []
     start = 0
-    for text, pace in plan_round(voice, round_index, seed=seed):
+    plan = plan_round(voice, round_index, seed=seed, texts=assets / TEXTS_FOLDER)
+    for place, (text, pace) in enumerate(plan):
         samples_S = (speak(text, voice, assets, pace) * 32767).astype("<i2")
-        utterances.append(Utterance(voice.name, voice.sex, text, start, len(samples_S)))
+        is_open = place >= voice.num_patterned
+        utterances.append(Utterance(voice.name, voice.sex, text, start, len(samples_S), is_open))
         pieces.append(samples_S)
         start += len(samples_S)
     stem = f"{voice.name}.{round_index}"
@@ -287,6 +308,15 @@ class Bank:
                 self.utterances.setdefault(utterance.voice, []).append((utterance, index.with_suffix(".i16")))
         if not self.utterances:
             raise MissingDataError(f"no utterances in {folder}: build the bank first (make bank)")
+
+        self._by_kind: dict[tuple[str, bool], list[tuple[Utterance, Path]]] = {}
+        for voice, utterances in self.utterances.items():
+            for entry in utterances:
+                self._by_kind.setdefault((voice, entry[0].is_open), []).append(entry)
+
+    def by_kind(self, voice: str, *, is_open: bool) -> list[tuple[Utterance, Path]]:
+        """Return a voice's lines of open text, or those that sentence patterns make."""
+        return self._by_kind.get((voice, is_open), [])
 
     def voices(self, split: Split) -> Iterator[Voice]:
         """Yield the voices of a split that have at least one finished round."""

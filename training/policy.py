@@ -1,0 +1,282 @@
+"""The model that is trained: Qwen2-Audio, scored at the tokens of its completions, a clip heard once for all its rows.
+
+Axes: B sequences, T positions, C clips, A audio tokens of all clips, N scored positions of all sequences, D width of
+the encoder, H hidden width, V vocabulary. Sequences are padded on the right; attention is causal, so no position that
+counts ever sees padding and no mask is needed.
+
+A batch holds each clip once: the rollouts of one prompt share their clip's states, which are encoded and projected once
+and then copied to the rows. That happens inside the root module's `forward`, so that wrappers of the root (FSDP, DDP)
+see it. Knows nothing of where sequences come from, of rewards or of optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2Config
+from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
+
+from hyper_model.audio_encoder import encode, num_states_of_mel
+from hyper_model.checkpoint import Checkpoint
+from hyper_model.errors import CheckpointError
+from hyper_model.weights import canonical_name
+
+IGNORED = -100
+"""Target of a position that is not scored: the prompt, the audio and every forced token."""
+
+SCORED_AT_ONCE = 2_048
+"""Positions whose logits are in memory together; more are computed in pieces, and again for their gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One sequence to score.
+
+    Attributes:
+        token_ids: Prompt and completion, with one AUDIO id in the place of the clip.
+        targets: The token to predict at each position, IGNORED where none is scored: already shifted by one.
+        audio_at: Where the AUDIO id stands.
+        clip: Its clip's place among the batch's.
+    """
+
+    token_ids: Sequence[int]
+    targets: Sequence[int]
+    audio_at: int
+    clip: int
+
+
+def pack(rows: Sequence[Row], clips: Sequence[torch.Tensor], *, pad_id: int, is_encoded: bool) -> dict[str, Any]:
+    """Builds the arguments of `HyperPolicy.forward`.
+
+    Args:
+        clips: The encoder's states [A, D] of each clip, or its log-mel [M, W] (`audio_encoder.LogMel`).
+        is_encoded: Which of the two.
+    """
+    lengths = [len(clip) if is_encoded else num_states_of_mel(clip.shape[1]) // 2 for clip in clips]
+    starts = [sum(lengths[:c]) for c in range(len(clips))]
+    sizes = [len(row.token_ids) - 1 + lengths[row.clip] for row in rows]
+    shape = (len(rows), max(sizes))
+    token_ids_BT = torch.full(shape, pad_id)
+    targets_BT = torch.full(shape, IGNORED)
+    is_audio_BT = torch.zeros(shape, dtype=torch.bool)
+    audio_rows: list[torch.Tensor] = []
+    for b, row in enumerate(rows):
+        at, end, size = row.audio_at, row.audio_at + lengths[row.clip], sizes[b]
+        token_ids_BT[b, :at] = torch.tensor(row.token_ids[:at], dtype=torch.long)
+        token_ids_BT[b, end:size] = torch.tensor(row.token_ids[at + 1 :], dtype=torch.long)
+        targets_BT[b, :at] = torch.tensor(row.targets[:at], dtype=torch.long)
+        # The AUDIO id's own target, if any, belongs to the last of the audio tokens.
+        targets_BT[b, end - 1] = row.targets[at]
+        targets_BT[b, end:size] = torch.tensor(row.targets[at + 1 :], dtype=torch.long)
+        is_audio_BT[b, at:end] = True
+        audio_rows.append(torch.arange(starts[row.clip], starts[row.clip] + lengths[row.clip]))
+    found: dict[str, Any] = {
+        "token_ids_BT": token_ids_BT,
+        "targets_BT": targets_BT,
+        "is_audio_BT": is_audio_BT,
+        "audio_rows": torch.cat(audio_rows),
+    }
+    return found | ({"states_AD": torch.cat(list(clips))} if is_encoded else {"mels_MW": list(clips)})
+
+
+class Scores(NamedTuple):
+    """Says how likely the model finds the targets, position by position in the order of the sequences.
+
+    Attributes:
+        logprobs_N: float32, of the targets, over the tokens that may stand there.
+        entropies_N: float32, of the distribution; without gradient.
+    """
+
+    logprobs_N: torch.Tensor  # noqa: N815  # the axis suffix
+    entropies_N: torch.Tensor  # noqa: N815
+
+
+class HyperPolicy(Qwen2AudioForConditionalGeneration):
+    """Qwen2-Audio as it is trained here; its parameters and their names are the library's."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        *,
+        token_ids_BT: torch.Tensor,
+        targets_BT: torch.Tensor,
+        is_audio_BT: torch.Tensor,
+        audio_rows: torch.Tensor,
+        states_AD: torch.Tensor | None = None,
+        mels_MW: Sequence[torch.Tensor] | None = None,
+        banned_ids: torch.Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> Scores:
+        """Scores the targets of a batch that `pack` made.
+
+        Args:
+            banned_ids: Tokens that the sampler could not choose at any scored position: left out of the distribution.
+            temperature: What the sampler divided its logits by.
+        """
+        hidden_BTH = self.hidden_states(token_ids_BT, is_audio_BT, audio_rows, states_AD=states_AD, mels_MW=mels_MW)
+        is_scored_BT = targets_BT != IGNORED
+        return self._score(hidden_BTH[is_scored_BT], targets_BT[is_scored_BT], banned_ids, temperature)
+
+    def hidden_states(
+        self,
+        token_ids_BT: torch.Tensor,
+        is_audio_BT: torch.Tensor,
+        audio_rows: torch.Tensor,
+        *,
+        states_AD: torch.Tensor | None = None,
+        mels_MW: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Returns the decoder's last hidden states [B, T, H]."""
+        model: Any = self.model
+        embedded_BTH = model.language_model.get_input_embeddings()(token_ids_BT)
+        if states_AD is None:
+            assert mels_MW is not None
+            states_AD, _ = encode(model.audio_tower, mels_MW)
+        projected_AH = model.multi_modal_projector(states_AD.to(embedded_BTH.dtype))
+        embedded_BTH = embedded_BTH.masked_scatter(is_audio_BT[..., None], projected_AH[audio_rows])
+        return model.language_model(inputs_embeds=embedded_BTH, use_cache=False).last_hidden_state
+
+    def _score(
+        self,
+        hidden_NH: torch.Tensor,
+        targets_N: torch.Tensor,
+        banned_ids: torch.Tensor | None,
+        temperature: float,
+    ) -> Scores:
+        def score(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self.lm_head(hidden).float() / temperature
+            if banned_ids is not None:
+                logits = logits.index_fill(1, banned_ids, -torch.inf)
+            logprobs = logits.log_softmax(-1)
+            with torch.no_grad():
+                # A banned token's log-probability is minus infinity, and its share of the entropy is none.
+                entropies = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)
+            return logprobs.gather(1, targets[:, None])[:, 0], entropies
+
+        if len(targets_N) <= SCORED_AT_ONCE:
+            return Scores(*score(hidden_NH, targets_N))
+        pieces: list[Any] = []
+        for start in range(0, len(targets_N), SCORED_AT_ONCE):
+            some = slice(start, start + SCORED_AT_ONCE)
+            pieces.append(recompute(score, hidden_NH[some], targets_N[some], use_reentrant=False))
+        return Scores(*(torch.cat(each) for each in zip(*pieces, strict=True)))
+
+
+def open_policy(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> HyperPolicy:
+    """Loads a checkpoint's weights.
+
+    Raises:
+        CheckpointError: A tensor is missing or unknown: the library itself would only warn, and train a random one.
+    """
+    library: Any = Qwen2AudioForConditionalGeneration
+    policy, info = library.from_pretrained(str(checkpoint.path), dtype=dtype, output_loading_info=True)
+    wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
+    if wrong:
+        raise CheckpointError(f"{checkpoint.path}: the weights do not fit: {wrong}")
+    # Loaded as the library's own class, since it finds the names on disk by the class's; ours adds methods alone.
+    policy.__class__ = HyperPolicy
+    if policy.config.tie_word_embeddings:
+        tie(policy)
+    return policy.train()
+
+
+def build_policy(decoder: Qwen2Config, encoder: Qwen2AudioEncoder, *, audio_id: int) -> HyperPolicy:
+    """Makes a policy with a decoder of random weights below a given encoder."""
+    config = Qwen2AudioConfig(
+        audio_config=encoder.config.to_dict(),
+        text_config=decoder.to_dict(),
+        audio_token_index=audio_id,
+    )
+    policy = HyperPolicy(config)
+    tower: Any = policy.model.audio_tower
+    tower.load_state_dict(encoder.state_dict(), strict=True)
+    if decoder.tie_word_embeddings:
+        tie(policy)
+    return policy.train()
+
+
+def tie(policy: HyperPolicy) -> None:
+    """Makes head and embedding one parameter: transformers never does that for this architecture."""
+    head: Any = policy.lm_head
+    head.weight = policy.get_input_embeddings().weight
+
+
+def freeze_encoder(policy: HyperPolicy) -> None:
+    """Keeps the audio tower as it is."""
+    tower: Any = policy.model.audio_tower
+    tower.requires_grad_(False)
+    tower.eval()
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every tensor of a policy under its name on disk, whole and one at a time, however it is wrapped.
+
+    Adapters must be merged (`merged`); shards of FSDP are gathered one by one, on every rank at once.
+    """
+    for name, tensor in model.state_dict(keep_vars=False).items():
+        bare = name.removeprefix("module.").removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if "lora_" in bare:
+            continue
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        yield canonical_name(bare), full.detach()
+
+
+class merged:  # noqa: N801  # a context manager, as contextlib spells its own
+    """Merges a policy's LoRA adapters into its weights for the time of a block; does nothing where there are none.
+
+    The weights come back by subtraction, not bit for bit: they are put back from a copy instead.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.module if hasattr(model, "module") else model
+
+    def __enter__(self) -> Any:
+        self.before: Mapping[str, torch.Tensor] = {}
+        model: Any = self.model
+        if hasattr(model, "merge_adapter"):
+            self.before = {
+                n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("base_layer.weight")
+            }
+            model.merge_adapter()
+        return self.model
+
+    def __exit__(self, *_: object) -> None:
+        model: Any = self.model
+        if hasattr(model, "unmerge_adapter"):
+            model.unmerge_adapter()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in self.before:
+                        parameter.copy_(self.before[name])
+
+
+def load_tensors(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Puts tensors with names of the disk into a policy, which may be wrapped.
+
+    Raises:
+        CheckpointError: One is missing or too many.
+    """
+    own = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        own[canonical_name(name.removeprefix("module."))] = tensor
+    left = set(own)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            if name not in own:
+                raise CheckpointError(f"the saved weights hold {name}, which this model does not have")
+            own[name].copy_(_sharded_like(own[name], tensor))
+            left.discard(name)
+    if left:
+        raise CheckpointError(f"the saved weights lack {', '.join(sorted(left)[:3])}")
+
+
+def _sharded_like(own: Any, tensor: torch.Tensor) -> torch.Tensor:
+    if not hasattr(own, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements)

@@ -1,0 +1,115 @@
+"""Tells how a run went: its curves as a picture and a page of Markdown, from its log alone.
+
+Knows nothing of models; a run that is still going on, or was cut off, can be reported too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.trainer import read_log
+
+CURVES_FILE, REPORT_FILE = "curves.png", "report.md"
+
+_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("loss", ("loss",)),
+    ("reward", ("reward",)),
+    (
+        "parts of the reward",
+        (
+            "reward_accuracy",
+            "reward_format",
+            "reward_fidelity",
+            "reward_alignment",
+            "reward_environment",
+            "reward_speakers",
+            "reward_transcript",
+        ),
+    ),
+    ("visible tokens of a trace", ("length",)),
+    ("pauses a rollout", ("pauses",)),
+    ("divergence from the beginning", ("kl",)),
+    ("entropy", ("entropy",)),
+    ("sampler against trainer", ("gap",)),
+    ("seconds a step", ("step_s", "rollout_s", "reference_s", "sync_s")),
+)
+_TOLD = ("loss", "reward", "reward_accuracy", "strict", "length", "pauses", "aborted", "cut", "kl", "entropy", "gap")
+
+
+def write_report(run_dir: Path, *, outcome: str) -> Path:
+    """Writes `curves.png` and `report.md` into a run directory; returns the page.
+
+    Args:
+        outcome: How the run ended, in a sentence.
+    """
+    recipe = json.loads((run_dir / "recipe.json").read_text(encoding="utf-8"))
+    rows = read_log(run_dir)
+    draw_curves(rows, run_dir / CURVES_FILE, title=recipe["name"])
+    lines = [f"# Run of {recipe['name']}", "", outcome, "", f"![Curves]({CURVES_FILE})", ""]
+    if rows:
+        share = max(1, len(rows) // 10)
+        lines += [
+            f"Means over the first and the last tenth of the log ({share} of {len(rows)} lines each):",
+            "",
+            "| | first | last |",
+            "| --- | --- | --- |",
+        ]
+        for name in _TOLD:
+            first, last = _mean(rows[:share], name), _mean(rows[-share:], name)
+            if first is not None and last is not None:
+                lines.append(f"| {name} | {first:.4g} | {last:.4g} |")
+        seconds = _mean(rows, "step_s")
+        if seconds is not None:
+            lines += ["", f"{rows[-1]['step']} steps, {seconds:.2f} s each on average."]
+    lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=2), "```", ""]
+    page = run_dir / REPORT_FILE
+    page.write_text("\n".join(lines), encoding="utf-8")
+    return page
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draws every figure of a log that there is a panel for, as measured and smoothed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(name, [key for key in keys if any(key in row for row in rows)]) for name, keys in _PANELS]
+    panels = [(name, keys) for name, keys in panels if keys] or [("no line was logged", [])]
+    num_columns = min(3, len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    figure, grid = pyplot.subplots(
+        num_rows, num_columns, figsize=(4.2 * num_columns, 2.8 * num_rows), layout="constrained", squeeze=False
+    )
+    for axes, (name, keys) in zip(grid.flat, panels, strict=False):
+        for key in keys:
+            steps = [row["step"] for row in rows if key in row]
+            values = [row[key] for row in rows if key in row]
+            (line,) = axes.plot(steps, _smoothed(values), label=key.removeprefix("reward_").removesuffix("_s"))
+            if len(keys) == 1:
+                axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        if len(keys) > 1:
+            axes.legend(frameon=False, fontsize=6)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.axis("off")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    found: list[float] = []
+    share = min(1.0, 10 / max(1, len(values)))
+    for value in values:
+        found.append(value if not found else found[-1] + share * (value - found[-1]))
+    return found
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    values = [row[name] for row in rows if name in row]
+    return sum(values) / len(values) if values else None

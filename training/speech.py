@@ -1,0 +1,119 @@
+"""Builds speech clips: one voice saying one or two lines of open text, or nobody; short, many, and through channels.
+
+Scenes teach who speaks over what; these teach the words. A clip is a `Scene` like any other.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import soxr
+
+from hyper_model.audio import SAMPLE_RATE_HZ, mix
+from training import sounds
+from training.channels import degrade
+from training.lines import line_from_text
+from training.scenes import NUM_OTHER_LINES, Scene, SceneBuilder, SceneSpeaker, Turn, tilt_spectrum
+from training.voices import Voice
+
+# Engines are weighed, not voices: there are many formant voices, and few of any real speaker.
+_ENGINE_WEIGHTS = {"kokoro": 22, "hibari": 26, "flite": 26, "espeak": 26}
+_SILENT_SHARE = 0.06
+_QUIET_SHARE = 0.6
+_DEGRADED_SHARE = 1 / 3
+_OPEN_SHARE = 0.88
+
+
+class SpeechBuilder(SceneBuilder):
+    """Draws and renders speech clips of one split from a bank and the recordings."""
+
+    def _draw_voice(self, rng: random.Random) -> Voice:
+        by_engine: dict[str, list[Voice]] = {}
+        for voice in self.voices:
+            by_engine.setdefault(voice.engine, []).append(voice)
+        engine = rng.choices(list(by_engine), [_ENGINE_WEIGHTS[name] for name in by_engine])[0]
+        return rng.choice(by_engine[engine])
+
+    def draw(self, seed: int) -> tuple[Scene, np.ndarray]:
+        """Draw one clip and its sound, float32 [S]."""
+        rng = random.Random(f"speech/{seed}")
+        is_training = self.split == "train"
+        is_silent = rng.random() < _SILENT_SHARE
+        pieces: list[tuple[str, np.ndarray]] = []
+        voice = self._draw_voice(rng)
+        if not is_silent:
+            speed = rng.uniform(0.9, 1.12) if is_training else 1.0
+            tilt = rng.uniform(-0.4, 0.4) if is_training else 0.0
+            for _ in range(rng.choices((1, 2), (62, 38))[0]):
+                utterance, samples_S = self.draw_utterance(rng, voice.name, is_open=rng.random() < _OPEN_SHARE)
+                if any(text == utterance.text for text, _ in pieces):
+                    continue
+                if tilt:
+                    samples_S = tilt_spectrum(samples_S, tilt)
+                if abs(speed - 1.0) > 0.01:
+                    samples_S = soxr.resample(samples_S, SAMPLE_RATE_HZ, SAMPLE_RATE_HZ / speed, quality="MQ")
+                pieces.append((utterance.text, samples_S))
+        cursor_s = rng.uniform(0.05, 0.6)
+        placed: list[tuple[str, float, float, np.ndarray]] = []
+        for text, samples_S in pieces:
+            end_s = cursor_s + len(samples_S) / SAMPLE_RATE_HZ
+            placed.append((text, cursor_s, end_s, samples_S))
+            cursor_s = end_s + rng.uniform(0.1, 0.9)
+        end_s = placed[-1][2] if placed else 0.0
+        num_samples = int((end_s + rng.uniform(0.05, 0.6) if placed else rng.uniform(1.0, 6.0)) * SAMPLE_RATE_HZ)
+        speech_S = np.zeros(num_samples, np.float32)
+        for _, start_s, _, samples_S in placed:
+            begin = int(start_s * SAMPLE_RATE_HZ)
+            speech_S[begin : begin + len(samples_S)] += samples_S[: num_samples - begin]
+
+        label, recording, snr_db = sounds.QUIET, None, None
+        mixture_S = speech_S
+        if rng.random() >= (0.45 if is_silent else _QUIET_SHARE):
+            label = rng.choice(list(self.recordings))
+            background_S, recording = self.draw_background(rng, label, num_samples)
+            if not background_S.any():
+                label, recording = sounds.QUIET, None
+            elif placed:
+                snr_db = rng.uniform(5.0, 20.0)
+                mixture_S = mix(speech_S, background_S, snr_db)
+            else:
+                mixture_S = background_S / max(1e-6, float(np.sqrt(np.mean(background_S**2)))) * 0.05
+        channel = None
+        if is_training and rng.random() < _DEGRADED_SHARE and mixture_S.any():
+            mixture_S, channel = degrade(mixture_S, rng)
+        mixture_S = self._set_level(rng, mixture_S)
+        scene = Scene(
+            seed=seed,
+            split=self.split,
+            environment=label,
+            recording=recording,
+            snr_db=snr_db,
+            speakers=(SceneSpeaker("S1", voice.name, voice.sex),) if placed else (),
+            turns=tuple(Turn("S1", line_from_text(text), start, end) for text, start, end, _ in placed),
+            background_line=None,
+            has_overlap=False,
+            duration_s=num_samples / SAMPLE_RATE_HZ,
+            other_lines=self.draw_other_lines(rng, {text for text, *_ in placed}, NUM_OTHER_LINES) if placed else (),
+            channel=channel,
+        )
+        return scene, mixture_S
+
+    @staticmethod
+    def _set_level(rng: random.Random, samples_S: np.ndarray) -> np.ndarray:
+        """Add a noise floor (white to brown, 25 to 60 dB below speech) and set the level of the whole."""
+        floor = np.random.default_rng(rng.randrange(2**32)).standard_normal(len(samples_S))
+        color = rng.uniform(0.0, 1.0)
+        spectrum = np.fft.rfft(floor)
+        spectrum[1:] /= np.arange(1, len(spectrum)) ** color
+        spectrum[0] = 0.0
+        floor = np.fft.irfft(spectrum, len(samples_S))
+        floor /= max(1e-9, float(np.sqrt(np.mean(floor**2))))
+        level = float(np.sqrt(np.mean(samples_S**2)))
+        if level:
+            mixture_S = samples_S / level + floor * 10 ** (-rng.uniform(25, 60) / 20)
+            mixture_S = (mixture_S * 10 ** (rng.uniform(-36, -16) / 20)).astype(np.float32)
+        else:
+            mixture_S = (floor * 10 ** (rng.uniform(-80, -34) / 20)).astype(np.float32)
+        peak = float(np.abs(mixture_S).max())
+        return mixture_S * np.float32(0.98 / peak) if peak > 0.98 else mixture_S

@@ -1,0 +1,109 @@
+"""What Stage II asks: prompts with clips and what is known about them, drawn from scenes or from a data set.
+
+Task number i is the same whenever it is drawn. Knows nothing of rollouts, models or rewards' values.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hyper_model.audio import decode, require_single_window
+from hyper_model.errors import HyperError
+from hyper_model.trace import TraceTokenizer, build_prompt
+from training.assets import MissingDataError
+from training.examples import Example
+from training.questions import SceneExample, draw_example
+from training.rewards import Truth
+from training.rollout import Prompt
+from training.scenes import SceneBuilder
+
+_FIRST_SEED = 5_000_000
+"""First seed of Stage II's scenes, beyond those of the clips of Stage I."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One prompt and what its completions are judged by."""
+
+    prompt: Prompt
+    truth: Truth
+
+
+class Tasks(Protocol):
+    """Draws tasks by number."""
+
+    def draw(self, number: int) -> Task:
+        """Returns a task."""
+        ...
+
+
+def truth_of(example: SceneExample) -> Truth:
+    """Returns what is known about a scene's example: everything, since the scene was made."""
+    scene = example.scene
+    return Truth(
+        example.question,
+        example.answer,
+        example.choices,
+        environment=scene.environment,
+        num_speakers=len(scene.speakers),
+        transcript=scene.transcript,
+    )
+
+
+class SceneTasks:
+    """Draws scenes that nobody has asked about before, mixed when they are needed.
+
+    Args:
+        first_seed: Of the scenes.
+    """
+
+    def __init__(self, builder: SceneBuilder, tokenizer: TraceTokenizer, *, first_seed: int = _FIRST_SEED) -> None:
+        self.builder, self.tokenizer, self.first_seed = builder, tokenizer, first_seed
+
+    def draw(self, number: int) -> Task:
+        """Mixes a scene and asks one question about it."""
+        seed = self.first_seed + number
+        scene, samples_S = self.builder.draw(seed)
+        example = draw_example(scene, random.Random(seed))
+        token_ids = build_prompt(self.tokenizer, example.question, example.choices)
+        return Task(Prompt(token_ids, samples_S, example.choices), truth_of(example))
+
+
+class ExampleTasks:
+    """Draws from a data set, in another order each time round; clips are decoded when they are needed."""
+
+    def __init__(self, examples: Sequence[Example], tokenizer: TraceTokenizer, *, seed: int) -> None:
+        if not examples:
+            raise MissingDataError("no example to train on")
+        self.examples, self.tokenizer, self.seed = examples, tokenizer, seed
+
+    def draw(self, number: int) -> Task:
+        """Decodes a row's clip.
+
+        Raises:
+            HyperError: It cannot be read; the message names file and row.
+        """
+        epoch, place = divmod(number, len(self.examples))
+        order = list(range(len(self.examples)))
+        random.Random(f"{self.seed}/epoch/{epoch}").shuffle(order)
+        example = self.examples[order[place]]
+        try:
+            waveform = decode(example.audio.read_bytes())
+            require_single_window(waveform)
+        except OSError as error:
+            raise HyperError(f"{example.source}: {example.audio}: {error.strerror}") from error
+        except HyperError as error:
+            raise HyperError(f"{example.source}: {example.audio}: {error}") from error
+        token_ids = build_prompt(self.tokenizer, example.question, example.choices)
+        truth = Truth(
+            example.question,
+            example.answer,
+            example.choices,
+            environment=example.environment,
+            num_speakers=example.num_speakers,
+            transcript=example.transcript,
+        )
+        return Task(Prompt(token_ids, waveform.samples_S, example.choices), truth)

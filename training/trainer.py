@@ -1,0 +1,343 @@
+"""What Stage I and Stage II share: transformers' Trainer with our own loss, saving, resuming and records of a run.
+
+A run directory holds `recipe.json`, `log.jsonl`, TensorBoard's event files, `checkpoint-STEP/` (in it `model/`, a HyPeR
+checkpoint, or `adapter/`, LoRA weights; optimizer, schedule, random states; `state.json`, ours) and at the end
+`curves.png` and `report.md`. A checkpoint is whole when `complete` stands in it: what a full disk or a killed process
+left half written is never resumed from.
+
+Four things that the library does are replaced, because for this architecture they fail without a word: loading the
+weights of a checkpoint (it loads none of them), naming them when saving, dividing the loss over accumulated batches,
+and logging an average where a loss is not finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hyper_model.errors import HyperError
+from training.export import RunModel
+from training.recipes import GrpoRecipe, SftRecipe
+
+COMPLETE = "complete"
+LOG_FILE = "log.jsonl"
+Recipe = SftRecipe | GrpoRecipe
+
+
+class TrainingError(HyperError):
+    """A run cannot begin, go on or be saved; the message says why, and its last whole checkpoint is as it was."""
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW on float32 copies of parameters of another dtype, which get the rounded result.
+
+    bfloat16 parameters stop moving once a step is below their last bit; with this, forward and backward run in bfloat16
+    and nothing is lost. What it steps on are the copies: gradients come from the parameters.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        self.working = [parameter for group in groups for parameter in group["params"]]
+        copies = iter([p.detach().clone().float().requires_grad_() for p in self.working])
+        super().__init__([group | {"params": [next(copies) for _ in group["params"]]} for group in groups], **options)
+        self.masters = [parameter for group in self.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Takes a step and rounds."""
+        for working, master in zip(self.working, self.masters, strict=True):
+            master.grad = None if working.grad is None else working.grad.float()
+        loss = super().step(closure)
+        self._round()
+        return loss
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for working, master in zip(self.working, self.masters, strict=True):
+            working.copy_(master)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns moments and the float32 copies."""
+        return super().state_dict() | {"masters": [master.detach() for master in self.masters]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Puts both back, and the parameters to what they round to."""
+        for master, saved in zip(self.masters, state_dict["masters"], strict=True):
+            master.copy_(saved)
+        super().load_state_dict({name: value for name, value in state_dict.items() if name != "masters"})
+        self._round()
+
+
+class _Steps(IterableDataset[Any]):
+    """The steps of a run as a data set: step s is what `make(s)` returns, whenever and by whomever it is asked."""
+
+    def __init__(self, make: Callable[[int], Any], first: Callable[[], int]) -> None:
+        self.make, self.first = make, first
+
+    def __iter__(self) -> Iterator[Any]:
+        # With workers the loader takes one batch of each in turn, so these are the steps in order.
+        worker = get_worker_info()
+        step, stride = self.first(), 1
+        if worker is not None:
+            step, stride = step + worker.id, worker.num_workers
+        while True:
+            yield self.make(step)
+            step += stride
+
+
+class PolicyTrainer(Trainer):
+    """Trains a policy by the loss of a subclass.
+
+    Subclasses say what a step is: `make_step`, which may run in a loader's worker; `micro_batches`, which turns that
+    into batches small enough for the memory; and `micro_loss`, whose sum over all of them and over all ranks is the
+    step's loss.
+
+    Args:
+        model: What is trained and how it is exported.
+        run_dir: See the module's first lines.
+        num_workers: Processes that prepare steps ahead.
+    """
+
+    def __init__(self, model: RunModel, recipe: Recipe, run_dir: Path, *, num_workers: int = 0) -> None:
+        self.run_model, self.recipe, self.run_dir, self.num_workers = model, recipe, run_dir, num_workers
+        self.measured: defaultdict[str, list[float]] = defaultdict(list)
+        self.started_s = time.monotonic()
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
+        arguments = TrainingArguments(
+            output_dir=str(run_dir),
+            max_steps=recipe.num_steps,
+            per_device_train_batch_size=1,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr": recipe.min_learning_rate},
+            warmup_steps=recipe.warmup_steps,
+            max_grad_norm=recipe.max_grad_norm,
+            logging_steps=recipe.log_every_steps,
+            save_steps=recipe.save_every_steps,
+            save_total_limit=2,
+            seed=recipe.seed,
+            bf16=recipe.autocast,
+            gradient_checkpointing=recipe.gradient_checkpointing,
+            ignore_data_skip=True,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to=["tensorboard"],
+            logging_nan_inf_filter=False,
+            fsdp=recipe.fsdp or None,
+            fsdp_config={"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}
+            if recipe.fsdp
+            else None,
+        )
+        super().__init__(model=model.policy, args=arguments, train_dataset=_Steps(self.make_step, self._next_step))
+        # Its own callback prints dictionaries; ours keeps a file and a bar.
+        for callback in [c for c in self.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
+            self.remove_callback(callback)
+        self.add_callback(_Records(self))
+
+    def make_step(self, step: int) -> Any:
+        """Prepares a step; a pure function of the step and the rank."""
+        raise NotImplementedError
+
+    def micro_batches(self, prepared: Any) -> list[dict[str, Any]]:
+        """Cuts a step into batches, each with all that its share of the loss needs."""
+        raise NotImplementedError
+
+    def micro_loss(self, model: Any, micro: dict[str, Any]) -> torch.Tensor:
+        """Returns a batch's share of the step's loss."""
+        raise NotImplementedError
+
+    def own_state(self) -> dict[str, Any]:
+        """Returns what else a run goes on from, as JSON."""
+        return {}
+
+    def load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Takes it back."""
+
+    def note(self, **figures: float) -> None:
+        """Keeps figures of this step for the next line of the log, which has their mean."""
+        for name, value in figures.items():
+            self.measured[name].append(float(value))
+
+    def _next_step(self) -> int:
+        return self.state.global_step
+
+    # What follows replaces methods of the library's.
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Returns the steps themselves: every rank prepares its own share, so nothing is to be split among them."""
+        dataset: Any = self.train_dataset
+        return DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Makes AdamW, without decay on vectors, and with float32 copies where the policy is of another dtype."""
+        if self.optimizer is None:
+            parameters = [p for p in (model or self.model).parameters() if p.requires_grad]  # pyright: ignore[reportOptionalMemberAccess]
+            groups: list[dict[str, Any]] = [
+                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.recipe.weight_decay},
+                {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+            ]
+            is_whole = all(p.dtype == torch.float32 for p in parameters)
+            kind = torch.optim.AdamW if is_whole else MasterAdamW
+            self.optimizer = kind(groups, lr=self.recipe.learning_rate, betas=(0.9, self.recipe.adam_beta2), fused=True)
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Runs forward and backward over a step's batches; gradients meet the other ranks' in the last one."""
+        model.train()
+        started_s = time.monotonic()
+        micros = self.micro_batches(inputs)
+        total = torch.zeros((), device=self.args.device)
+        for index, micro in enumerate(micros):
+            is_last = index == len(micros) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self.micro_loss(model, self._prepare_inputs(micro))
+                # Gradients of ranks are averaged, and the loss is their sum.
+                self.accelerator.backward(loss * self.args.world_size)
+            total += loss.detach()
+        if not math.isfinite(float(total)):
+            raise TrainingError(f"step {self.state.global_step}: the loss is {float(total)}")
+        self.note(step_s=time.monotonic() - started_s)
+        return total * self.args.world_size
+
+    def sum_over_ranks(self, value: float) -> float:
+        """Returns the sum of a number over all ranks."""
+        if self.args.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.args.device)
+        torch.distributed.all_reduce(tensor)
+        return float(tensor)
+
+    def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
+        # Each trainer here counts its own.
+        return None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Returns none: the library counts by `input_ids`, which there are not."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what was noted since the last line."""
+        means = {name: sum(values) / len(values) for name, values in self.measured.items() if values}
+        self.measured.clear()
+        super().log(logs | means, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        assert output_dir is not None
+        # Only shards are gathered for us; a policy that is whole is saved from its own parameters.
+        self.run_model.save(Path(output_dir), state_dict if self.is_fsdp_enabled else None)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = self.run_dir / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                (folder / "state.json").write_text(json.dumps(self.own_state()), encoding="utf-8")
+                (folder / COMPLETE).touch()
+        except OSError as error:
+            kept = last_checkpoint(self.run_dir)
+            raise TrainingError(
+                f"step {self.state.global_step} cannot be saved: {error.strerror or error}; "
+                f"{f'{kept} is whole: --resume goes on from it' if kept else 'nothing was saved before'}"
+            ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        self.run_model.load(folder, model)
+        self.load_own_state(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+    def _load_best_model(self) -> None:
+        raise NotImplementedError("runs keep their newest checkpoints")
+
+
+class _Records(TrainerCallback):
+    """Keeps `log.jsonl` and a progress bar, on the first rank alone."""
+
+    def __init__(self, trainer: PolicyTrainer) -> None:
+        self.trainer, self.bar = trainer, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Opens the bar; lines of steps that are run again are dropped."""
+        if not state.is_world_process_zero:
+            return
+        path = self.trainer.run_dir / LOG_FILE
+        if path.exists():
+            rows = read_log(self.trainer.run_dir)
+            kept = [row for row in rows if row["step"] <= state.global_step]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.trainer.recipe.name, unit="step", smoothing=0.1
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Moves the bar."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Writes a line; what the library says at the end has no step of its own."""
+        if self.bar is None or not logs or "train_runtime" in logs:
+            return
+        row = {"step": state.global_step} | {name: value for name, value in logs.items() if name != "epoch"}
+        with (self.trainer.run_dir / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = {name: f"{logs[name]:.3g}" for name in self.trainer.recipe.shown if name in logs}
+        self.bar.set_postfix(shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """Reads the lines of a run's log; a last one that was cut off is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in (run_dir / LOG_FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """Returns the newest whole checkpoint of a run."""
+    whole = [path.parent for path in run_dir.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def prepare_run_dir(run_dir: Path, recipe: Recipe, *, is_resumed: bool) -> Path | None:
+    """Makes a run's directory, or checks that one can be gone on with; returns the checkpoint to resume from.
+
+    Raises:
+        TrainingError: There is a run already and it is not to be resumed, or it was made by another recipe.
+    """
+    file, text = run_dir / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n"
+    if file.exists():
+        if not is_resumed:
+            raise TrainingError(f"{run_dir} holds a run already: --resume goes on with it, or choose another folder")
+        before = json.loads(file.read_text(encoding="utf-8"))
+        now = json.loads(text)
+        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        if changed:
+            raise TrainingError(f"{run_dir} was begun with another recipe: {', '.join(changed)} differ")
+        return last_checkpoint(run_dir)
+    if is_resumed:
+        raise TrainingError(f"{run_dir} holds no run to resume")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    return None
