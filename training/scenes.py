@@ -257,18 +257,18 @@ class SceneBuilder:
                     for asked in line_from_text(utterance.text).questions:
                         entry = (asked.answer, same_speaker(voice.name), utterance, path)
                         self._answers.setdefault(asked.question, []).append(entry)
-        answers: dict[str, set[str]] = {}
-        for item in placed:
-            for asked in line_from_text(item.text).questions:
-                answers.setdefault(asked.question, set()).add(asked.answer)
-        questions = [question for question, given in answers.items() if len(given) == 1]
+        asked_of = [asked for item in placed for asked in line_from_text(item.text).questions]
+        answers = {asked.question: asked.answer for asked in asked_of}
+        if len(answers) < len(asked_of):
+            return None  # Two people answer one question: whom it means could not be told.
+        questions = list(answers)
         rng.shuffle(questions)
         said = {item.text for item in placed}
         for question in questions:
             others = [
                 (utterance, path)
                 for answer, speaker, utterance, path in self._answers.get(question, ())
-                if answer not in answers[question] and speaker not in taken and utterance.text not in said
+                if answer != answers[question] and speaker not in taken and utterance.text not in said
             ]
             if others:
                 return question, *rng.choice(others)
