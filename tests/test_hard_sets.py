@@ -109,7 +109,7 @@ def test_a_bank_that_cannot_make_a_hard_set_says_so(name: str, tmp_path: Path) -
         (tmp_path / f"{voice}.0.i16").write_bytes(np.full(num_samples, 900, "<i2").tobytes())
         (tmp_path / f"{voice}.0.json").write_text(json.dumps([asdict(Utterance(voice, "man", text, 0, num_samples))]))
     builder = builder_for(name, Bank(tmp_path), write_sounds(tmp_path / "sounds"), "test")
-    with pytest.raises(MissingDataError, match="has too few lines of test voices"):
+    with pytest.raises(MissingDataError, match="too few lines of test voices"):
         builder.draw(0)
 
 
