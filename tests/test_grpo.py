@@ -39,6 +39,16 @@ from training.trainer import TrainingError, prepare_run_dir, read_log
 CLIPS = ROOT / "tests/assets/clips"
 
 
+class Repeated:
+    """Asks one thing over and over."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def draw(self, number: int) -> Task:
+        return self.task
+
+
 class ClipTasks:
     """Asks about the ten sample clips, over and over."""
 
@@ -181,7 +191,7 @@ def test_long_prompts_are_not_answered_from_stale_keys(
     task = dataclasses.replace(
         trainer.tasks.draw(0), prompt=Prompt(trainer.tasks.draw(0).prompt.token_ids, samples_S, ())
     )
-    trainer.tasks = type("One", (), {"draw": lambda self, number: task})()
+    trainer.tasks = Repeated(task)
     for _ in range(2):
         with torch.no_grad():
             for name, parameter in trainer.run_model.core.named_parameters():

@@ -194,7 +194,8 @@ def _sft(
             raise click.UsageError(
                 f"{recipe.name} makes a decoder of its own, on scenes: --base and --data are not for it"
             )
-        scenes, speech = read_clips(work / "clips/train", "scene"), read_clips(work / "clips/train", "speech")
+        folder = work / "clips/train"
+        scenes, speech = read_clips(folder, "scene", "noise"), read_clips(folder, "speech")
         # Open texts too, where speech was built from them: a vocabulary of scenes alone would spell other words out.
         texts = iter_texts(work / "assets" / TEXTS_FOLDER) if speech else ()
         train_tokenizer_on([*scenes, *speech], recipe, run_dir / "tokenizer.json", texts)
