@@ -1,4 +1,4 @@
-"""The training side of the `hyper` command: build data, train, export, calibrate.
+"""The training side of the `hyper` command: build data, calibrate, evaluate.
 
 Everything lives under one work folder: `assets/`, `bank/`, `clips/SPLIT/`, `runs/RECIPE/`. Each step resumes.
 """
