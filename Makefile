@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 # Where training keeps its audio, features and runs.
 WORK ?= build
 
-.PHONY: help serve test check bench venv lock bank scenes train eval clean
+.PHONY: help serve test check bench bench-train venv lock bank scenes train eval clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 serve: ## Start the service on the embedded checkpoint (HYPER_PORT=9000, HYPER_CHECKPOINT=DIR, ... may follow)
 	@$(INSTALL)
@@ -33,6 +33,10 @@ check: ## Lint, format, types, Dockerfile
 bench: ## Measure the service beside vLLM's own server, bare engines and transformers (ARGS="--rounds 3"; 12 minutes)
 	@$(INSTALL) train
 	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests bench $(ARGS)
+
+bench-train: ## Measure a step of Stage II beside a plain trainer's, and resume, sync and masks (5 minutes)
+	@$(INSTALL) train
+	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m training.bench tests/assets/clips $(ARGS)
 
 venv: ## Build .venv from the lock files and check that it imports (DEVICE=gpu for an NVIDIA card)
 	@$(INSTALL)

@@ -24,10 +24,11 @@ from training.evaluate import (
     latency,
     summarize,
 )
+from training.hard_sets import SNR_LEVELS_DB
 from training.questions import draw_example
 from training.report import markdown, write
 from training.scenes import SceneBuilder
-from training.suites import SNR_LEVELS_DB, Item, draw_items, item_of, scene_items, swapped
+from training.suites import Item, draw_items, item_of, scene_items, swapped
 from training.voices import Bank, trained_lines
 
 

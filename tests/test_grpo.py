@@ -135,7 +135,7 @@ def test_a_broken_run_goes_on_bit_for_bit(start: Callable[..., GrpoTrainer], who
 
 def test_nothing_that_was_forced_is_learnt_from(start: Callable[..., GrpoTrainer], tmp_path: Path) -> None:
     trainer = start(tmp_path / "run")
-    (group,) = trainer._sample([0], trainer.gate)
+    (group,) = trainer.sample([0], trainer.gate)
     tokenizer = trainer.run_model.tokenizer
     num_forced = 0
     for rollout in group.rollouts:
@@ -148,7 +148,7 @@ def test_nothing_that_was_forced_is_learnt_from(start: Callable[..., GrpoTrainer
         num_forced += sum(latent)
     # Whatever they earned: rewards that differ, so that there is something to learn.
     unequal = [dataclasses.replace(each, total=float(place)) for place, each in enumerate(group.rewards)]
-    micros = trainer._packed([dataclasses.replace(group, rewards=unequal)])
+    micros = trainer.packed([dataclasses.replace(group, rewards=unequal)])
     targets = torch.cat([micro["batch"]["targets_BT"].flatten() for micro in micros])
     scored = sum(len(rollout.token_ids) for rollout in group.rollouts) - num_forced
     assert int((targets != IGNORED).sum()) == scored
@@ -186,8 +186,8 @@ def test_long_prompts_are_not_answered_from_stale_keys(
                 if "language_model.layers" in name and parameter.dim() > 1:
                     parameter.mul_(1.01)
         trainer.sync()
-        (group,) = trainer._sample([0], None)
-        for micro in trainer._packed([group]):
+        (group,) = trainer.sample([0], None)
+        for micro in trainer.packed([group]):
             logprobs = trainer._logprobs(trainer.run_model.policy, micro["batch"])
             torch.testing.assert_close(logprobs, micro["tokens"]["sampler_logprobs_N"], atol=2e-4, rtol=1e-4)
 

@@ -17,7 +17,7 @@ from hyper_model.trace import build_prompt
 from hyper_model.weights import StoredTensors, read_entries, weight_files
 from training import policy as module
 from training.export import model_of_checkpoint
-from training.policy import IGNORED, HyperPolicy, Row, load_tensors, merged, named_tensors, open_policy, pack
+from training.policy import IGNORED, HyperPolicy, Row, branch, load_tensors, merged, named_tensors, open_policy, pack
 from training.recipes import Lora, debug
 
 
@@ -185,3 +185,19 @@ def test_an_adapted_policy_scores_as_its_merged_export(
         torch.testing.assert_close(
             model.policy(**batch).logprobs_N, open_policy(exported)(**batch).logprobs_N, atol=1e-4, rtol=1e-4
         )
+
+
+def test_completions_that_share_their_prompt_score_as_if_they_did_not(
+    policy: HyperPolicy, checkpoint: Checkpoint
+) -> None:
+    prompt = build_prompt(checkpoint.tokenizer, "What is heard?")
+    audio_at = prompt.index(checkpoint.tokenizer.audio_id)
+    written = [[70, 71, 72], [80], [70, 91, 92, 93, 94]]
+    clips = [mel(1.3, 0), mel(0.7, 1)]
+    shared = [branch(prompt, [(w, w) for w in written], audio_at, 0), branch(prompt, [([75], [75])], audio_at, 1)]
+    apart = [row(checkpoint, 0, w) for w in written] + [row(checkpoint, 1, [75])]
+    scores, grads = gradients(policy, pack(shared, clips, pad_id=0, is_encoded=False))
+    others, other_grads = gradients(policy, pack(apart, clips, pad_id=0, is_encoded=False))
+    torch.testing.assert_close(scores, others, atol=1e-5, rtol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, other_grads[name], atol=2e-4, rtol=1e-3, msg=name)

@@ -16,12 +16,13 @@ import torch
 from hyper_model.audio import SAMPLE_RATE_HZ
 from training.assets import ENCODER_FILE
 from training.export import model_from_scratch
-from training.lines import draw_line
+from training.lines import SLOTS, draw_line
 from training.recipes import SftRecipe
 from training.sft import ClipSequences, SftTrainer, read_clips, train_tokenizer_on
 from training.sounds import list_recordings
+from training.texts import split_of
 from training.trainer import prepare_run_dir
-from training.voices import TARGET_RMS, Utterance, list_voices
+from training.voices import TARGET_RMS, Split, Utterance, list_voices
 
 
 def write_bank(folder: Path, *, lines_per_voice: int = 3) -> Path:
@@ -30,15 +31,25 @@ def write_bank(folder: Path, *, lines_per_voice: int = 3) -> Path:
     for number, voice in enumerate(list_voices()):
         rng = random.Random(voice.name)
         utterances, pieces, start = [], [], 0
-        for _ in range(lines_per_voice):
+        for place in range(lines_per_voice):
             num_samples = int(rng.uniform(0.4, 0.8) * SAMPLE_RATE_HZ)
             wave = np.sin(2 * np.pi * (120 + 7 * number) * np.arange(num_samples) / SAMPLE_RATE_HZ) * TARGET_RMS * 1.4
             pieces.append((wave * 32767).astype("<i2"))
-            utterances.append(Utterance(voice.name, voice.sex, draw_line(rng).text, start, num_samples))
+            is_open = place % 2 == 1
+            text = _open_line(rng, voice.split) if is_open else draw_line(rng).text
+            utterances.append(Utterance(voice.name, voice.sex, text, start, num_samples, is_open))
             start += num_samples
         (folder / f"{voice.name}.0.i16").write_bytes(np.concatenate(pieces).tobytes())
         (folder / f"{voice.name}.0.json").write_text(json.dumps([asdict(u) for u in utterances]))
     return folder
+
+
+def _open_line(rng: random.Random, split: Split) -> str:
+    while True:
+        words = [rng.choice(SLOTS[slot]) for slot in ("name", "quality", "object", "animal")]
+        text = "{} keeps one {} {} and some {}".format(*words)
+        if split_of(text) == split:
+            return text
 
 
 def write_sounds(folder: Path) -> Path:
@@ -125,3 +136,18 @@ def tiny_run(recipe: SftRecipe, work: Path, run_dir: Path, *, is_resumed: bool) 
     )
     sequences = ClipSequences(clips, [], model.tokenizer, recipe)
     return TinyRun(SftTrainer(model, recipe, run_dir, sequences), checkpoint)
+
+
+def write_wordnet(folder: Path) -> Path:
+    """Write files of WordNet's form with sentences of our own, enough of them for every split to have some."""
+    folder.mkdir(parents=True)
+    rng = random.Random(0)
+    for part in ("noun", "verb", "adj", "adv"):
+        rows = ["  1 This line stands for the licence.  "]
+        for number in range(400):
+            things = " ".join(rng.choice(SLOTS["object"]) for _ in range(3))
+            quality, city = rng.choice(SLOTS["quality"]), rng.choice(SLOTS["city"])
+            gloss = f'a {quality} kind of {things}; "the {things} was sold in {city}"'
+            rows.append(f"{number:08d} 03 n 01 thing 0 000 | {gloss}  ")
+        (folder / f"data.{part}").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder

@@ -89,8 +89,8 @@ def _through_file(
     """Encode and decode in memory; the result is as long as what was given."""
     peak = max(1e-6, float(np.abs(samples_S).max()))
     file = io.BytesIO()
-    options = {} if compression is None else {"compression_level": compression}
-    soundfile.write(file, samples_S * (0.8 / peak), rate_hz, format=container, subtype=subtype, **options)
+    loud_S = samples_S * (0.8 / peak)
+    soundfile.write(file, loud_S, rate_hz, format=container, subtype=subtype, compression_level=compression)
     file.seek(0)
     decoded, _ = soundfile.read(file, dtype="float32")
     decoded = decoded[: len(samples_S)] * np.float32(peak / 0.8)

@@ -1,8 +1,8 @@
 """Renders scenes once and keeps the frozen encoder's states of each clip: what Stage I trains on.
 
 Axes: A audio tokens (40 ms), D encoder width. A shard is `KIND-NNNN.bf16` (the clips' states, one after the other) and
-`KIND-NNNN.jsonl` (the truth, a line a clip); KIND is `speech` (one voice, open text, short) or `scene`. Shards are made
-in parallel, resumed where they stopped, and usable at once.
+`KIND-NNNN.jsonl` (the truth, a line a clip); KIND is `speech` (one voice, open text, short), `scene`, or `noise`
+(scenes over recordings of one's own). Shards are made in parallel, resumed where they stopped, and usable at once.
 Knows nothing of questions or prompts.
 """
 
@@ -23,16 +23,17 @@ from tqdm import tqdm
 from training.assets import ENCODER_FILE, SOUNDS_FOLDER
 from training.encoder import ClipEncoder, load_encoder
 from training.lines import line_from_text
+from training.noise import NoiseFolder
 from training.scenes import Scene, SceneBuilder, SceneSpeaker, Turn
 from training.speech import SpeechBuilder
 from training.voices import Bank, Split
 
-ClipKind = Literal["speech", "scene"]
+ClipKind = Literal["speech", "scene", "noise"]
 
 CLIPS_PER_SHARD = 500
 SEED_STRIDE = {"train": 0, "validation": 10_000_000, "test": 20_000_000}
 """First scene seed of each split: no clip of one split shares a seed with another's."""
-_KIND_STRIDE: dict[ClipKind, int] = {"scene": 0, "speech": 5_000_000}
+_KIND_STRIDE: dict[ClipKind, int] = {"scene": 0, "noise": 2_500_000, "speech": 5_000_000}
 
 
 def scene_to_json(scene: Scene) -> dict[str, Any]:
@@ -54,11 +55,15 @@ def _stem(kind: ClipKind, shard: int) -> str:
     return f"{kind}-{shard:04d}"
 
 
-def _build_shard(job: tuple[ClipKind, int, Split, Path, Path, Path]) -> str:
-    kind, shard, split, assets, bank_folder, folder = job
+def _build_shard(job: tuple[ClipKind, int, Split, Path, Path, Path, tuple[Path, ...]]) -> str:
+    kind, shard, split, assets, bank_folder, folder, noise = job
     torch.set_num_threads(1)
-    builder_class = SpeechBuilder if kind == "speech" else SceneBuilder
-    builder = builder_class(Bank(bank_folder), assets / SOUNDS_FOLDER, split)
+    bank, sounds_folder = Bank(bank_folder), assets / SOUNDS_FOLDER
+    if kind == "speech":
+        builder = SpeechBuilder(bank, sounds_folder, split)
+    else:
+        own = NoiseFolder(noise, split) if kind == "noise" else None
+        builder = SceneBuilder(bank, sounds_folder, split, noise=own)
     encode = ClipEncoder(load_encoder(assets / ENCODER_FILE), torch.bfloat16)
     first = SEED_STRIDE[split] + _KIND_STRIDE[kind] + shard * CLIPS_PER_SHARD
     stem = _stem(kind, shard)
@@ -77,12 +82,27 @@ def _build_shard(job: tuple[ClipKind, int, Split, Path, Path, Path]) -> str:
 
 
 def build_clips(
-    assets: Path, bank: Path, folder: Path, split: Split, *, kind: ClipKind, num_shards: int, num_workers: int
+    assets: Path,
+    bank: Path,
+    folder: Path,
+    split: Split,
+    *,
+    kind: ClipKind,
+    num_shards: int,
+    num_workers: int,
+    noise: tuple[Path, ...] = (),
 ) -> None:
-    """Make every missing shard of a kind and split, of the voices that the bank holds by then."""
+    """Make every missing shard of a kind and split, of the voices that the bank holds by then.
+
+    Args:
+        noise: MUSAN or FSD50K folders, for the kind `noise`; `noise-licences.json` gets what their files ask for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if kind == "noise":
+        licences = json.dumps(NoiseFolder(noise, split).licences(), indent=1)
+        (folder / "noise-licences.json").write_text(licences + "\n", encoding="utf-8")
     missing = [shard for shard in range(num_shards) if not (folder / f"{_stem(kind, shard)}.jsonl").exists()]
-    jobs = [(kind, shard, split, assets, bank, folder) for shard in missing]
+    jobs = [(kind, shard, split, assets, bank, folder, noise) for shard in missing]
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         for _ in tqdm(pool.map(_build_shard, jobs), total=len(jobs), desc=f"{split} {kind} clips", unit="shard"):
             pass
@@ -105,7 +125,7 @@ class Clip:
 
 def open_clips(folder: Path, width: int, *, kind: ClipKind | None = None) -> Iterator[Clip]:
     """Yield the clips of every finished shard, in order; of one kind only where it is named."""
-    for index in sorted(folder.glob(f"{kind or '*'}*.jsonl")):
+    for index in sorted(folder.glob(f"{kind}-*.jsonl" if kind else "*.jsonl")):
         offset = 0
         for line in index.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)

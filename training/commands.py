@@ -8,19 +8,17 @@ from __future__ import annotations
 import os
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from training.eval_commands import SEED, bank_of, evaluate
+from training.eval_commands import SEED, bank_of
 
 if TYPE_CHECKING:
     from hyper_model.checkpoint import Checkpoint
     from training.examples import Format
     from training.rollout import Prompt
-
-__all__ = ["calibrate", "data", "evaluate"]
-"""The commands, as pyproject.toml names them."""
+    from training.voices import Split
 
 _work = click.option(
     "--work",
@@ -85,31 +83,135 @@ def check(file: Path, format_: Format | None, audio_root: Path | None) -> None:
 @data.command()
 @_work
 @_workers
-def bank(work: Path, workers: int) -> None:
-    """Fetch the assets and let every voice speak its lines (about 40 minutes on two cores)."""
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    help="Let only the voices of this split speak.  [default: all]",
+)
+def bank(work: Path, workers: int, split: Split | None) -> None:
+    """Fetch the assets and let every voice speak its lines (52,000 of them; about an hour on two cores)."""
     _single_threaded()
     from training.assets import fetch, require_speech_programs
-    from training.voices import build_bank
+    from training.voices import build_bank, list_voices
 
     require_speech_programs()
     fetch(work / "assets")
-    build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers)
+    voices = [voice for voice in list_voices() if split in (None, voice.split)]
+    build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers, voices=voices)
+
+
+_noise = click.option(
+    "--noise",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Take backgrounds from this folder of MUSAN or FSD50K, as it unpacks. May be given several times.",
+)
 
 
 @data.command()
 @_work
 @_workers
-@click.option("--shards", type=click.IntRange(1), default=32, show_default=True, help="Shards of 500 clips.")
-def scenes(work: Path, workers: int, shards: int) -> None:
-    """Mix voices and recordings into scenes and keep the encoder's states of each (about 8 minutes on two cores)."""
+@click.option("--shards", type=click.IntRange(0), default=32, show_default=True, help="Shards of 500 scenes.")
+@click.option(
+    "--speech-shards",
+    type=click.IntRange(0),
+    default=120,
+    show_default=True,
+    help="Shards of 500 short clips of one voice and open text.",
+)
+@_noise
+@click.option(
+    "--noise-shards", type=click.IntRange(0), default=32, show_default=True, help="Shards of 500 scenes over --noise."
+)
+def scenes(
+    work: Path, workers: int, shards: int, speech_shards: int, noise: tuple[Path, ...], noise_shards: int
+) -> None:
+    """Build the training clips: render them and keep the encoder's states of each.
+
+    A shard takes half a minute of one core. Shards that are there stay; a build that stopped goes on. All kinds of
+    clips lie in WORK/clips/train; what the files of --noise ask for is listed there in noise-licences.json.
+    """
     _single_threaded()
-    from training.clips import build_clips
+    from training.clips import ClipKind, build_clips
     from training.voices import list_voices, missing_rounds
 
-    missing = missing_rounds(work / "bank", list_voices())
+    missing = missing_rounds(work / "bank", [voice for voice in list_voices() if voice.split == "train"])
     if missing:
         raise click.ClickException(f"the bank lacks {len(missing)} rounds: finish it first (make bank)")
-    build_clips(work / "assets", work / "bank", work / "clips/train", "train", num_shards=shards, num_workers=workers)
+    wanted: dict[ClipKind, int] = {"speech": speech_shards, "scene": shards, "noise": noise_shards if noise else 0}
+    for kind, number in wanted.items():
+        if number:
+            build_clips(
+                work / "assets",
+                work / "bank",
+                work / "clips/train",
+                "train",
+                kind=kind,
+                num_shards=number,
+                num_workers=workers,
+                noise=noise,
+            )
+
+
+@data.command()
+@_work
+@_workers
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--items", type=click.IntRange(1), default=1_000, show_default=True, help="Questions, one a clip.")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    default="train",
+    show_default=True,
+    help="Whose voices and recordings to use.",
+)
+@click.option(
+    "--suite",
+    help="Export a hard set: hard-multi-speaker, snr-20, snr-15, snr-10, snr-5, snr-0, overlap or "
+    "contradicting-background.  [default: the usual mixture]",
+)
+@_noise
+@click.option("--audio", type=click.Choice(["flac", "wav"]), default="flac", show_default=True, help="Kind of file.")
+@click.option("--parts", is_flag=True, help="Also write each clip's speech and background apart.")
+def export(
+    work: Path,
+    workers: int,
+    folder: Path,
+    items: int,
+    split: Split,
+    suite: str | None,
+    noise: tuple[Path, ...],
+    audio: Literal["flac", "wav"],
+    parts: bool,
+) -> None:
+    """Write scenes into FOLDER as a data set that others can train on.
+
+    FOLDER gets audio/, a JSON Lines file in PAQA's form (instruction, output, audios; `hyper data check` reads it) with
+    what is true of each clip, and LICENCES.json with what the sources of the sound ask for. An export that stopped goes
+    on; finished files are not made again.
+    """
+    _single_threaded()
+    from training.assets import SOUNDS_FOLDER
+    from training.dataset import ExportPlan, export_scenes
+    from training.hard_sets import HARD_SETS
+
+    if suite is not None and suite not in HARD_SETS:
+        raise click.BadParameter(f"{suite!r} is none of {', '.join(HARD_SETS)}", param_hint="--suite")
+    if suite is not None and noise:
+        raise click.UsageError("--suite has backgrounds of its own: leave --noise out")
+    plan = ExportPlan(
+        work / "bank",
+        work / "assets" / SOUNDS_FOLDER,
+        split,
+        items,
+        suite=suite,
+        noise=noise,
+        audio=audio,
+        with_parts=parts,
+        seed=SEED,
+    )
+    rows = export_scenes(plan, folder, num_workers=workers)
+    click.echo(f"{items} items in {rows}")
 
 
 @data.command()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from training.hard_sets import HARD_SETS
 
 if TYPE_CHECKING:
     from training.endpoints import Endpoint
@@ -22,7 +23,7 @@ KEPT_FILE = "replies.jsonl"
 SEED = 0
 """Of the bank, which training and evaluation share."""
 
-NAMED_SUITES = ("held-out", "validation", "hard-multi-speaker", "snr-N", "human", "paqa", "mmau", "mmar", "own")
+NAMED_SUITES = ("held-out", "validation", *HARD_SETS, "human", "paqa", "mmau", "mmar", "own")
 
 
 def bank_of(split: Split, work: Path, workers: int) -> Bank:
@@ -37,20 +38,6 @@ def bank_of(split: Split, work: Path, workers: int) -> Bank:
         build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers, voices=voices)
     # A sentence that some training voice spoke word for word would measure memory.
     return Bank(work / "bank", without=trained_lines(seed=SEED))
-
-
-class _SuiteName(click.ParamType):
-    """A suite's name; `snr-N` stands for any level in dB."""
-
-    name = "suite"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if (value in NAMED_SUITES and value != "snr-N") or re.fullmatch(r"snr-\d{1,2}", str(value)):
-            return str(value)
-        self.fail(f"{value!r} is none of {', '.join(NAMED_SUITES)}", param, ctx)
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return f"[{'|'.join(NAMED_SUITES)}]"
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,7 @@ class Asked:
 @click.command("eval")
 @click.option(
     "--suite",
-    type=_SuiteName(),
+    type=click.Choice(NAMED_SUITES),
     default="held-out",
     show_default=True,
     help="held-out: scenes of voices and recordings that nothing was trained or tuned on. validation: for choosing "

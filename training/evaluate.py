@@ -19,9 +19,10 @@ import numpy as np
 from hyper_model.trace import environment_labels
 from hyper_model.trace_parser import ParsedTrace, TraceFormat, parse_text
 from training.answers import matches_words
+from training.hard_sets import SNR_LEVELS_DB
 from training.rewards import Truth, Weights, accuracy, edit_distance, reward, words
 from training.statistics import Difference, Statistic, Sums, compare, figure, mean_average_precision, ratio
-from training.suites import SNR_LEVELS_DB, Item
+from training.suites import Item
 
 RESULT_VERSION = 1
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from hyper_model.audio_encoder import LogMel
@@ -36,7 +37,7 @@ from training.objective import (
     policy_loss,
     token_weights,
 )
-from training.policy import IGNORED, Row, merged, named_tensors, pack
+from training.policy import IGNORED, Row, Scores, branch, merged, named_tensors, pack
 from training.recipes import GrpoRecipe
 from training.rewards import Reward, reward
 from training.rollout import Prompt, Rollout, banned_ids
@@ -85,6 +86,14 @@ class Group:
         """Whether all rewards are equal, so that nothing can be learnt from the group."""
         totals = [each.total for each in self.rewards]
         return max(totals) - min(totals) < MIN_DEVIATION
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Rollouts of one task that are scored together: each with its advantage, and which of its tokens are scored."""
+
+    task: Task
+    rollouts: Sequence[tuple[Rollout, tuple[float, list[bool]]]]
 
 
 @dataclass
@@ -141,8 +150,6 @@ class GrpoTrainer(PolicyTrainer):
 
     Args:
         gate: What rollouts pause by; None, and none does.
-        clip_per_rollout: Encodes a clip anew for each of its rollouts, as trainers without shared clips do; only for
-            measuring what sharing is worth.
     """
 
     recipe: GrpoRecipe
@@ -156,14 +163,14 @@ class GrpoTrainer(PolicyTrainer):
         backend: Backend,
         *,
         gate: GateSettings | None,
-        clip_per_rollout: bool = False,
     ) -> None:
         self.tasks, self.backend, self.gate = tasks, backend, gate
-        self.clip_per_rollout = clip_per_rollout
         self.progress = Progress(TauTracker(gate.tau_pause if gate else 0.0, recipe.wanted_pauses))
         self.log_mel = LogMel(model.config["audio_config"]["num_mel_bins"])
         self.banned = torch.tensor(banned_ids(model.tokenizer, gate))
         self.buffer: list[Group] = []
+        # Of this step: the mean gap of each batch, and its tokens.
+        self.gaps: list[tuple[float, int]] = []
         # Made here, from the weights that the run begins with, before a resumed run loads others.
         self.reference = None
         if recipe.kl_weight and not model.is_adapted:
@@ -198,12 +205,12 @@ class GrpoTrainer(PolicyTrainer):
         if turn == 0 or not self.buffer:
             self.buffer = self._collect()
         size = len(self.buffer) // recipe.updates_per_rollout
-        return self._packed(self.buffer[turn * size : (turn + 1) * size])
+        return self.packed(self.buffer[turn * size : (turn + 1) * size])
 
     def micro_loss(self, model: Any, micro: dict[str, Any]) -> torch.Tensor:
         """Returns a batch's share of the loss."""
         recipe = self.recipe
-        scores = model(**micro["batch"], banned_ids=self._on_device(self.banned), temperature=recipe.temperature)
+        scores = self.score(model, micro["batch"])
         if not len(scores.logprobs_N):
             return scores.logprobs_N.sum()
         tokens = Tokens(**micro["tokens"])
@@ -219,7 +226,7 @@ class GrpoTrainer(PolicyTrainer):
         Raises:
             TrainingError: They did not for several steps in a row: importance weights cannot mend that.
         """
-        self.gaps: list[tuple[float, int]] = []
+        self.gaps = []
         loss = super().training_step(model, inputs, num_items_in_batch)
         num_tokens = sum(num for _, num in self.gaps)
         gap = sum(gap * num for gap, num in self.gaps) / max(1, num_tokens)
@@ -258,7 +265,7 @@ class GrpoTrainer(PolicyTrainer):
             # Every rank draws as many as any might need, so that all of them know where the next draw begins.
             first = progress.next_task + self.args.process_index * num_wanted
             progress.next_task += self.args.world_size * num_wanted
-            for group in self._sample(range(first, first + num_missing), gate):
+            for group in self.sample(range(first, first + num_missing), gate):
                 (flat if group.is_flat else useful).append(group)
             if len(useful) == num_wanted:
                 break
@@ -268,7 +275,8 @@ class GrpoTrainer(PolicyTrainer):
         self.note(sync_s=synced_s - started_s, rollout_s=time.monotonic() - synced_s)
         return groups
 
-    def _sample(self, numbers: Iterable[int], gate: GateSettings | None) -> list[Group]:
+    def sample(self, numbers: Iterable[int], gate: GateSettings | None) -> list[Group]:
+        """Samples and rewards a group for each of these tasks."""
         recipe = self.recipe
         tasks = [(number, self.tasks.draw(number)) for number in numbers]
         sampled = self.backend.rollouts(
@@ -346,29 +354,23 @@ class GrpoTrainer(PolicyTrainer):
         with (self.run_dir / COMPLETIONS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def _packed(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    def packed(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
         """Packs groups into batches with all that the loss needs, the reference's opinion included."""
         recipe = self.recipe
         weighed = [self._weighed(group) for group in groups]
         counts = [sum(scored) for _, scored in (pair for each in weighed for pair in each)]
         total = self.sum_over_ranks(sum(counts))
         num_rollouts = self.sum_over_ranks(sum(num > 0 for num in counts))
-        limit = recipe.max_tokens
-        found: list[dict[str, Any]] = []
-        groups_at_once = max(1, recipe.rows_at_once // recipe.group_size)
-        rows_at_once = min(recipe.rows_at_once, recipe.group_size)
-        for start in range(0, len(groups), groups_at_once):
-            some = list(zip(groups, weighed, strict=True))[start : start + groups_at_once]
-            flat = [
-                (clip, rollout, *pair)
-                for clip, (group, pairs) in enumerate(some)
-                for rollout, pair in zip(group.rollouts, pairs, strict=True)
-            ]
-            mels = [self.log_mel(group.task.prompt.samples_S) for group, _ in some]
-            prompts = [group.task.prompt.token_ids for group, _ in some]
-            step = len(flat) if groups_at_once > 1 else rows_at_once
-            for at in range(0, len(flat), step):
-                found.append(self._batch(flat[at : at + step], prompts, mels, total, num_rollouts, limit))
+        chunks: list[_Chunk] = []
+        at_once = min(recipe.rows_at_once, recipe.group_size)
+        for group, pairs in zip(groups, weighed, strict=True):
+            whole = list(zip(group.rollouts, pairs, strict=True))
+            chunks += [_Chunk(group.task, whole[at : at + at_once]) for at in range(0, len(whole), at_once)]
+        chunks_at_once = max(1, recipe.rows_at_once // at_once)
+        found = [
+            self._batch(chunks[at : at + chunks_at_once], total, num_rollouts)
+            for at in range(0, len(chunks), chunks_at_once)
+        ]
         if self.recipe.kl_weight:
             started_s = time.monotonic()
             for micro in found:
@@ -395,42 +397,43 @@ class GrpoTrainer(PolicyTrainer):
             found.append((gain * weight, [not forced and not is_left_out for forced in rollout.is_forced]))
         return found
 
-    def _batch(
-        self,
-        flat: Sequence[tuple[int, Rollout, float, list[bool]]],
-        prompts: Sequence[list[int]],
-        mels: Sequence[torch.Tensor],
-        total: float,
-        num_rollouts: float,
-        limit: int,
-    ) -> dict[str, Any]:
+    def _batch(self, chunks: Sequence[_Chunk], total: float, num_rollouts: float) -> dict[str, Any]:
+        """Packs chunks: a row each, in which the prompt and its clip stand once."""
         tokenizer, recipe = self.run_model.tokenizer, self.recipe
-        counts = [sum(scored) for *_, scored in flat]
-        weights = token_weights(counts, recipe.loss, num_rollouts=num_rollouts, total=total, limit=limit)
+        counts = [sum(scored) for chunk in chunks for _, (_, scored) in chunk.rollouts]
+        weights = iter(
+            token_weights(counts, recipe.loss, num_rollouts=num_rollouts, total=total, limit=recipe.max_tokens)
+        )
         rows: list[Row] = []
         columns: dict[str, list[float]] = {"advantages_N": [], "weights_N": [], "sampler_logprobs_N": []}
-        clips = sorted({clip for clip, *_ in flat})
-        for place, ((clip, rollout, gain, scored), weight) in enumerate(zip(flat, weights, strict=True)):
-            prompt = prompts[clip]
-            targets = [IGNORED] * len(prompt)
-            targets += [token if on else IGNORED for token, on in zip(rollout.token_ids, scored, strict=True)]
-            its_clip = place if self.clip_per_rollout else clips.index(clip)
-            audio_at = prompt.index(tokenizer.audio_id)
-            rows.append(Row([*prompt, *rollout.token_ids], [*targets[1:], IGNORED], audio_at, its_clip))
-            columns["advantages_N"] += [gain] * sum(scored)
-            columns["weights_N"] += [weight] * sum(scored)
-            columns["sampler_logprobs_N"] += [p for p, on in zip(rollout.logprobs, scored, strict=True) if on]
-        heard = [mels[clip] for clip, *_ in flat] if self.clip_per_rollout else [mels[clip] for clip in clips]
-        batch = pack(rows, heard, pad_id=tokenizer.end_of_text_id, is_encoded=False)
+        for chunk in chunks:
+            prompt = chunk.task.prompt
+            audio_at = prompt.token_ids.index(tokenizer.audio_id)
+            completions: list[tuple[Sequence[int], list[int]]] = []
+            for rollout, (gain, scored) in chunk.rollouts:
+                targets = [token if on else IGNORED for token, on in zip(rollout.token_ids, scored, strict=True)]
+                completions.append((rollout.token_ids, targets))
+                columns["advantages_N"] += [gain] * sum(scored)
+                columns["weights_N"] += [next(weights)] * sum(scored)
+                columns["sampler_logprobs_N"] += [p for p, on in zip(rollout.logprobs, scored, strict=True) if on]
+            rows.append(branch(prompt.token_ids, completions, audio_at, len(rows)))
+        batch = self.pack(rows, [chunk.task.prompt.samples_S for chunk in chunks])
         return {"batch": batch, "tokens": {name: torch.tensor(values) for name, values in columns.items()}}
+
+    def pack(self, rows: Sequence[Row], clips: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Builds what `score` takes."""
+        mels = [self.log_mel(samples_S) for samples_S in clips]
+        return pack(rows, mels, pad_id=self.run_model.tokenizer.end_of_text_id, is_encoded=False)
+
+    def score(self, model: Any, batch: dict[str, Any]) -> Scores:
+        """Scores a batch by a policy, over what the sampler could choose from."""
+        return model(**batch, banned_ids=self._on_device(self.banned), temperature=self.recipe.temperature)
 
     @torch.no_grad()
     def _logprobs(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         batch = self._prepare_inputs(batch)
         with self.compute_loss_context_manager():
-            return model(
-                **batch, banned_ids=self._on_device(self.banned), temperature=self.recipe.temperature
-            ).logprobs_N
+            return self.score(model, batch).logprobs_N
 
     def _reference_logprobs(self, batch: dict[str, Any]) -> torch.Tensor:
         if self.reference is not None:

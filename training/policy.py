@@ -2,7 +2,7 @@
 
 Axes: B sequences, T positions, C clips, A audio tokens of all clips, N scored positions of all sequences, D width of
 the encoder, H hidden width, V vocabulary. Sequences are padded on the right; attention is causal, so no position that
-counts ever sees padding and no mask is needed.
+counts ever sees padding and only branched rows need a mask.
 
 A batch holds each clip once: the rollouts of one prompt share their clip's states, which are encoded and projected once
 and then copied to the rows. That happens inside the root module's `forward`, so that wrappers of the root (FSDP, DDP)
@@ -11,6 +11,7 @@ see it. Knows nothing of where sequences come from, of rewards or of optimizers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,19 +36,39 @@ SCORED_AT_ONCE = 2_048
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sequence to score.
+    """One sequence to score, or several that begin alike.
 
     Attributes:
         token_ids: Prompt and completion, with one AUDIO id in the place of the clip.
         targets: The token to predict at each position, IGNORED where none is scored: already shifted by one.
         audio_at: Where the AUDIO id stands.
         clip: Its clip's place among the batch's.
+        branches: Where each of several continuations begins; each sees what stands before the first of them and itself,
+            and none of the others. None: the row is one sequence.
     """
 
     token_ids: Sequence[int]
     targets: Sequence[int]
     audio_at: int
     clip: int
+    branches: tuple[int, ...] = ()
+
+
+def branch(
+    prompt: Sequence[int], completions: Sequence[tuple[Sequence[int], Sequence[int]]], audio_at: int, clip: int
+) -> Row:
+    """Makes a row of completions of one prompt, which is computed once for all of them.
+
+    Args:
+        completions: Tokens, and the targets among them (IGNORED for what is not scored).
+    """
+    # A completion's first token is predicted at the prompt's last one, which each branch therefore has for itself.
+    token_ids, targets, starts = [*prompt[:-1]], [IGNORED] * (len(prompt) - 1), list[int]()
+    for written, wanted in completions:
+        starts.append(len(token_ids))
+        token_ids += [prompt[-1], *written]
+        targets += [*wanted, IGNORED]
+    return Row(token_ids, targets, audio_at, clip, tuple(starts))
 
 
 def pack(rows: Sequence[Row], clips: Sequence[torch.Tensor], *, pad_id: int, is_encoded: bool) -> dict[str, Any]:
@@ -75,13 +96,30 @@ def pack(rows: Sequence[Row], clips: Sequence[torch.Tensor], *, pad_id: int, is_
         targets_BT[b, end:size] = torch.tensor(row.targets[at + 1 :], dtype=torch.long)
         is_audio_BT[b, at:end] = True
         audio_rows.append(torch.arange(starts[row.clip], starts[row.clip] + lengths[row.clip]))
+    shifted = [tuple(at + lengths[row.clip] - 1 for at in row.branches) for row in rows]
     found: dict[str, Any] = {
         "token_ids_BT": token_ids_BT,
         "targets_BT": targets_BT,
         "is_audio_BT": is_audio_BT,
         "audio_rows": torch.cat(audio_rows),
     }
+    if any(shifted):
+        found |= _branched(shifted, sizes, shape[1])
     return found | ({"states_AD": torch.cat(list(clips))} if is_encoded else {"mels_MW": list(clips)})
+
+
+def _branched(starts: Sequence[tuple[int, ...]], sizes: Sequence[int], num_positions: int) -> dict[str, torch.Tensor]:
+    """Says what each position of branched rows may see [B, 1, T, T], and its place in its own sequence [B, T]."""
+    positions_BT = torch.arange(num_positions).repeat(len(starts), 1)
+    branch_BT = torch.zeros(len(starts), num_positions, dtype=torch.long)
+    for b, (begins, size) in enumerate(zip(starts, sizes, strict=True)):
+        for number, (begin, end) in enumerate(itertools.pairwise((*begins, size)), 1):
+            branch_BT[b, begin:end] = number
+            positions_BT[b, begin:end] = torch.arange(begins[0], begins[0] + end - begin)
+    is_before_TT = torch.ones(num_positions, num_positions, dtype=torch.bool).tril()
+    same_BTT = branch_BT[:, :, None] == branch_BT[:, None]
+    mask_BTT = is_before_TT & (same_BTT | (branch_BT == 0)[:, None])
+    return {"mask_BTT": mask_BTT[:, None], "positions_BT": positions_BT}
 
 
 class Scores(NamedTuple):
@@ -108,6 +146,8 @@ class HyperPolicy(Qwen2AudioForConditionalGeneration):
         audio_rows: torch.Tensor,
         states_AD: torch.Tensor | None = None,
         mels_MW: Sequence[torch.Tensor] | None = None,
+        mask_BTT: torch.Tensor | None = None,
+        positions_BT: torch.Tensor | None = None,
         banned_ids: torch.Tensor | None = None,
         temperature: float = 1.0,
     ) -> Scores:
@@ -117,7 +157,15 @@ class HyperPolicy(Qwen2AudioForConditionalGeneration):
             banned_ids: Tokens that the sampler could not choose at any scored position: left out of the distribution.
             temperature: What the sampler divided its logits by.
         """
-        hidden_BTH = self.hidden_states(token_ids_BT, is_audio_BT, audio_rows, states_AD=states_AD, mels_MW=mels_MW)
+        hidden_BTH = self.hidden_states(
+            token_ids_BT,
+            is_audio_BT,
+            audio_rows,
+            states_AD=states_AD,
+            mels_MW=mels_MW,
+            mask_BTT=mask_BTT,
+            positions_BT=positions_BT,
+        )
         is_scored_BT = targets_BT != IGNORED
         return self._score(hidden_BTH[is_scored_BT], targets_BT[is_scored_BT], banned_ids, temperature)
 
@@ -129,6 +177,8 @@ class HyperPolicy(Qwen2AudioForConditionalGeneration):
         *,
         states_AD: torch.Tensor | None = None,
         mels_MW: Sequence[torch.Tensor] | None = None,
+        mask_BTT: torch.Tensor | None = None,
+        positions_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the decoder's last hidden states [B, T, H]."""
         model: Any = self.model
@@ -138,7 +188,10 @@ class HyperPolicy(Qwen2AudioForConditionalGeneration):
             states_AD, _ = encode(model.audio_tower, mels_MW)
         projected_AH = model.multi_modal_projector(states_AD.to(embedded_BTH.dtype))
         embedded_BTH = embedded_BTH.masked_scatter(is_audio_BT[..., None], projected_AH[audio_rows])
-        return model.language_model(inputs_embeds=embedded_BTH, use_cache=False).last_hidden_state
+        output = model.language_model(
+            inputs_embeds=embedded_BTH, attention_mask=mask_BTT, position_ids=positions_BT, use_cache=False
+        )
+        return output.last_hidden_state
 
     def _score(
         self,

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 
 from hyper_model.trace import Speaker, Trace
 from training import sounds
-from training.lines import SLOTS, draw_line
+from training.lines import SLOTS, Line, draw_line, line_from_text
+from training.rewards import Truth
 from training.scenes import Scene
+from training.texts import content_words
 
-NUMBER_WORDS = ("nobody", "one", "two", "three", "four")
+NUMBER_WORDS = ("nobody", "one", "two", "three", "four", "five", "six")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,14 @@ _QUESTIONS: dict[str, tuple[str, ...]] = {
         'Who says "{x}", a speaker or the background?',
     ),
 }
-_ORDINALS = {"S1": "first", "S2": "second", "S3": "third", "S4": "fourth"}
+_OF_A_SPEAKER = (
+    "According to the speaker, {q}",
+    "According to what a speaker says, {q}",
+    "By the speaker's words and not the background's, {q}",
+)
+"""How a question is put to which the background gives another answer than a speaker."""
+
+_ORDINALS = {"S1": "first", "S2": "second", "S3": "third", "S4": "fourth", "S5": "fifth", "S6": "sixth"}
 
 
 def environment_text(scene: Scene) -> str:
@@ -153,45 +162,69 @@ def _ask_first(scene: Scene, rng: random.Random) -> _Item:
     )
 
 
-def _other_lines(scene: Scene, rng: random.Random, answer: str, count: int) -> list[str]:
-    """Wrong lines: others of the clip first, then drawn ones."""
-    wrong = [turn.line.text for turn in scene.turns if turn.line.text != answer]
+def _other_lines(scene: Scene, rng: random.Random, answer: Line, count: int) -> list[str]:
+    """Wrong lines: others of the clip first, then lines of the answer's own sort that nobody says."""
+    wrong = [turn.line.text for turn in scene.turns if turn.line.text != answer.text]
     rng.shuffle(wrong)
     wrong = list(dict.fromkeys(wrong))[: rng.randint(0, 2)]
+    if answer.is_open:
+        wrong += rng.sample(scene.other_lines, len(scene.other_lines))
     while len(wrong) < count:
         text = draw_line(rng).text
-        if text != answer and text not in wrong:
+        if text != answer.text and text not in wrong:
             wrong.append(text)
     return wrong[:count]
 
 
 def _ask_says(scene: Scene, rng: random.Random) -> _Item:
     speaker = rng.choice(scene.speakers)
-    answer = next(turn.line.text for turn in scene.turns if turn.speaker == speaker.id)
+    line = next(turn.line for turn in scene.turns if turn.speaker == speaker.id)
+    answer = line.text
     # Other lines of the same speaker would be right as well, so wrong choices are other people's or drawn.
     own = {turn.line.text for turn in scene.turns if turn.speaker == speaker.id}
-    wrong = [text for text in _other_lines(scene, rng, answer, 4) if text not in own]
+    wrong = [text for text in _other_lines(scene, rng, line, 4) if text not in own]
     question = rng.choice(_QUESTIONS["says"]).format(n=speaker.id[1:], nth=_ORDINALS[speaker.id])
     return _Item(question, answer, tuple(wrong), f"find what {speaker.id} says", f"{speaker.id} says {answer}")
 
 
+def _heard_words(scene: Scene) -> set[str]:
+    """Return every word of the clip in lower case, the background's too: none of them can be a wrong choice."""
+    return set(f"{scene.transcript} {scene.background_line or ''}".lower().replace(".", "").split())
+
+
+def _askable_words(scene: Scene) -> list[tuple[str, str, tuple[str, ...]]]:
+    """List (speaker, word, wrong words): a slot's word among its slot's, an open line's among other lines' words."""
+    heard = _heard_words(scene)
+    unheard = [w for line in scene.other_lines for w in content_words(line) if w.lower() not in heard]
+    askable: list[tuple[str, str, tuple[str, ...]]] = []
+    for turn in scene.turns:
+        for asked in turn.line.questions:
+            wrong = tuple(word for word in SLOTS[asked.slot] if word.lower() not in heard)
+            askable.append((turn.speaker, asked.answer, wrong))
+        if turn.line.is_open:
+            for word in dict.fromkeys(content_words(turn.line.text)):
+                # Both come from lines of one source, so frequency tells nothing; length shall not either.
+                wrong = tuple(dict.fromkeys(w for w in unheard if abs(len(w) - len(word)) <= 3))
+                if wrong:
+                    askable.append((turn.speaker, word, wrong))
+    return askable
+
+
 def _ask_word(scene: Scene, rng: random.Random) -> _Item:
-    turn, asked = rng.choice([(t, q) for t in scene.turns for q in t.line.questions])
-    said = set(scene.transcript.replace(".", "").split())
-    wrong = [word for word in SLOTS[asked.slot] if word not in said]
+    speaker, word, wrong = rng.choice(_askable_words(scene))
     return _Item(
         rng.choice(_QUESTIONS["word"]),
-        asked.answer,
+        word,
         tuple(rng.sample(wrong, min(4, len(wrong)))),
         "look for the word",
-        f"{turn.speaker} says {asked.answer}",
+        f"{speaker} says {word}",
     )
 
 
 def _ask_end(kind: str) -> Callable[[Scene, random.Random], _Item]:
     def ask(scene: Scene, rng: random.Random) -> _Item:
         turn = scene.turns[-1 if kind == "last" else 0]
-        wrong = _other_lines(scene, rng, turn.line.text, 4)
+        wrong = _other_lines(scene, rng, turn.line, 4)
         place = "last" if kind == "last" else "first"
         return _Item(
             rng.choice(_QUESTIONS[kind]),
@@ -214,13 +247,22 @@ def _ask_source(scene: Scene, rng: random.Random) -> _Item:
 
 
 def _ask_content(scene: Scene, rng: random.Random) -> _Item:
-    turn, asked = rng.choice([(t, q) for t in scene.turns for q in t.line.questions])
-    said = set(scene.transcript.replace(".", "").split())
-    wrong = [word for word in SLOTS[asked.slot] if word not in said]
+    asked_of = [(t, q) for t in scene.turns for q in t.line.questions]
+    contradicted = [(t, q) for t, q in asked_of if q.question == scene.contradicted]
+    turn, asked = rng.choice(contradicted or asked_of)
+    heard = _heard_words(scene)
+    unheard = [word for word in SLOTS[asked.slot] if word.lower() not in heard]
+    wrong = rng.sample(unheard, min(4, len(unheard)))
+    question = asked.question
+    if contradicted and scene.background_line is not None:
+        # What the background says is the wrong answer that listening to everything alike would give.
+        background = line_from_text(scene.background_line)
+        wrong = [q.answer for q in background.questions if q.question == asked.question] + wrong[:3]
+        question = rng.choice(_OF_A_SPEAKER).format(q=question[0].lower() + question[1:])
     return _Item(
-        asked.question,
+        question,
         asked.answer,
-        tuple(rng.sample(wrong, min(4, len(wrong)))),
+        tuple(wrong),
         "find the sentence about it",
         f"{turn.speaker} says {turn.line.text}",
     )
@@ -246,10 +288,12 @@ def possible_kinds(scene: Scene) -> list[str]:
     kinds = ["environment", "present", "count"]
     if scene.turns:
         kinds += ["first", "says"]
-        if any(turn.line.questions for turn in scene.turns):
-            # The same question must not have two answers in one clip.
-            questions = [q.question for turn in scene.turns for q in turn.line.questions]
-            kinds += ["word", "free"] if len(set(questions)) == len(questions) else ["word"]
+        if _askable_words(scene):
+            kinds.append("word")
+        questions = [q.question for turn in scene.turns for q in turn.line.questions]
+        # The same question must not have two answers in one clip.
+        if questions and len(set(questions)) == len(questions):
+            kinds.append("free")
         if len(scene.turns) > 1:
             kinds += ["order", "last"]
         if scene.background_line is not None:
@@ -302,6 +346,19 @@ def draw_example(
         trace = replace(trace, response=wrong, reflection=f"{wrong} is wrong, {item.reasoning}")
     num_pauses = rng.choice((1, 1, 2)) if is_hard and rng.random() < 0.25 else 0
     return SceneExample(scene, kind, item.question, choices, item.answer, trace, num_pauses)
+
+
+def truth_of(example: SceneExample) -> Truth:
+    """Returns what is known about a scene's example: everything, since the scene was made."""
+    scene = example.scene
+    return Truth(
+        example.question,
+        example.answer,
+        example.choices,
+        environment=scene.environment,
+        num_speakers=len(scene.speakers),
+        transcript=scene.transcript,
+    )
 
 
 def chance_accuracy(examples: Sequence[SceneExample]) -> float:

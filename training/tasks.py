@@ -15,7 +15,7 @@ from hyper_model.errors import HyperError
 from hyper_model.trace import TraceTokenizer, build_prompt
 from training.assets import MissingDataError
 from training.examples import Example
-from training.questions import SceneExample, draw_example
+from training.questions import draw_example, truth_of
 from training.rewards import Truth
 from training.rollout import Prompt
 from training.scenes import SceneBuilder
@@ -38,19 +38,6 @@ class Tasks(Protocol):
     def draw(self, number: int) -> Task:
         """Returns a task."""
         ...
-
-
-def truth_of(example: SceneExample) -> Truth:
-    """Returns what is known about a scene's example: everything, since the scene was made."""
-    scene = example.scene
-    return Truth(
-        example.question,
-        example.answer,
-        example.choices,
-        environment=scene.environment,
-        num_speakers=len(scene.speakers),
-        transcript=scene.transcript,
-    )
 
 
 class SceneTasks:

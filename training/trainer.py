@@ -129,6 +129,8 @@ class PolicyTrainer(Trainer):
             save_steps=recipe.save_every_steps,
             save_total_limit=2,
             seed=recipe.seed,
+            # Said outright: without it, ranks on CPU would not find each other, and each would train alone.
+            use_cpu=not torch.cuda.is_available(),
             bf16=recipe.autocast,
             gradient_checkpointing=recipe.gradient_checkpointing,
             ignore_data_skip=True,
@@ -141,6 +143,10 @@ class PolicyTrainer(Trainer):
             if recipe.fsdp
             else None,
         )
+        if arguments.world_size != int(os.environ.get("WORLD_SIZE", "1")):
+            raise TrainingError(
+                f"{os.environ['WORLD_SIZE']} ranks were started, and the trainer sees {arguments.world_size} of them"
+            )
         super().__init__(model=model.policy, args=arguments, train_dataset=_Steps(self.make_step, self._next_step))
         # Its own callback prints dictionaries; ours keeps a file and a bar.
         for callback in [c for c in self.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:

