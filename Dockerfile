@@ -1,8 +1,9 @@
 # syntax=docker/dockerfile:1
 # Two targets, one service:
 #   docker build --target cpu -t hyper:cpu .        docker build --target gpu -t hyper:gpu .
-#   docker run --rm -p 8000:8000 --read-only --tmpfs /tmp:size=512m,noexec,nosuid,nodev,mode=1777 \
-#       -v hyper-cache:/var/cache/hyper --cap-drop ALL --security-opt no-new-privileges hyper:cpu
+#   docker run --rm -p 127.0.0.1:8000:8000 --read-only --tmpfs /tmp:size=512m,noexec,nosuid,nodev,mode=1777 \
+#       -v hyper-cache:/var/cache/hyper --cap-drop ALL --security-opt no-new-privileges -e HYPER_OPEN_TO_ALL=true hyper:cpu
+# For others than this machine: -p 8000:8000 -v ./keys.json:/keys.json:ro -e HYPER_KEY_FILE=/keys.json (docs/operations.md).
 # The GPU image needs the NVIDIA container runtime (--gpus all); its CUDA libraries come from the hash-locked wheels.
 
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm

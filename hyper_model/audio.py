@@ -3,9 +3,10 @@
 Serving and training hear through this module alone, so a clip sounds the same to both.
 
 The bytes are hostile until they are samples. No header is believed: length is counted in decoded samples, and a header
-can only make us refuse. WAV and FLAC are read in blocks in this process, everything else by an ffmpeg child. What a
-decoder prints never leaves. A clip that breaks off is refused: a shorter one would be answered wrongly, and nobody
-would notice.
+can only make us refuse. WAV and FLAC are read by libsndfile, everything else by FFmpeg's libraries, both in the calling
+process: training calls `decode` directly, the service has it called in one that may do nothing else (`server.box`).
+What a decoder prints is never read. A clip that breaks off is refused: a shorter one would be answered wrongly, and
+nobody would notice.
 
 Knows no HTTP, no model and no client's file name: callers hand in bytes and get a value or an AudioError.
 
@@ -18,7 +19,6 @@ import hashlib
 import io
 import math
 import struct
-import threading
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,7 +35,9 @@ from hyper_model.audio_limits import (
     refuse_damaged,
 )
 from hyper_model.errors import AudioTooLargeError, AudioTooLongError, InvalidAudioError, UnsupportedAudioError
-from hyper_model.ffmpeg import decode_in_child, find_ffmpeg
+from hyper_model.ffmpeg import find_ffmpeg
+from hyper_model.libav import decode_with_libav
+from hyper_model.resampling import Gatherer, resample
 
 if TYPE_CHECKING:
     from pydub import AudioSegment  # pyright: ignore[reportMissingTypeStubs]
@@ -49,6 +51,7 @@ __all__ = [
     "Waveform",
     "decode",
     "find_ffmpeg",
+    "identify",
     "mix",
     "require_single_window",
     "sniff",
@@ -56,8 +59,7 @@ __all__ = [
 
 WINDOW_S = 30.0
 
-# Container as we name it -> ffmpeg's demuxer. The child is told which one to use, so it probes for nothing else, and a
-# playlist that slipped past the magic bytes is read as (bad) sound.
+# Container as we name it -> FFmpeg's demuxer, which is told and not guessed.
 _DEMUXERS = {
     "wav": "wav",
     "flac": "flac",
@@ -74,9 +76,8 @@ _DEMUXERS = {
 }
 FORMATS = tuple(_DEMUXERS)
 
-# What libsndfile decodes in process, by its names and ffmpeg's; ADPCM, GSM and MPEG inside a WAV go to the child, which
-# has limits on time and memory.
-_IN_PROCESS_CODECS = {
+# What libsndfile is asked to decode, by its names and FFmpeg's; ADPCM, GSM and MPEG inside a WAV are left to FFmpeg.
+_SNDFILE_CODECS = {
     "PCM_U8": "pcm_u8",
     "PCM_S8": "pcm_s8",
     "PCM_16": "pcm_s16le",
@@ -93,8 +94,12 @@ _BLOCK_SAMPLES = 2**18
 _MP3_PADDING_SAMPLES = 2880
 # libsndfile reports 2**63 - 1 frames for a FLAC stream that does not state its length, and then fails in seeking.
 _LENGTH_NOT_STATED = 2**62
-# Sizes that streaming writers leave in a WAV header they could not go back to: 2**31 - 1 less a little, or 2**32 - 1.
-_WAV_SIZE_NOT_STATED = 0x7FFF_0000
+# Sizes that streaming writers leave in a header they could not go back to: 2**31 - 1 less a little, or 2**32 - 1.
+_SIZE_NOT_STATED = 0x7FFF_0000
+
+_WEBM_SEGMENT = b"\x18\x53\x80\x67"
+# Top-level elements of a WebM that are looked at: a file of nothing but two-byte ones would take seconds.
+_MAX_ELEMENTS = 100_000
 
 _SILENT_DBFS = -50.0
 _LOWEST_DBFS = -120.0
@@ -141,7 +146,7 @@ class Waveform:
     def from_samples(cls, samples: NDArray[Any], sample_rate_hz: int, *, codec: str = "pcm") -> Waveform:
         """Brings an array [S] or [S, C] in [-1, 1] at any rate to a Waveform."""
         samples_SC = np.asarray(samples, dtype=np.float32).reshape(len(samples), -1)
-        mono_S = _resample(samples_SC.mean(axis=1, dtype=np.float32), sample_rate_hz)
+        mono_S = resample(samples_SC.mean(axis=1, dtype=np.float32), sample_rate_hz)
         return cls(np.clip(mono_S, -1.0, 1.0), codec, sample_rate_hz, samples_SC.shape[1])
 
     @classmethod
@@ -286,36 +291,26 @@ def sniff(data: bytes) -> str:
     )
 
 
-def decode(data: bytes, limits: AudioLimits | None = None, cancel: threading.Event | None = None) -> Waveform:
+def decode(data: bytes, limits: AudioLimits | None = None) -> Waveform:
     """Decodes a clip within the limits.
 
-    Blocks for as long as decoding takes: run it in a worker thread. Safe in several at once.
+    Blocks for as long as decoding takes. Safe in several threads at once.
 
     Args:
         data: The whole file.
         limits: What it may cost; AudioLimits() when left out.
-        cancel: Set it from another thread to stop within 50 ms; the child is killed.
 
     Raises:
         UnsupportedAudioError: Not a container or codec we decode.
         InvalidAudioError: Empty, damaged, broken off, too short, without audio, or too slow to decode.
         AudioTooLargeError: More bytes or more decoded seconds than the limits allow.
-        AudioCancelledError: `cancel` was set.
     """
     limits = limits or AudioLimits()
-    if len(data) > limits.max_bytes:
-        raise AudioTooLargeError(
-            f"The clip has {len(data)} bytes; at most {limits.max_bytes} are accepted.",
-            limit=limits.max_bytes,
-            actual=len(data),
-            hint="Send a shorter clip, or a compressed format such as mp3, m4a or opus.",
-        )
-    container = sniff(data)
-    allowance = Allowance(limits, cancel)
-    allowance.check()
+    container = identify(data, limits)
+    allowance = Allowance(limits)
     waveform = _read_in_blocks(data, allowance) if container in ("wav", "flac") else None
     if waveform is None:
-        waveform = _read_from_child(data, container, allowance)
+        waveform = _read_with_libav(data, container, allowance)
     if _breaks_off(data, container):
         refuse_broken_off()
     if waveform.duration_s < limits.min_duration_s:
@@ -328,62 +323,71 @@ def decode(data: bytes, limits: AudioLimits | None = None, cancel: threading.Eve
     return waveform
 
 
+def identify(data: bytes, limits: AudioLimits) -> str:
+    """Names the container of a clip of allowed size, by a look at its first bytes and without a decoder.
+
+    Raises:
+        UnsupportedAudioError: Not a container that we decode.
+        InvalidAudioError: There are no bytes.
+        AudioTooLargeError: More bytes than the limits allow.
+    """
+    if len(data) > limits.max_bytes:
+        raise AudioTooLargeError(
+            f"The clip has {len(data)} bytes; at most {limits.max_bytes} are accepted.",
+            limit=limits.max_bytes,
+            actual=len(data),
+            hint="Send a shorter clip, or a compressed format such as mp3, m4a or opus.",
+        )
+    return sniff(data)
+
+
 def _read_in_blocks(data: bytes, allowance: Allowance) -> Waveform | None:
-    """Reads WAV or FLAC in this process; None when the child has to (a rare codec, a stream that states no length)."""
+    """Reads WAV or FLAC with libsndfile; None where FFmpeg has to (a rare codec, a stream that states no length)."""
     import soundfile  # pyright: ignore[reportMissingTypeStubs]
 
-    blocks: list[NDArray[np.float32]] = []
-    num_frames = 0
+    gatherer = Gatherer(allowance)
     try:
         with cast(Any, soundfile).SoundFile(io.BytesIO(data)) as file:
             rate_hz, channels, stated_frames = int(file.samplerate), int(file.channels), int(file.frames)
-            if file.subtype not in _IN_PROCESS_CODECS or stated_frames >= _LENGTH_NOT_STATED:
+            if file.subtype not in _SNDFILE_CODECS or stated_frames >= _LENGTH_NOT_STATED:
                 return None
-            codec = "flac" if file.format == "FLAC" else _IN_PROCESS_CODECS[file.subtype]
+            codec = "flac" if file.format == "FLAC" else _SNDFILE_CODECS[file.subtype]
             allowance.set_source(rate_hz, channels)
             allowance.require_duration(stated_frames / rate_hz)
             # One block at a time: `read()` without a size would allocate whatever the header says.
             while len(block_SC := file.read(_BLOCK_SAMPLES // channels, dtype="float32", always_2d=True)):
-                allowance.check()
-                num_frames += len(block_SC)
-                allowance.require_duration(num_frames / rate_hz)
-                if not np.isfinite(block_SC).all():
-                    refuse_damaged("The clip holds samples that are not numbers.")
-                blocks.append(np.clip(block_SC, -1.0, 1.0).mean(axis=1, dtype=np.float32))
+                gatherer.add(block_SC, rate_hz)
     except soundfile.SoundFileError:
         refuse_damaged()
-    if num_frames < stated_frames:
+    if gatherer.num_source_samples < stated_frames:
         refuse_broken_off()
-    mono_S = _resample(np.concatenate(blocks) if blocks else np.zeros(0, np.float32), rate_hz)
-    return Waveform(np.clip(mono_S, -1.0, 1.0), codec, rate_hz, channels)
+    return Waveform(gatherer.finish(), codec, rate_hz, channels)
 
 
-def _read_from_child(data: bytes, container: str, allowance: Allowance) -> Waveform:
-    decoded = decode_in_child(data, _DEMUXERS[container], allowance)
-    # An MP3's stated length is its encoder's own frame count. Others may state that of a longer video beside the audio.
-    if container == "mp3" and decoded.stated_duration_s is not None:
-        missing_s = decoded.stated_duration_s - len(decoded.samples_S) / SAMPLE_RATE_HZ
-        if missing_s * decoded.source_sample_rate_hz > _MP3_PADDING_SAMPLES:
-            refuse_broken_off()
-    if decoded.ended_early:
+def _read_with_libav(data: bytes, container: str, allowance: Allowance) -> Waveform:
+    decoded = decode_with_libav(data, _DEMUXERS[container], allowance)
+    stated_samples = _stated_mp3_samples(data) if container == "mp3" else None
+    if stated_samples is not None and stated_samples - decoded.num_source_samples > _MP3_PADDING_SAMPLES:
         refuse_broken_off()
-    return Waveform(
-        np.clip(decoded.samples_S, -1.0, 1.0),
-        decoded.codec or container,
-        decoded.source_sample_rate_hz,
-        decoded.source_channels,
-    )
+    return Waveform(decoded.samples_S, decoded.codec, decoded.source_sample_rate_hz, decoded.source_channels)
 
 
 def _breaks_off(data: bytes, container: str) -> bool:
     """Tells whether the end of the file is missing, for the containers whose decoders keep quiet about it."""
-    if container == "wav":
-        return _wav_breaks_off(data)
-    if container == "ogg":
-        page = data.rfind(b"OggS")
-        sizes = data[page + 27 : page + 27 + data[page + 26]] if page + 26 < len(data) else b""
-        return not sizes or page + 27 + len(sizes) + sum(sizes) > len(data)
-    return False
+    match container:
+        case "wav":
+            return _wav_breaks_off(data)
+        case "webm":
+            return _webm_breaks_off(data)
+        case "aiff":
+            (size,) = struct.unpack_from(">I", data, 4)
+            return 8 + size > len(data) and size < _SIZE_NOT_STATED
+        case "ogg":
+            page = data.rfind(b"OggS")
+            sizes = data[page + 27 : page + 27 + data[page + 26]] if page + 26 < len(data) else b""
+            return not sizes or page + 27 + len(sizes) + sum(sizes) > len(data)
+        case _:
+            return False
 
 
 def _wav_breaks_off(data: bytes) -> bool:
@@ -394,17 +398,54 @@ def _wav_breaks_off(data: bytes) -> bool:
     while position + 8 <= len(data):
         (size,) = struct.unpack_from("<I", data, position + 4)
         if data[position : position + 4] == b"data":
-            return position + 8 + size > len(data) and size < _WAV_SIZE_NOT_STATED
+            return position + 8 + size > len(data) and size < _SIZE_NOT_STATED
         position += 8 + size + size % 2
     return False
 
 
-def _resample(mono_S: NDArray[np.float32], from_hz: int) -> NDArray[np.float32]:
-    if from_hz == SAMPLE_RATE_HZ or not mono_S.size:
-        return mono_S
-    import soxr  # pyright: ignore[reportMissingTypeStubs]
+def _webm_breaks_off(data: bytes) -> bool:
+    """Tells whether the segment, or the last element in it, states more bytes than follow it."""
+    position, is_inside = 0, False
+    for _ in range(_MAX_ELEMENTS):
+        if position >= len(data):
+            return position > len(data)
+        id_bytes = _ebml_width(data, position, longest=4)
+        size_bytes = _ebml_width(data, position + id_bytes, longest=8)
+        start = position + id_bytes + size_bytes
+        if not id_bytes or not size_bytes or start > len(data):
+            return True
+        mask = (1 << 7 * size_bytes) - 1
+        size = int.from_bytes(data[position + id_bytes : start]) & mask
+        is_stated = size != mask
+        if is_stated and start + size > len(data):
+            return True
+        if not is_inside and data[position : position + id_bytes] == _WEBM_SEGMENT:
+            is_inside, position = True, start
+        elif is_stated:
+            position = start + size
+        else:
+            return False
+    return False
 
-    return cast(NDArray[np.float32], soxr.resample(mono_S, from_hz, SAMPLE_RATE_HZ, quality="HQ"))
+
+def _ebml_width(data: bytes, position: int, *, longest: int) -> int:
+    """Returns how many bytes a variable-length number has, which its leading zeros say; 0 where there is none."""
+    width = 9 - data[position].bit_length() if position < len(data) else 0
+    return width if 1 <= width <= longest else 0
+
+
+def _stated_mp3_samples(data: bytes) -> int | None:
+    """Returns the samples that an MP3's encoder counted, delay and padding included; None where it left no count."""
+    start = _skip_id3(data)
+    head = data[start : start + 4]
+    if len(head) < 4 or head[0] != 0xFF:
+        return None
+    is_mpeg_1, is_mono = head[1] & 0x18 == 0x18, head[3] & 0xC0 == 0xC0
+    tag = start + (36 if is_mpeg_1 and not is_mono else 13 if is_mono and not is_mpeg_1 else 21)
+    if data[tag : tag + 4] not in (b"Xing", b"Info") or len(data) < tag + 12:
+        return None
+    flags, num_frames = struct.unpack_from(">II", data, tag + 4)
+    return num_frames * (1152 if is_mpeg_1 else 576) if flags & 1 else None
 
 
 def _skip_id3(data: bytes) -> int:

@@ -1,16 +1,15 @@
 """Says what one clip may cost, and refuses the one that costs more.
 
-Shared by the two ways of decoding (in this process, and in the ffmpeg child), so that both refuse in the same words.
+Shared by the two ways of decoding (libsndfile and FFmpeg's libraries), so that both refuse in the same words.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 from typing import NoReturn
 
-from hyper_model.errors import AudioCancelledError, AudioTooLargeError, InvalidAudioError
+from hyper_model.errors import AudioTooLargeError, InvalidAudioError
 
 SAMPLE_RATE_HZ = 16_000
 
@@ -31,14 +30,12 @@ class AudioLimits:
         min_duration_s: Shortest clip; an encoder fed with less makes no frame at all.
         max_duration_s: Longest clip, counted in decoded samples.
         decode_timeout_s: Wall-clock time after which decoding is given up.
-        max_decoder_memory_bytes: Writable memory of the ffmpeg child (peak on hostile files: 165 MiB resident).
     """
 
     max_bytes: int = 25 * 2**20
     min_duration_s: float = 0.1
     max_duration_s: float = 600.0
     decode_timeout_s: float = 10.0
-    max_decoder_memory_bytes: int = 512 * 2**20
 
 
 def _require_sane_source(rate_hz: int, channels: int) -> None:
@@ -60,27 +57,16 @@ def _require_sane_source(rate_hz: int, channels: int) -> None:
 
 
 class Allowance:
-    """Watches one decode: its deadline, its canceller and how much sound it has produced."""
+    """Watches one decode: its deadline and how much sound it has produced."""
 
-    def __init__(self, limits: AudioLimits, cancel: threading.Event | None) -> None:
+    def __init__(self, limits: AudioLimits) -> None:
         self.limits = limits
-        self._cancel = cancel
         self._deadline_s = time.monotonic() + limits.decode_timeout_s
         self._max_duration_s = limits.max_duration_s
 
-    @property
-    def remaining_s(self) -> float:
-        return max(0.0, self._deadline_s - time.monotonic())
-
     def check(self) -> None:
-        if self._cancel is not None and self._cancel.is_set():
-            raise AudioCancelledError("Decoding was cancelled.")
-        if not self.remaining_s:
-            raise InvalidAudioError(
-                f"The clip could not be decoded within {self.limits.decode_timeout_s:g} s.",
-                code="decode_timeout",
-                limit=self.limits.decode_timeout_s,
-            )
+        if time.monotonic() > self._deadline_s:
+            refuse_late(self.limits.decode_timeout_s)
 
     def set_source(self, rate_hz: int, channels: int) -> None:
         """Refuses rates and channel counts that no recorder has; the others get as much time as their samples allow."""
@@ -97,6 +83,12 @@ class Allowance:
                 limit=round(self._max_duration_s, 3),
                 hint="Send it in one channel at 16000 Hz." if is_wide else "Send a shorter clip.",
             )
+
+
+def refuse_late(limit_s: float) -> NoReturn:
+    raise InvalidAudioError(
+        f"The clip could not be decoded within {limit_s:g} s.", code="decode_timeout", limit=limit_s
+    )
 
 
 def refuse_damaged(message: str = "The clip is damaged: it could not be decoded to its end.") -> NoReturn:

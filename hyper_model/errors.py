@@ -5,8 +5,7 @@
     │   ├── UnsupportedAudioError    not a container that we decode
     │   ├── InvalidAudioError        empty, damaged, too short, or no audio inside
     │   ├── AudioTooLargeError       more bytes, or more decoded seconds, than a clip may have
-    │   ├── AudioTooLongError        longer than one window, and nothing says how to cut it
-    │   └── AudioCancelledError      nobody waits for the clip any more
+    │   └── AudioTooLongError        longer than one window, and nothing says how to cut it
     ├── PromptError              the question or the choices cannot be used
     └── CheckpointError          the checkpoint cannot be used; a process that needs it stops
 
@@ -98,12 +97,6 @@ class AudioTooLongError(AudioError):
     """Refuses a clip longer than one window where no policy says how to cut it."""
 
     default_code = "audio_too_long"
-
-
-class AudioCancelledError(AudioError):
-    """Ends a decode whose caller has left; nothing is wrong with the clip."""
-
-    default_code = "cancelled"
 
 
 class PromptError(HyperError):

@@ -10,8 +10,8 @@ import os
 import sys
 
 IMPORTS = {
-    "cpu": ["torch", "vllm", "transformers", "fastapi", "soundfile", "soxr", "imageio_ffmpeg"],
-    "gpu": ["torch", "vllm", "transformers", "fastapi", "soundfile", "soxr", "imageio_ffmpeg"],
+    "cpu": ["torch", "vllm", "transformers", "fastapi", "soundfile", "soxr", "av"],
+    "gpu": ["torch", "vllm", "transformers", "fastapi", "soundfile", "soxr", "av"],
     "train": ["torch", "tqdm", "transformers"],
     "data": ["hibari", "onnxruntime"],
     "dev": ["pytest", "hypothesis"],

@@ -67,7 +67,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.state.service = service
     app.include_router(routes.router)
     faults.install(app)
-    app.add_middleware(Edge, settings=settings, metrics=metrics)
+    app.add_middleware(Edge, service=service)
     return app
 
 

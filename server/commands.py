@@ -1,4 +1,4 @@
-"""`hyper serve` and `hyper ask`. What they need is imported when they run, so that `hyper --help` is quick."""
+"""`hyper serve`, `ask` and `keys`. What they need is imported when they run, so that `hyper --help` is quick."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 def serve(**options: Any) -> None:
     """Answer questions about clips over HTTP.
 
-    Everything else is set by HYPER_* variables. Stops at SIGTERM when the requests in flight are answered, with exit
-    code 0; exits with 70 when the engine dies and with 78 when the checkpoint cannot be served.
+    Everything else is set by HYPER_* variables; docs/operations.md explains them. Stops at SIGTERM when the requests in
+    flight are answered, with exit code 0; exits with 70 when the engine dies and with 78 when the checkpoint cannot be
+    served.
     """
     from pydantic import ValidationError
 
@@ -50,17 +51,21 @@ def serve(**options: Any) -> None:
 @click.argument("question")
 @click.option("--choice", "choices", multiple=True, help="An option to choose from; give it two times or more.")
 @click.option("--url", default=DEFAULT_URL, envvar="HYPER_URL", show_default=True, help="Where the service is.")
+@click.option("--key", envvar="HYPER_KEY", help="An API key (HYPER_KEY), where the service asks for one.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole reply as JSON; with --stream, every event.")
 @click.option("--stream", is_flag=True, help="Print what the model hears and thinks while it writes.")
-def ask(clip: Path, question: str, choices: tuple[str, ...], url: str, as_json: bool, stream: bool) -> None:
+def ask(
+    clip: Path, question: str, choices: tuple[str, ...], url: str, key: str | None, as_json: bool, stream: bool
+) -> None:
     """Ask the service QUESTION about the audio file CLIP."""
     import httpx
 
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
     fields: dict[str, Any] = {"question": question, "choices": list(choices), "stream": str(stream).lower()}
     try:
         with (
             clip.open("rb") as file,
-            httpx.Client(base_url=url, timeout=httpx.Timeout(10.0, read=None)) as client,
+            httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10.0, read=None)) as client,
             client.stream("POST", "/v1/audio/qa", data=fields, files={"file": (clip.name, file)}) as response,
         ):
             if not response.is_success:
@@ -77,6 +82,71 @@ def ask(clip: Path, question: str, choices: tuple[str, ...], url: str, as_json: 
         refuse(f"no answer from {url}: {error}. Is `hyper serve` running?")
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         refuse(f"what answers at {url} does not answer as `hyper serve` does.")
+
+
+@click.group()
+def keys() -> None:
+    """Make, list and revoke the API keys that a service asks for.
+
+    A running service whose HYPER_KEY_FILE is the same file heeds a change within a second.
+    """
+
+
+KEY_FILE_OPTION = click.option(
+    "--file",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="HYPER_KEY_FILE",
+    required=True,
+    help="The key file (HYPER_KEY_FILE).",
+)
+
+
+@keys.command()
+@click.argument("name")
+@KEY_FILE_OPTION
+@click.option("--scope", "scopes", type=click.Choice(["ask", "metrics"]), multiple=True, help="What it opens  [ask]")
+@click.option("--priority", type=click.Choice(["interactive", "batch"]), default="interactive", show_default=True)
+@click.option("--requests-per-minute", type=float, help="Most requests a minute; as many may come at once.")
+@click.option("--concurrent", type=int, help="Most requests in flight at the same time.")
+@click.option("--audio-s-per-day", type=float, help="Most seconds of audio a day.")
+@click.option("--days", type=click.IntRange(min=1), help="Days until it expires.")
+def add(name: str, path: Path, scopes: tuple[str, ...], days: int | None, **limits: Any) -> None:
+    """Make a key for NAME and print it, this once: the file keeps only its hash."""
+    from datetime import UTC, datetime, timedelta
+
+    from server import keys
+
+    expires = None if days is None else datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
+    click.echo(keys.add(path, name=name, scopes=scopes or ("ask",), expires=expires, **limits))
+
+
+@keys.command("list")
+@KEY_FILE_OPTION
+def list_keys(path: Path) -> None:
+    """Print the names of the keys, and what each allows."""
+    from server import keys
+
+    for key in keys.read(path).keys:
+        limits = {
+            "requests/min": key.requests_per_minute,
+            "in flight": key.concurrent,
+            "audio s/day": key.audio_s_per_day,
+        }
+        bounds = ", ".join(f"{value:g} {name}" for name, value in limits.items() if value is not None)
+        end = "expired" if key.is_expired() else f"until {key.expires:%Y-%m-%d}" if key.expires else ""
+        facts = [key.starts + "...", "+".join(key.scopes), key.priority, bounds or "no limits", end]
+        click.echo(f"{key.name:<20} {'  '.join(filter(None, facts))}")
+
+
+@keys.command()
+@click.argument("name")
+@KEY_FILE_OPTION
+def revoke(name: str, path: Path) -> None:
+    """End the key of NAME."""
+    from server import keys
+
+    keys.revoke(path, name)
 
 
 def show_reply(reply: dict[str, Any], *, as_json: bool) -> None:

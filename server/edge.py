@@ -1,4 +1,4 @@
-"""The outermost ASGI layer: request id, body limit and upload deadlines, last-resort 500, one log line and the metrics.
+"""The outermost ASGI layer: request id, who may pass, limits of head and body, last-resort 500, log line and metrics.
 
 Plain ASGI rather than Starlette's BaseHTTPMiddleware, which would hide a client's disconnect from the handlers.
 """
@@ -10,32 +10,46 @@ import logging
 import re
 import time
 import uuid
+from ipaddress import ip_address
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.exchange import SCOPE_KEY, Exchange
 from server.faults import RequestError, as_fault, fault_response
-from server.metrics import Metrics
+from server.service import Service
 from server.settings import Settings
 
 access_logger = logging.getLogger("hyper.access")
 logger = logging.getLogger("hyper.server")
 
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{1,5})?")
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 # A server that closes while the client still sends makes the kernel drop the reply it has not read yet. So the reply to
 # a refused upload is followed by this much reading and throwing away before the connection closes.
 LINGER_S = 1.0
 
+MAX_HEADERS = 100
+
+PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
+"""What needs no key. Whoever adds an address adds one that needs a key of the scope `ask`."""
+
+METRICS_PATH = "/metrics"
+OPERATOR_PATHS = PUBLIC_PATHS | {METRICS_PATH}
+"""What the metrics port answers, without a key."""
+
+PRIORITY_HEADER = "x-hyper-priority"
+
 
 class Edge:
     """Wraps the application; see the module's first line for what it adds."""
 
-    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, service: Service) -> None:
         self.app = app
-        self.settings = settings
-        self.metrics = metrics
+        self.service = service
+        self.settings = service.settings
+        self.metrics = service.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,11 +64,14 @@ class Edge:
         reply = Reply(exchange, receive, send)
         body = Body(exchange, receive, self.settings)
         try:
-            if int(headers.get("content-length", "0")) > self.settings.max_body_bytes:
-                fault = body.too_large(int(headers["content-length"]))
+            self.check_head(scope, headers, exchange)
+            announced = int(headers.get("content-length", "0"))
+            if announced > self.settings.max_body_bytes:
+                raise body.too_large(announced)
+            await self.app(scope, body.receive, reply.send)
+        except RequestError as fault:
+            if reply.status is None:
                 await fault_response(fault, exchange)(scope, receive, reply.send)
-            else:
-                await self.app(scope, body.receive, reply.send)
         except Exception as error:
             fault = as_fault(error)
             logger.error("request failed", exc_info=error, extra={"request_id": exchange.request_id})
@@ -64,6 +81,50 @@ class Edge:
             # server does when the application returns before the last byte.
         finally:
             self.account(scope, exchange, reply.status)
+
+    def check_head(self, scope: Scope, headers: Headers, exchange: Exchange) -> None:
+        """Decides by path and headers alone whether the request may go on, and as whose.
+
+        By the path that is routed, never by a URL put together from what the client says.
+
+        Raises:
+            RequestError: 400, 401, 403, 404 or 431.
+        """
+        if len(scope["headers"]) > MAX_HEADERS:
+            message = f"A request may have {MAX_HEADERS} headers."
+            raise RequestError("headers_too_large", message, limit=MAX_HEADERS, actual=len(scope["headers"]))
+        path = scope["path"]
+        _, port = scope.get("server") or (None, None)
+        if port is not None and port == self.settings.metrics_port:
+            if path not in OPERATOR_PATHS:
+                raise RequestError("not_found", "This port has /metrics, /livez and /readyz.")
+            return
+        keys = self.service.keys
+        if keys is None and not self.settings.open_to_all and is_domain(headers.get("host", "")):
+            hint = "Use 127.0.0.1 or localhost, or give the service a key file."
+            raise RequestError("forbidden", "Without keys this service answers only to this machine's name.", hint=hint)
+        if keys is not None and path not in PUBLIC_PATHS:
+            key = keys.find(bearer_of(headers))
+            if key is None:
+                reason = "wrong_key" if "authorization" in headers else "no_key"
+                self.metrics.auth_failures.labels(reason).inc()
+                raise RequestError("invalid_api_key", "Send a valid API key: `Authorization: Bearer hyp_...`.")
+            scope_of_path = "metrics" if path == METRICS_PATH else "ask"
+            if scope_of_path not in key.scopes:
+                self.metrics.auth_failures.labels("wrong_scope").inc()
+                raise RequestError("forbidden", f"This key does not have the scope `{scope_of_path}`.")
+            exchange.tenant = self.service.quotas.of(key)
+            exchange.facts["key"] = key.name
+            exchange.priority = key.priority
+        match headers.get(PRIORITY_HEADER, "").strip().lower():
+            case "batch":
+                exchange.priority = "batch"
+            case "" | "interactive":
+                # A key of the class batch stays one.
+                pass
+            case _:
+                message = f"`{PRIORITY_HEADER}` is interactive or batch."
+                raise RequestError("invalid_parameter", message, param=PRIORITY_HEADER)
 
     def account(self, scope: Scope, exchange: Exchange, status: int | None) -> None:
         """Writes the access line and the request's metrics."""
@@ -156,6 +217,25 @@ class Reply:
                         return
         except TimeoutError:
             return
+
+
+def bearer_of(headers: Headers) -> str:
+    """Returns the key that a request presents; empty where it presents none."""
+    scheme, _, secret = headers.get("authorization", "").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else ""
+
+
+def is_domain(host: str) -> bool:
+    """Whether a Host header is a name in the DNS, which a stranger may have pointed to this machine's own address."""
+    found = HOST.fullmatch(host)
+    name = found[1] if found else host
+    if "." not in name.rstrip("."):
+        return False
+    try:
+        ip_address(name.strip("[]"))
+    except ValueError:
+        return not name.endswith(".localhost")
+    return False
 
 
 def request_id_from(headers: Headers) -> str:

@@ -8,7 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from server.keys import Priority
+
+if TYPE_CHECKING:
+    from server.quotas import Tenant
 
 SCOPE_KEY = "hyper.exchange"
 
@@ -23,6 +28,8 @@ class Exchange:
     Attributes:
         request_id: Ours, or the client's `x-request-id` where it is a plain token.
         started_s: `time.monotonic()` at the first byte of the request; all timings count from here.
+        tenant: The account of the key that came with the request; None where the service is open to all.
+        priority: Its class in every line.
         received_s: The same clock when the body was complete.
         decode_s: Seconds that decoding the clip took, its wait for a decoder included.
         phase: How far the request has come, for the abort counter.
@@ -33,12 +40,19 @@ class Exchange:
     request_id: str
     is_body_complete: bool
     started_s: float = field(default_factory=time.monotonic)
+    tenant: Tenant | None = None
+    priority: Priority = "interactive"
     received_s: float | None = None
     decode_s: float | None = None
     num_body_bytes: int = 0
     phase: Phase = "upload"
     outcome: str = "ok"
     facts: dict[str, Fact] = field(default_factory=dict[str, Fact])
+
+    @property
+    def tenant_name(self) -> str:
+        """Whose request it is; callers of different names share nothing that the engine keeps."""
+        return "" if self.tenant is None else self.tenant.key.name
 
     @classmethod
     def of(cls, scope: MutableMapping[str, Any]) -> Exchange:

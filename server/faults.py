@@ -28,6 +28,7 @@ from hyper_model.errors import (
     PromptError,
     UnsupportedAudioError,
 )
+from server.box import DecoderUnavailableError
 from server.engine import EngineUnavailableError
 from server.exchange import Exchange
 
@@ -35,6 +36,7 @@ logger = logging.getLogger("hyper.server")
 
 INVALID_REQUEST = "invalid_request_error"
 UNAVAILABLE = "service_unavailable_error"
+RATE_LIMIT = "rate_limit_error"
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,29 @@ FAULTS: Mapping[str, FaultKind] = {
     "missing_parameter": FaultKind(400, INVALID_REQUEST),
     "invalid_prompt": FaultKind(400, INVALID_REQUEST),
     "invalid_audio": FaultKind(400, INVALID_REQUEST),
+    "invalid_http": FaultKind(400, INVALID_REQUEST),
+    "invalid_api_key": FaultKind(401, "authentication_error"),
+    "forbidden": FaultKind(403, "permission_error"),
     "not_found": FaultKind(404, INVALID_REQUEST),
     "method_not_allowed": FaultKind(405, INVALID_REQUEST),
     "upload_timeout": FaultKind(408, "timeout_error", retryable=True),
+    "head_timeout": FaultKind(408, "timeout_error", retryable=True),
     "body_too_large": FaultKind(413, INVALID_REQUEST),
     "audio_too_large": FaultKind(413, INVALID_REQUEST),
     "unsupported_media_type": FaultKind(415, INVALID_REQUEST),
     "unsupported_audio": FaultKind(415, INVALID_REQUEST),
     "audio_too_long": FaultKind(422, INVALID_REQUEST),
+    "rate_limit_exceeded": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
+    "too_many_in_flight": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
+    "audio_quota_exceeded": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=60),
+    "headers_too_large": FaultKind(431, INVALID_REQUEST),
     "client_closed_request": FaultKind(499, INVALID_REQUEST),
     "internal_error": FaultKind(500, "server_error", retryable=True),
     "overloaded": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=1),
     "starting": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
     "shutting_down": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
     "engine_unavailable": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
+    "decoder_unavailable": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
     "deadline_exceeded": FaultKind(504, "timeout_error", retryable=True),
 }
 """Every code that a reply may carry. An `AudioError` keeps its own, finer code with the status of its class."""
@@ -97,6 +108,7 @@ class RequestError(HyperError):
         code: A key of `FAULTS`, or a finer code when `kind` says which row it belongs to.
         param: The request field at fault.
         partial: What had been produced when the request ended, for a 504.
+        retry_after_s: When to come again; that of the table where the one who refuses knows no better.
     """
 
     def __init__(
@@ -110,6 +122,7 @@ class RequestError(HyperError):
         actual: float | str | None = None,
         hint: str | None = None,
         partial: dict[str, Any] | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -120,6 +133,7 @@ class RequestError(HyperError):
         self.actual = None if is_number and abs(actual) > MAX_EXACT else actual
         self.hint = hint
         self.partial = partial
+        self.retry_after_s = retry_after_s or self.kind.retry_after_s
 
     @property
     def status(self) -> int:
@@ -157,6 +171,8 @@ def as_fault(error: BaseException) -> RequestError:
             return RequestError("invalid_prompt", error.message, param=error.param)
         case EngineUnavailableError():
             return RequestError("engine_unavailable", error.message, hint="Try again after the Retry-After time.")
+        case DecoderUnavailableError():
+            return RequestError("decoder_unavailable", error.message, hint="Try again after the Retry-After time.")
         case ClientDisconnect():
             return RequestError("client_closed_request", "The client closed the connection.")
         case HTTPException() if error.status_code in HTTP_FAULTS:
@@ -205,8 +221,10 @@ def fault_response(fault: RequestError, exchange: Exchange) -> JSONResponse:
     """Writes the fault as a reply and notes it on the exchange for the log and the metrics."""
     exchange.outcome = fault.code
     headers: dict[str, str] = {}
-    if fault.kind.retry_after_s is not None:
-        headers["retry-after"] = str(fault.kind.retry_after_s)
+    if fault.retry_after_s is not None:
+        headers["retry-after"] = str(fault.retry_after_s)
+    if fault.status == 401:
+        headers["www-authenticate"] = "Bearer"
     if not exchange.is_body_complete:
         # The rest of the body is still on its way: the connection cannot carry another request.
         headers["connection"] = "close"

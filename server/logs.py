@@ -36,5 +36,7 @@ def configure(level: str) -> None:
     root.setLevel(level.upper())
     if level != "debug":
         logging.getLogger("vllm").setLevel(logging.WARNING)
+    # It warns of every form that is none: whoever sends many would fill the log.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     # Its lines name the client's address and path; ours have the request id and the outcome.
     logging.getLogger("uvicorn.access").disabled = True

@@ -65,6 +65,10 @@ class Metrics:
         self.pause_budget_spent = counter("pause_budget_spent", "Requests that used every pause they had")
         self.rejected = counter("rejected", "Requests that ended in an error, by status and reason", "code", "reason")
         self.aborted = counter("aborted", "Requests that ended early", "phase", "by")
+        self.connections_dropped = counter("connections_dropped", "Connections closed because there were too many")
+        self.auth_failures = counter("auth_failures", "Requests without a key that opens the address", "reason")
+        self.waiting = gauge("queue_depth", "Requests that wait for a place in the engine")
+        self.queue_wait = histogram("queue_wait_seconds", "Time a request waited for its place", SECONDS)
         self.in_flight = gauge("in_flight", "Admitted requests")
         self.decoding = gauge("decode_in_flight", "Clips being decoded or waiting for a decoder")
         self.ready = gauge("ready", "1 while the service takes requests")
@@ -72,6 +76,9 @@ class Metrics:
         self.engine_up = gauge("engine_up", "1 while the engine answers")
         self.canary_seconds = gauge("canary_seconds", "Time of the canary clip at start")
         self.event_loop_lag = histogram("event_loop_lag_seconds", "How late the event loop wakes", SECONDS)
+        self.decoder_deaths = counter("decoder_deaths", "Decoders that ended without a word")
+        self.decode_peak = gauge("decode_peak_bytes", "The most memory that decoding a clip has taken")
+        self.sandbox = Info("hyper_decode_sandbox", "What keeps the decoder in", registry=registry)
         self.build = Info("hyper_build", "What is running", registry=registry)
 
     def render(self) -> bytes:

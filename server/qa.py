@@ -60,7 +60,9 @@ class QaRun:
 
     def __init__(self, service: Service, exchange: Exchange, question: Question, waveform: Waveform) -> None:
         self.engine = service.engine
-        self.cache_salt = service.cache_salt
+        self.line = service.line
+        self.queue_wait = service.metrics.queue_wait
+        self.cache_salt = service.cache_salt(exchange)
         self.manifest = service.checkpoint.manifest
         self.tokenizer = service.checkpoint.tokenizer
         self.exchange = exchange
@@ -69,19 +71,27 @@ class QaRun:
         pause = self.manifest.pause
         budget = question.max_pauses
         self.gate = None if service.gate is None or budget is None else service.gate.lowered(budget)
-        self.clip_keys = (service.clip_key(waveform),)
+        self.clip_keys = (service.clip_key(waveform, exchange),)
         self.parser = TraceParser(self.tokenizer, pause_mode=PauseMode(pause.mode), latent_tokens=pause.latent_tokens)
         self.tally = replies.Tally()
         self.written: list[int] = []
         self.num_parts = 0
 
     async def run(self, emit: Emit) -> QaReply:
-        """Answers, and tells `emit` every event of the stream in order, the last one being `done`.
+        """Waits for its turn, answers, and tells `emit` every event of the stream in order, the last being `done`.
 
         Raises:
             EngineUnavailableError: The engine died.
         """
         self.exchange.phase = "queue"
+        started_s = time.monotonic()
+        async with self.line.place(self.exchange.priority):
+            self.tally.line_s = time.monotonic() - started_s
+            self.queue_wait.observe(self.tally.line_s)
+            return await self.answer(emit)
+
+    async def answer(self, emit: Emit) -> QaReply:
+        """Writes trace and answer with a place in the engine."""
         end = await self.write_trace(emit)
         hint = {"length": Termination.TRUNCATED, "abort": Termination.ABORTED}.get(end, Termination.COMPLETE)
         has_answer = end == "answer" or self.parser.result.answer_text is not None
@@ -246,7 +256,9 @@ class QaRun:
             tally.prompt_tokens = chunk.num_prompt_tokens
             tally.audio_tokens = chunk.num_prompt_tokens - len(self.question.prompt_token_ids) + 1
             tally.cached_tokens = chunk.num_cached_tokens
-            tally.queue_s, tally.prefill_s = chunk.queue_s, chunk.prefill_s
+            # In our line and in the engine's own.
+            tally.queue_s = None if chunk.queue_s is None else tally.line_s + chunk.queue_s
+            tally.prefill_s = chunk.prefill_s
             self.exchange.phase = "generate"
         tally.last_token_s = now_s
         if tally.paused_s is not None:

@@ -53,6 +53,7 @@ class Tally:
     report: GateReport = field(default_factory=GateReport)
     pause_s: list[float] = field(default_factory=list[float])
     paused_s: float | None = None
+    line_s: float = 0.0
     queue_s: float | None = None
     prefill_s: float | None = None
     score_s: float | None = None

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -71,7 +71,7 @@ async def audio_qa(request: Request) -> Response:
     service: Service = request.app.state.service
     exchange = Exchange.of(request.scope)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(service.admit())
+        stack.enter_context(service.admit(exchange))
         try:
             options, data = await read_question(request, service)
         except ClientDisconnect:
@@ -80,6 +80,7 @@ async def audio_qa(request: Request) -> Response:
         service.metrics.stage_seconds.labels("receive").observe(exchange.elapsed_ms(exchange.received_s) / 1000)
         timeout_ms = options.timeout_ms or service.settings.default_timeout_ms
         deadline_s = exchange.started_s + timeout_ms / 1000
+        service.require_time(exchange, deadline_s)
         exchange.phase = "decode"
         work = prepare(service, exchange, options, data, deadline_s)
         run = await service.carry(work, exchange, request.receive, deadline_s)
@@ -113,12 +114,20 @@ async def read_form(request: Request) -> tuple[QaOptions, bytes]:
     _, parameters = parse_options_header(request.headers.get("content-type"))
     if parameters.get(b"charset", b"utf-8").lower() not in CHARSETS:
         raise RequestError("invalid_multipart", "The multipart body must be in UTF-8.", hint="Leave `charset` out.")
+    async with contextlib.aclosing(request.stream()) as stream:
+        parser = MultiPartParser(
+            request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
+        )
+        # Of a body that breaks off inside a clip the parser says nothing, and leaves the file open.
+        spooled = parser._files_to_close_on_error  # pyright: ignore[reportPrivateUsage]
+        try:
+            form = await parser.parse()
+        except (MultiPartException, UnicodeError):
+            hint = f"At most {MAX_FIELDS} fields of {MAX_FIELD_BYTES} bytes each, and a boundary in the content type."
+            raise RequestError("invalid_multipart", "The multipart body cannot be read.", hint=hint) from None
     try:
-        form = await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
-    except (HTTPException, UnicodeError):
-        hint = f"At most {MAX_FIELDS} fields of {MAX_FIELD_BYTES} bytes each, and a boundary in the content type."
-        raise RequestError("invalid_multipart", "The multipart body cannot be read.", hint=hint) from None
-    try:
+        if len(spooled) > sum(isinstance(value, UploadFile) for _, value in form.multi_items()):
+            raise RequestError("invalid_multipart", "The multipart body breaks off inside a file.")
         fields: dict[str, Any] = {}
         files: list[UploadFile] = []
         for name, value in form.multi_items():
@@ -145,7 +154,8 @@ async def read_form(request: Request) -> tuple[QaOptions, bytes]:
             raise RequestError("missing_parameter", "`file` is required: the clip.", param="file")
         return options, await files[0].read()
     finally:
-        await form.close()
+        for file in spooled:
+            file.close()
 
 
 def read_json(body: bytes) -> tuple[QaOptions, bytes]:
@@ -222,7 +232,7 @@ async def prepare(service: Service, exchange: Exchange, options: QaOptions, data
     )
     metrics.stage_seconds.labels("prompt").observe(time.monotonic() - started_s)
     started_s = time.monotonic()
-    waveform = await service.decode(data)
+    waveform = await service.decode(data, exchange)
     exchange.decode_s = time.monotonic() - started_s
     metrics.stage_seconds.labels("decode").observe(exchange.decode_s)
     metrics.audio_bytes.observe(len(data))
@@ -394,6 +404,7 @@ async def info(request: Request) -> dict[str, Any]:
             "max_model_len": manifest.max_model_len,
         },
         "formats": list(FORMATS),
+        "decoding": {"sandbox": list(service.box.layers), "memory_mib": settings.decode_memory_mib},
         "sections": [section.value for section in Section],
         "environment_labels": list(manifest.environment_labels),
         "pause": {
@@ -419,6 +430,7 @@ async def info(request: Request) -> dict[str, Any]:
             "max_tokens": settings.max_tokens,
             "max_timeout_ms": settings.max_timeout_ms,
             "max_in_flight": settings.max_in_flight,
+            "max_queue_wait_s": settings.max_queue_wait_s,
         },
     }
 

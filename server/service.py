@@ -9,9 +9,11 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import hmac
 import logging
+import math
+import random
 import secrets
-import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,15 +22,20 @@ from typing import Any, Literal, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from hyper_model.audio import SAMPLE_RATE_HZ, AudioLimits, Waveform, decode
+from hyper_model.audio import SAMPLE_RATE_HZ, AudioLimits, Waveform
 from hyper_model.checkpoint import Checkpoint
+from hyper_model.errors import HyperError
 from hyper_model.pause import GateSettings
+from server.admission import Line
+from server.box import Box
 from server.engine import Engine
 from server.exchange import Exchange
 from server.faults import RequestError
+from server.keys import KeyRing
 from server.metrics import Metrics
 from server.pacing import Budget, Pace
-from server.settings import Settings
+from server.quotas import Quotas
+from server.settings import MEBIBYTE, Settings
 
 logger = logging.getLogger("hyper.server")
 
@@ -36,6 +43,8 @@ State = Literal["starting", "ready", "draining", "failed", "stopped"]
 Result = TypeVar("Result")
 
 WATCH_INTERVAL_S = 0.25
+MAX_RETRY_AFTER_S = 60
+COME_AGAIN = "Try again after the Retry-After time."
 
 
 class Service:
@@ -51,15 +60,23 @@ class Service:
         self.state: State = "starting"
         self.failure: BaseException | None = None
         self.num_in_flight = 0
-        self.audio_limits = AudioLimits(
+        audio_limits = AudioLimits(
             max_bytes=settings.max_audio_bytes,
             min_duration_s=checkpoint.manifest.audio.min_duration_s,
             max_duration_s=settings.max_audio_s,
             decode_timeout_s=settings.decode_timeout_s,
         )
-        # One salt for all while there are no tenants; a fresh one a process, as the cache does not outlive it either.
-        self.cache_salt = secrets.token_hex(16)
-        self.pool = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="hyper-decode")
+        self.box = Box(
+            audio_limits, memory_bytes=settings.decode_memory_mib * MEBIBYTE, on_death=metrics.decoder_deaths.inc
+        )
+        self.decoders = Line(settings.decode_workers)
+        # A fresh one a process, as what the engine keeps does not outlive it either.
+        self.secret = secrets.token_bytes(32)
+        self.keys = key_ring(settings)
+        self.quotas = Quotas()
+        # Where the engine would take more than it works on together, whose turn it is would be for it to say.
+        self.line = Line(settings.max_num_seqs)
+        self.pool = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="hyper-pool")
         self.tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -70,21 +87,27 @@ class Service:
     def auto_budget(self, left_s: float) -> Budget:
         """Returns the pauses of a request that leaves them to the service and has so many seconds left."""
         settings = self.settings
-        # Of the engine's requests, not the service's: an upload waits for its client alone.
-        num_waiting = max(0, self.engine.num_in_flight + 1 - settings.max_num_seqs)
+        # Of the requests that want the engine, not of all: an upload waits for its client alone.
+        num_waiting = max(0, self.line.num_working + self.line.num_waiting + 1 - settings.max_num_seqs)
         num_places = max(0, settings.max_in_flight - settings.max_num_seqs)
         return self.pace.budget(self.max_pauses, left_s=left_s, num_waiting=num_waiting, num_places=num_places)
 
-    def clip_key(self, waveform: Waveform) -> str:
-        """Names a clip for the engine's caches: the same for the same sound, and nothing that a stranger can guess.
+    def cache_salt(self, exchange: Exchange) -> str:
+        """Keeps what the engine has computed for one caller from the next: how soon a reply comes would tell of it."""
+        return hmac.new(self.secret, exchange.tenant_name.encode(), hashlib.sha256).hexdigest()
+
+    def clip_key(self, waveform: Waveform, exchange: Exchange) -> str:
+        """Names a clip for the engine's caches: the same for a caller's same sound, and nothing that can be guessed.
 
         The engine takes the name for the sound itself: whoever could choose it could be answered about another's clip.
         """
-        return hashlib.sha256(f"{self.cache_salt} {SAMPLE_RATE_HZ} {waveform.sha256}".encode()).hexdigest()
+        named = f"{self.cache_salt(exchange)} {SAMPLE_RATE_HZ} {waveform.sha256}"
+        return hashlib.sha256(named.encode()).hexdigest()
 
     async def start(self, canary: Callable[[Service], Coroutine[Any, Any, float]]) -> None:
-        """Starts the engine, asks it the canary question, and watches it from then on; ends when the engine does."""
+        """Starts decoder and engine, asks the canary question, and watches the engine until it ends."""
         try:
+            await self.start_box()
             await self.engine.start()
             self.metrics.canary_seconds.set(await canary(self))
         except Exception as error:
@@ -101,9 +124,37 @@ class Service:
             before = time.monotonic()
             await asyncio.sleep(WATCH_INTERVAL_S)
             self.metrics.event_loop_lag.observe(max(0.0, time.monotonic() - before - WATCH_INTERVAL_S))
+            self.metrics.waiting.set(self.line.num_waiting)
+            self.metrics.decode_peak.set(self.box.peak_bytes)
+            self.refresh_keys()
         # Ctrl-C reaches the engine's processes too: when nothing is in flight their end is only early, not a failure.
         if self.state != "stopped" and not (self.state == "draining" and self.num_in_flight == 0):
             self.fail(RuntimeError("the engine died"))
+
+    def refresh_keys(self) -> None:
+        """Heeds what has been added to the key file or taken out of it."""
+        if self.keys is not None:
+            self.keys.refresh()
+            self.quotas.forget({key.name for key in self.keys.keys})
+
+    async def start_box(self) -> None:
+        """Starts the decoder and says what keeps it in.
+
+        Raises:
+            HyperError: Nothing does, and strangers can reach the service.
+        """
+        await self.box.start()
+        layers = {"layers": list(self.box.layers)}
+        self.metrics.sandbox.info({"layers": "+".join(self.box.layers) or "none"})
+        if self.box.is_closed:
+            logger.info("clips are decoded in a sandbox", extra=layers)
+            return
+        if self.settings.decode_sandbox == "require" or not self.settings.is_local:
+            raise HyperError(
+                "There is neither seccomp, Landlock nor bubblewrap here, so a process that may open files and sockets "
+                "would decode the clips of strangers. HYPER_DECODE_SANDBOX=auto allows that on 127.0.0.1 alone."
+            )
+        logger.warning("clips are decoded WITHOUT a sandbox: this kernel offers none", extra=layers)
 
     def fail(self, error: BaseException) -> None:
         """Marks the service as beyond repair; the process that hosts it reads `failure` and exits."""
@@ -132,6 +183,7 @@ class Service:
         self.state = "stopped"
         await self.engine.stop()
         self.metrics.engine_up.set(0)
+        await self.box.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def reasons_not_ready(self) -> list[str]:
@@ -153,11 +205,11 @@ class Service:
         return reasons
 
     @contextlib.contextmanager
-    def admit(self) -> Generator[None]:
+    def admit(self, exchange: Exchange) -> Generator[None]:
         """Holds one of the places for requests; taken before the body is read, as uploads and decoding cost too.
 
         Raises:
-            RequestError: 503, when the service is not ready or full.
+            RequestError: 429, when the caller has used what its key allows; 503, when the service is not ready or full.
         """
         messages = {
             "starting": "The model is still loading.",
@@ -165,28 +217,71 @@ class Service:
             "engine_unavailable": "The engine is not running.",
             "overloaded": f"The service is full: {self.settings.max_in_flight} requests are in flight.",
         }
-        for reason in self.reasons_not_ready():
-            raise RequestError(reason, messages[reason], hint="Try again after the Retry-After time.")
-        self.num_in_flight += 1
-        self.metrics.in_flight.inc()
-        try:
-            yield
-        finally:
-            self.num_in_flight -= 1
-            self.metrics.in_flight.dec()
+        with contextlib.ExitStack() as stack:
+            if exchange.tenant is not None:
+                stack.enter_context(exchange.tenant.enter())
+            for reason in self.reasons_not_ready():
+                if reason == "overloaded":
+                    raise self.overloaded(messages[reason])
+                raise RequestError(reason, messages[reason], hint=COME_AGAIN)
+            if exchange.priority == "batch" and self.num_in_flight >= self.max_batch_in_flight:
+                raise self.overloaded(
+                    f"All {self.max_batch_in_flight} places for requests of the class batch are taken."
+                )
+            wait_s = self.line.wait_s(self.num_in_flight)
+            if wait_s > self.settings.max_queue_wait_s:
+                raise self.overloaded(f"The wait would be about {math.ceil(wait_s)} s.")
+            self.num_in_flight += 1
+            self.metrics.in_flight.inc()
+            try:
+                yield
+            finally:
+                self.num_in_flight -= 1
+                self.metrics.in_flight.dec()
+
+    @property
+    def max_batch_in_flight(self) -> int:
+        """The places that requests of the class batch may take."""
+        return max(1, int(self.settings.max_in_flight * self.settings.max_batch_share))
+
+    def overloaded(self, message: str) -> RequestError:
+        """Says that there is no room, and when there will be: after as long as a place takes to become free of late."""
+        excess_s = max(0.0, self.line.wait_s(self.num_in_flight) - self.settings.max_queue_wait_s)
+        free_s = (self.line.work_s or 0.0) / self.line.num_places
+        # Spread a little, so that those who are refused together do not come back together.
+        wait_s = (excess_s + free_s) * random.uniform(1.0, 1.25)
+        retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(wait_s)))
+        return RequestError("overloaded", message, hint=COME_AGAIN, retry_after_s=retry_after_s)
+
+    def require_time(self, exchange: Exchange, deadline_s: float) -> None:
+        """Refuses a request whose turn would come after its deadline; asked before its clip is decoded.
+
+        Raises:
+            RequestError: 503; nothing has been spent on it but its upload.
+        """
+        num_ahead = self.line.num_working + (self.line.num_waiting if exchange.priority == "batch" else 0)
+        wait_s = self.line.wait_s(num_ahead)
+        if wait_s > 0 and time.monotonic() + wait_s > deadline_s:
+            raise self.overloaded("The wait would be longer than the request's deadline.")
 
     async def in_pool(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Runs a function that takes long in the bounded pool, off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, functools.partial(function, *args, **kwargs))
 
-    async def decode(self, data: bytes) -> Waveform:
-        """Decodes a clip in the pool; cancelling this kills the decoder."""
-        cancel = threading.Event()
+    async def decode(self, data: bytes, exchange: Exchange) -> Waveform:
+        """Decodes a clip in the box, so many at a time, and charges its length; cancelling this kills the decoder.
+
+        Raises:
+            AudioError: The clip cannot be used.
+            RequestError: 429, when the caller has used up its seconds of audio.
+        """
         with self.metrics.decoding.track_inprogress():
-            try:
-                return await self.in_pool(hear, data, self.audio_limits, cancel)
-            finally:
-                cancel.set()
+            async with self.decoders.place(exchange.priority):
+                waveform = await self.box.decode(data)
+            if exchange.tenant is not None:
+                exchange.tenant.charge(waveform.duration_s)
+            await self.in_pool(look_at, waveform)
+            return waveform
 
     async def carry(
         self, work: Coroutine[Any, Any, Result], exchange: Exchange, receive: Receive, deadline_s: float
@@ -228,11 +323,26 @@ class Service:
             await asyncio.gather(task, gone, return_exceptions=True)
 
 
-def hear(data: bytes, limits: AudioLimits, cancel: threading.Event) -> Waveform:
-    """Decodes a clip and looks at all of its samples while still off the event loop."""
-    waveform = decode(data, limits, cancel=cancel)
+def look_at(waveform: Waveform) -> None:
+    """Computes what takes a look at every sample, which the waveform then remembers."""
     _ = waveform.quality, waveform.sha256
-    return waveform
+
+
+def key_ring(settings: Settings) -> KeyRing | None:
+    """Reads the keys; None where everybody may ask.
+
+    Raises:
+        HyperError: The keys cannot be read, or there are none and strangers can reach the service.
+    """
+    if settings.key_file is not None:
+        return KeyRing(settings.key_file)
+    if settings.is_local or settings.open_to_all:
+        logger.warning("no HYPER_KEY_FILE: EVERYBODY who can connect to %s may ask, without a key", settings.host)
+        return None
+    raise HyperError(
+        f"Everybody who can connect to {settings.host} could ask. Make keys with `hyper keys add` and name their file "
+        "in HYPER_KEY_FILE, listen on 127.0.0.1, or say with HYPER_OPEN_TO_ALL=true that this is meant."
+    )
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import socket
 from types import FrameType
 
 import click
 import uvicorn
 from fastapi import FastAPI
 
+from hyper_model.errors import HyperError
 from server import logs
 from server.app import create_app
+from server.connection import connection_type
 from server.service import Service
 from server.settings import Settings
 
 EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
 CLOSE_TIMEOUT_S = 5
+MAX_HEAD_BYTES = 16 * 1024
+NUM_OTHER_DESCRIPTORS = 1000
 
 
 def run(settings: Settings) -> int:
@@ -23,16 +29,43 @@ def run(settings: Settings) -> int:
 
     Raises:
         CheckpointError: The checkpoint cannot be served.
+        HyperError: The keys cannot be read, or a port cannot be opened.
     """
     logs.configure(settings.log_level)
     app = create_app(settings)
     config = uvicorn_config(app, settings)
+    raise_descriptor_limit(settings.max_connections)
     # Before the model loads: a port that is taken should not take a minute to find out.
     listener = config.bind_socket()
+    listeners = [listener]
+    if settings.metrics_port is not None:
+        listeners.append(bind(settings.metrics_host, settings.metrics_port))
     host, port = listener.getsockname()[:2]
     server = DrainingServer(config, app.state.service, url_of(host, port))
-    server.run(sockets=[listener])
+    server.run(sockets=listeners)
     return EXIT_ENGINE_FAILED if server.service.failure is not None else 0
+
+
+def raise_descriptor_limit(num_connections: int) -> None:
+    """Makes room for that many connections, as far as this process may: the usual soft limit is 1024 descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_connections + NUM_OTHER_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Opens a second port for the same application; the edge tells by the port what may be asked there.
+
+    Raises:
+        HyperError: It is taken, or not ours.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise HyperError(f"HYPER_METRICS_PORT={port} on {host}: {error.strerror}") from None
 
 
 def url_of(host: str, port: int) -> str:
@@ -46,8 +79,9 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
-        # httptools, the default, accepts headers without a bound; h11 stops at 64 KiB.
-        http="h11",
+        # Not httptools, the default, which accepts headers without a bound.
+        http=connection_type(settings, app.state.service.metrics),
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws="none",
         log_config=None,
         access_log=False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
 PREFIX = "HYPER_"
-NOT_OURS = frozenset({"HYPER_URL"})  # `hyper ask` reads it.
+NOT_OURS = frozenset({"HYPER_URL", "HYPER_KEY"})  # `hyper ask` reads them.
 
 
 class Settings(BaseSettings):
@@ -27,6 +28,15 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    key_file: Path | None = Field(default=None, description="API keys, written by `hyper keys`; none: see open_to_all.")
+    open_to_all: bool = Field(
+        default=False, description="Serve everybody who can connect. Without keys that is else done on 127.0.0.1 alone."
+    )
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = Field(
+        default=None, ge=1, le=65535, description="A second port, for probes and /metrics alone, which asks for no key."
+    )
 
     checkpoint: Path | None = None
     verify_checkpoint: bool = True
@@ -42,17 +52,40 @@ class Settings(BaseSettings):
     max_audio_bytes: int = Field(default=25 * MEBIBYTE, ge=1)
     max_audio_s: float = Field(default=600.0, gt=0, description="Decoded seconds; counted, headers are not trusted.")
     decode_timeout_s: float = Field(default=10.0, gt=0)
-    decode_workers: int = Field(default=2, ge=1)
+    decode_workers: int = Field(default=2, ge=1, description="Clips that are decoded at the same time.")
+    decode_memory_mib: int = Field(default=256, ge=96, description="What decoding one clip may take, code included.")
+    decode_sandbox: Literal["auto", "require"] = Field(
+        default="auto",
+        description="auto goes without where the kernel has none, on 127.0.0.1 alone; require never does.",
+    )
+    max_connections: int = Field(default=4000, ge=1, description="Open connections; more are closed as they come.")
+    head_timeout_s: float = Field(default=10.0, gt=0, description="From connecting to the last header.")
     upload_timeout_s: float = Field(default=60.0, gt=0)
     upload_idle_timeout_s: float = Field(default=10.0, gt=0)
 
     max_in_flight: int = Field(default=32, ge=1, description="Admitted requests, uploads included; more get a 503.")
+    max_batch_share: float = Field(
+        default=0.5, gt=0, le=1, description="Share of these places that requests of the class `batch` may take."
+    )
+    max_queue_wait_s: float = Field(
+        default=60.0, gt=0, description="Expected wait for the engine beyond which requests get a 503."
+    )
     default_max_tokens: int = Field(default=1024, ge=1)
     max_tokens: int = Field(default=4096, ge=1)
     default_timeout_ms: int = Field(default=120_000, ge=1)
     max_timeout_ms: int = Field(default=600_000, ge=1)
     ping_interval_s: float = Field(default=5.0, gt=0, le=10)
     drain_timeout_s: float = Field(default=30.0, ge=0)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the service."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
     @property
     def max_body_bytes(self) -> int:

@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # The root command finds its sub-commands by entry points, which only an installed project has.
 SCRIPT = """
 from hyper_model.cli import hyper, main
-from server.commands import ask, serve
+from server.commands import ask, keys, serve
 hyper.add_command(serve)
 hyper.add_command(ask)
+hyper.add_command(keys)
 main()
 """
 

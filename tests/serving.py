@@ -8,9 +8,10 @@ import contextlib
 import io
 import json
 import re
+import socket
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -68,8 +69,13 @@ class Live:
 
 
 @contextlib.contextmanager
-def running(settings: Settings, engine: Engine | None = None, ready_timeout_s: float = 240) -> Iterator[Live]:
-    """Runs the service in a thread until the block ends; it is ready when the block begins."""
+def running(
+    settings: Settings,
+    engine: Engine | None = None,
+    ready_timeout_s: float = 240,
+    listeners: Sequence[socket.socket] = (),
+) -> Iterator[Live]:
+    """Runs the service in a thread until the block ends, on further ports too; it is ready when the block begins."""
     app = create_app(settings, engine)
     config = uvicorn_config(app, settings)
     listener = config.bind_socket()
@@ -77,7 +83,7 @@ def running(settings: Settings, engine: Engine | None = None, ready_timeout_s: f
     service: Service = app.state.service
     server = DrainingServer(config, service, url)
     server.is_announced = True  # Its line would land in the output of whichever test comes first.
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener, *listeners]})
     thread.start()
     try:
         deadline_s = time.monotonic() + ready_timeout_s

@@ -112,7 +112,37 @@ def test_an_upload_that_drips_is_ended(small: Live) -> None:
 def test_headers_without_end_are_refused(live: Live) -> None:
     with socket.create_connection(live.server.servers[0].sockets[0].getsockname(), timeout=5) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\n" + b"x-filler: " + b"a" * 100_000)
-        assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+        head, _, body = connection.recv(4096).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431") and b"x-request-id: req_" in head
+    error = json.loads(body)["error"]
+    assert (error["code"], error["limit"]) == ("headers_too_large", 16384)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("localhost:8000", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]:8000", 200),
+        ("192.168.0.7", 200),
+        ("hyper", 200),
+        ("hyper.localhost", 200),
+        ("[::ffff:127.0.0.1]:8000", 200),
+        ("[::1", 200),
+        ("evil.example", 403),
+        ("[evil.example]", 403),
+        ("evil.example:8000", 403),
+        ("evil.example.", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("evil.example/livez", 403),
+        ("evil.example@127.0.0.1", 403),
+        ("127.0.0.1@evil.example", 403),
+    ],
+)
+def test_an_open_service_does_not_answer_to_a_domain(live: Live, host: str, status: int) -> None:
+    """A page from that domain would run in the browser of somebody on this machine."""
+    assert live.client.get("/v1/info", headers={"host": host}).status_code == status
 
 
 class BrokenEngine(ScriptedEngine):

@@ -6,7 +6,6 @@ import pytest
 
 from hyper_model import errors
 from hyper_model.errors import (
-    AudioCancelledError,
     AudioError,
     AudioTooLargeError,
     AudioTooLongError,
@@ -17,12 +16,12 @@ from hyper_model.errors import (
     UnsupportedAudioError,
 )
 
-AUDIO_ERRORS = [UnsupportedAudioError, InvalidAudioError, AudioTooLargeError, AudioTooLongError, AudioCancelledError]
+AUDIO_ERRORS = [UnsupportedAudioError, InvalidAudioError, AudioTooLargeError, AudioTooLongError]
 
 
 def test_every_error_is_a_hyper_error():
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    assert len(kinds) == 9
+    assert len(kinds) == 8
     assert all(issubclass(kind, HyperError) for kind in kinds)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +37,16 @@ from training.tasks import ExampleTasks, Task
 from training.trainer import TrainingError, prepare_run_dir, read_log
 
 CLIPS = ROOT / "tests/assets/clips"
+
+
+class Repeated:
+    """Asks one thing over and over."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def draw(self, number: int) -> Task:
+        return self.task
 
 
 class ClipTasks:
@@ -179,7 +191,7 @@ def test_long_prompts_are_not_answered_from_stale_keys(
     task = dataclasses.replace(
         trainer.tasks.draw(0), prompt=Prompt(trainer.tasks.draw(0).prompt.token_ids, samples_S, ())
     )
-    trainer.tasks = type("One", (), {"draw": lambda self, number: task})()
+    trainer.tasks = Repeated(task)
     for _ in range(2):
         with torch.no_grad():
             for name, parameter in trainer.run_model.core.named_parameters():
@@ -248,6 +260,21 @@ def test_a_collapse_ends_the_run_and_says_why(start: Callable[..., GrpoTrainer],
     trainer.train()
     assert trainer.state.global_step == 1 and (tmp_path / "run/checkpoint-1/complete").exists()
     assert "tokens" in trainer.own_state()["stopped"]
+
+
+def test_two_ranks_train_with_an_engine_each(base: Path, tmp_path: Path) -> None:
+    rows = json.loads((CLIPS / "truth.json").read_text(encoding="utf-8"))[:4]
+    lines = ["audio,question,answer,choices"]
+    lines += [f'{CLIPS / row["file"]},"{row["question"]}",{row["answer"]},{"|".join(row["choices"])}' for row in rows]
+    (tmp_path / "clips.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "hyper_model.cli", "train", "debug_grpo", str(tmp_path / "run")]
+    command += ["--base", str(base), "--data", str(tmp_path / "clips.csv"), "--processes", "2"]
+    command += ["--set", "num_steps=2", "--set", "group_size=2", "--export", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2]
+    assert all(row["gap"] <= 1e-5 for row in read_log(tmp_path / "run"))
+    open_checkpoint(tmp_path / "out")
 
 
 def test_a_watch_lets_noise_pass_and_sees_a_fall() -> None:

@@ -90,8 +90,8 @@ def test_a_full_engine_lowers_auto_and_uploads_do_not() -> None:
     service: Service = create_app(scripted(max_in_flight=20, max_num_seqs=16)).state.service
     assert isinstance(service.engine, ScriptedEngine)
     service.num_in_flight = 19
-    service.engine.num_in_flight = 15
+    service.line.num_working = 15
     assert service.auto_budget(60.0) == Budget(3)
-    service.engine.num_in_flight = 17
+    service.line.num_working = 17
     assert service.auto_budget(60.0) == Budget(1, "load")
     service.pool.shutdown()

@@ -15,6 +15,7 @@ import pytest
 
 from server import routes
 from server.engine import ScriptedEngine
+from server.exchange import Exchange
 from tests.serving import QUESTION, Live, assert_error, mp3, parse_events, running, scripted, tone
 
 
@@ -56,21 +57,24 @@ def test_a_client_that_leaves_in_the_upload_is_counted(live: Live) -> None:
 
 
 def test_decoding_ends_with_its_request(live: Live) -> None:
-    clip = mp3(120.0)
+    clip = mp3(500.0)
 
     async def give_up() -> float:
-        task = asyncio.create_task(live.service.decode(clip))
-        await asyncio.sleep(0.05)
-        assert not task.done()
-        task.cancel()
+        tasks = [asyncio.create_task(live.service.decode(clip, Exchange("x", is_body_complete=True))) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        assert not any(task.done() for task in tasks)
+        for task in tasks:
+            task.cancel()
         started_s = time.monotonic()
-        await asyncio.gather(task, return_exceptions=True)
-        # The pool's threads are free again when they take new work.
-        await asyncio.gather(*(live.service.in_pool(time.monotonic) for _ in range(4)))
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # The places of those that were decoding, and of those that waited, are free.
+        await live.service.decode(tone(), Exchange("x", is_body_complete=True))
         return time.monotonic() - started_s
 
+    before = live.metric("hyper_decoder_deaths_total")
     assert live.run(give_up()) < 0.5
     assert live.metric("hyper_decode_in_flight") == 0
+    assert live.metric("hyper_decoder_deaths_total") == before, "a client that leaves is no death"
 
 
 def test_a_deadline_gives_504_with_what_there_is(slow: Live) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,8 @@ from hyper_model.checkpoint import open_checkpoint
 from hyper_model.manifest import GATED_SECTIONS
 from hyper_model.trace import TraceTokenizer, build_prompt, render
 from tests.process import ROOT
-from tests.training_data import TinyRun, tiny_run, write_bank, write_sounds
-from training.assets import MissingDataError
+from tests.training_data import TinyRun, tiny_run, write_bank, write_encoder, write_sounds
+from training.assets import ENCODER_FILE, MissingDataError
 from training.clips import scene_to_json
 from training.encoder import HOP, ClipEncoder, num_audio_tokens
 from training.policy import IGNORED
@@ -42,6 +45,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work folder with twelve scenes of random states of the right length, in the clips' own format."""
     folder = tmp_path_factory.mktemp("work")
     builder = SceneBuilder(Bank(write_bank(folder / "bank")), write_sounds(folder / "assets/sounds"), "train")
+    write_encoder(folder / "assets" / ENCODER_FILE)
     out = folder / "clips/train"
     out.mkdir(parents=True)
     torch.manual_seed(0)
@@ -264,6 +268,25 @@ def test_two_ranks_take_the_steps_of_one(work: Path, tmp_path: Path) -> None:
     one, two = (read_log(tmp_path / ranks) for ranks in ("1", "2"))
     assert [row["loss"] for row in one] == [pytest.approx(row["loss"], rel=1e-4) for row in two]
     assert (tmp_path / "2/report.md").exists()
+
+
+def test_a_killed_rank_ends_the_run_and_leaves_the_last_checkpoint(work: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "hyper_model.cli", "train", "debug", str(run_dir), "--work", str(work)]
+    command += ["--processes", "2", "--set", "num_steps=100000", "--set", "save_every_steps=20"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline_s = time.monotonic() + 120
+        while last_checkpoint(run_dir) is None:
+            assert time.monotonic() < deadline_s and process.poll() is None
+            time.sleep(0.2)
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        _, said = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "ended with exit code -9" in said.replace("\n", " ") and "--resume" in said
+    saved = last_checkpoint(run_dir)
+    assert saved is not None
+    open_checkpoint(saved / "model")
 
 
 def test_recipes_are_complete_and_named_as_their_functions() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
 from hyper_model.audio_encoder import LogMel
@@ -40,7 +41,7 @@ def run_rank(rank: int, directory: Path, folder: Path) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (2,))
     policy: Any = open_policy(open_checkpoint(directory, verify=False))
     for layer in policy.model.language_model.layers:
         fully_shard(layer, mesh=mesh)

@@ -116,7 +116,8 @@ class StockTrainer(GrpoTrainer):
 
     def score(self, model: Any, batch: dict[str, Any]) -> Scores:
         """Scores by the library's own forward pass."""
-        logits_BTV = Qwen2AudioForConditionalGeneration.forward(model, **batch["inputs"]).logits
+        library: Any = Qwen2AudioForConditionalGeneration
+        logits_BTV = library.forward(model, **batch["inputs"]).logits
         targets_BT = batch["targets_BT"]
         logits_BTV = logits_BTV[:, -targets_BT.shape[1] :].float().index_fill(2, self.banned, -torch.inf)
         logprobs_BTV = logits_BTV.log_softmax(-1)

@@ -55,8 +55,8 @@ def _stem(kind: ClipKind, shard: int) -> str:
     return f"{kind}-{shard:04d}"
 
 
-def _build_shard(job: tuple[ClipKind, int, Split, Path, Path, Path, tuple[Path, ...]]) -> str:
-    kind, shard, split, assets, bank_folder, folder, noise = job
+def _build_shard(job: tuple[ClipKind, int, int, Split, Path, Path, Path, tuple[Path, ...]]) -> str:
+    kind, shard, num_clips, split, assets, bank_folder, folder, noise = job
     torch.set_num_threads(1)
     bank, sounds_folder = Bank(bank_folder), assets / SOUNDS_FOLDER
     if kind == "speech":
@@ -65,11 +65,11 @@ def _build_shard(job: tuple[ClipKind, int, Split, Path, Path, Path, tuple[Path, 
         own = NoiseFolder(noise, split) if kind == "noise" else None
         builder = SceneBuilder(bank, sounds_folder, split, noise=own)
     encode = ClipEncoder(load_encoder(assets / ENCODER_FILE), torch.bfloat16)
-    first = SEED_STRIDE[split] + _KIND_STRIDE[kind] + shard * CLIPS_PER_SHARD
+    first = SEED_STRIDE[split] + _KIND_STRIDE[kind] + shard * num_clips
     stem = _stem(kind, shard)
     rows: list[str] = []
     with (folder / f"{stem}.bf16").open("wb") as states:
-        for seed in range(first, first + CLIPS_PER_SHARD):
+        for seed in range(first, first + num_clips):
             scene, samples_S = builder.draw(seed)
             states_AD = encode(samples_S)
             rows.append(json.dumps({"num_tokens": len(states_AD), "scene": scene_to_json(scene)}))
@@ -91,18 +91,20 @@ def build_clips(
     num_shards: int,
     num_workers: int,
     noise: tuple[Path, ...] = (),
+    clips_per_shard: int = CLIPS_PER_SHARD,
 ) -> None:
     """Make every missing shard of a kind and split, of the voices that the bank holds by then.
 
     Args:
         noise: MUSAN or FSD50K folders, for the kind `noise`; `noise-licences.json` gets what their files ask for.
+        clips_per_shard: the same for all shards of a kind: a clip's seed follows from its place.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "noise":
         licences = json.dumps(NoiseFolder(noise, split).licences(), indent=1)
         (folder / "noise-licences.json").write_text(licences + "\n", encoding="utf-8")
     missing = [shard for shard in range(num_shards) if not (folder / f"{_stem(kind, shard)}.jsonl").exists()]
-    jobs = [(kind, shard, split, assets, bank, folder, noise) for shard in missing]
+    jobs = [(kind, shard, clips_per_shard, split, assets, bank, folder, noise) for shard in missing]
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
         for _ in tqdm(pool.map(_build_shard, jobs), total=len(jobs), desc=f"{split} {kind} clips", unit="shard"):
             pass

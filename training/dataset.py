@@ -25,7 +25,7 @@ from training.assets import MissingDataError
 from training.clips import SEED_STRIDE
 from training.hard_sets import ASKED_KIND, builder_for
 from training.noise import NoiseFolder
-from training.questions import SceneExample, draw_example, possible_kinds
+from training.questions import SceneExample, draw_example
 from training.scenes import Rendered, SceneBuilder
 from training.sounds import LICENCES
 from training.voices import VOICE_LICENCES, Bank, Split, list_voices, trained_lines
@@ -137,9 +137,7 @@ def _write_items(plan: ExportPlan, builder: SceneBuilder, folder: Path, first: i
     for number in range(first, min(first + ITEMS_PER_CHUNK, plan.num_items)):
         rendered = builder.draw_parts(SEED_STRIDE[plan.split] + _FIRST_SEED + number)
         rng = random.Random(f"export/{plan.seed}/{number}")
-        kinds = possible_kinds(rendered.scene)
-        wanted = ASKED_KIND.get(plan.suite or "")
-        example = draw_example(rendered.scene, rng, kind=wanted if wanted in kinds else rng.choice(kinds))
+        example = draw_example(rendered.scene, rng, kind=ASKED_KIND.get(plan.suite or ""))
         name = f"{number:06d}"
         path = Path("audio") / f"{name}.{plan.audio}"
         soundfile.write(folder / path, rendered.mixture_S, SAMPLE_RATE_HZ, subtype="PCM_16")

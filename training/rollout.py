@@ -142,6 +142,9 @@ class VllmBackend:
         if current_platform.is_cpu():
             # As in the service: the rollouts of a prompt share its whole blocks, and smaller ones share more of it.
             memory["block_size"] = 32
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # One whole engine a rank: it takes the trainer's process group as it is, and starts none of its own.
+            memory["distributed_executor_backend"] = "external_launcher"
         if gpu_memory_utilization is not None:
             memory["gpu_memory_utilization"] = gpu_memory_utilization
         is_v2 = EngineArgs(model=str(checkpoint.path)).create_engine_config().use_v2_model_runner
@@ -163,6 +166,8 @@ class VllmBackend:
         # Its renderer asks for one thread a prompt, and its worker, in the same process here, says each time that it
         # does not let it.
         logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
+        # And when weights are replaced, it misses some for modules that have none.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
     def sync(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replaces the weights of the running engine, and forgets everything that was computed with the old ones.

@@ -5,18 +5,20 @@ Seeds, formats and kinds are fixed here, before any model is asked. Knows nothin
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import soundfile
 
 from hyper_model.audio import SAMPLE_RATE_HZ, find_ffmpeg
 from training.clips import SEED_STRIDE
-from training.questions import draw_example
-from training.scenes import SceneBuilder
+from training.questions import draw_example, possible_kinds
+from training.scenes import Scene, SceneBuilder
 
 FIRST_SEED = SEED_STRIDE["test"] + 8_000_000
 
@@ -35,6 +37,12 @@ _SAMPLES = (
 )
 
 
+def _draw_askable(builder: SceneBuilder, kind: str, first_seed: int) -> tuple[Scene, np.ndarray]:
+    """Draw scenes of every hundredth seed until one can be asked this kind of question."""
+    drawn = map(builder.draw, itertools.count(first_seed, 100))
+    return next((scene, samples_S) for scene, samples_S in drawn if kind in possible_kinds(scene))
+
+
 def write_samples(builder_for: dict[int, SceneBuilder], folder: Path) -> list[dict[str, Any]]:
     """Write the clips and `truth.json` into `folder`; returns the truth, one row a clip.
 
@@ -44,7 +52,7 @@ def write_samples(builder_for: dict[int, SceneBuilder], folder: Path) -> list[di
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for index, (name, kind, num_people, suffix) in enumerate(_SAMPLES):
-        scene, samples_S = builder_for[num_people].draw(FIRST_SEED + index)
+        scene, samples_S = _draw_askable(builder_for[num_people], kind, FIRST_SEED + index)
         example = draw_example(scene, random.Random(index), kind=kind, with_choices=True)
         path = folder / f"{name}.{suffix}"
         if suffix in ("wav", "flac"):

@@ -17,6 +17,7 @@ import soxr
 
 from hyper_model.audio import SAMPLE_RATE_HZ
 from training import sounds
+from training.assets import MissingDataError
 from training.lines import Line, line_from_text
 from training.noise import NoiseFolder
 from training.voices import Bank, Split, Utterance, same_speaker
@@ -112,6 +113,8 @@ _NUM_SPEAKERS = ((0, 1, 2, 3, 4, 5, 6), (8, 27, 23, 20, 14, 5, 3))
 MAX_SPEAKERS = max(_NUM_TURNS)
 _LONGEST_S = 28.0
 """Scenes end before this, inside the encoder's window of 30 s; a clip takes at most 1.5 s more at its ends."""
+
+_MAX_TRIES = 300
 
 _OPEN_SHARE = 0.5
 """Lines of open text among a scene's; the others have questions about their content."""
@@ -254,18 +257,18 @@ class SceneBuilder:
                     for asked in line_from_text(utterance.text).questions:
                         entry = (asked.answer, same_speaker(voice.name), utterance, path)
                         self._answers.setdefault(asked.question, []).append(entry)
-        answers: dict[str, set[str]] = {}
-        for item in placed:
-            for asked in line_from_text(item.text).questions:
-                answers.setdefault(asked.question, set()).add(asked.answer)
-        questions = [question for question, given in answers.items() if len(given) == 1]
+        asked_of = [asked for item in placed for asked in line_from_text(item.text).questions]
+        answers = {asked.question: asked.answer for asked in asked_of}
+        if len(answers) < len(asked_of):
+            return None  # Two people answer one question: whom it means could not be told.
+        questions = list(answers)
         rng.shuffle(questions)
         said = {item.text for item in placed}
         for question in questions:
             others = [
                 (utterance, path)
                 for answer, speaker, utterance, path in self._answers.get(question, ())
-                if answer not in answers[question] and speaker not in taken and utterance.text not in said
+                if answer != answers[question] and speaker not in taken and utterance.text not in said
             ]
             if others:
                 return question, *rng.choice(others)
@@ -277,16 +280,25 @@ class SceneBuilder:
         return rendered.scene, rendered.mixture_S
 
     def draw_parts(self, seed: int) -> Rendered:
-        """Draw one scene and its sound in parts."""
+        """Draw one scene and its sound in parts.
+
+        Raises:
+            MissingDataError: the bank holds no lines that can make such a scene.
+        """
         rng = random.Random(seed)
-        while True:
+        for _ in range(_MAX_TRIES):
             rendered = self._try_to_draw(rng, seed)
             if rendered is not None:
                 return rendered
+        raise MissingDataError(
+            f"{_MAX_TRIES} draws made no such scene: the bank holds too few lines of {self.split} voices"
+        )
 
     def _try_to_draw(self, rng: random.Random, seed: int) -> Rendered | None:
         people, sexes = self._draw_people(rng)
         placed = self._place_pairs(rng, people) if self.overlap_share else self._place_turns(rng, people)
+        if placed is None:
+            return None
         end_s = max((item.end_s for item in placed), default=0.0)
         duration_s = end_s + rng.uniform(0.1, 0.5) if placed else rng.uniform(2.0, 6.0)
         num_samples = int(duration_s * SAMPLE_RATE_HZ)
@@ -420,8 +432,11 @@ class SceneBuilder:
             cursor_s = placed[-1].end_s
         return placed
 
-    def _place_pairs(self, rng: random.Random, people: Sequence[str]) -> list[_Placed]:
-        """Place turns in pairs of different people, each pair overlapping by a drawn share of its time."""
+    def _place_pairs(self, rng: random.Random, people: Sequence[str]) -> list[_Placed] | None:
+        """Place turns in pairs of different people, each pair overlapping by a drawn share of its time.
+
+        None where lines of too different lengths were drawn.
+        """
         assert self.overlap_share is not None
         low, high = self.overlap_share
         manners = self._draw_manners(rng, people)
@@ -432,14 +447,13 @@ class SceneBuilder:
         placed: list[_Placed] = []
         said: set[str] = set()
         for first, second in zip(names[::2], names[1::2], strict=True):
-            while True:
-                pair = [self._speak(rng, name, manners[name], said, 6.0) for name in (first, second)]
-                lengths_s = [len(samples_S) / SAMPLE_RATE_HZ for _, samples_S in pair]
-                # Each begins and ends apart from the other, so that who is first and last can be heard.
-                most_s = min(lengths_s) - 0.15
-                limit = most_s / (sum(lengths_s) - most_s)
-                if limit > low + 0.02:
-                    break
+            pair = [self._speak(rng, name, manners[name], said, 6.0) for name in (first, second)]
+            lengths_s = [len(samples_S) / SAMPLE_RATE_HZ for _, samples_S in pair]
+            # Each begins and ends apart from the other, so that who is first and last can be heard.
+            most_s = min(lengths_s) - 0.15
+            limit = most_s / (sum(lengths_s) - most_s)
+            if limit <= low + 0.02:
+                return None
             share = rng.uniform(low + 0.01, min(high - 0.01, limit))
             overlap_s = share * sum(lengths_s) / (1 + share)
             for (text, samples_S), name in zip(pair, (first, second), strict=True):

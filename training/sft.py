@@ -20,7 +20,7 @@ from hyper_model.audio_encoder import LogMel
 from hyper_model.errors import HyperError
 from hyper_model.trace import TraceTokenizer, render, render_choice
 from training.assets import MissingDataError
-from training.clips import Clip, open_clips
+from training.clips import Clip, ClipKind, open_clips
 from training.examples import Example
 from training.export import RunModel
 from training.policy import IGNORED, Row, pack
@@ -232,6 +232,6 @@ def train_tokenizer_on(clips: Sequence[Clip], recipe: SftRecipe, file: Path, mor
     build_tokenizer(examples, recipe.decoder.vocab_size, more).save(str(file))
 
 
-def read_clips(folder: Path, kind: str | None = None) -> list[Clip]:
-    """Opens the built clips of a folder, or those of one kind."""
-    return list(open_clips(folder, ENCODER_WIDTH) if kind is None else open_clips(folder, ENCODER_WIDTH, kind=kind))
+def read_clips(folder: Path, *kinds: ClipKind) -> list[Clip]:
+    """Opens the built clips of a folder, or those of some kinds."""
+    return [clip for kind in kinds or (None,) for clip in open_clips(folder, ENCODER_WIDTH, kind=kind)]

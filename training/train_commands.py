@@ -114,22 +114,20 @@ def train(
 
 def _launch(processes: int) -> None:
     """Starts this command again, once a rank."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    # Whoever dies takes the others along, and none is started again: the run is resumed from its last checkpoint.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(
-        [
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-            "--max-restarts",
-            "0",
-            "-m",
-            "hyper_model.cli",
-            *sys.argv[1:],
-        ]
-    )
+    # Who dies takes the others along, and none is started again: the run is resumed from its last checkpoint.
+    ranks = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", "0"]
+    try:
+        main([*ranks, "-m", "hyper_model.cli", *sys.argv[1:]])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise click.ClickException(
+            f"rank {rank} ended with exit code {failure.exitcode}, and the others with it; what it said stands above, "
+            "and --resume goes on from the last checkpoint"
+        ) from error
 
 
 def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
@@ -196,7 +194,8 @@ def _sft(
             raise click.UsageError(
                 f"{recipe.name} makes a decoder of its own, on scenes: --base and --data are not for it"
             )
-        scenes, speech = read_clips(work / "clips/train", "scene"), read_clips(work / "clips/train", "speech")
+        folder = work / "clips/train"
+        scenes, speech = read_clips(folder, "scene", "noise"), read_clips(folder, "speech")
         # Open texts too, where speech was built from them: a vocabulary of scenes alone would spell other words out.
         texts = iter_texts(work / "assets" / TEXTS_FOLDER) if speech else ()
         train_tokenizer_on([*scenes, *speech], recipe, run_dir / "tokenizer.json", texts)
@@ -237,6 +236,11 @@ def _grpo(
     from training.voices import Bank
 
     torch.manual_seed(recipe.seed)
+    if "RANK" in os.environ:
+        from accelerate import PartialState
+
+        # Before the engine, which would make a process group of one rank.
+        PartialState(cpu=not torch.cuda.is_available())
     model = _base(base, recipe)
     assert base is not None
     checkpoint = open_checkpoint(base, verify=False)

@@ -131,6 +131,7 @@ class PolicyTrainer(Trainer):
             seed=recipe.seed,
             # Said outright: without it, ranks on CPU would not find each other, and each would train alone.
             use_cpu=not torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
             bf16=recipe.autocast,
             gradient_checkpointing=recipe.gradient_checkpointing,
             ignore_data_skip=True,

@@ -1,12 +1,11 @@
-"""The ffmpeg child opens the clip and nothing else, stays within its limits, and dies when told."""
+"""FFmpeg's libraries open the clip and nothing else, read every format that is listed, and count what they decode."""
 
 import os
-import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import pytest
 
 from hyper_model.audio import AudioLimits, decode, find_ffmpeg
 from hyper_model.errors import (
-    AudioCancelledError,
     AudioError,
     AudioTooLargeError,
     InvalidAudioError,
@@ -129,12 +127,12 @@ def bomb(path: Path, seconds: int, codec: str, layout: str = "mono", rate_hz: in
         ("wide.flac", 100, "flac", "7.1", 192_000),
     ],
 )
-def test_decode_bombs_are_refused_at_once_and_within_128_mib(tmp_path, name, seconds, codec, layout, rate_hz):
+def test_decode_bombs_are_refused_at_once(tmp_path, name, seconds, codec, layout, rate_hz):
     data = bomb(tmp_path / name, seconds, codec, layout, rate_hz)
     assert len(data) < 6 * 2**20
     started_s = time.monotonic()
     with pytest.raises(AudioTooLargeError) as caught:
-        decode(data, AudioLimits(max_decoder_memory_bytes=128 * 2**20))
+        decode(data)
     assert time.monotonic() - started_s < AT_ONCE_S
     assert caught.value.code == "audio_duration_too_large"
     assert caught.value.limit is not None and caught.value.limit <= 600
@@ -152,14 +150,20 @@ def test_a_bomb_that_states_no_length_is_counted(layout, rate_hz):
     assert time.monotonic() - started_s < AT_ONCE_S
 
 
-def test_clips_inside_the_limits_decode_within_128_mib(tmp_path):
-    data = bomb(tmp_path / "long.m4a", 300, "aac")
-    assert decode(data, AudioLimits(max_decoder_memory_bytes=128 * 2**20)).duration_s == pytest.approx(300, abs=0.1)
+def test_an_amr_recording_decodes():
+    """As phones write it; these frames say that there is nothing to hear."""
+    frame = bytes([0x3C]) + bytes(31)
+    waveform = decode(b"#!AMR\n" + frame * 50)
+    assert (waveform.codec, waveform.source_sample_rate_hz, waveform.source_channels) == ("amr_nb", 8_000, 1)
+    assert waveform.duration_s == pytest.approx(1.0, abs=0.05)
 
 
-def test_a_child_without_memory_is_a_refusal(mp3):
-    with pytest.raises(InvalidAudioError):
-        decode(mp3, AudioLimits(max_decoder_memory_bytes=2**20))
+def test_a_stream_that_changes_its_rate_keeps_its_length(tmp_path):
+    parts = [
+        encode(tmp_path / f"{rate_hz}.mp3", "-f", "lavfi", "-i", f"sine=f=440:d=1:r={rate_hz}", "-ac", channels)
+        for rate_hz, channels in ((44_100, "2"), (22_050, "1"))
+    ]
+    assert decode(b"".join(parts)).duration_s == pytest.approx(2.0, abs=0.15)
 
 
 def test_joined_and_trailed_mp3_decodes(mp3):
@@ -210,91 +214,7 @@ def test_samples_that_are_not_numbers_are_refused_from_the_child_too(tmp_path):
     assert caught.value.code == "damaged_audio"
 
 
-def children() -> list[int]:
-    """Lists living children of this process that hold a clip."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-            command = (stat.parent / "cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[1]) == os.getpid() and b"/dev/fd/" in command:
-            found.append(int(stat.parent.name))
-    return found
-
-
-def decode_with_a_stopped_child(data: bytes, limits: AudioLimits, then: Callable[[int, threading.Event], None]):
-    """Decodes in a thread, stops the child in its tracks, calls `then(pid, cancel)`; returns error, seconds and pid."""
-    cancel, outcome = threading.Event(), []
-
-    def work() -> None:
-        try:
-            outcome.append(decode(data, limits, cancel))
-        except AudioError as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    while not (pids := children()):
-        time.sleep(0.001)
-    os.kill(pids[0], signal.SIGSTOP)
-    started_s = time.monotonic()
-    then(pids[0], cancel)
-    thread.join(timeout=10)
-    return outcome[0], time.monotonic() - started_s, pids[0]
-
-
-@pytest.fixture(scope="module")
-def slow_clip(tmp_path_factory) -> bytes:
-    return bomb(tmp_path_factory.mktemp("slow") / "slow.m4a", 500, "aac", rate_hz=8_000)
-
-
-def test_cancelling_kills_the_child(slow_clip):
-    error, seconds, pid = decode_with_a_stopped_child(slow_clip, AudioLimits(), lambda pid, cancel: cancel.set())
-    assert type(error) is AudioCancelledError
-    assert seconds < 0.5
-    assert pid not in children() and not Path(f"/proc/{pid}").exists()
-
-
-def test_a_child_that_hangs_is_killed_at_the_deadline(slow_clip):
-    limits = AudioLimits(decode_timeout_s=0.7)
-    error, seconds, pid = decode_with_a_stopped_child(slow_clip, limits, lambda pid, cancel: None)
-    assert type(error) is InvalidAudioError and error.code == "decode_timeout" and error.limit == 0.7
-    assert seconds < 1.5
-    assert not Path(f"/proc/{pid}").exists()
-
-
-def test_the_child_has_limits_and_nothing_of_our_environment(slow_clip, monkeypatch):
-    monkeypatch.setenv("HYPER_SECRET", "hyp_key")
-    seen = {}
-
-    def look(pid: int, cancel: threading.Event) -> None:
-        # The limits are set within a millisecond of the start; the stop may have come first.
-        time.sleep(0.1)
-        seen["limits"] = Path(f"/proc/{pid}/limits").read_text()
-        seen["environment"] = Path(f"/proc/{pid}/environ").read_bytes()
-        seen["files"] = sorted(os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir())
-        cancel.set()
-
-    decode_with_a_stopped_child(slow_clip, AudioLimits(decode_timeout_s=9), look)
-    bounds = {line[:26].strip(): line[26:].split()[1] for line in seen["limits"].splitlines()[1:]}
-    assert bounds["Max file size"] == "0" and bounds["Max cpu time"] == "10" and bounds["Max open files"] == "32"
-    assert bounds["Max data size"] == str(512 * 2**20)
-    assert b"HYPER" not in seen["environment"]
-    expected = ("/dev/null", "pipe:", "/memfd:clip")
-    # The loader may have been stopped with a library in its hands.
-    assert not [path for path in seen["files"] if not path.startswith(expected) and ".so" not in path]
-
-
-def test_a_decode_cancelled_before_it_starts_starts_no_child(mp3):
-    cancel = threading.Event()
-    cancel.set()
-    with pytest.raises(AudioCancelledError):
-        decode(mp3, cancel=cancel)
-
-
-def test_decoding_leaves_no_descriptor_child_or_file_behind(mp3, tmp_path, monkeypatch):
+def test_decoding_leaves_no_descriptor_or_file_behind(mp3, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = len(os.listdir("/proc/self/fd"))
     for data in (mp3, mp3[:900], b"OggS" + bytes(80), b"fLaC" + bytes(80)) * 5:
@@ -303,7 +223,6 @@ def test_decoding_leaves_no_descriptor_child_or_file_behind(mp3, tmp_path, monke
         except AudioError:
             continue
     assert len(os.listdir("/proc/self/fd")) == before
-    assert not children()
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mp3"]
 
 

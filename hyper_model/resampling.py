@@ -1,0 +1,97 @@
+"""Brings decoded blocks of any rate and any number of channels to mono at 16 kHz, without keeping the source's samples.
+
+Both ways of decoding end here, so a clip sounds the same whatever file it came in.
+
+Axes: S samples, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hyper_model.audio_limits import SAMPLE_RATE_HZ, Allowance, refuse_damaged
+
+# Frames of a codec are a thousand samples; the resampler likes more at once.
+_BLOCK_SAMPLES = 2**15
+# What rounding and the resampler's tail may add to the longest clip.
+_SPARE_S = 2.0
+
+
+def resample(mono_S: NDArray[np.float32], from_hz: int) -> NDArray[np.float32]:
+    """Brings mono samples to 16 kHz."""
+    if from_hz == SAMPLE_RATE_HZ or not mono_S.size:
+        return mono_S
+    import soxr  # pyright: ignore[reportMissingTypeStubs]
+
+    return cast(NDArray[np.float32], soxr.resample(mono_S, from_hz, SAMPLE_RATE_HZ, quality="HQ"))
+
+
+class Gatherer:
+    """Takes blocks as they are decoded, counts them against the allowance and keeps what they come to.
+
+    The same samples as `resample` gives for the whole clip at once, at the memory of its 16 kHz alone.
+
+    Attributes:
+        num_source_samples: Samples taken so far, a channel.
+    """
+
+    def __init__(self, allowance: Allowance) -> None:
+        self._allowance = allowance
+        self._duration_s = 0.0
+        self._rate_hz = 0
+        self._stream: Any = None
+        self._waiting: list[NDArray[np.float32]] = []
+        self._num_waiting = 0
+        # Its pages are taken only where samples are written.
+        self._samples_S = np.empty(math.ceil((allowance.limits.max_duration_s + _SPARE_S) * SAMPLE_RATE_HZ), np.float32)
+        self._num_samples = 0
+        self.num_source_samples = 0
+
+    def add(self, samples_SC: NDArray[np.float32], rate_hz: int) -> None:
+        """Takes the next block, float32 [S, C].
+
+        Raises:
+            InvalidAudioError: Samples that are not numbers.
+            AudioTooLargeError: More seconds than the limits allow.
+        """
+        self._allowance.check()
+        self.num_source_samples += len(samples_SC)
+        self._duration_s += len(samples_SC) / rate_hz
+        self._allowance.require_duration(self._duration_s)
+        if not np.isfinite(samples_SC).all():
+            refuse_damaged("The clip holds samples that are not numbers.")
+        if rate_hz != self._rate_hz:
+            self._flush(is_last=True)
+            self._open(rate_hz)
+        self._waiting.append(np.clip(samples_SC, -1.0, 1.0).mean(axis=1, dtype=np.float32))
+        self._num_waiting += len(samples_SC)
+        if self._num_waiting >= _BLOCK_SAMPLES:
+            self._flush()
+
+    def finish(self) -> NDArray[np.float32]:
+        """Returns float32 [S] in [-1, 1]: everything that was added."""
+        self._flush(is_last=True)
+        return self._samples_S[: self._num_samples]
+
+    def _open(self, rate_hz: int) -> None:
+        self._rate_hz, self._stream = rate_hz, None
+        if rate_hz != SAMPLE_RATE_HZ:
+            import soxr  # pyright: ignore[reportMissingTypeStubs]
+
+            self._stream = soxr.ResampleStream(rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32", quality="HQ")
+
+    def _flush(self, *, is_last: bool = False) -> None:
+        if not self._rate_hz:
+            return
+        block_S = np.concatenate(self._waiting) if self._waiting else np.zeros(0, np.float32)
+        self._waiting, self._num_waiting = [], 0
+        if self._stream is not None:
+            block_S = cast(NDArray[np.float32], self._stream.resample_chunk(block_S, last=is_last))
+        end = self._num_samples + len(block_S)
+        self._allowance.require_duration(end / SAMPLE_RATE_HZ - _SPARE_S)
+        np.clip(block_S, -1.0, 1.0, out=self._samples_S[self._num_samples : end])
+        self._num_samples = end

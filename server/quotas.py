@@ -1,0 +1,125 @@
+"""How much each caller may still ask: rates, places and seconds of audio, as its key says.
+
+Kept in memory: a restart gives everybody a full bucket. Knows no HTTP beyond the faults that it raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+from server.faults import RequestError
+from server.keys import Key
+
+DAY_S = 86_400.0
+MINUTE_S = 60.0
+
+
+@dataclass
+class Bucket:
+    """Holds up to a capacity of something that comes back at a steady rate; full at first."""
+
+    capacity: float
+    refill_s: float
+    level: float = field(init=False)
+    at_s: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.level = self.capacity
+
+    def wait_s(self, amount: float) -> float:
+        """Returns the seconds until there is so much; 0 where there is, infinity where there never can be."""
+        now_s = time.monotonic()
+        self.level = min(self.capacity, self.level + (now_s - self.at_s) * self.capacity / self.refill_s)
+        self.at_s = now_s
+        if amount > self.capacity:
+            return math.inf
+        return max(0.0, (amount - self.level) * self.refill_s / self.capacity)
+
+    def take(self, amount: float) -> None:
+        """Takes so much out."""
+        self.level -= amount
+
+
+class Tenant:
+    """What one key has used."""
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self.num_in_flight = 0
+        self.requests = None if key.requests_per_minute is None else Bucket(key.requests_per_minute, MINUTE_S)
+        self.audio = None if key.audio_s_per_day is None else Bucket(key.audio_s_per_day, DAY_S)
+
+    @contextlib.contextmanager
+    def enter(self) -> Generator[None]:
+        """Takes a request into account while it lasts; decided before anything of its body is read.
+
+        Raises:
+            RequestError: 429, with the time after which to come again.
+        """
+        key = self.key
+        if key.concurrent is not None and self.num_in_flight >= key.concurrent:
+            message = f"This key may have {key.concurrent} requests in flight."
+            raise RequestError(
+                "too_many_in_flight", message, limit=key.concurrent, actual=self.num_in_flight, retry_after_s=1
+            )
+        if self.audio and (wait_s := self.audio.wait_s(min(1.0, self.audio.capacity))) > 0:
+            raise self.out_of_audio(wait_s)
+        if self.requests:
+            if (wait_s := self.requests.wait_s(1.0)) > 0:
+                message = f"This key may send {key.requests_per_minute:g} requests a minute."
+                raise RequestError(
+                    "rate_limit_exceeded", message, limit=key.requests_per_minute, retry_after_s=math.ceil(wait_s)
+                )
+            self.requests.take(1.0)
+        self.num_in_flight += 1
+        try:
+            yield
+        finally:
+            self.num_in_flight -= 1
+
+    def charge(self, audio_s: float) -> None:
+        """Counts the seconds of a clip that is about to be answered.
+
+        Raises:
+            RequestError: 429, when so many are not left.
+        """
+        if self.audio:
+            if (wait_s := self.audio.wait_s(audio_s)) > 0:
+                raise self.out_of_audio(wait_s)
+            self.audio.take(audio_s)
+
+    def out_of_audio(self, wait_s: float) -> RequestError:
+        """Names the limit."""
+        limit = self.key.audio_s_per_day
+        message = f"This key may ask about {limit:g} s of audio a day."
+        return RequestError(
+            "audio_quota_exceeded",
+            message,
+            limit=limit,
+            retry_after_s=math.ceil(min(wait_s, DAY_S)),
+            hint="What was used comes back evenly over a day.",
+        )
+
+
+class Quotas:
+    """Finds the account of a key."""
+
+    def __init__(self) -> None:
+        self.tenants: dict[str, Tenant] = {}
+
+    def of(self, key: Key) -> Tenant:
+        """Returns the key's account: a new one where the key is new or has changed."""
+        tenant = self.tenants.get(key.name)
+        if tenant is None or tenant.key != key:
+            tenant = self.tenants[key.name] = Tenant(key)
+        return tenant
+
+    def forget(self, names: set[str]) -> None:
+        """Drops the accounts of all other names, once nothing of theirs is in flight."""
+        for name, tenant in list(self.tenants.items()):
+            if name not in names and not tenant.num_in_flight:
+                del self.tenants[name]

@@ -1,0 +1,220 @@
+"""Plays a decoder that its clip has taken over. Runs behind the very lock-down that the real one runs behind.
+
+The "clip" is a WAV header and the name of what to try; the answer says how far it came: the codec field stays honest
+and the number of samples is the errno that stopped the attempt, or 0 where nothing did.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from hyper_model.audio import AudioLimits
+from server.decoder import serve
+
+NOT_STOPPED = 0
+SECRET = b"HYPER-CANARY"
+
+
+def open_a_file() -> None:
+    os.close(os.open("/etc/passwd", os.O_RDONLY))
+
+
+def open_what_the_test_hid() -> None:
+    os.close(os.open("/tmp/hyper-canary", os.O_RDONLY))
+
+
+def open_itself() -> None:
+    os.close(os.open("/proc/self/maps", os.O_RDONLY))
+
+
+def list_a_folder() -> None:
+    os.listdir("/")
+
+
+def write_a_file() -> None:
+    os.close(os.open("/tmp/hyper-decoder-was-here", os.O_WRONLY | os.O_CREAT, 0o600))
+
+
+def remove_a_file() -> None:
+    os.unlink("/tmp/hyper-canary")
+
+
+def make_memory_file() -> None:
+    os.memfd_create("x")
+
+
+def connect() -> None:
+    socket.socket(socket.AF_INET, socket.SOCK_STREAM).connect(("127.0.0.1", int(os.environ.get("CANARY_PORT", "9"))))
+
+
+def send_a_datagram() -> None:
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", 9))
+
+
+def connect_to_a_local_socket() -> None:
+    socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).connect("\0hyper")
+
+
+def execute() -> None:
+    os.execv("/bin/sh", ["sh", "-c", "true"])
+
+
+def fork() -> None:
+    if os.fork() == 0:
+        os._exit(0)
+
+
+def start_a_thread() -> None:
+    import _thread
+
+    try:
+        _thread.start_new_thread(int, ())
+    except RuntimeError as error:
+        raise PermissionError(errno.EPERM, "no thread") from error
+
+
+def signal_the_parent() -> None:
+    os.kill(os.getppid(), signal.SIGTERM)
+
+
+def signal_everybody() -> None:
+    os.kill(-1, 0)
+
+
+def trace_the_parent() -> None:
+    call("ptrace", 16, 1, 0, 0)
+
+
+def leave_by_namespaces() -> None:
+    call("unshare", 0x10000000)
+
+
+def mount() -> None:
+    call("mount", b"none", b"/tmp", b"tmpfs", 0, 0)
+
+
+def become_root() -> None:
+    call("setuid", 0)
+
+
+def raise_a_limit() -> None:
+    import resource
+
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except ValueError as error:
+        raise PermissionError(errno.EPERM, "not allowed") from error
+
+
+def allocate() -> None:
+    try:
+        held = [mmap.mmap(-1, 2**24) for _ in range(256)]
+    except OSError as error:
+        raise PermissionError(errno.ENOMEM, "no memory") from error
+    raise AssertionError(len(held))
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Calls the C library, and raises what it reports."""
+    if getattr(LIBC, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+
+def loop() -> NoReturn:
+    while True:
+        pass
+
+
+def sleep() -> NoReturn:
+    while True:
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
+        LIBC.usleep(1_000_000)
+
+
+def crash() -> None:
+    ctypes.string_at(8)
+
+
+def end() -> NoReturn:
+    os._exit(0)
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+ATTEMPTS: Mapping[str, Callable[[], None]] = {
+    each.__name__: each
+    for each in (
+        open_a_file,
+        open_what_the_test_hid,
+        open_itself,
+        list_a_folder,
+        write_a_file,
+        remove_a_file,
+        make_memory_file,
+        connect,
+        send_a_datagram,
+        connect_to_a_local_socket,
+        execute,
+        fork,
+        start_a_thread,
+        signal_the_parent,
+        signal_everybody,
+        trace_the_parent,
+        leave_by_namespaces,
+        mount,
+        become_root,
+        raise_a_limit,
+        allocate,
+    )
+}
+ENDLESS: Mapping[str, Callable[[], None]] = {each.__name__: each for each in (loop, sleep)}
+FATAL: Mapping[str, Callable[[], None]] = {each.__name__: each for each in (crash, end)}
+LIES: Mapping[str, dict[str, Any]] = {
+    "too many samples": {"num_samples": 10**9, "codec": "mp3", "sample_rate_hz": 1, "channels": 1},
+    "fewer than none": {"num_samples": -1, "codec": "mp3", "sample_rate_hz": 1, "channels": 1},
+    "a codec of its own": {"num_samples": 0, "codec": "0x5642aa", "sample_rate_hz": 1, "channels": 1},
+    "more fields": {"num_samples": 0, "codec": "mp3", "sample_rate_hz": 1, "channels": 1, "path": "/srv"},
+    "other types": {"num_samples": "0", "codec": "mp3", "sample_rate_hz": 1, "channels": 1},
+    "words with line breaks": {
+        "error": "InvalidAudioError",
+        "code": "x",
+        "message": "a\nb",
+        "limit": None,
+        "actual": None,
+        "hint": None,
+    },
+    "a long story": {
+        "error": "InvalidAudioError",
+        "code": "x",
+        "message": "a" * 5000,
+        "limit": None,
+        "actual": None,
+        "hint": None,
+    },
+}
+
+
+def play(data: bytes, limits: AudioLimits) -> tuple[dict[str, Any], memoryview]:
+    """Tries what the clip names."""
+    name = data[12:].decode()
+    stopped_by = NOT_STOPPED
+    if name in LIES:
+        return LIES[name], memoryview(b"")
+    if name == "not numbers":
+        return {"num_samples": 1, "codec": "mp3", "sample_rate_hz": 1, "channels": 1}, memoryview(b"\x00\x00\xc0\x7f")
+    try:
+        {**ATTEMPTS, **ENDLESS, **FATAL}[name]()
+    except OSError as error:
+        stopped_by = error.errno or errno.EPERM
+    about = {"num_samples": stopped_by, "codec": "mp3", "sample_rate_hz": 8_000, "channels": 1}
+    return about, memoryview(bytes(4 * stopped_by))
+
+
+if __name__ == "__main__":
+    serve(play)
