@@ -57,7 +57,10 @@ def test_clips_are_heard_and_answered_and_fitting_keeps_its_promises(
     small = fit(parts, bank, write_sounds(tmp_path / "sounds"), num_fitted=40, num_tuned=6, use_tqdm=False)
     small.save(tmp_path / "cascade.npz")
     loaded = Fitted.load(tmp_path / "cascade.npz")
-    assert loaded.labels == small.labels and np.array_equal(loaded.weights, small.weights)
+    assert loaded is not None and loaded.labels == small.labels and np.array_equal(loaded.weights, small.weights)
+    assert Fitted.load(tmp_path / "none.npz") is None
+    replace(small, labels=("rain",)).save(tmp_path / "old.npz")
+    assert Fitted.load(tmp_path / "old.npz") is None
     assert set(loaded.measured) == {
         "environment_accuracy_left_out",
         "ridge",

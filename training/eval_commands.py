@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from training.voices import Bank, Split
 
 KEPT_FILE = "replies.jsonl"
+FITTED_FILE = "cascade.npz"
 
 SEED = 0
 """Of the bank, which training and evaluation share."""
@@ -281,11 +282,11 @@ def ask_cascade(asked: Asked, items: list[Item]) -> dict[str, Any]:
 
     folder = asked.work / "baseline"
     parts = Parts(folder)
-    file = folder / "cascade.npz"
-    if not file.exists():
+    fitted = Fitted.load(folder / FITTED_FILE)
+    if fitted is None:
         bank = bank_of("validation", asked.work, asked.workers)
-        fit(parts, bank, asked.work / "assets" / SOUNDS_FOLDER, use_tqdm=asked.use_tqdm).save(file)
-    fitted = Fitted.load(file)
+        fitted = fit(parts, bank, asked.work / "assets" / SOUNDS_FOLDER, use_tqdm=asked.use_tqdm)
+        fitted.save(folder / FITTED_FILE)
     replies = answer_all(Cascade(parts, fitted), items, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
     judged = [judge(item, reply, reads="perception") for item, reply in zip(items, replies, strict=True)]
     return summarize(items, judged) | {"system": "cascade", "fitted": fitted.measured, **_about(asked)}
