@@ -7,8 +7,9 @@ DEVICE ?= cpu
 VENV ?= $(if $(filter gpu,$(DEVICE)),.venv-gpu,.venv)
 INSTALL := requirements/install.sh $(VENV) $(DEVICE)
 BIN := $(VENV)/bin
-# Where training keeps its audio, features and runs.
+# Where training keeps its audio, features and runs, and how many processes train (a divisor of the batch).
 WORK ?= build
+PROCESSES ?= 2
 
 .PHONY: help serve test check bench bench-train venv lock bank scenes train grpo eval clean
 
@@ -55,7 +56,7 @@ scenes: ## Mix the bank and the recordings into clips and their encoder states
 
 train: ## Train the embedded checkpoint's Stage I, going on where it stopped, and export to WORK/hyper-mini
 	@$(INSTALL) train
-	@exec $(BIN)/hyper train mini_sft $(WORK)/runs/mini_sft --work $(WORK) --processes $$(nproc) \
+	@exec $(BIN)/hyper train mini_sft $(WORK)/runs/mini_sft --work $(WORK) --processes $(PROCESSES) \
 	  --export $(WORK)/hyper-mini --overwrite $(if $(wildcard $(WORK)/runs/mini_sft/recipe.json),--resume)
 
 grpo: ## Train Stage II on WORK/hyper-mini, which must have been calibrated, and export to WORK/hyper-mini-grpo

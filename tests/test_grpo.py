@@ -173,7 +173,6 @@ def test_nothing_that_was_forced_is_learnt_from(start: Callable[..., GrpoTrainer
         seen.append(output.last_hidden_state)
 
     hook = core.model.language_model.register_forward_hook(keep)  # pyright: ignore[reportAttributeAccessIssue]
-    trainer.gaps = []
     sum(trainer.micro_loss(core, micro) for micro in micros).backward()  # pyright: ignore
     hook.remove()
     for micro, hidden in zip(micros, seen, strict=True):

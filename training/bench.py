@@ -176,7 +176,7 @@ class Bench:
                 trainer.training_step(trainer.model, turn)
                 trainer.model.zero_grad()  # pyright: ignore[reportOptionalMemberAccess]
                 spent_s = time.perf_counter() - started_s
-                num_tokens = sum(len(each.token_ids) for group in trainer.buffer for each in group.rollouts)
+                num_tokens = sum(len(each.token_ids) for group in trainer.groups for each in group.rollouts)
                 if turn:  # The first of each warms up.
                     seconds[name].append(1_000 * spent_s / num_tokens)
         medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -28,7 +28,6 @@ from hyper_model.trace import PauseMode, Termination
 from hyper_model.trace_parser import ParsedTrace, TraceFormat, parse
 from training.export import RunModel
 from training.objective import (
-    MIN_DEVIATION,
     Bounds,
     TauTracker,
     Tokens,
@@ -46,6 +45,8 @@ from training.trainer import PolicyTrainer, TrainingError
 
 BASELINE_STEPS = 10
 """Steps whose mean length and form a collapse is told by."""
+MIN_FORM_FALL = 0.2
+"""How much of all traces must have lost their form for it to be a collapse."""
 MAX_GAPS = 3
 """Steps in a row in which sampler and trainer may disagree."""
 COMPLETIONS_FILE = "completions.jsonl"
@@ -84,8 +85,7 @@ class Group:
     @property
     def is_flat(self) -> bool:
         """Whether all rewards are equal, so that nothing can be learnt from the group."""
-        totals = [each.total for each in self.rewards]
-        return max(totals) - min(totals) < MIN_DEVIATION
+        return not any(advantages([each.total for each in self.rewards], is_divided=False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,8 @@ class Watch:
             return None
         if self.length < recipe.collapse_length * self.first_length:
             return f"traces fell from {self.first_length:.0f} to {self.length:.0f} tokens"
-        if self.form < recipe.collapse_format * self.first_form:
+        # Where few traces were strict from the beginning, their share is noise.
+        if self.form < recipe.collapse_format * self.first_form and self.first_form - self.form > MIN_FORM_FALL:
             return f"strict traces fell from {self.first_form:.0%} to {self.form:.0%}"
         return None
 
@@ -168,19 +169,29 @@ class GrpoTrainer(PolicyTrainer):
         self.progress = Progress(TauTracker(gate.tau_pause if gate else 0.0, recipe.wanted_pauses))
         self.log_mel = LogMel(model.config["audio_config"]["num_mel_bins"])
         self.banned = torch.tensor(banned_ids(model.tokenizer, gate))
-        self.buffer: list[Group] = []
-        # Of this step: the mean gap of each batch, and its tokens.
-        self.gaps: list[tuple[float, int]] = []
+        self.groups: list[Group] = []
+        self.buffer: list[list[dict[str, Any]]] = []
+        # Of this step's batches: their tokens, and what was found about them.
+        self.found: list[tuple[int, dict[str, float]]] = []
         # Made here, from the weights that the run begins with, before a resumed run loads others.
         self.reference = None
         if recipe.kl_weight and not model.is_adapted:
             self.reference = copy.deepcopy(model.policy).requires_grad_(False).eval()
+            if recipe.autocast:
+                # It is computed in that precision anyway, and takes half of the memory.
+                self.reference.to(getattr(torch, recipe.export_dtype))
         super().__init__(model, recipe, run_dir)
         if recipe.batch_size % (self.args.world_size * recipe.updates_per_rollout):
             raise TrainingError(
                 f"batch_size {recipe.batch_size} must be a multiple of the {self.args.world_size} ranks times "
                 f"{recipe.updates_per_rollout} updates"
             )
+        if recipe.lora is not None and recipe.lora.dropout:
+            raise TrainingError("adapters with dropout score other policies than the one that samples: set it to 0")
+        if recipe.fsdp and recipe.backend == "transformers":
+            raise TrainingError("a sharded policy cannot generate by itself: use the vllm backend, or no fsdp")
+        if gate is not None and recipe.wanted_pauses > gate.max_pauses:
+            raise TrainingError(f"wanted_pauses {recipe.wanted_pauses:g} is above the {gate.max_pauses} of the gate")
         if recipe.save_every_steps % recipe.updates_per_rollout:
             raise TrainingError("save_every_steps must be a multiple of updates_per_rollout: rollouts are not saved")
 
@@ -194,18 +205,20 @@ class GrpoTrainer(PolicyTrainer):
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
-        self.progress = Progress(
-            **{**state, "tau": TauTracker(**state["tau"]), "watch": Watch(**state["watch"]), "stopped": None}
-        )
+        # A run that was stopped and is resumed all the same is watched from where it stands now.
+        watch = Watch() if state["stopped"] else Watch(**state["watch"])
+        self.progress = Progress(**{**state, "tau": TauTracker(**state["tau"]), "watch": watch, "stopped": None})
 
     def micro_batches(self, prepared: int) -> list[dict[str, Any]]:
         """Samples when the last rollouts are used up, and packs this update's share of them."""
-        recipe = self.recipe
-        turn = prepared % recipe.updates_per_rollout
+        num_updates = self.recipe.updates_per_rollout
+        turn = prepared % num_updates
         if turn == 0 or not self.buffer:
-            self.buffer = self._collect()
-        size = len(self.buffer) // recipe.updates_per_rollout
-        return self.packed(self.buffer[turn * size : (turn + 1) * size])
+            self.groups = self._collect()
+            size = len(self.groups) // num_updates
+            # All of them now: what the policy thought before the first update is what its ratio is taken to.
+            self.buffer = [self.packed(self.groups[i * size : (i + 1) * size]) for i in range(num_updates)]
+        return self.buffer[turn]
 
     def micro_loss(self, model: Any, micro: dict[str, Any]) -> torch.Tensor:
         """Returns a batch's share of the loss."""
@@ -216,8 +229,8 @@ class GrpoTrainer(PolicyTrainer):
         tokens = Tokens(**micro["tokens"])
         bounds = Bounds(recipe.clip_low, recipe.clip_high, recipe.kl_weight, recipe.max_importance)
         loss, found = policy_loss(scores.logprobs_N, tokens, bounds)
-        self.note(entropy=float(scores.entropies_N.mean()), **found)
-        self.gaps.append((found["gap"], len(scores.logprobs_N)))
+        found["entropy"] = float(scores.entropies_N.mean())
+        self.found.append((len(scores.logprobs_N), found))
         return loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -226,18 +239,25 @@ class GrpoTrainer(PolicyTrainer):
         Raises:
             TrainingError: They did not for several steps in a row: importance weights cannot mend that.
         """
-        self.gaps = []
+        self.found = []
         loss = super().training_step(model, inputs, num_items_in_batch)
-        num_tokens = sum(num for _, num in self.gaps)
-        gap = sum(gap * num for gap, num in self.gaps) / max(1, num_tokens)
+        num_tokens = max(1.0, self.sum_over_ranks(sum(num for num, _ in self.found)))
+        means = {
+            name: self.sum_over_ranks(sum(num * found[name] for num, found in self.found)) / num_tokens
+            for name in ("gap", "importance_ess", "clipped", "entropy", *(["kl"] if self.recipe.kl_weight else []))
+        }
+        gap_max = max((found["gap_max"] for _, found in self.found), default=0.0)
+        self.note(gap_max=self.max_over_ranks(gap_max), **means)
+        gap = means["gap"]
         self.progress.num_gaps = self.progress.num_gaps + 1 if gap > self.recipe.max_gap else 0
         if self.progress.num_gaps >= MAX_GAPS:
             raise TrainingError(
-                f"step {self.state.global_step}: for {MAX_GAPS} steps the engine's log-probabilities differed from the "
+                f"step {self.state.global_step + 1}: for {MAX_GAPS} steps the engine's log-probabilities differed from the "
                 f"trainer's by {gap:.2g} on average, more than max_gap {self.recipe.max_gap:g}: do both have the same "
                 "weights?"
             )
-        if self.progress.stopped:
+        is_last_update = (self.state.global_step + 1) % self.recipe.updates_per_rollout == 0
+        if self.progress.stopped and is_last_update:
             self.control.should_training_stop = True
             self.control.should_save = True
         return loss
@@ -262,15 +282,17 @@ class GrpoTrainer(PolicyTrainer):
         flat: list[Group] = []
         for _ in range(recipe.max_redraws + 1):
             num_missing = num_wanted - len(useful)
-            # Every rank draws as many as any might need, so that all of them know where the next draw begins.
             first = progress.next_task + self.args.process_index * num_wanted
             progress.next_task += self.args.world_size * num_wanted
             for group in self.sample(range(first, first + num_missing), gate):
                 (flat if group.is_flat else useful).append(group)
             if len(useful) == num_wanted:
                 break
+        # Ranks may have drawn unequally often; the next draw begins beyond all of them.
+        progress.next_task = int(self.max_over_ranks(progress.next_task))
         groups = [*useful, *flat][:num_wanted]
-        self._note_groups(groups, len(flat))
+        # Of all that was sampled: prompts that are always solved, or always lost, must not vanish from the figures.
+        self._note_groups([*useful, *flat], len(flat))
         self._write_completions(groups[0])
         self.note(sync_s=synced_s - started_s, rollout_s=time.monotonic() - synced_s)
         return groups
@@ -324,9 +346,6 @@ class GrpoTrainer(PolicyTrainer):
             reward_alignment=mean(each.alignment for each in earned),
             reward_background=mean(each.background_gate for each in earned),
             reward_length=mean(each.length for each in earned),
-            reward_environment=mean(each.environment or 0.0 for each in earned),
-            reward_speakers=mean(each.speakers or 0.0 for each in earned),
-            reward_transcript=mean(each.transcript or 0.0 for each in earned),
             length=length,
             strict=strict,
             pauses=pauses,
@@ -335,6 +354,12 @@ class GrpoTrainer(PolicyTrainer):
             cut=mean(rollout.is_cut for rollout in rollouts),
             flat_groups=self.sum_over_ranks(num_flat) / self.args.world_size,
         )
+        for name in ("environment", "speakers", "transcript"):
+            known = [value for each in earned if (value := getattr(each, name)) is not None]
+            num_known = self.sum_over_ranks(len(known))
+            total = self.sum_over_ranks(sum(known))
+            if num_known:
+                self.note(**{f"reward_{name}": total / num_known})
         self.progress.tau.update(pauses)
         self.progress.stopped = self.progress.watch.update(length, strict, self.recipe)
 
@@ -343,7 +368,7 @@ class GrpoTrainer(PolicyTrainer):
             return
         best = max(range(len(group.rewards)), key=lambda i: group.rewards[i].total)
         row = {
-            "step": self.state.global_step,
+            "step": self.state.global_step + 1,
             "question": group.task.truth.question,
             "choices": group.task.truth.choices,
             "answer": group.task.truth.answer,

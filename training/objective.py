@@ -13,8 +13,9 @@ from typing import Literal
 
 import torch
 
-MIN_DEVIATION = 1e-4
-"""Below this the rewards of a group are taken for equal: they say nothing about which rollout was better."""
+MIN_DEVIATION = 0.02
+"""Below this the rewards of a group are taken for equal: a word more or less in a transcript must not become as large
+an advantage as a right answer."""
 MAX_LOG_RATIO = 20.0
 """Where differences of log-probabilities are cut off before they are exponentiated."""
 

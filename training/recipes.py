@@ -118,6 +118,7 @@ class GrpoRecipe(Run):
         lgc_weights: Whether advantages are weighed by the confidence of their rollouts.
         weights: Of the parts of the reward.
         backend: What writes the rollouts.
+        gpu_memory_utilization: Share of each GPU's memory that the engine may have; the trainer needs the rest.
     """
 
     group_size: int
@@ -139,6 +140,7 @@ class GrpoRecipe(Run):
     lgc_weights: bool
     weights: Weights = field(default_factory=Weights)
     backend: Literal["vllm", "transformers"] = "vllm"
+    gpu_memory_utilization: float = 0.3
 
 
 def mini_sft() -> SftRecipe:
@@ -245,7 +247,7 @@ def qwen2_audio_7b_sft() -> SftRecipe:
 
 
 def qwen2_audio_7b_grpo() -> GrpoRecipe:
-    """Stage II of the paper: group of 8, learning rate 1e-6, KL 0.1, 16 rollouts a step on 1,000 steps of AVQA."""
+    """Stage II of the paper on AVQA: groups of 8, learning rate 1e-6, KL 0.1, 1,000 steps; here of 16 prompts each."""
     return GrpoRecipe(
         name="qwen2_audio_7b_grpo",
         seed=0,

@@ -80,8 +80,9 @@ class TransformersBackend:
         max_tokens: int,
         gate: GateSettings | None,
     ) -> list[list[Rollout]]:
-        """Samples a group a prompt; the seeds of the first of a batch is the batch's."""
-        jobs = [(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True) for _ in range(group_size)]
+        """Samples a group a prompt; the seed of a batch's first rollout is the batch's."""
+        pairs = zip(prompts, seeds, strict=True)
+        jobs = [(prompt, (seed + number) % 2**63) for prompt, seed in pairs for number in range(group_size)]
         found: list[Rollout] = []
         was_training = self.decoder.training
         self.decoder.eval()

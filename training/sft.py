@@ -229,7 +229,9 @@ def train_tokenizer_on(clips: Sequence[Clip], recipe: SftRecipe, file: Path, mor
     rng = random.Random(recipe.seed)
     picked = rng.sample(clips, min(_TOKENIZER_CLIPS, len(clips)))
     examples = (draw_example(clip.scene, rng) for clip in picked)
-    build_tokenizer(examples, recipe.decoder.vocab_size, more).save(str(file))
+    partial = file.with_suffix(".partial")
+    build_tokenizer(examples, recipe.decoder.vocab_size, more).save(str(partial))
+    partial.replace(file)
 
 
 def read_clips(folder: Path, *kinds: ClipKind) -> list[Clip]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from training.examples import Example
     from training.export import RunModel
     from training.recipes import GrpoRecipe, SftRecipe
@@ -95,21 +97,37 @@ def train(
         if last_checkpoint(run_dir) is None:
             raise click.ClickException(f"{run_dir} holds no whole checkpoint to export")
         resume = True
-    checkpoint = prepare_run_dir(run_dir, chosen, is_resumed=resume) if is_writer else last_checkpoint(run_dir)
-    examples = None if data is None else _examples(data, audio_root)
-    if isinstance(chosen, GrpoRecipe):
-        trainer = _grpo(chosen, run_dir, base, examples, work)
-    else:
-        trainer = _sft(chosen, run_dir, base, examples, work, loader_workers)
-    if export_only:
-        assert checkpoint is not None
-        trainer.run_model.load(checkpoint)
-        num_steps = int(checkpoint.name.rpartition("-")[2])
-    else:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        num_steps = trainer.state.global_step
+    origin = {"base": None if base is None else _sum(base / "hyper.json"), "data": None if data is None else _sum(data)}
+    checkpoint = last_checkpoint(run_dir)
     if is_writer:
-        _finish(trainer, run_dir, num_steps, export_to, overwrite=overwrite)
+        checkpoint = prepare_run_dir(run_dir, chosen, is_resumed=resume, origin=origin)
+    is_over = checkpoint is not None and _step_of(checkpoint) >= chosen.num_steps
+    if export_only or is_over:
+        model = _model(chosen, run_dir, base, work)
+    else:
+        examples = None if data is None else _examples(data, audio_root)
+        if isinstance(chosen, GrpoRecipe):
+            trainer = _grpo(chosen, run_dir, base, examples, work)
+        else:
+            trainer = _sft(chosen, run_dir, base, examples, work, loader_workers)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # Shards are gathered by all ranks at once; this one alone reads what they saved together.
+        model = trainer.run_model if is_writer and not chosen.fsdp else None
+    if is_writer:
+        saved = last_checkpoint(run_dir)
+        assert saved is not None
+        _finish(model or _model(chosen, run_dir, base, work), chosen, run_dir, saved, export_to, overwrite=overwrite)
+
+
+def _sum(file: Path) -> str:
+    import hashlib
+
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _launch(processes: int) -> None:
@@ -138,6 +156,7 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
     from training.recipes import Lora
     from training.rewards import Weights
 
+    hints = get_type_hints(type(recipe))
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or name not in {field.name for field in dataclasses.fields(recipe)}:
@@ -156,8 +175,11 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
                 before = value = Lora(**value)
         except TypeError as error:
             raise click.BadParameter(f"{setting!r}: {error}", param_hint="--set") from error
-        numbers = (int, float)
-        if type(value) is not type(before) and not (isinstance(before, numbers) and isinstance(value, numbers)):
+        allowed = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+        if allowed and value not in allowed:
+            raise click.BadParameter(f"{setting!r}: one of {', '.join(allowed)} is wanted", param_hint="--set")
+        is_number = type(before) is float and type(value) is int
+        if type(value) is not type(before) and not is_number:
             raise click.BadParameter(f"{setting!r}: a {type(before).__name__} is wanted", param_hint="--set")
         recipe = dataclasses.replace(recipe, **{name: value})
     return recipe
@@ -173,53 +195,62 @@ def _examples(data: Path, audio_root: Path | None) -> list[Example]:
     return examples
 
 
-def _base(base: Path | None, recipe: Any) -> RunModel:
+def _model(recipe: Any, run_dir: Path, base: Path | None, work: Path) -> RunModel:
+    """Makes the model that a run begins with."""
     import torch
 
-    from training.export import model_of_checkpoint
+    from training.assets import ENCODER_FILE
+    from training.export import model_from_scratch, model_of_checkpoint
 
+    torch.manual_seed(recipe.seed)
+    dtype = getattr(torch, recipe.dtype)
+    decoder = getattr(recipe, "decoder", None)
+    if decoder is not None:
+        return model_from_scratch(decoder, run_dir / "tokenizer.json", work / "assets" / ENCODER_FILE, dtype=dtype)
     if base is None:
         raise click.UsageError(f"{recipe.name} trains a checkpoint: name it with --base")
-    return model_of_checkpoint(base, dtype=getattr(torch, recipe.dtype), lora=recipe.lora)
+    return model_of_checkpoint(base, dtype=dtype, lora=recipe.lora)
+
+
+def _ranks() -> PartialState:
+    """Joins the other ranks, if there are any."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _sft(
     recipe: SftRecipe, run_dir: Path, base: Path | None, examples: list[Example] | None, work: Path, num_workers: int
 ) -> PolicyTrainer:
-    import torch
-
     from hyper_model.audio_encoder import LogMel
-    from training.assets import ENCODER_FILE, TEXTS_FOLDER
-    from training.export import model_from_scratch
+    from training.assets import TEXTS_FOLDER
     from training.sft import ClipSequences, ExampleSequences, SftTrainer, read_clips, train_tokenizer_on
     from training.texts import iter_texts
 
-    torch.manual_seed(recipe.seed)
     if recipe.decoder is not None:
         if base is not None or examples is not None:
-            raise click.UsageError(
-                f"{recipe.name} makes a decoder of its own, on scenes: --base and --data are not for it"
-            )
+            raise click.UsageError(f"{recipe.name} makes a decoder of its own, on scenes: no --base and no --data")
         folder = work / "clips/train"
         scenes, speech = read_clips(folder, "scene", "noise"), read_clips(folder, "speech")
         # Open texts too, where speech was built from them: a vocabulary of scenes alone would spell other words out.
         texts = iter_texts(work / "assets" / TEXTS_FOLDER) if speech else ()
-        train_tokenizer_on([*scenes, *speech], recipe, run_dir / "tokenizer.json", texts)
-        dtype = getattr(torch, recipe.dtype)
-        model = model_from_scratch(
-            recipe.decoder, run_dir / "tokenizer.json", work / "assets" / ENCODER_FILE, dtype=dtype
-        )
+        with _ranks().main_process_first():
+            train_tokenizer_on([*scenes, *speech], recipe, run_dir / "tokenizer.json", texts)
+        model = _model(recipe, run_dir, base, work)
         sequences: Any = ClipSequences(scenes, speech, model.tokenizer, recipe)
     else:
         if examples is None:
             raise click.UsageError(f"{recipe.name} trains on a data set: name it with --data")
-        model = _base(base, recipe)
-        pause = model.manifest["pause"]
+        model = _model(recipe, run_dir, base, work)
+        with_trace = [example for example in examples if example.completion]
+        if len(with_trace) < len(examples):
+            click.echo(f"{len(examples) - len(with_trace)} rows left out: they have no gold completion", err=True)
         sequences = ExampleSequences(
-            [example for example in examples if example.completion],
+            with_trace,
             model.tokenizer,
             recipe,
-            latent_tokens=pause["latent_tokens"],
+            latent_tokens=model.manifest["pause"]["latent_tokens"],
             answers_by_letter=model.manifest["trace"]["answer_style"] == "letter",
             log_mel=LogMel(model.config["audio_config"]["num_mel_bins"]),
         )
@@ -241,13 +272,10 @@ def _grpo(
     from training.tasks import ExampleTasks, SceneTasks
     from training.voices import Bank
 
-    torch.manual_seed(recipe.seed)
     if "RANK" in os.environ:
-        from accelerate import PartialState
-
         # Before the engine, which would make a process group of one rank.
-        PartialState(cpu=not torch.cuda.is_available())
-    model = _base(base, recipe)
+        _ranks()
+    model = _model(recipe, run_dir, base, work)
     assert base is not None
     checkpoint = open_checkpoint(base, verify=False)
     gate = GateSettings.of(checkpoint.manifest, checkpoint.tokenizer) if recipe.max_pauses else None
@@ -256,6 +284,8 @@ def _grpo(
             f"{base} has no gate to pause by: `hyper checkpoint calibrate {base} --max-pauses {recipe.max_pauses}` "
             "gives it one, and `--set max_pauses=0` trains without"
         )
+    if gate is not None and gate.max_pauses < recipe.max_pauses:
+        click.echo(f"{base} allows {gate.max_pauses} pauses, fewer than the recipe's {recipe.max_pauses}", err=True)
     gate = None if gate is None else gate.lowered(recipe.max_pauses)
     if examples is not None:
         tasks: Any = ExampleTasks(examples, model.tokenizer, seed=recipe.seed)
@@ -269,24 +299,33 @@ def _grpo(
             max_num_seqs=min(256, num_rollouts),
             is_sampler=True,
             # The trainer's weights, gradients and optimizer share the device with the engine.
-            gpu_memory_utilization=0.3 if torch.cuda.is_available() else None,
+            gpu_memory_utilization=recipe.gpu_memory_utilization if torch.cuda.is_available() else None,
         )
     else:
         backend = TransformersBackend(model, rows_at_once=recipe.rows_at_once)
     return GrpoTrainer(model, recipe, run_dir, tasks, backend, gate=gate)
 
 
-def _finish(trainer: PolicyTrainer, run_dir: Path, num_steps: int, export_to: Path | None, *, overwrite: bool) -> None:
+def _finish(
+    model: RunModel, recipe: Any, run_dir: Path, saved: Path, export_to: Path | None, *, overwrite: bool
+) -> None:
+    """Exports a run's last checkpoint, and reports on the run."""
+    import json
+
     import torch
 
     from training.run_report import write_report
 
-    stopped = trainer.own_state().get("stopped")
-    outcome = f"Ended at step {num_steps} of {trainer.recipe.num_steps}" + (f": {stopped}." if stopped else ".")
-    click.echo(f"{outcome} {write_report(run_dir, outcome=outcome)}")
+    num_steps = _step_of(saved)
+    state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
     if export_to is not None:
-        dtype = getattr(torch, trainer.recipe.export_dtype)
-        checkpoint = trainer.run_model.export(
-            export_to, recipe=trainer.recipe, num_steps=num_steps, dtype=dtype, overwrite=overwrite
-        )
+        model.load(saved)
+        if "tau" in state:
+            model.manifest["pause"]["tau_pause"] = state["tau"]["tau"]
+        dtype = getattr(torch, recipe.export_dtype)
+        checkpoint = model.export(export_to, recipe=recipe, num_steps=num_steps, dtype=dtype, overwrite=overwrite)
         click.echo(f"exported {checkpoint.path} (manifest sha256 {checkpoint.manifest_sha256[:12]})")
+        click.echo(f"its thresholds are not calibrated for these weights: hyper checkpoint calibrate {export_to}")
+    stopped = state.get("stopped")
+    outcome = f"Ended at step {num_steps} of {recipe.num_steps}" + (f": {stopped}." if stopped else ".")
+    click.echo(f"{outcome} {write_report(run_dir, outcome=outcome)}")

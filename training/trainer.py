@@ -16,6 +16,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -144,6 +146,17 @@ class PolicyTrainer(Trainer):
             if recipe.fsdp
             else None,
         )
+        if arguments.n_gpu > 1:
+            raise TrainingError(
+                f"{arguments.n_gpu} GPUs are visible to one process: start one each with --processes, or show it one "
+                "with CUDA_VISIBLE_DEVICES"
+            )
+        if recipe.batch_size % arguments.world_size:
+            raise TrainingError(
+                f"batch_size {recipe.batch_size} must be a multiple of the {arguments.world_size} ranks"
+            )
+        if recipe.fsdp and (recipe.dtype != "float32" or recipe.lora is not None):
+            raise TrainingError("fsdp takes whole float32 weights (autocast runs them in bfloat16), and no adapters")
         if arguments.world_size != int(os.environ.get("WORLD_SIZE", "1")):
             raise TrainingError(
                 f"{os.environ['WORLD_SIZE']} ranks were started, and the trainer sees {arguments.world_size} of them"
@@ -208,15 +221,16 @@ class PolicyTrainer(Trainer):
         micros = self.micro_batches(inputs)
         total = torch.zeros((), device=self.args.device)
         for index, micro in enumerate(micros):
-            is_last = index == len(micros) - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+            # Shards are reduced at once, or every rank would hold the gradients of all of them.
+            is_synced = index == len(micros) - 1 or self.is_fsdp_enabled
+            with contextlib.nullcontext() if is_synced else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = self.micro_loss(model, self._prepare_inputs(micro))
                 # Gradients of ranks are averaged, and the loss is their sum.
                 self.accelerator.backward(loss * self.args.world_size)
             total += loss.detach()
         if not math.isfinite(float(total)):
-            raise TrainingError(f"step {self.state.global_step}: the loss is {float(total)}")
+            raise TrainingError(f"step {self.state.global_step + 1}: the loss is {float(total)}")
         self.note(step_s=time.monotonic() - started_s)
         return total * self.args.world_size
 
@@ -231,6 +245,14 @@ class PolicyTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
         # Each trainer here counts its own.
         return None
+
+    def max_over_ranks(self, value: float) -> float:
+        """Returns the largest of a number over all ranks."""
+        if self.args.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.args.device)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return float(tensor)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Returns none: the library counts by `input_ids`, which there are not."""
@@ -254,10 +276,11 @@ class PolicyTrainer(Trainer):
             if self.args.should_save:
                 (folder / "state.json").write_text(json.dumps(self.own_state()), encoding="utf-8")
                 (folder / COMPLETE).touch()
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # torch and safetensors say of a full disk what they were doing, each with an error of its own.
             kept = last_checkpoint(self.run_dir)
             raise TrainingError(
-                f"step {self.state.global_step} cannot be saved: {error.strerror or error}; "
+                f"step {self.state.global_step} cannot be saved: {error}; "
                 f"{f'{kept} is whole: --resume goes on from it' if kept else 'nothing was saved before'}"
             ) from error
 
@@ -313,7 +336,8 @@ class _Records(TrainerCallback):
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
     """Reads the lines of a run's log; a last one that was cut off is left out."""
     rows: list[dict[str, Any]] = []
-    for line in (run_dir / LOG_FILE).read_text(encoding="utf-8").splitlines():
+    file = run_dir / LOG_FILE
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -327,13 +351,22 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def prepare_run_dir(run_dir: Path, recipe: Recipe, *, is_resumed: bool) -> Path | None:
+def prepare_run_dir(
+    run_dir: Path, recipe: Recipe, *, is_resumed: bool, origin: Mapping[str, str | None] | None = None
+) -> Path | None:
     """Makes a run's directory, or checks that one can be gone on with; returns the checkpoint to resume from.
 
+    Half-written checkpoints of a run that is resumed are removed.
+
+    Args:
+        origin: Sums of what the run stands on besides its recipe: its base and its data.
+
     Raises:
-        TrainingError: There is a run already and it is not to be resumed, or it was made by another recipe.
+        TrainingError: There is a run already and it is not to be resumed, or it was made by another recipe, or from
+            something else.
     """
-    file, text = run_dir / "recipe.json", json.dumps(asdict(recipe), indent=2) + "\n"
+    said = asdict(recipe) | {"origin": dict(origin or {})}
+    file, text = run_dir / "recipe.json", json.dumps(said, indent=2) + "\n"
     if file.exists():
         if not is_resumed:
             raise TrainingError(f"{run_dir} holds a run already: --resume goes on with it, or choose another folder")
@@ -341,7 +374,10 @@ def prepare_run_dir(run_dir: Path, recipe: Recipe, *, is_resumed: bool) -> Path 
         now = json.loads(text)
         changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if changed:
-            raise TrainingError(f"{run_dir} was begun with another recipe: {', '.join(changed)} differ")
+            raise TrainingError(f"{run_dir} was begun otherwise: {', '.join(changed)} differ")
+        for folder in run_dir.glob("checkpoint-*"):
+            if not (folder / COMPLETE).exists():
+                shutil.rmtree(folder)
         return last_checkpoint(run_dir)
     if is_resumed:
         raise TrainingError(f"{run_dir} holds no run to resume")
