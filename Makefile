@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Where training keeps its audio, features and runs.
 WORK ?= build
 
-.PHONY: help serve test check bench bench-train venv lock bank scenes train eval clean
+.PHONY: help serve test check bench bench-train venv lock bank scenes train grpo eval clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -53,9 +53,15 @@ scenes: ## Mix the bank and the recordings into clips and their encoder states
 	@$(INSTALL) train data
 	@exec $(BIN)/hyper data scenes --work $(WORK)
 
-train: ## Train the embedded checkpoint's recipe, going on where it stopped, and export to WORK/hyper-mini
+train: ## Train the embedded checkpoint's Stage I, going on where it stopped, and export to WORK/hyper-mini
 	@$(INSTALL) train
-	@exec $(BIN)/hyper train --work $(WORK) --export $(WORK)/hyper-mini --overwrite
+	@exec $(BIN)/hyper train mini_sft $(WORK)/runs/mini_sft --work $(WORK) --processes $$(nproc) \
+	  --export $(WORK)/hyper-mini --overwrite $(if $(wildcard $(WORK)/runs/mini_sft/recipe.json),--resume)
+
+grpo: ## Train Stage II on WORK/hyper-mini, which must have been calibrated, and export to WORK/hyper-mini-grpo
+	@$(INSTALL) train
+	@exec $(BIN)/hyper train mini_grpo $(WORK)/runs/mini_grpo --work $(WORK) --base $(WORK)/hyper-mini \
+	  --export $(WORK)/hyper-mini-grpo --overwrite $(if $(wildcard $(WORK)/runs/mini_grpo/recipe.json),--resume)
 
 eval: ## Print the model card's figures as one JSON line
 	@$(INSTALL) train data

@@ -7,6 +7,7 @@ it, and has seen nothing but itself. Started by `server.box`, which says what pa
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -73,6 +74,10 @@ def serve(handler: Handler) -> None:
         *sandbox.forbid_calls(sandbox.FORKER_CALLS.values()),
     ]
     control.send(json.dumps({"layers": layers}).encode())
+    # A collection in a worker would touch, and so copy, every page that it shares with this process.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
     pids: dict[int, int] = {}
     orders = select.poll()
     orders.register(control, select.POLLIN)

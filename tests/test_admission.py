@@ -224,7 +224,6 @@ def test_every_request_is_accounted_for_under_overload() -> None:
         def work(seed: int) -> None:
             rng = random.Random(seed)
             for _ in range(6):
-                started_s = time.monotonic()
                 try:
                     reply = ask(service, timeout_s=rng.choice([0.1, 30, 30]))
                 except httpx.TransportError:
@@ -233,7 +232,7 @@ def test_every_request_is_accounted_for_under_overload() -> None:
                 statuses.append(reply.status_code)
                 if reply.status_code != 200:
                     assert reply.status_code == 503 and int(reply.headers["retry-after"]) >= 1
-                    refused_ms.append(1000 * (time.monotonic() - started_s))
+                    refused_ms.append(1000 * reply.elapsed.total_seconds())
 
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(12)]
         for thread in threads:

@@ -40,7 +40,7 @@ def test_every_class_has_recordings_on_both_sides_and_no_file_is_on_both() -> No
         labels[recording.split].add(recording.label)
     assert not files["train"] & files["test"]
     assert labels["train"] == labels["test"] == set(sounds.labels())
-    assert len(sounds.labels()) >= 12
+    assert len(sounds.labels()) >= 16
 
 
 def test_a_seed_gives_the_same_scene_and_sound_again(builders: dict[str, SceneBuilder]) -> None:

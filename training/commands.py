@@ -89,7 +89,7 @@ def check(file: Path, format_: Format | None, audio_root: Path | None) -> None:
     help="Let only the voices of this split speak.  [default: all]",
 )
 def bank(work: Path, workers: int, split: Split | None) -> None:
-    """Fetch the assets and let every voice speak its lines (52,000 of them; about an hour on two cores)."""
+    """Fetch the assets and let every voice speak its lines (52,000; an hour of CPU time)."""
     _single_threaded()
     from training.assets import fetch, require_speech_programs
     from training.voices import build_bank, list_voices

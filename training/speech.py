@@ -36,37 +36,46 @@ class SpeechBuilder(SceneBuilder):
         engine = rng.choices(list(by_engine), [_ENGINE_WEIGHTS[name] for name in by_engine])[0]
         return rng.choice(by_engine[engine])
 
+    def _draw_lines(self, rng: random.Random, voice: Voice) -> list[tuple[str, np.ndarray]]:
+        """Draw one or two different lines of a voice, in one manner of speaking."""
+        is_training = self.split == "train"
+        speed = rng.uniform(0.9, 1.12) if is_training else 1.0
+        tilt = rng.uniform(-0.4, 0.4) if is_training else 0.0
+        lines: list[tuple[str, np.ndarray]] = []
+        for _ in range(rng.choices((1, 2), (62, 38))[0]):
+            utterance, samples_S = self.draw_utterance(rng, voice.name, is_open=rng.random() < _OPEN_SHARE)
+            if any(text == utterance.text for text, _ in lines):
+                continue
+            if tilt:
+                samples_S = tilt_spectrum(samples_S, tilt)
+            if abs(speed - 1.0) > 0.01:
+                samples_S = soxr.resample(samples_S, SAMPLE_RATE_HZ, SAMPLE_RATE_HZ / speed, quality="MQ")
+            lines.append((utterance.text, samples_S))
+        return lines
+
+    @staticmethod
+    def _place(rng: random.Random, lines: list[tuple[str, np.ndarray]]) -> tuple[tuple[Turn, ...], np.ndarray]:
+        """Lay lines one after the other, with silence around them; without lines, one to six seconds of silence."""
+        cursor_s = rng.uniform(0.05, 0.6)
+        turns: list[Turn] = []
+        for text, samples_S in lines:
+            end_s = cursor_s + len(samples_S) / SAMPLE_RATE_HZ
+            turns.append(Turn("S1", line_from_text(text), cursor_s, end_s))
+            cursor_s = end_s + rng.uniform(0.1, 0.9)
+        duration_s = turns[-1].end_s + rng.uniform(0.05, 0.6) if turns else rng.uniform(1.0, 6.0)
+        speech_S = np.zeros(int(duration_s * SAMPLE_RATE_HZ), np.float32)
+        for turn, (_, samples_S) in zip(turns, lines, strict=True):
+            begin = int(turn.start_s * SAMPLE_RATE_HZ)
+            speech_S[begin : begin + len(samples_S)] += samples_S[: len(speech_S) - begin]
+        return tuple(turns), speech_S
+
     def draw(self, seed: int) -> tuple[Scene, np.ndarray]:
         """Draw one clip and its sound, float32 [S]."""
         rng = random.Random(f"speech/{seed}")
-        is_training = self.split == "train"
         is_silent = rng.random() < _SILENT_SHARE
-        pieces: list[tuple[str, np.ndarray]] = []
         voice = self._draw_voice(rng)
-        if not is_silent:
-            speed = rng.uniform(0.9, 1.12) if is_training else 1.0
-            tilt = rng.uniform(-0.4, 0.4) if is_training else 0.0
-            for _ in range(rng.choices((1, 2), (62, 38))[0]):
-                utterance, samples_S = self.draw_utterance(rng, voice.name, is_open=rng.random() < _OPEN_SHARE)
-                if any(text == utterance.text for text, _ in pieces):
-                    continue
-                if tilt:
-                    samples_S = tilt_spectrum(samples_S, tilt)
-                if abs(speed - 1.0) > 0.01:
-                    samples_S = soxr.resample(samples_S, SAMPLE_RATE_HZ, SAMPLE_RATE_HZ / speed, quality="MQ")
-                pieces.append((utterance.text, samples_S))
-        cursor_s = rng.uniform(0.05, 0.6)
-        placed: list[tuple[str, float, float, np.ndarray]] = []
-        for text, samples_S in pieces:
-            end_s = cursor_s + len(samples_S) / SAMPLE_RATE_HZ
-            placed.append((text, cursor_s, end_s, samples_S))
-            cursor_s = end_s + rng.uniform(0.1, 0.9)
-        end_s = placed[-1][2] if placed else 0.0
-        num_samples = int((end_s + rng.uniform(0.05, 0.6) if placed else rng.uniform(1.0, 6.0)) * SAMPLE_RATE_HZ)
-        speech_S = np.zeros(num_samples, np.float32)
-        for _, start_s, _, samples_S in placed:
-            begin = int(start_s * SAMPLE_RATE_HZ)
-            speech_S[begin : begin + len(samples_S)] += samples_S[: num_samples - begin]
+        turns, speech_S = self._place(rng, [] if is_silent else self._draw_lines(rng, voice))
+        num_samples = len(speech_S)
 
         label, recording, snr_db = sounds.QUIET, None, None
         mixture_S = speech_S
@@ -75,13 +84,13 @@ class SpeechBuilder(SceneBuilder):
             background_S, recording = self.draw_background(rng, label, num_samples)
             if not background_S.any():
                 label, recording = sounds.QUIET, None
-            elif placed:
+            elif turns:
                 snr_db = rng.uniform(5.0, 20.0)
                 mixture_S = mix(speech_S, background_S, snr_db)
             else:
                 mixture_S = background_S / max(1e-6, float(np.sqrt(np.mean(background_S**2)))) * 0.05
         channel = None
-        if is_training and rng.random() < _DEGRADED_SHARE and mixture_S.any():
+        if self.split == "train" and rng.random() < _DEGRADED_SHARE and mixture_S.any():
             mixture_S, channel = degrade(mixture_S, rng)
         mixture_S = self._set_level(rng, mixture_S)
         scene = Scene(
@@ -90,12 +99,12 @@ class SpeechBuilder(SceneBuilder):
             environment=label,
             recording=recording,
             snr_db=snr_db,
-            speakers=(SceneSpeaker("S1", voice.name, voice.sex),) if placed else (),
-            turns=tuple(Turn("S1", line_from_text(text), start, end) for text, start, end, _ in placed),
+            speakers=(SceneSpeaker("S1", voice.name, voice.sex),) if turns else (),
+            turns=turns,
             background_line=None,
             has_overlap=False,
             duration_s=num_samples / SAMPLE_RATE_HZ,
-            other_lines=self.draw_other_lines(rng, {text for text, *_ in placed}, NUM_OTHER_LINES) if placed else (),
+            other_lines=self.draw_other_lines(rng, {t.line.text for t in turns}, NUM_OTHER_LINES) if turns else (),
             channel=channel,
         )
         return scene, mixture_S

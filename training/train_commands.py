@@ -135,6 +135,7 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
     import dataclasses
     import json
 
+    from training.recipes import Lora
     from training.rewards import Weights
 
     for setting in settings:
@@ -148,8 +149,13 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
             raise click.BadParameter(f"{setting!r}: {text!r} is no JSON value", param_hint="--set") from error
         if isinstance(before, tuple) and isinstance(value, list):
             value = tuple(value)
-        if isinstance(before, Weights) and isinstance(value, dict):
-            value = dataclasses.replace(before, **value)
+        try:
+            if isinstance(before, Weights) and isinstance(value, dict):
+                value = dataclasses.replace(before, **value)
+            if name == "lora" and isinstance(value, dict):
+                before = value = Lora(**value)
+        except TypeError as error:
+            raise click.BadParameter(f"{setting!r}: {error}", param_hint="--set") from error
         numbers = (int, float)
         if type(value) is not type(before) and not (isinstance(before, numbers) and isinstance(value, numbers)):
             raise click.BadParameter(f"{setting!r}: a {type(before).__name__} is wanted", param_hint="--set")
