@@ -135,7 +135,8 @@ def test_other_suites_of_scenes_are_what_they_say(folder: Path) -> None:
     def draw(name: str) -> list[Item]:
         return scene_items(name, Bank(folder / "bank"), folder / "sounds", num_items=12)
 
-    assert all(item.truth.num_speakers == 4 and item.part == "main" for item in draw("hard-multi-speaker"))
+    hard = draw("hard-multi-speaker")
+    assert all(item.part == "main" and (item.truth.num_speakers or 0) > 3 for item in hard)
     assert [i.truth for i in draw("snr-0")] == [i.truth for i in draw("snr-20")]
 
 

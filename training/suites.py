@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hyper_model.audio import Waveform, decode, require_single_window
+from hyper_model.audio import WINDOW_S, Waveform, decode, require_single_window
 from hyper_model.errors import HyperError
 from training.clips import SEED_STRIDE
 from training.examples import Example, ExampleError, Format, read_examples
@@ -86,7 +86,7 @@ class Item:
             raise HyperError(f"{self.clip}: {error.strerror or error}") from error
         waveform = decode(data)
         if cuts_long:
-            return waveform.slice(0, min(waveform.duration_s, 30.0)).samples_S
+            return waveform.slice(0, min(waveform.duration_s, WINDOW_S)).samples_S
         require_single_window(waveform)
         return waveform.samples_S
 
