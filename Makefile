@@ -21,7 +21,7 @@ serve: ## Start the service on the embedded checkpoint (HYPER_PORT=9000, HYPER_C
 	@exec $(BIN)/hyper serve
 
 test: ## Run every test, the real engine included (ARGS="-k name" narrows)
-	@$(INSTALL) train dev
+	@$(INSTALL) train baseline dev
 	@exec $(BIN)/python -m pytest $(ARGS)
 
 check: ## Lint, format, types, Dockerfile

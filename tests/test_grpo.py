@@ -228,16 +228,24 @@ def model_of_checkpoint_of(trainer: GrpoTrainer) -> Any:
 
 def test_transformers_generates_rollouts_of_the_same_kind(start: Callable[..., GrpoTrainer], tmp_path: Path) -> None:
     trainer = start(tmp_path / "run", backend="transformers", num_steps=2)
+    assert isinstance(trainer.backend, TransformersBackend)
+    # However many are in memory together, no two rollouts of a group are drawn alike.
+    trainer.backend.rows_at_once = 2
     trainer.train()
+    (group,) = trainer.sample([1], None)
+    assert len({rollout.logprobs for rollout in group.rollouts}) > 2
     rows = read_log(tmp_path / "run")
     assert all(row["gap"] <= 1e-5 and row["pauses"] > 0.5 and row["reward"] > 0.5 for row in rows), rows
 
 
 def test_several_updates_of_one_set_of_rollouts(start: Callable[..., GrpoTrainer], tmp_path: Path) -> None:
-    trainer = start(tmp_path / "run", updates_per_rollout=2, num_steps=4, learning_rate=1e-3, warmup_steps=0)
+    trainer = start(tmp_path / "run", updates_per_rollout=2, num_steps=4, learning_rate=3e-3, warmup_steps=0)
     trainer.train()
     rows = read_log(tmp_path / "run")
     assert ["reward" in row for row in rows] == [True, False, True, False]
+    # The second update is compared with the policy that wrote, and runs into the bounds of its ratio.
+    assert all(row["gap"] <= 1e-5 for row in rows)
+    assert [row["clipped"] > 0 for row in rows] == [False, True, False, True]
     with pytest.raises(TrainingError, match="updates_per_rollout"):
         start(tmp_path / "other", updates_per_rollout=2, save_every_steps=3)
 

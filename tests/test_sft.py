@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -184,21 +185,40 @@ def test_an_exported_run_opens_as_a_checkpoint(start: Callable[..., TinyRun], tm
     assert manifest.recipe is not None and json.loads(manifest.recipe)["trained_steps"] == 2
 
 
-def test_a_full_disk_is_said_and_the_last_checkpoint_stays(
-    start: Callable[..., TinyRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = start(tmp_path / "run")
-    save = run.trainer.run_model.save
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(work: Path, tmp_path: Path) -> None:
+    """A limit on the size of files fails as a full disk does, in torch and in safetensors."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "hyper_model.cli", "train", "debug", str(run_dir), "--work", str(work)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run_dir / "checkpoint-6/complete").unlink()
+    # The optimizer's file is the last and largest that does not fit; the model's still does.
+    limit = (run_dir / "checkpoint-3/optimizer.pt").stat().st_size - 10_000
+    done = subprocess.run(
+        [*command, "--resume"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2
+    assert "step 6 cannot be saved" in done.stderr and "checkpoint-3 is whole" in done.stderr, done.stderr[-2000:]
+    assert last_checkpoint(run_dir) == run_dir / "checkpoint-3"
 
-    def fail(folder: Path, state_dict: Any = None) -> None:
-        if folder.name == "checkpoint-6":
-            raise OSError(28, "No space left on device")
-        save(folder, state_dict)
 
-    monkeypatch.setattr(run.trainer.run_model, "save", fail)
-    with pytest.raises(TrainingError, match=r"No space left on device.*checkpoint-3 is whole"):
-        run.train()
-    assert last_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoint-3"
+def test_a_run_that_is_over_is_resumed_without_a_step(work: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "hyper_model.cli", "train", "debug", str(run_dir), "--work", str(work)]
+    command += ["--set", "log_every_steps=100"]
+    for more in ([], ["--resume", "--export", str(tmp_path / "out")]):
+        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+    last = last_checkpoint(run_dir)
+    assert last is not None and last.name == "checkpoint-6"
+    assert json.loads(open_checkpoint(tmp_path / "out").manifest.recipe or "")["trained_steps"] == 6
+    # Nothing was logged, and the report says so instead of failing.
+    assert read_log(run_dir) == [] and (run_dir / "report.md").exists()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(start: Callable[..., TinyRun], tmp_path: Path) -> None:
@@ -216,6 +236,8 @@ def test_a_run_is_not_begun_twice_nor_gone_on_with_by_another_recipe(tmp_path: P
         prepare_run_dir(tmp_path / "run", recipe, is_resumed=False)
     with pytest.raises(TrainingError, match="learning_rate, seed differ"):
         prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, seed=1, learning_rate=1.0), is_resumed=True)
+    with pytest.raises(TrainingError, match="origin differ"):
+        prepare_run_dir(tmp_path / "run", recipe, is_resumed=True, origin={"base": "another"})
     with pytest.raises(TrainingError, match="no run to resume"):
         prepare_run_dir(tmp_path / "other", recipe, is_resumed=True)
 

@@ -252,9 +252,8 @@ class GrpoTrainer(PolicyTrainer):
         self.progress.num_gaps = self.progress.num_gaps + 1 if gap > self.recipe.max_gap else 0
         if self.progress.num_gaps >= MAX_GAPS:
             raise TrainingError(
-                f"step {self.state.global_step + 1}: for {MAX_GAPS} steps the engine's log-probabilities differed from the "
-                f"trainer's by {gap:.2g} on average, more than max_gap {self.recipe.max_gap:g}: do both have the same "
-                "weights?"
+                f"step {self.state.global_step + 1}: for {MAX_GAPS} steps the log-probabilities of engine and trainer "
+                f"differed by {gap:.2g} on average, more than max_gap {self.recipe.max_gap:g}: do both have the same weights?"
             )
         is_last_update = (self.state.global_step + 1) % self.recipe.updates_per_rollout == 0
         if self.progress.stopped and is_last_update:
