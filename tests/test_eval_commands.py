@@ -58,8 +58,8 @@ def test_a_checkpoint_is_measured_by_the_engine_that_serves_it(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--suite", "nonsense"], "none of held-out"),
-        (["--suite", "snr-N"], "none of held-out"),
+        (["--suite", "nonsense"], "is not one of 'held-out'"),
+        (["--suite", "snr-N"], "is not one of 'held-out'"),
         (["--suite", "mmau"], "--data"),
         ([*OWN, "--url", "http://127.0.0.1:9", "--baseline", "cascade"], "either"),
         ([*OWN, "--url", "http://127.0.0.1:9", "--probe"], "--checkpoint"),

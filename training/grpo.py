@@ -253,7 +253,7 @@ class GrpoTrainer(PolicyTrainer):
         if self.progress.num_gaps >= MAX_GAPS:
             raise TrainingError(
                 f"step {self.state.global_step + 1}: for {MAX_GAPS} steps the log-probabilities of engine and trainer "
-                f"differed by {gap:.2g} on average, more than max_gap {self.recipe.max_gap:g}: do both have the same weights?"
+                f"differed by {gap:.2g} on average, above max_gap {self.recipe.max_gap:g}: have both the same weights?"
             )
         is_last_update = (self.state.global_step + 1) % self.recipe.updates_per_rollout == 0
         if self.progress.stopped and is_last_update:
