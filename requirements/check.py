@@ -12,8 +12,9 @@ import sys
 IMPORTS = {
     "cpu": ["torch", "vllm", "transformers", "fastapi", "soundfile", "soxr", "av"],
     "gpu": ["torch", "vllm", "transformers", "fastapi", "soundfile", "soxr", "av"],
-    "train": ["torch", "tqdm", "transformers"],
+    "train": ["torch", "tqdm", "transformers", "accelerate", "peft", "tensorboard"],
     "data": ["hibari", "onnxruntime"],
+    "baseline": ["ctranslate2", "faster_whisper"],
     "dev": ["pytest", "hypothesis"],
 }
 BROKEN_BESIDE_CPU_TORCH = ["torchvision", "torchaudio", "torchcodec"]
