@@ -320,24 +320,20 @@ def _prompts_of_scenes(checkpoint: Checkpoint, num_items: int, work: Path, worke
 
 def _prompts_of(checkpoint: Checkpoint, path: Path, num_items: int) -> list[Prompt]:
     """Read questions and clips of one's own, in any of the formats of data sets."""
-    from hyper_model.audio import decode, require_single_window
     from hyper_model.errors import HyperError
     from hyper_model.trace import build_prompt
-    from training.examples import ExampleError, read_examples
+    from training.examples import ExampleError, read_clip, read_examples
     from training.rollout import Prompt
 
     faults: list[ExampleError] = []
     prompts: list[Prompt] = []
     for example in islice(read_examples(path, on_fault=faults.append), num_items):
         try:
-            waveform = decode(example.audio.read_bytes())
-            require_single_window(waveform)
-        except OSError as error:
-            raise click.ClickException(f"{example.source}: {example.audio}: {error.strerror}") from error
+            samples_S = read_clip(example).samples_S
         except HyperError as error:
-            raise click.ClickException(f"{example.source}: {example.audio}: {error}") from error
+            raise click.ClickException(str(error)) from error
         token_ids = build_prompt(checkpoint.tokenizer, example.question, example.choices)
-        prompts.append(Prompt(token_ids, waveform.samples_S, example.choices))
+        prompts.append(Prompt(token_ids, samples_S, example.choices))
     if faults:
         click.echo(f"{len(faults)} rows left out, the first: {faults[0]}", err=True)
     if not prompts:

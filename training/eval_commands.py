@@ -84,8 +84,9 @@ class Asked:
     default="held-out",
     show_default=True,
     help="held-out: scenes of voices and recordings that nothing was trained or tuned on. validation: for choosing "
-    "settings. hard-multi-speaker: four people. snr-N: every background at N dB. human: ten recorded human clips "
-    "(needs apt-get install pocketsphinx-testdata). paqa, mmau, mmar, own: a data set's file, see --data.",
+    "settings. hard-multi-speaker, snr-20 to snr-0, overlap, contradicting-background: hard scenes. human: ten "
+    "recorded clips (needs apt-get install pocketsphinx-testdata). paqa, mmau, mmar, own: a data set's file, see "
+    "--data.",
 )
 @click.option(
     "--checkpoint",

@@ -2,7 +2,8 @@
 
 Rows come one at a time: JSON lines and CSV are never held whole, a JSON array is (up to `MAX_ARRAY_BYTES`). What is
 wrong with a row is an `ExampleError` that says where it stands; whoever reads decides whether that ends the reading.
-Knows nothing of sound (no audio is opened), tokens, models or prompts beyond what a question may be.
+No audio is opened until somebody asks for a row's clip. Knows nothing of tokens, models or prompts beyond what a
+question may be.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import re
 import unicodedata
 from codecs import BOM_UTF8
@@ -21,9 +23,11 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Literal, TypeVar, cast, get_args
 
+from hyper_model.audio import Waveform, decode, require_single_window
 from hyper_model.errors import HyperError, PromptError
 from hyper_model.trace import check_question
 from hyper_model.trace_parser import parse_text
+from training.rewards import Truth
 
 Format = Literal["paqa", "sharegpt", "avqa", "mmau", "mmar", "csv", "plain"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -70,6 +74,49 @@ class Example:
     transcript: str | None = None
     num_speakers: int | None = None
     source: str = ""
+
+    @property
+    def truth(self) -> Truth:
+        """What completions about it are judged by."""
+        return Truth(
+            self.question,
+            self.answer,
+            self.choices,
+            environment=self.environment,
+            num_speakers=self.num_speakers,
+            transcript=self.transcript,
+        )
+
+
+def read_clip(example: Example) -> Waveform:
+    """Decodes the clip of a row.
+
+    Raises:
+        HyperError: It cannot be read, or is longer than one window; the message names row and file.
+    """
+    try:
+        waveform = decode(example.audio.read_bytes())
+        require_single_window(waveform)
+    except OSError as error:
+        raise HyperError(f"{example.source}: {example.audio}: {error.strerror}") from error
+    except HyperError as error:
+        raise HyperError(f"{example.source}: {example.audio}: {error}") from error
+    return waveform
+
+
+class Order:
+    """Visits items in a shuffled order each epoch: place p is the same item whenever it is asked."""
+
+    def __init__(self, num_items: int, seed: str) -> None:
+        self.num_items, self.seed, self.epoch = num_items, seed, -1
+        self.order: list[int] = []
+
+    def __getitem__(self, place: int) -> int:
+        epoch, place = divmod(place, self.num_items)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, list(range(self.num_items))
+            random.Random(f"{self.seed}/epoch/{epoch}").shuffle(self.order)
+        return self.order[place]
 
 
 @dataclass(frozen=True)

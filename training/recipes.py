@@ -6,7 +6,7 @@ recipe that began it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from training.rewards import Weights
@@ -291,27 +291,17 @@ def qwen2_audio_7b_grpo() -> GrpoRecipe:
 
 def debug() -> SftRecipe:
     """A few steps of a tiny decoder, for tests."""
-    return SftRecipe(
+    return replace(
+        mini_sft(),
         name="debug",
-        seed=0,
         num_steps=6,
         batch_size=2,
         rows_at_once=2,
-        learning_rate=1e-3,
         min_learning_rate=1e-4,
         warmup_steps=2,
         weight_decay=0.01,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
         save_every_steps=3,
         log_every_steps=1,
-        dtype="bfloat16",
-        export_dtype="bfloat16",
-        autocast=False,
-        gradient_checkpointing=False,
-        fsdp="",
-        lora=None,
-        shown=("loss", "step_s"),
         decoder=Decoder(vocab_size=700, hidden_size=64, num_layers=2, num_heads=1, ffn_size=128, latent_tokens=4),
         dropout_states=0.0,
         speech_share=(0.0, 0.0),
@@ -321,44 +311,26 @@ def debug() -> SftRecipe:
 
 def debug_grpo() -> GrpoRecipe:
     """A few steps of Stage II on a small checkpoint, for tests."""
-    return GrpoRecipe(
+    return replace(
+        mini_grpo(),
         name="debug_grpo",
-        seed=0,
         num_steps=4,
         batch_size=2,
         rows_at_once=8,
-        learning_rate=1e-5,
-        min_learning_rate=1e-6,
         warmup_steps=1,
-        weight_decay=0.0,
-        adam_beta2=0.99,
-        max_grad_norm=1.0,
         save_every_steps=2,
-        log_every_steps=1,
         dtype="float32",
         export_dtype="float32",
-        autocast=False,
-        gradient_checkpointing=False,
-        fsdp="",
-        lora=None,
-        shown=("reward", "kl", "pauses", "step_s"),
         group_size=4,
-        temperature=1.0,
         max_tokens=160,
         max_pauses=2,
         wanted_pauses=1.0,
         kl_weight=0.1,
         loss="grpo",
-        clip_low=0.2,
-        clip_high=0.28,
-        updates_per_rollout=1,
-        max_importance=2.0,
         max_gap=1e-3,
         max_redraws=1,
-        overlong="keep",
         collapse_length=0.1,
         collapse_format=0.0,
-        lgc_weights=True,
     )
 
 

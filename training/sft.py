@@ -15,13 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from hyper_model.audio import decode, require_single_window
 from hyper_model.audio_encoder import LogMel
 from hyper_model.errors import HyperError
 from hyper_model.trace import TraceTokenizer, render, render_choice
 from training.assets import MissingDataError
 from training.clips import Clip, ClipKind, open_clips
-from training.examples import Example
+from training.examples import Example, Order, read_clip
 from training.export import RunModel
 from training.policy import IGNORED, Row, pack
 from training.questions import draw_example
@@ -49,21 +48,6 @@ class Sequences(Protocol):
         ...
 
 
-class _Order:
-    """Visits items in a shuffled order each epoch: place p is the same item whenever it is asked."""
-
-    def __init__(self, num_items: int, seed: str) -> None:
-        self.num_items, self.seed, self.epoch = num_items, seed, -1
-        self.order: list[int] = []
-
-    def __getitem__(self, place: int) -> int:
-        epoch, place = divmod(place, self.num_items)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, list(range(self.num_items))
-            random.Random(f"{self.seed}/epoch/{epoch}").shuffle(self.order)
-        return self.order[place]
-
-
 class ClipSequences:
     """Draws from clips that were built and encoded before: a question of its own about each, whenever it is seen.
 
@@ -81,8 +65,8 @@ class ClipSequences:
         self.clips = [*scenes, *speech]
         self.tokenizer, self.recipe = tokenizer, recipe
         self.num_scenes = len(scenes)
-        self.scene_order = _Order(max(1, len(scenes)), f"{recipe.seed}/scenes")
-        self.speech_order = _Order(max(1, len(speech)), f"{recipe.seed}/speech")
+        self.scene_order = Order(max(1, len(scenes)), f"{recipe.seed}/scenes")
+        self.speech_order = Order(max(1, len(speech)), f"{recipe.seed}/speech")
         # Speech sequences before each window; it grows as windows are asked for.
         self.num_before = [0]
 
@@ -143,7 +127,7 @@ class ExampleSequences:
     def __post_init__(self) -> None:
         if not self.examples:
             raise MissingDataError("no example with a gold completion to train on")
-        self.order = _Order(len(self.examples), f"{self.recipe.seed}/examples")
+        self.order = Order(len(self.examples), f"{self.recipe.seed}/examples")
 
     def lengths(self, step: int) -> list[tuple[int, int]]:
         """Lists a step's rows; how long their clips are nobody knows yet."""
@@ -157,19 +141,16 @@ class ExampleSequences:
             HyperError: The clip or the completion cannot be read; the message names file and row.
         """
         example = self.examples[key]
+        waveform = read_clip(example)
+        answer = example.answer
+        if example.choices and self.answers_by_letter:
+            answer = render_choice(example.choices.index(answer), example.choices)
         try:
-            waveform = decode(example.audio.read_bytes())
-            require_single_window(waveform)
-            answer = example.answer
-            if example.choices and self.answers_by_letter:
-                answer = render_choice(example.choices.index(answer), example.choices)
             completion = canonical_completion(example.completion or "", answer)
             spans = Spans(self.recipe.pause_share, self.latent_tokens)
             encoded = encode_sequence(
                 self.tokenizer, example.question, example.choices, completion, spans=spans, rng=rng
             )
-        except OSError as error:
-            raise HyperError(f"{example.source}: {example.audio}: {error.strerror}") from error
         except HyperError as error:
             raise HyperError(f"{example.source}: {error}") from error
         return encoded, self.log_mel(waveform.samples_S)

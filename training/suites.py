@@ -227,14 +227,7 @@ def _items_of(examples: Iterator[Example]) -> Iterator[Item]:
         yield Item(
             id=f"main/{example.id}{number}",
             part="main",
-            truth=Truth(
-                example.question,
-                example.answer,
-                example.choices,
-                environment=example.environment,
-                num_speakers=example.num_speakers,
-                transcript=example.transcript,
-            ),
+            truth=example.truth,
             clip=example.audio,
             voice=os.fspath(example.audio),
             background=os.fspath(example.audio),

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hyper_model.audio import decode, require_single_window
-from hyper_model.errors import HyperError
 from hyper_model.trace import TraceTokenizer, build_prompt
 from training.assets import MissingDataError
-from training.examples import Example
+from training.examples import Example, Order, read_clip
 from training.questions import draw_example, truth_of
 from training.rewards import Truth
 from training.rollout import Prompt
@@ -65,7 +63,8 @@ class ExampleTasks:
     def __init__(self, examples: Sequence[Example], tokenizer: TraceTokenizer, *, seed: int) -> None:
         if not examples:
             raise MissingDataError("no example to train on")
-        self.examples, self.tokenizer, self.seed = examples, tokenizer, seed
+        self.examples, self.tokenizer = examples, tokenizer
+        self.order = Order(len(examples), str(seed))
 
     def draw(self, number: int) -> Task:
         """Decodes a row's clip.
@@ -73,24 +72,6 @@ class ExampleTasks:
         Raises:
             HyperError: It cannot be read; the message names file and row.
         """
-        epoch, place = divmod(number, len(self.examples))
-        order = list(range(len(self.examples)))
-        random.Random(f"{self.seed}/epoch/{epoch}").shuffle(order)
-        example = self.examples[order[place]]
-        try:
-            waveform = decode(example.audio.read_bytes())
-            require_single_window(waveform)
-        except OSError as error:
-            raise HyperError(f"{example.source}: {example.audio}: {error.strerror}") from error
-        except HyperError as error:
-            raise HyperError(f"{example.source}: {example.audio}: {error}") from error
+        example = self.examples[self.order[number]]
         token_ids = build_prompt(self.tokenizer, example.question, example.choices)
-        truth = Truth(
-            example.question,
-            example.answer,
-            example.choices,
-            environment=example.environment,
-            num_speakers=example.num_speakers,
-            transcript=example.transcript,
-        )
-        return Task(Prompt(token_ids, waveform.samples_S, example.choices), truth)
+        return Task(Prompt(token_ids, read_clip(example).samples_S, example.choices), example.truth)

@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -100,7 +101,7 @@ class _Steps(IterableDataset[Any]):
             step += stride
 
 
-class PolicyTrainer(Trainer):
+class PolicyTrainer(Trainer, ABC):
     """Trains a policy by the loss of a subclass.
 
     Subclasses say what a step is: `make_step`, which may run in a loader's worker; `micro_batches`, which turns that
@@ -167,17 +168,17 @@ class PolicyTrainer(Trainer):
             self.remove_callback(callback)
         self.add_callback(_Records(self))
 
+    @abstractmethod
     def make_step(self, step: int) -> Any:
         """Prepares a step; a pure function of the step and the rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def micro_batches(self, prepared: Any) -> list[dict[str, Any]]:
         """Cuts a step into batches, each with all that its share of the loss needs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def micro_loss(self, model: Any, micro: dict[str, Any]) -> torch.Tensor:
         """Returns a batch's share of the step's loss."""
-        raise NotImplementedError
 
     def own_state(self) -> dict[str, Any]:
         """Returns what else a run goes on from, as JSON."""
@@ -288,9 +289,6 @@ class PolicyTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         self.run_model.load(folder, model)
         self.load_own_state(json.loads((folder / "state.json").read_text(encoding="utf-8")))
-
-    def _load_best_model(self) -> None:
-        raise NotImplementedError("runs keep their newest checkpoints")
 
 
 class _Records(TrainerCallback):
