@@ -32,8 +32,6 @@ MAX_KEY_CHARS = 200
 
 Scope = Literal["ask", "metrics"]
 Priority = Literal["interactive", "batch"]
-SCOPES: tuple[Scope, ...] = ("ask", "metrics")
-PRIORITIES: tuple[Priority, ...] = ("interactive", "batch")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 

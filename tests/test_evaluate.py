@@ -77,7 +77,9 @@ def test_the_gold_trace_is_judged_right_in_every_figure(builder: SceneBuilder) -
         example = draw_example(scene, random.Random(seed))
         item = item_of(example, samples_S)
         parsed = parse_text(render(example.trace))
-        verdict = judge(item, Reply(parsed, example.answer_index, example.answer))
+        verdict = judge(
+            item, Reply(parsed, example.choices.index(example.answer) if example.choices else None, example.answer)
+        )
         assert verdict.is_right in (True, None) and verdict.matches_words in (True, None)
         assert verdict.free_is_right in (True, None)
         assert verdict.environment_is_right

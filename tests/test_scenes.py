@@ -13,7 +13,8 @@ from hyper_model.trace_parser import TraceFormat, parse_text
 from tests.training_data import write_bank, write_sounds
 from training import sounds
 from training.clips import scene_from_json, scene_to_json
-from training.questions import KINDS, chance_accuracy, draw_example, possible_kinds
+from training.evaluate import chance_accuracy
+from training.questions import KINDS, draw_example, possible_kinds
 from training.scenes import SceneBuilder
 from training.voices import TEST_VOICES, VALIDATION_VOICES, Bank, list_voices, same_speaker
 
@@ -114,7 +115,8 @@ def test_examples_of_every_kind_carry_a_strict_trace_whose_answer_is_the_gold_on
 def test_the_right_choice_stands_anywhere(builders: dict[str, SceneBuilder]) -> None:
     scene, _ = builders["train"].draw(3)
     rng = random.Random(0)
-    places = Counter(draw_example(scene, rng, kind="environment", with_choices=True).answer_index for _ in range(400))
+    examples = [draw_example(scene, rng, kind="environment", with_choices=True) for _ in range(400)]
+    places = Counter(example.choices.index(example.answer) for example in examples)
     assert set(places) == {0, 1, 2, 3, 4}
 
 
@@ -122,4 +124,4 @@ def test_chance_is_the_mean_of_one_over_the_number_of_choices(builders: dict[str
     scene, _ = builders["train"].draw(3)
     rng = random.Random(0)
     examples = [draw_example(scene, rng, kind="present", with_choices=True) for _ in range(5)]
-    assert chance_accuracy(examples) == 0.5
+    assert chance_accuracy([example.choices for example in examples]) == 0.5

@@ -310,7 +310,7 @@ def summarize(items: Sequence[Item], judged: Sequence[Judged]) -> dict[str, Any]
             result[name] = broken
     with_choices = [item for item, _ in main if item.truth.choices]
     if with_choices:
-        result["chance_accuracy"] = round(_mean([1 / len(item.truth.choices) for item in with_choices]), 4)
+        result["chance_accuracy"] = round(chance_accuracy([item.truth.choices for item in with_choices]), 4)
     if any(item.num_turns is not None for item, _ in main):
         result["count_from_turns_accuracy"] = round(count_from_turns_accuracy([item for item, _ in main]), 4)
     result["interval_95"] = intervals
@@ -364,6 +364,11 @@ def _by(pairs: Sequence[tuple[Item, Judged]], group: str, outcome: Callable[[Jud
         if value is not None and group in item.groups:
             found[item.groups[group]].append(value)
     return {name: round(_mean(values), 3) for name, values in sorted(found.items())}
+
+
+def chance_accuracy(choices: Sequence[Sequence[str]]) -> float:
+    """Returns the accuracy of guessing uniformly among the choices of each item."""
+    return _mean([1 / len(each) for each in choices])
 
 
 def _mean(values: Sequence[float]) -> float:

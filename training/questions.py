@@ -8,7 +8,7 @@ Knows nothing of sound, tokens or models.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from hyper_model.trace import Speaker, Trace
@@ -32,12 +32,6 @@ class SceneExample:
     answer: str
     """The gold answer; with choices, exactly one of them."""
     trace: Trace
-    num_pauses: int = 0
-    """Latent spans to insert before the sections that are hard to hear."""
-
-    @property
-    def answer_index(self) -> int | None:
-        return self.choices.index(self.answer) if self.choices else None
 
 
 @dataclass(frozen=True)
@@ -344,8 +338,7 @@ def draw_example(
     if is_hard and item.wrong and rng.random() < 0.06:
         wrong = rng.choice([c for c in choices if c != item.answer] or list(item.wrong))
         trace = replace(trace, response=wrong, reflection=f"{wrong} is wrong, {item.reasoning}")
-    num_pauses = rng.choice((1, 1, 2)) if is_hard and rng.random() < 0.25 else 0
-    return SceneExample(scene, kind, item.question, choices, item.answer, trace, num_pauses)
+    return SceneExample(scene, kind, item.question, choices, item.answer, trace)
 
 
 def truth_of(example: SceneExample) -> Truth:
@@ -359,9 +352,3 @@ def truth_of(example: SceneExample) -> Truth:
         num_speakers=len(scene.speakers),
         transcript=scene.transcript,
     )
-
-
-def chance_accuracy(examples: Sequence[SceneExample]) -> float:
-    """Return the accuracy of guessing uniformly among each example's choices."""
-    with_choices = [e for e in examples if e.choices]
-    return sum(1 / len(e.choices) for e in with_choices) / max(1, len(with_choices))

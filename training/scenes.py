@@ -110,7 +110,6 @@ _NUM_TURNS = {
     6: ((6, 7), (85, 15)),
 }
 _NUM_SPEAKERS = ((0, 1, 2, 3, 4, 5, 6), (8, 27, 23, 20, 14, 5, 3))
-MAX_SPEAKERS = max(_NUM_TURNS)
 _LONGEST_S = 28.0
 """Scenes end before this, inside the encoder's window of 30 s; a clip takes at most 1.5 s more at its ends."""
 
