@@ -23,14 +23,16 @@ from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2Audio
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from hyper_model.checkpoint import open_checkpoint
+from hyper_model.errors import CheckpointError
 from hyper_model.manifest import GATED_SECTIONS
-from hyper_model.trace import TraceTokenizer, build_prompt, render
+from hyper_model.trace import Section, TraceTokenizer, build_prompt, render, train_tokenizer
 from tests.process import ROOT
 from tests.training_data import TinyRun, tiny_run, write_bank, write_encoder, write_sounds
 from training.assets import ENCODER_FILE, MissingDataError
 from training.clips import scene_to_json
 from training.encoder import HOP, ClipEncoder, num_audio_tokens
-from training.policy import IGNORED
+from training.export import model_from_scratch
+from training.policy import IGNORED, named_tensors
 from training.questions import draw_example
 from training.recipes import SftRecipe, debug
 from training.run_report import write_report
@@ -259,6 +261,51 @@ def test_both_kinds_of_clips_are_mixed_as_the_recipe_says(
     assert sum(shares[:8]) / 8 == 1.0 and sum(shares[72:]) / 8 < 0.2 and 0.3 < sum(shares) / 80 < 0.7
     again = ClipSequences(clips[:6], clips[6:], tokenizer, recipe)
     assert [again.lengths(step) for step in (77, 3)] == [sequences.lengths(step) for step in (77, 3)]
+
+
+def test_a_cut_trace_ends_behind_the_transcript_and_teaches_no_end(
+    work: Path, start: Callable[..., TinyRun], tmp_path: Path
+) -> None:
+    clips = read_clips(work / "clips/train")
+    recipe = dataclasses.replace(debug(), cut_share=(1.0, 0.0), num_steps=80)
+    tokenizer = start(tmp_path / "run").trainer.run_model.tokenizer
+    sequences = ClipSequences(clips[:6], clips[6:], tokenizer, recipe)
+    closes_words = tokenizer.tag_ids[Section.ASR][1]
+
+    def last(key: int, step: int) -> int:
+        encoded, _ = sequences.draw(key, step, random.Random(key))
+        return next(target for target in reversed(encoded.targets) if target != IGNORED)
+
+    assert {last(key, 0) for key in range(6, len(clips))} == {closes_words}
+    assert {last(key, 80) for key in range(6, len(clips))} == {tokenizer.im_end_id}
+    assert {last(key, 0) for key in range(6)} == {tokenizer.im_end_id}, "scenes are whole"
+
+
+def test_a_run_begins_from_a_decoder_with_another_vocabulary(
+    work: Path, start: Callable[..., TinyRun], tmp_path: Path
+) -> None:
+    run = start(tmp_path / "run").trainer.run_model
+    base = run.export(tmp_path / "base", recipe=debug(), num_steps=0, dtype=torch.float32)
+    file = tmp_path / "tokenizer.json"
+    train_tokenizer(["what an odd trousseau that is, says the choir"] * 3, 500).save(str(file))
+    decoder = debug().decoder
+    assert decoder is not None
+    encoder = work / "assets" / ENCODER_FILE
+    other = model_from_scratch(decoder, file, encoder, dtype=torch.float32, base=base.path)
+    before, after = ({name: t.float() for name, t in named_tensors(each.policy)} for each in (run, other))
+    same = {name for name in before if not name.startswith("audio_tower") and before[name].shape == after[name].shape}
+    assert len(same) == len([name for name in before if not name.startswith("audio_tower")]) - 2
+    assert all(torch.equal(before[name], after[name]) for name in same)
+    table = "language_model.model.embed_tokens.weight"
+    ends = (base.tokenizer.im_end_id, other.tokenizer.im_end_id)
+    assert torch.equal(before[table][ends[0]], after[table][ends[1]])
+    word = other.tokenizer.tokenizer.token_to_id("Ġtrousseau")
+    pieces = base.tokenizer.encode_text(" trousseau")
+    assert len(pieces) > 1 and torch.allclose(after[table][word], before[table][pieces].mean(0))
+    with pytest.raises(CheckpointError, match="not of the recipe's decoder"):
+        model_from_scratch(
+            dataclasses.replace(decoder, ffn_size=64), file, encoder, dtype=torch.float32, base=base.path
+        )
 
 
 def test_small_steps_are_not_lost_in_bfloat16() -> None:

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import Qwen2Config
 
 from hyper_model.checkpoint import Checkpoint, export, open_checkpoint
+from hyper_model.errors import CheckpointError
 from hyper_model.trace import TraceTokenizer
-from hyper_model.weights import StoredTensors, read_entries, weight_files
+from hyper_model.weights import StoredTensors, canonical_name, read_entries, weight_files
 from training import sounds
 from training.encoder import load_encoder
 from training.policy import (
@@ -146,8 +147,17 @@ def model_of_checkpoint(directory: Path, *, dtype: torch.dtype, lora: Lora | Non
     return RunModel(policy, checkpoint.tokenizer, config, text, fields)
 
 
-def model_from_scratch(decoder: Decoder, tokenizer_file: Path, encoder_file: Path, *, dtype: torch.dtype) -> RunModel:
-    """Makes the embedded checkpoint's model: Whisper's encoder, and a decoder of random weights."""
+def model_from_scratch(
+    decoder: Decoder, tokenizer_file: Path, encoder_file: Path, *, dtype: torch.dtype, base: Path | None = None
+) -> RunModel:
+    """Makes the embedded checkpoint's model: Whisper's encoder, and a decoder of random weights or of a checkpoint's.
+
+    Args:
+        base: A checkpoint whose decoder has this shape; its vocabulary may be another (`carry_over`).
+
+    Raises:
+        CheckpointError: The base cannot be opened, or has another shape.
+    """
     tokenizer = TraceTokenizer.from_file(tokenizer_file)
     text_config = Qwen2Config(
         vocab_size=tokenizer.vocab_size,
@@ -160,7 +170,13 @@ def model_from_scratch(decoder: Decoder, tokenizer_file: Path, encoder_file: Pat
         tie_word_embeddings=True,
     )
     encoder = load_encoder(encoder_file)
-    policy = build_policy(text_config, encoder, audio_id=tokenizer.audio_id).to(dtype)  # pyright: ignore[reportArgumentType]
+    policy = build_policy(text_config, encoder, audio_id=tokenizer.audio_id)
+    origin = "trained from scratch"
+    if base is not None:
+        checkpoint = open_checkpoint(base)
+        carry_over(checkpoint, policy, tokenizer)
+        origin = f"begun from {checkpoint.manifest.name} ({checkpoint.manifest_sha256[:12]})"
+    policy = policy.to(dtype)  # pyright: ignore[reportArgumentType]
     freeze_encoder(policy)
     config = {
         "architectures": ["Qwen2AudioForConditionalGeneration"],
@@ -170,7 +186,7 @@ def model_from_scratch(decoder: Decoder, tokenizer_file: Path, encoder_file: Pat
     }
     fields = {
         "name": "hyper-mini",
-        "base_model": "Whisper tiny.en encoder (frozen) + Qwen2 decoder trained from scratch",
+        "base_model": f"Whisper tiny.en encoder (frozen) + Qwen2 decoder {origin}",
         "data_card": "README.md",
         "environment_labels": [*sounds.labels(), sounds.QUIET, sounds.BACKGROUND_SPEECH],
         "max_model_len": MAX_MODEL_LEN,
@@ -179,6 +195,40 @@ def model_from_scratch(decoder: Decoder, tokenizer_file: Path, encoder_file: Pat
         "pause": {"mode": "parallel", "latent_tokens": decoder.latent_tokens, "max_pauses": 0},
     }
     return RunModel(policy, tokenizer, config, tokenizer_file.read_text(encoding="utf-8"), fields)
+
+
+def carry_over(checkpoint: Checkpoint, policy: HyperPolicy, tokenizer: TraceTokenizer) -> None:
+    """Puts a checkpoint's decoder and projector into a policy of the same shape, whose vocabulary may be another.
+
+    A token that the checkpoint has is taken as it is; any other begins as the mean of the tokens that spelled it
+    (Gee et al. 2022, "Fast Vocabulary Transfer").
+
+    Raises:
+        CheckpointError: The decoder has another shape.
+    """
+    own = {canonical_name(name): tensor for name, tensor in policy.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        for name, tensor in StoredTensors(read_entries(weight_files(checkpoint.path))).items():
+            if name.startswith("audio_tower."):
+                continue
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                spelled = [_spelled_by(checkpoint.tokenizer, tokenizer, i) for i in range(tokenizer.vocab_size)]
+                tensor = torch.stack([tensor[ids].float().mean(0) for ids in spelled])
+            if name not in own or own[name].shape != tensor.shape:
+                raise CheckpointError(f"{checkpoint.path}: {name} {tuple(tensor.shape)} is not of the recipe's decoder")
+            own[name].copy_(tensor)
+
+
+def _spelled_by(before: TraceTokenizer, now: TraceTokenizer, token_id: int) -> list[int]:
+    """Lists the ids by which another tokenizer spells a token."""
+    token = now.tokenizer.id_to_token(token_id)
+    assert token is not None
+    known = before.tokenizer.token_to_id(token)
+    if known is not None:
+        return [known]
+    # A piece of a character is no text; its bytes are in every byte-level vocabulary.
+    text = now.token_bytes(token_id).decode("utf-8", errors="ignore")
+    return before.encode_text(text) or [i for char in token if (i := before.tokenizer.token_to_id(char)) is not None]
 
 
 def adapt(policy: HyperPolicy, lora: Lora) -> Any:

@@ -85,12 +85,15 @@ class SftRecipe(Run):
         speech_share: Share of the sequences that are single sentences of open text, in the first and in the last step;
             it moves linearly. The others are scenes.
         pause_share: Share of the sequences that hold latent spans, at places where a gate could open them.
+        cut_share: Share of the sentences of open text whose trace ends behind the transcript, in the first and in the
+            last step: what stands after it teaches no words, and takes a third of the time.
     """
 
     decoder: Decoder | None
     dropout_states: float
     speech_share: tuple[float, float]
     pause_share: float
+    cut_share: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ def mini_sft() -> SftRecipe:
         dropout_states=0.04,
         speech_share=(1.0, 0.25),
         pause_share=0.25,
+        cut_share=(1.0, 0.0),
     )
 
 
@@ -243,6 +247,7 @@ def qwen2_audio_7b_sft() -> SftRecipe:
         dropout_states=0.0,
         speech_share=(0.0, 0.0),
         pause_share=0.25,
+        cut_share=(0.0, 0.0),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 
 from hyper_model.audio_encoder import LogMel
 from hyper_model.errors import HyperError
-from hyper_model.trace import TraceTokenizer, render, render_choice
+from hyper_model.trace import Section, TraceTokenizer, render, render_choice
 from training.assets import MissingDataError
 from training.clips import Clip, ClipKind, open_clips
 from training.examples import Example, Order, read_clip
@@ -32,6 +32,7 @@ ENCODER_WIDTH = 384
 """Width of the states that built clips hold: Whisper tiny.en's."""
 _WINDOW_STEPS = 8
 _TOKENIZER_CLIPS = 6_000
+_ASR_END = Section.ASR.tags[1]
 
 
 class Sequences(Protocol):
@@ -43,7 +44,7 @@ class Sequences(Protocol):
         """Lists a step's sequences: what `draw` takes, and about how long each is."""
         ...
 
-    def draw(self, key: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
+    def draw(self, key: int, step: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
         """Returns a sequence and its clip: the encoder's states, or its log-mel."""
         ...
 
@@ -73,9 +74,12 @@ class ClipSequences:
     def _num_speech(self, window: int) -> int:
         if self.num_scenes in (0, len(self.clips)):
             return 0 if self.num_scenes else self.recipe.batch_size * _WINDOW_STEPS
-        first, last = self.recipe.speech_share
-        progress = min(1.0, window * _WINDOW_STEPS / max(1, self.recipe.num_steps))
-        return round((first + (last - first) * progress) * self.recipe.batch_size * _WINDOW_STEPS)
+        share = self._moved(self.recipe.speech_share, window * _WINDOW_STEPS)
+        return round(share * self.recipe.batch_size * _WINDOW_STEPS)
+
+    def _moved(self, ends: tuple[float, float], step: int) -> float:
+        first, last = ends
+        return first + (last - first) * min(1.0, step / max(1, self.recipe.num_steps))
 
     def lengths(self, step: int) -> list[tuple[int, int]]:
         """Lists a step's clips; sorted by length inside a window of eight steps, since padding costs time."""
@@ -91,14 +95,18 @@ class ClipSequences:
         random.Random(f"{self.recipe.seed}/window/{window}").shuffle(batches)
         return [(key, self.clips[key].num_tokens) for key in batches[place]]
 
-    def draw(self, key: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
+    def draw(self, key: int, step: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
         """Asks a question about a clip, and blanks a few of its states."""
         clip, recipe = self.clips[key], self.recipe
         assert recipe.decoder is not None
         example = draw_example(clip.scene, rng)
         spans = Spans(recipe.pause_share, recipe.decoder.latent_tokens)
+        completion = render(example.trace)
+        is_cut = key >= self.num_scenes and rng.random() < self._moved(recipe.cut_share, step)
+        if is_cut:
+            completion = completion[: completion.index(_ASR_END) + len(_ASR_END)]
         encoded = encode_sequence(
-            self.tokenizer, example.question, example.choices, render(example.trace), spans=spans, rng=rng
+            self.tokenizer, example.question, example.choices, completion, spans=spans, rng=rng, is_cut=is_cut
         )
         states_AD = clip.states(ENCODER_WIDTH).clone()
         for _ in range(round(recipe.dropout_states * len(states_AD) / 3)):
@@ -134,7 +142,7 @@ class ExampleSequences:
         first = step * self.recipe.batch_size
         return [(self.order[first + i], 0) for i in range(self.recipe.batch_size)]
 
-    def draw(self, key: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
+    def draw(self, key: int, step: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
         """Decodes a row's clip and encodes its gold completion.
 
         Raises:
@@ -173,7 +181,7 @@ class SftTrainer(PolicyTrainer):
         rng = random.Random(f"{recipe.seed}/step/{step}")
         keys = [(key, rng.getrandbits(32)) for key, _ in self.sequences.lengths(step)]
         mine = keys[self.args.process_index :: self.args.world_size]
-        return [self.sequences.draw(key, random.Random(seed)) for key, seed in mine]
+        return [self.sequences.draw(key, step, random.Random(seed)) for key, seed in mine]
 
     def micro_batches(self, prepared: list[tuple[Encoded, torch.Tensor]]) -> list[dict[str, Any]]:
         """Packs as many sequences as are in memory together."""

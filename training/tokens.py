@@ -57,14 +57,17 @@ def encode_sequence(
     *,
     spans: Spans,
     rng: random.Random,
+    is_cut: bool = False,
 ) -> Encoded:
     """Encodes prompt and completion, ended by the end-of-turn token, with latent spans in a share of the sequences.
+
+    A trace that is cut ends without that token: it is a beginning, and teaches no end.
 
     A span stands where a gate could open one: anywhere inside the sections that may pause. It is nobody's choice, so
     none of its tokens is a target; what stands behind it is predicted from its last token.
     """
     prompt = build_prompt(tokenizer, question, choices)
-    completion = [*tokenizer.encode_trace(trace), tokenizer.im_end_id]
+    completion = tokenizer.encode_trace(trace) + ([] if is_cut else [tokenizer.im_end_id])
     assert tokenizer.pause_id is not None
     token_ids, targets = [*prompt], [IGNORED] * len(prompt)
     opened = set(_draw_places(tokenizer, completion, rng)) if rng.random() < spans.share else set()

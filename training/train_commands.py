@@ -27,7 +27,8 @@ SEED = 0
 @click.option(
     "--base",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="The HyPeR checkpoint to train on; recipes that make a decoder of their own take none.",
+    help="The HyPeR checkpoint to train on. Recipes that make a decoder of their own begin from its decoder, which "
+    "must have their shape; its vocabulary may be another.",
 )
 @click.option(
     "--data",
@@ -206,7 +207,8 @@ def _model(recipe: Any, run_dir: Path, base: Path | None, work: Path) -> RunMode
     dtype = getattr(torch, recipe.dtype)
     decoder = getattr(recipe, "decoder", None)
     if decoder is not None:
-        return model_from_scratch(decoder, run_dir / "tokenizer.json", work / "assets" / ENCODER_FILE, dtype=dtype)
+        encoder_file = work / "assets" / ENCODER_FILE
+        return model_from_scratch(decoder, run_dir / "tokenizer.json", encoder_file, dtype=dtype, base=base)
     if base is None:
         raise click.UsageError(f"{recipe.name} trains a checkpoint: name it with --base")
     return model_of_checkpoint(base, dtype=dtype, lora=recipe.lora)
@@ -229,8 +231,8 @@ def _sft(
     from training.texts import iter_texts
 
     if recipe.decoder is not None:
-        if base is not None or examples is not None:
-            raise click.UsageError(f"{recipe.name} makes a decoder of its own, on scenes: no --base and no --data")
+        if examples is not None:
+            raise click.UsageError(f"{recipe.name} makes a decoder of its own, on scenes: no --data")
         folder = work / "clips/train"
         scenes, speech = read_clips(folder, "scene", "noise"), read_clips(folder, "speech")
         # Open texts too, where speech was built from them: a vocabulary of scenes alone would spell other words out.
