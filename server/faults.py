@@ -81,6 +81,7 @@ FAULTS: Mapping[str, FaultKind] = {
     "shutting_down": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
     "engine_unavailable": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
     "decoder_unavailable": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
+    "storage_full": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
     "deadline_exceeded": FaultKind(504, "timeout_error", retryable=True),
 }
 """Every code that a reply may carry. An `AudioError` keeps its own, finer code with the status of its class."""

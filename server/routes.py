@@ -31,7 +31,7 @@ from server.openapi import QA_REQUEST_BODY
 from server.pacing import Budget
 from server.qa import ANSWER_TOKENS, CLOSING_TOKENS, QaRun, Question
 from server.replies import account
-from server.service import Service
+from server.service import COME_AGAIN, Service
 
 logger = logging.getLogger("hyper.server")
 router = APIRouter()
@@ -125,6 +125,14 @@ async def read_form(request: Request) -> tuple[QaOptions, bytes]:
         except (MultiPartException, UnicodeError):
             hint = f"At most {MAX_FIELDS} fields of {MAX_FIELD_BYTES} bytes each, and a boundary in the content type."
             raise RequestError("invalid_multipart", "The multipart body cannot be read.", hint=hint) from None
+        except OSError as error:
+            # A clip of more than 1 MiB is kept in a temporary file. What the system says of that names our paths.
+            logger.error("a clip cannot be stored", exc_info=error)
+            for file in spooled:
+                with contextlib.suppress(OSError):
+                    file.close()
+            message = "The service has no room to store the clip."
+            raise RequestError("storage_full", message, hint=COME_AGAIN) from None
     try:
         if len(spooled) > sum(isinstance(value, UploadFile) for _, value in form.multi_items()):
             raise RequestError("invalid_multipart", "The multipart body breaks off inside a file.")

@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -207,3 +208,16 @@ def answering(body: bytes) -> Iterator[str]:
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         thread.join(10)
+
+
+def test_a_clip_that_finds_no_room_on_the_disk_is_refused_until_there_is_some() -> None:
+    with serve_process(SCRIPTED) as (process, url):
+        # The kernel fails the write as it does on a full disk; only clips of more than 1 MiB are written.
+        kept = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65536, -1))
+        reply = httpx.post(f"{url}/v1/audio/qa", data={"question": "What?"}, files={"file": ("clip", tone(40.0))})
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], reply.headers["retry-after"]) == (503, "storage_full", "10")
+        assert "tmp" not in reply.text and post(url).status_code == 200
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, kept)
+        reply = httpx.post(f"{url}/v1/audio/qa", data={"question": "What?"}, files={"file": ("clip", tone(40.0))})
+        assert reply.json()["error"]["code"] != "storage_full"
