@@ -12,7 +12,12 @@ Axes as in `audio_encoder`: S samples, M mel bins, W mel frames, A audio tokens;
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
 from typing import Any, cast
 
 import numpy as np
@@ -35,11 +40,26 @@ from hyper_model.audio_encoder import HOP, MAX_SAMPLES, WINDOW, LogMel, encode, 
 from hyper_model.audio_limits import SAMPLE_RATE_HZ
 
 ARCHITECTURE = "Qwen2AudioForConditionalGeneration"
+PARENT_WATCH = "hyper-parent-watch"
 
 
 def register() -> None:
-    """Puts this module's class in the place of vLLM's own; calling it again changes nothing."""
+    """Puts this module's class in the place of vLLM's own; calling it again changes nothing that is seen.
+
+    A process that vLLM started is bound to the life of the one that started it. vLLM's EngineCore does not notice when
+    that is killed, and would keep the memory of the weights and the cache for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and not any(thread.name == PARENT_WATCH for thread in threading.enumerate()):
+        # Not PR_SET_PDEATHSIG: that fires as well when only the thread ends which started the process.
+        threading.Thread(target=end_with, args=(parent.sentinel,), name=PARENT_WATCH, daemon=True).start()
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}:{UnpaddedQwen2Audio.__name__}")
+
+
+def end_with(sentinel: int) -> None:
+    """Waits for the end of the process behind a sentinel and kills this one: there is nobody left to answer to."""
+    wait([sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class UnpaddedAudioProcessor(Qwen2AudioMultiModalProcessor):

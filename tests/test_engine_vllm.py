@@ -112,6 +112,19 @@ def test_when_the_engine_dies_clients_hear_it_and_the_process_exits_70(
         assert not [pid for pid in workers if runs(pid)]
 
 
+def test_when_the_service_is_killed_its_engine_ends_too(vllm_host: VllmHost, random_checkpoint: Path) -> None:
+    vllm_host.close()
+    environment = {"HYPER_ENGINE": "vllm", "HYPER_CHECKPOINT": str(random_checkpoint), "HYPER_DTYPE": "float32"}
+    with serve_process(environment, ready_timeout_s=240) as (process, _):
+        workers = vllm_processes(process.pid)
+        assert workers
+        process.kill()
+        deadline_s = time.monotonic() + 5
+        while [pid for pid in workers if runs(pid)] and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert not [pid for pid in workers if runs(pid)]
+
+
 def runs(pid: int) -> bool:
     """Tells whether a process runs; one that has ended and waits for init to collect it does not."""
     try:
