@@ -1,17 +1,14 @@
-"""The command line: `python -m loadtests smoke` and `bench`. Knows only its own package."""
+"""The command line: `python -m loadtests run` and `bench`. Knows only its own package."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from loadtests.driver import find_clips, run_closed_loop
-from loadtests.report import summarize, table
+from loadtests.scenarios import SCENARIOS
 
 
 @click.group()
@@ -19,30 +16,101 @@ def main() -> None:
     """Measures the service: a running one over HTTP, or one of its own beside its peers."""
 
 
+LOG_OPTION = click.option(
+    "--log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where a service that is started here writes its messages.  [default: OUT/service.log]",
+)
+KEY_OPTION = click.option("--key", envvar="HYPER_KEY", help="An API key (HYPER_KEY), where the service asks for one.")
+
+
 @main.command()
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Where the service listens.")
+@click.argument("name", metavar="SCENARIO", type=click.Choice(list(SCENARIOS)))
+@click.option("--url", help="A running service.  [default: starts `hyper serve` and ends it afterwards]")
+@KEY_OPTION
+@click.option("--metrics-url", help="Where /metrics is, if on a port of its own (HYPER_METRICS_PORT).")
+@click.option(
+    "--serve",
+    "variables",
+    multiple=True,
+    metavar="HYPER_NAME=VALUE",
+    help="A setting of the service that is started, such as HYPER_ENGINE=scripted; may be given several times.",
+)
 @click.option(
     "--clips",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    required=True,
-    help="Folder of audio files.",
+    default=Path("tests/assets/clips"),
+    show_default=True,
+    help="Folder of audio files to ask about, as they are and cut to other lengths.",
 )
-@click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True, help="Requests at a time.")
-@click.option("--requests", type=click.IntRange(min=1), default=20, show_default=True, help="Requests in all.")
-@click.option(
-    "--timeout", type=float, default=120.0, show_default=True, help="Seconds without a byte before giving up."
-)
-def smoke(url: str, clips: Path, clients: int, requests: int, timeout: float) -> None:
-    """Asks questions about the clips, prints a table and one JSON line; exits 1 when any request failed."""
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where the results go.")
+@click.option("--peak", type=click.FloatRange(min=0, min_open=True), help="Answers a second; else it is looked for.")
+@click.option("--slo", "slo_s", type=float, help="Seconds within which an answer is good.  [default: the scenario's]")
+@click.option("--scale", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Makes every period longer.")
+@click.option("--seed", type=int, default=20261125, show_default=True, help="Everything that is drawn follows from it.")
+@LOG_OPTION
+def run(
+    name: str,
+    url: str | None,
+    key: str | None,
+    metrics_url: str | None,
+    variables: tuple[str, ...],
+    clips: Path,
+    out: Path,
+    peak: float | None,
+    slo_s: float | None,
+    scale: float,
+    seed: int,
+    log: Path | None,
+) -> None:
+    """Offers load to the service and measures it.
+
+    Requests arrive as a Poisson process at rates that do not depend on the answers, and latency counts from when a
+    request was due. Ends with a table and one line of JSON; OUT gets all figures as JSON and a picture. Exits with 1
+    where a figure misses its aim or requests fail, and with 3 where the driver itself was too slow to tell.
+
+    \b
+    smoke     two questions a second for 15 s; all must be answered
+    capacity  growing rates: the peak, and latency by stage over the offered load
+    overload  0.8 and 3 times the peak: goodput, latency of what is admitted, refusals
+    soak      11,000 requests at 0.7 of the peak: memory, and every request accounted for
+    chaos     clients that leave, an engine that is killed and one that hangs, SIGTERM with 50 in flight
+    """
+    from loadtests.driver import DriverLateError
+    from loadtests.experiment import Experiment, write
+    from loadtests.report import table
+    from loadtests.scenarios import figures_table
+    from loadtests.target import target_of
+    from loadtests.workload import Clips
+
+    scenario = SCENARIOS[name].scaled(scale, slo_s)
     try:
-        paths = find_clips(clips)
-    except FileNotFoundError as error:
+        held = Clips(clips)
+        settings = dict(variable.split("=", 1) for variable in variables)
+    except (FileNotFoundError, ValueError) as error:
         raise click.UsageError(str(error)) from error
-    outcomes = asyncio.run(run_closed_loop(url, paths, num_clients=clients, num_requests=requests, timeout_s=timeout))
-    report = summarize(outcomes)
-    click.echo(table(report))
-    click.echo(json.dumps(asdict(report)))
-    sys.exit(1 if report.errors else 0)
+    out.mkdir(parents=True, exist_ok=True)
+    with target_of(
+        url,
+        key=key,
+        metrics_url=metrics_url,
+        settings={**scenario.environment, **settings},
+        log=log or out / "service.log",
+    ) as target:
+        experiment = Experiment(target, held, seed, lambda text: click.echo(text, err=True), peak)
+        try:
+            figures = experiment.carry_out(scenario)
+        except DriverLateError as error:
+            click.echo(table(experiment.reports), err=True)
+            click.echo(f"No result: {error}", err=True)
+            sys.exit(3)
+        result = experiment.result(name, figures)
+    write(out, result, experiment.reports)
+    if experiment.reports:
+        click.echo(table(experiment.reports))
+    click.echo(figures_table(figures))
+    click.echo(json.dumps({each.name: each.value for each in figures}))
+    sys.exit(0 if result["is_met"] else 1)
 
 
 @main.command()

@@ -12,8 +12,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,13 +26,13 @@ import httpx
 
 from loadtests.clips import FreshClips, wav
 from loadtests.peers import QUESTION
+from loadtests.target import child, environment, free_port, serving, when_up
 
 CLIENTS = 16
 MAX_TOKENS = 300
 VISIBLE_TOKENS = 200
 STEP_BATCH = 32
 STEP_TOKENS = 160
-START_TIMEOUT_S = 300
 DURATIONS_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 NUM_PAUSES, LATENT_TOKENS = 3, 64
 # A gate that pauses as soon as it may, three times. Completions run on past their end, to one length: what a small
@@ -50,8 +48,6 @@ GATE: dict[str, Any] = {
     "acoustic_bias": 0.0,
     "sections": ["ENV", "SPEAKER", "ASR", "DESCRIPTION", "REASONING", "SUMMARY", "REFLECT"],
 }
-# OpenBLAS tuned for another machine would slow some peers and not others.
-LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 
 
 @dataclass(frozen=True)
@@ -106,37 +102,6 @@ class Peer:
         return self.wait()
 
 
-def environment(**fields: str) -> dict[str, str]:
-    """Returns what a child process shall see: nothing that configures the service of whoever runs this."""
-    kept = {k: v for k, v in os.environ.items() if k not in LEFT_OUT and not k.startswith("HYPER_")}
-    return kept | fields
-
-
-@contextlib.contextmanager
-def child(
-    command: Sequence[str], env: Mapping[str, str], log: Path, *, is_read: bool = False
-) -> Iterator[subprocess.Popen[str]]:
-    """Starts a process, what it prints in a file (its output only where nobody reads it), and ends it."""
-    with log.open("a") as errors:
-        output = subprocess.PIPE if is_read else errors
-        process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=output, stderr=errors, text=True)
-    try:
-        yield process
-    finally:
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                stream.close()
-        # A peer ends when its input closes, and then removes what it wrote; a server is told.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20 if is_read else 0)
-        process.terminate()
-        try:
-            process.wait(40)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
-
-
 @dataclass(frozen=True)
 class Bench:
     """Holds what every part of the benchmark goes by.
@@ -171,11 +136,9 @@ class Bench:
     @contextlib.contextmanager
     def service(self) -> Iterator[str]:
         """Starts the service; yields its address."""
-        port = free_port()
-        env = environment(HYPER_PORT=str(port), HYPER_CHECKPOINT=str(self.checkpoint), HYPER_LOG_LEVEL="error")
-        command = [sys.executable, "-m", "hyper_model.cli", "serve"]
-        with child(command, env, self.log) as process:
-            yield self.when_up(process, f"http://127.0.0.1:{port}", "/readyz")
+        with serving(self.log, HYPER_CHECKPOINT=str(self.checkpoint)) as (_, url):
+            self.say(f"{url} is ready")
+            yield url
 
     @contextlib.contextmanager
     def stock_server(self) -> Iterator[str]:
@@ -184,26 +147,7 @@ class Bench:
         command = [sys.executable, "-m", "loadtests.peers", "openai", "--checkpoint", str(self.checkpoint)]
         command += ["--clips", str(self.clips), "--port", str(port), "--max-num-seqs", str(CLIENTS)]
         with child(command, environment(), self.log) as process:
-            yield self.when_up(process, f"http://127.0.0.1:{port}", "/health")
-
-    def when_up(self, process: subprocess.Popen[str], url: str, path: str) -> str:
-        """Waits until an address answers."""
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(url + path, timeout=2).status_code == 200:
-                    self.say(f"{url}{path} answers")
-                    return url
-            if process.poll() is not None or time.monotonic() > deadline_s:
-                raise click.ClickException(f"{url}{path} does not answer; see {self.log}")
-            time.sleep(0.5)
-
-
-def free_port() -> int:
-    """Returns a port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+            yield when_up(process, f"http://127.0.0.1:{port}", "/health", self.log)
 
 
 def measure_engine(bench: Bench) -> list[Figure]:

@@ -29,7 +29,10 @@ class FreshClips:
         self.sources: list[np.ndarray] = []
         for path in sorted(folder.iterdir()):
             if path.suffix in SUFFIXES:
-                samples, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
+                try:
+                    samples, rate_hz = soundfile.read(path, dtype="float32", always_2d=True)
+                except soundfile.LibsndfileError:
+                    continue
                 if rate_hz == SAMPLE_RATE_HZ and len(samples) > self.num_samples:
                     self.sources.append(samples.mean(axis=1))
         if not self.sources:

@@ -10,8 +10,9 @@ import soundfile
 
 from hyper_model.audio import decode
 from hyper_model.manifest import GATED_SECTIONS
-from loadtests.bench import GATE, Figure, Rounds, environment, table
+from loadtests.bench import GATE, Figure, Rounds, table
 from loadtests.clips import SAMPLE_RATE_HZ, FreshClips, wav
+from loadtests.target import environment
 
 CLIPS = Path(__file__).parent / "assets/clips"
 

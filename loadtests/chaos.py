@@ -1,0 +1,166 @@
+"""Faults brought about on purpose in a service that was started here, and what its clients see of them.
+
+The contract: when the engine dies or hangs, clients in flight get 503 within a second, /readyz says 503, and the
+service comes back by itself; SIGTERM loses no answer; a client that leaves gives back what it held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import psutil
+
+from loadtests.client import Outcome, Question, ask, open_session
+from loadtests.scenarios import Figure
+from loadtests.target import Target
+from loadtests.workload import Clips, Mix, plan
+
+REPLY_TIMEOUT_S = 180.0
+RECOVERY_TIMEOUT_S = 300.0
+ADMISSION_TIMEOUT_S = 30.0
+POLL_S = 0.05
+ANSWERED_WITHIN_S = 1.0
+IDLE_WITHIN_S = 2.0
+NUM_IN_FLIGHT = 20
+NUM_AT_SIGTERM = 50
+NUM_LEAVING = 100
+GONE = "engine_unavailable"
+
+Say = Callable[[str], None]
+Fault = Callable[[Target, Clips, Mix, int, Say], list[Figure]]
+
+
+def questions(clips: Clips, mix: Mix, num: int, seed: int) -> list[Question]:
+    """Returns so many questions of the mix."""
+    return [each.question for each in plan(clips, mix, 1.0, 10.0 * num + 100, seed)[:num]]
+
+
+async def in_flight(target: Target, asked: Sequence[Question], act: Callable[[], None]) -> tuple[list[Outcome], float]:
+    """Asks all at once, acts when the service has admitted them, and returns what became of them and when it acted."""
+    async with open_session(target.url, target.key, REPLY_TIMEOUT_S) as session:
+        start_s = time.perf_counter()
+        tasks = [asyncio.create_task(ask(session, question, start_s)) for question in asked]
+        while time.perf_counter() < start_s + ADMISSION_TIMEOUT_S:
+            reading = await asyncio.to_thread(target.read)
+            if reading.in_flight >= len(asked) or all(task.done() for task in tasks):
+                break
+            await asyncio.sleep(POLL_S)
+        acted_s = time.perf_counter()
+        act()
+        return list(await asyncio.gather(*tasks)), acted_s
+
+
+def watch_readiness(target: Target, since_s: float) -> tuple[float, float]:
+    """Returns when the service stopped and when it began again to be ready, in seconds after a moment."""
+    deadline_s = time.perf_counter() + RECOVERY_TIMEOUT_S
+    down_s = float("inf")
+    while time.perf_counter() < deadline_s:
+        if not target.is_ready():
+            down_s = min(down_s, time.perf_counter() - since_s)
+        elif down_s < float("inf"):
+            return down_s, time.perf_counter() - since_s
+        time.sleep(POLL_S)
+    return down_s, float("inf")
+
+
+def strike(target: Target, clips: Clips, mix: Mix, seed: int, sent: signal.Signals) -> tuple[list[float], float, float]:
+    """Sends a signal to the engine while clients wait.
+
+    Returns:
+        How long after it each client got 503, infinity for those that got something else; when the service said that
+        it was not ready; and when it was ready again.
+    """
+    processes = target.engine_processes()
+
+    async def act() -> tuple[tuple[list[Outcome], float], tuple[float, float]]:
+        struck_s: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+        def send() -> None:
+            for process in processes:
+                process.send_signal(sent)
+            struck_s.set_result(time.perf_counter())
+
+        clients = asyncio.create_task(in_flight(target, questions(clips, mix, NUM_IN_FLIGHT, seed), send))
+        watched = await asyncio.to_thread(watch_readiness, target, await struck_s)
+        return await clients, watched
+
+    (outcomes, acted_s), (down_s, up_s) = asyncio.run(act())
+    waited_s = [
+        each.due_s + each.e2e_s - acted_s if each.error == GONE else float("inf")
+        for each in outcomes
+        # What was answered before is none of this.
+        if each.due_s + each.e2e_s > acted_s
+    ]
+    return waited_s, down_s, up_s
+
+
+def engine_is_killed(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) -> list[Figure]:
+    """Kills the engine's processes with 20 requests in flight."""
+    if not target.engine_processes():
+        say("engine_is_killed: the engine has no process of its own here (HYPER_ENGINE=vllm has)")
+        return []
+    waited_s, down_s, up_s = strike(target, clips, mix, seed, signal.SIGKILL)
+    num = len(waited_s)
+    within = sum(each <= ANSWERED_WITHIN_S for each in waited_s)
+    return [
+        Figure("engine_kill_clients_answered", within / num if num else 0.0, num),
+        Figure("engine_kill_not_ready_s", round(down_s, 3), 1),
+        Figure("engine_recovery_s", round(up_s, 2), 1),
+    ]
+
+
+def engine_hangs(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) -> list[Figure]:
+    """Stops the engine's processes with 20 requests in flight, so that they live and do nothing."""
+    processes = target.engine_processes()
+    if not processes:
+        say("engine_hangs: the engine has no process of its own here (HYPER_ENGINE=vllm has)")
+        return []
+    try:
+        waited_s, down_s, up_s = strike(target, clips, mix, seed + 1, signal.SIGSTOP)
+    finally:
+        for process in processes:
+            if process.is_running() and process.status() == psutil.STATUS_STOPPED:
+                process.send_signal(signal.SIGCONT)
+    return [
+        Figure("hung_engine_detected_s", round(min([down_s, *waited_s]), 2), len(waited_s)),
+        Figure("hung_engine_recovery_s", round(up_s, 2), 1),
+    ]
+
+
+def clients_leave(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) -> list[Figure]:
+    """Lets 100 clients leave, each at a time of its own, and sees what still holds a place 2 s after the last."""
+    leaving = [
+        dataclasses.replace(question, cancel_after_s=2.0 * number / NUM_LEAVING)
+        for number, question in enumerate(questions(clips, mix, NUM_LEAVING, seed + 2))
+    ]
+
+    async def act() -> None:
+        async with open_session(target.url, target.key, REPLY_TIMEOUT_S) as session:
+            start_s = time.perf_counter()
+            await asyncio.gather(*(ask(session, question, start_s) for question in leaving))
+
+    asyncio.run(act())
+    return [Figure("held_by_clients_that_left", target.when_idle(IDLE_WITHIN_S).in_flight, len(leaving))]
+
+
+def sigterm(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) -> list[Figure]:
+    """Ends the service with 50 requests in flight. It is gone afterwards, so this comes last."""
+    process = target.process
+    if process is None:
+        say("sigterm: only a service that was started here is ended")
+        return []
+    asked = questions(clips, mix, NUM_AT_SIGTERM, seed + 3)
+    outcomes, acted_s = asyncio.run(in_flight(target, asked, process.terminate))
+    code = process.wait(REPLY_TIMEOUT_S)
+    waiting = [each for each in outcomes if each.due_s + each.e2e_s > acted_s]
+    return [
+        Figure("sigterm_lost", sum(each.error is not None for each in outcomes), len(waiting)),
+        Figure("sigterm_exit_code", code, 1),
+    ]
+
+
+FAULTS: Mapping[str, Fault] = {each.__name__: each for each in (clients_leave, engine_is_killed, engine_hangs, sigterm)}

@@ -1,0 +1,168 @@
+"""The scenarios, as data: what is offered, for how long, to a service of which settings, and what is to come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from loadtests.workload import Mix
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Finds the peak: rates that grow by a factor until answers no longer do."""
+
+    first_per_s: float = 2.0
+    factor: float = 1.5
+    seconds: float = 15.0
+    max_rungs: int = 14
+
+
+@dataclass(frozen=True)
+class Step:
+    """One period of load, at a rate, or at a multiple of the peak.
+
+    Attributes:
+        num_requests: How many to offer, on the mean; the period is as long as that takes. None: `seconds` says.
+    """
+
+    name: str
+    per_s: float | None = None
+    of_peak: float | None = None
+    seconds: float = 30.0
+    num_requests: int | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What one run does.
+
+    Attributes:
+        ladder: Finds the peak first, where a step is a multiple of it and no peak is given.
+        faults: Names of `loadtests.chaos`, each brought about once the steps are over.
+        environment: Settings of a service that is started for this.
+        slo_s: What counts as good: an answer within so many seconds from when it was due.
+        allows: Codes that are no failure of this scenario.
+    """
+
+    about: str
+    mix: Mix
+    ladder: Ladder | None = None
+    steps: tuple[Step, ...] = ()
+    faults: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    slo_s: float = 10.0
+    allows: frozenset[str] = frozenset()
+
+    def scaled(self, scale: float, slo_s: float | None = None) -> Scenario:
+        """Returns the same with longer or shorter periods, and another objective where one is given."""
+        return replace(
+            self,
+            ladder=None if self.ladder is None else replace(self.ladder, seconds=self.ladder.seconds * scale),
+            steps=tuple(
+                replace(
+                    step,
+                    seconds=step.seconds * scale,
+                    num_requests=None if step.num_requests is None else round(step.num_requests * scale),
+                )
+                for step in self.steps
+            ),
+            slo_s=self.slo_s if slo_s is None else slo_s,
+        )
+
+
+SHORT = {"max_tokens": "48", "pause": "off"}
+REFUSALS = frozenset({"overloaded", "rate_limit_exceeded", "too_many_in_flight", "audio_quota_exceeded"})
+
+SCENARIOS: Mapping[str, Scenario] = {
+    "smoke": Scenario(
+        about="Two questions a second for 15 s: everything is answered, or the run fails.",
+        mix=Mix(fields=SHORT),
+        steps=(Step("smoke", per_s=2.0, seconds=15.0),),
+    ),
+    "capacity": Scenario(
+        about="Rates that grow until answers no longer do: the peak, and latency by stage over the offered load.",
+        mix=Mix(fields=SHORT),
+        ladder=Ladder(),
+        allows=REFUSALS,
+    ),
+    "overload": Scenario(
+        about="The peak (see capacity), then 0.8 and 3 times as much: what is still answered, how late, and how soon "
+        "the rest is refused.",
+        mix=Mix(batch=0.2, fields=SHORT),
+        ladder=Ladder(),
+        steps=(Step("0.8x peak", of_peak=0.8, seconds=60.0), Step("3x peak", of_peak=3.0, seconds=60.0)),
+        allows=REFUSALS,
+    ),
+    "soak": Scenario(
+        about="11,000 requests at 0.7 of the peak, with clients that leave: memory afterwards, and every request "
+        "accounted for. The first 1,000 warm the service up.",
+        mix=Mix(cancel=0.05, batch=0.2, fields=SHORT),
+        ladder=Ladder(),
+        steps=(Step("warm-up", of_peak=0.7, num_requests=1_000), Step("soak", of_peak=0.7, num_requests=10_200)),
+        allows=REFUSALS,
+    ),
+    "chaos": Scenario(
+        about="Clients that leave; the engine killed, then stopped; SIGTERM with 50 in flight. For a service that this "
+        "starts itself.",
+        mix=Mix(stream=0.5, cut=1.0, fields={"max_tokens": "400", "pause": "off"}),
+        faults=("clients_leave", "engine_is_killed", "engine_hangs", "sigterm"),
+        environment={"HYPER_MAX_IN_FLIGHT": "64", "HYPER_DRAIN_TIMEOUT_S": "120"},
+    ),
+}
+
+AIMS: Mapping[str, tuple[str, float]] = {
+    "audio_5xx": ("<=", 0),
+    "decoder_outbound": ("<=", 0),
+    "foreign_reads": ("<=", 0),
+    "decode_peak_mib": ("<=", 256),
+    "http_5xx": ("<=", 0),
+    "unauthenticated_reached": ("<=", 0),
+    "engine_kill_clients_answered": (">=", 1.0),
+    "hung_engine_detected_s": ("<=", 30),
+    "sigterm_lost": ("<=", 0),
+    "overload_goodput_ratio": (">=", 0.9),
+    "overload_p99_ratio": ("<=", 2),
+    "rejection_p99_ms": ("<=", 100),
+    "unaccounted": ("<=", 0),
+    "rss_growth_mib_10k": ("<=", 50),
+    "scrape_p99_ms": ("<=", 200),
+    "sandbox_overhead_ms": ("<=", 30),
+    "failures": ("<=", 0),
+    "rejections_without_retry_after": ("<=", 0),
+    "held_by_clients_that_left": ("<=", 0),
+    "engine_kill_not_ready_s": ("<=", 1),
+    "sigterm_exit_code": ("<=", 0),
+}
+"""What each figure is to reach; others are told without an aim."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One result: its value, and of how many requests, files or probes."""
+
+    name: str
+    value: float
+    num: int
+
+    @property
+    def aim(self) -> str:
+        """What it is to reach, in words."""
+        return " ".join(map(str, AIMS[self.name])) if self.name in AIMS else ""
+
+    @property
+    def is_met(self) -> bool:
+        """Whether it reaches its aim; without one, it does."""
+        if self.name not in AIMS:
+            return True
+        relation, bound = AIMS[self.name]
+        return self.value <= bound if relation == "<=" else self.value >= bound
+
+
+def figures_table(figures: Sequence[Figure]) -> str:
+    """Formats figures for a person."""
+    lines = [f"{'figure':<34}{'value':>12}{'of':>10}   aim"]
+    for each in figures:
+        missed = "" if each.is_met else "   MISSED"
+        lines.append(f"{each.name:<34}{each.value:>12g}{each.num:>10}   {each.aim}{missed}")
+    return "\n".join(lines)

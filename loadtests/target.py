@@ -1,0 +1,219 @@
+"""The service that is measured: one that runs somewhere, or one of our own, started as an operator would start it.
+
+Knows its processes only where it has started them; all else it learns over HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+START_TIMEOUT_S = 300
+# OpenBLAS tuned for another machine would slow some peers and not others.
+LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
+ENGINE_PROCESS = "VLLM"
+"""What vLLM writes into the titles of its processes."""
+
+COUNTED_ENDPOINTS = ("/v1/audio/qa", "other")
+"""Where the service counts a question: `other` when it was refused before it was known what it asked for."""
+
+MEBIBYTE = 2**20
+
+
+def environment(**fields: str) -> dict[str, str]:
+    """Returns what a child process shall see: nothing that configures the service of whoever runs this."""
+    kept = {k: v for k, v in os.environ.items() if k not in LEFT_OUT and not k.startswith("HYPER_")}
+    return kept | fields
+
+
+@contextlib.contextmanager
+def child(
+    command: Sequence[str], env: Mapping[str, str], log: Path, *, is_read: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """Starts a process, what it prints in a file (its output only where nobody reads it), and ends it."""
+    with log.open("a") as errors:
+        output = subprocess.PIPE if is_read else errors
+        process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=output, stderr=errors, text=True)
+    try:
+        yield process
+    finally:
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
+        # A peer ends when its input closes, and then removes what it wrote; a server is told.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20 if is_read else 0)
+        process.terminate()
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+
+
+@contextlib.contextmanager
+def serving(log: Path, **fields: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Starts `hyper serve` on a free port with these variables; yields its process and address when it is ready."""
+    port = free_port()
+    env = environment(HYPER_PORT=str(port), **{"HYPER_LOG_LEVEL": "error", **fields})
+    with child([sys.executable, "-m", "hyper_model.cli", "serve"], env, log) as process:
+        yield process, when_up(process, f"http://127.0.0.1:{port}", "/readyz", log)
+
+
+def when_up(process: subprocess.Popen[str], url: str, path: str, log: Path) -> str:
+    """Waits until an address answers, and returns it.
+
+    Raises:
+        click.ClickException: The process ended or took too long.
+    """
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(url + path, timeout=2).status_code == 200:
+                return url
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            raise click.ClickException(f"{url}{path} does not answer; see {log}")
+        time.sleep(0.2)
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One look at /metrics.
+
+    Attributes:
+        ended: Questions that ended, by outcome.
+        in_flight: Admitted requests.
+        rss_mib: Resident memory of the service's own process.
+    """
+
+    ended: Mapping[str, int]
+    in_flight: int
+    rss_mib: float
+
+
+class Target:
+    """A service at an address.
+
+    Attributes:
+        key: The API key, where it asks for one; it must open /metrics as well, unless that has a port of its own.
+        metrics_url: Where /metrics is.
+        process: The service's own process, where it was started here.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        metrics_url: str | None = None,
+        process: subprocess.Popen[str] | None = None,
+    ) -> None:
+        self.url = url
+        self.key = key
+        self.metrics_url = metrics_url or url
+        self.process = process
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        self.client = httpx.Client(headers=headers, timeout=30)
+
+    def close(self) -> None:
+        """Gives back the connections."""
+        self.client.close()
+
+    def is_ready(self) -> bool:
+        """Whether the service says that it takes requests."""
+        try:
+            return self.client.get(f"{self.url}/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def info(self) -> dict[str, Any]:
+        """Returns what the service says of itself; nothing where it says nothing."""
+        reply = self.client.get(f"{self.url}/v1/info")
+        return reply.json() if reply.status_code == 200 else {}
+
+    def scrape(self) -> tuple[str, float]:
+        """Returns what /metrics says, and the seconds that it took to.
+
+        Raises:
+            click.ClickException: It does not answer, or not to this key.
+        """
+        started_s = time.perf_counter()
+        reply = self.client.get(f"{self.metrics_url}/metrics")
+        seconds = time.perf_counter() - started_s
+        if reply.status_code != 200:
+            raise click.ClickException(f"{self.metrics_url}/metrics answers {reply.status_code}; see --metrics-url")
+        return reply.text, seconds
+
+    def read(self) -> Reading:
+        """Reads the figures that /metrics has of the service itself. Raises what `scrape` raises."""
+        return parse_metrics(self.scrape()[0])
+
+    def when_idle(self, timeout_s: float = 60.0) -> Reading:
+        """Waits until nothing is in flight, and returns that reading, or the last where something stays."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            found = self.read()
+            if found.in_flight == 0 or time.monotonic() > deadline_s:
+                return found
+            time.sleep(0.2)
+
+    def engine_processes(self) -> list[psutil.Process]:
+        """Finds the processes of the engine; none where it is part of the service's own, or runs elsewhere."""
+        if self.process is None:
+            return []
+        found: list[psutil.Process] = []
+        for each in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(ENGINE_PROCESS in word for word in each.cmdline()):
+                    found.append(each)
+        return found
+
+
+@contextlib.contextmanager
+def target_of(
+    url: str | None, *, key: str | None, metrics_url: str | None, settings: Mapping[str, str], log: Path
+) -> Iterator[Target]:
+    """Yields the service at an address, or one that is started with these settings and ended afterwards."""
+    if url is not None:
+        with contextlib.closing(Target(url, key, metrics_url)) as target:
+            yield target
+        return
+    with (
+        serving(log, **settings) as (process, own_url),
+        contextlib.closing(Target(own_url, key, metrics_url, process)) as target,
+    ):
+        yield target
+
+
+def parse_metrics(text: str) -> Reading:
+    """Takes from an exposition what the figures need."""
+    ended: dict[str, int] = {}
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == "hyper_request_seconds_count" and sample.labels["endpoint"] in COUNTED_ENDPOINTS:
+                outcome = sample.labels["outcome"]
+                ended[outcome] = ended.get(outcome, 0) + int(sample.value)
+            elif not sample.labels:
+                values[sample.name] = sample.value
+    rss_mib = values.get("process_resident_memory_bytes", 0.0) / MEBIBYTE
+    return Reading(ended, int(values.get("hyper_in_flight", 0)), rss_mib)
