@@ -55,13 +55,13 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        supervisor = asyncio.create_task(service.start(canary))
+        life = asyncio.create_task(service.start(canary))
         try:
             yield
         finally:
             await service.stop()
-            supervisor.cancel()
-            await asyncio.gather(supervisor, return_exceptions=True)
+            life.cancel()
+            await asyncio.gather(life, return_exceptions=True)
 
     app = FastAPI(title="HyPeR", version=version(), description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.state.service = service
@@ -110,7 +110,8 @@ async def canary(service: Service) -> float:
         prompt_token_ids = build_prompt(service.checkpoint.tokenizer, "Is there a tone?", choices)
         question = Question(choices=choices, prompt_token_ids=tuple(prompt_token_ids), max_tokens=16)
         exchange = Exchange(request_id="canary", is_body_complete=True)
-        reply = await QaRun(service, exchange, question, waveform).run(routes.drop)
+        # Past the line and the quarantine: nobody else is in the engine, and its own question is no suspect.
+        reply = await QaRun(service, exchange, question, waveform).answer(routes.drop)
         json.dumps(reply.model_dump(mode="json"), allow_nan=False)
         seconds = exchange.elapsed_ms() / 1000
     return seconds

@@ -28,8 +28,8 @@ def serve(**options: Any) -> None:
     """Answer questions about clips over HTTP.
 
     Everything else is set by HYPER_* variables; docs/operations.md explains them. Stops at SIGTERM when the requests in
-    flight are answered, with exit code 0; exits with 70 when the engine dies and with 78 when the checkpoint cannot be
-    served.
+    flight are answered, with exit code 0; exits with 70 when the engine cannot be kept running and with 78 when the
+    checkpoint cannot be served.
     """
     from pydantic import ValidationError
 

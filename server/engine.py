@@ -6,7 +6,9 @@ An engine knows token ids, clips as arrays and log-probabilities. It knows no se
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -100,12 +102,29 @@ class Engine(Protocol):
         """How many requests it works on."""
         ...
 
+    @property
+    def last_sign_s(self) -> float:
+        """When it last wrote a token of any request, as a reading of `time.monotonic()`; 0 before the first."""
+        ...
+
     async def start(self) -> None:
-        """Loads the model; returns when the engine can take requests."""
+        """Loads the model; returns when the engine can take requests. May be called again after `stop` or `kill`."""
         ...
 
     async def stop(self) -> None:
         """Ends the engine and everything it started."""
+        ...
+
+    async def kill(self) -> None:
+        """Does the same to an engine that does not listen any more; requests in flight fail at once."""
+        ...
+
+    async def ping(self) -> None:
+        """Returns when the engine has written a token, for nobody.
+
+        Raises:
+            EngineUnavailableError: The engine is not running, or died.
+        """
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
@@ -147,16 +166,31 @@ class ScriptedEngine:
         self.script = script or measuring_script
         self.audio_tokens_per_s = audio_tokens_per_s
         self.token_interval_s = token_interval_s
-        self.is_alive = False
         self.num_in_flight = 0
+        self.last_sign_s = 0.0
+        self.ended = asyncio.Event()
+        self.ended.set()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests."""
+        return not self.ended.is_set()
 
     async def start(self) -> None:
         """Begins to take requests."""
-        self.is_alive = True
+        self.ended = asyncio.Event()
 
     async def stop(self) -> None:
         """Ends; requests in flight fail as they would with an engine that died."""
-        self.is_alive = False
+        self.ended.set()
+
+    async def kill(self) -> None:
+        """Ends as well."""
+        self.ended.set()
+
+    async def ping(self) -> None:
+        """Takes as long as a token does."""
+        await self.pace(self.ended)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yields the script one token a chunk, from where the prompt's own completion leaves off.
@@ -164,14 +198,15 @@ class ScriptedEngine:
         Where the script has a <PAUSE>, that is what the model wants; whether it may is for the gate to say.
         """
         self.num_in_flight += 1
+        ended = self.ended
         try:
             num_prompt_tokens = self.count_prompt_tokens(request)
             token_ids = self.remaining_script(request)
             gate = None if request.gate is None else Gate(request.gate)
             num_written = at = 0
             while at < len(token_ids):
-                await asyncio.sleep(self.token_interval_s)
-                self.require_alive()
+                await self.pace(ended)
+                self.last_sign_s = time.monotonic()
                 token_id = token_ids[at]
                 at += 1
                 if gate is not None:
@@ -224,8 +259,7 @@ class ScriptedEngine:
 
     async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
         """Returns log-probabilities that are a hash of the clip, the prompt and the candidate."""
-        await asyncio.sleep(self.token_interval_s)
-        self.require_alive()
+        await self.pace(self.ended)
         seen = hashlib.sha256(np.asarray(request.prompt_token_ids, dtype=np.int64).tobytes())
         for clip in request.clips:
             seen.update(clip.tobytes())
@@ -235,9 +269,19 @@ class ScriptedEngine:
             logits[index] = int.from_bytes(digest[:4]) / 2**31
         return (logits - np.logaddexp.reduce(logits)).tolist()
 
-    def require_alive(self) -> None:
-        """Raises when the engine was stopped."""
-        if not self.is_alive:
+    async def pace(self, ended: asyncio.Event) -> None:
+        """Lets the time of a token pass.
+
+        Args:
+            ended: Set when the engine's life ends in which this began; another may have begun since.
+        """
+        if self.token_interval_s:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.token_interval_s):
+                    await ended.wait()
+        else:
+            await asyncio.sleep(0)
+        if ended.is_set():
             raise EngineUnavailableError("The engine is not running.")
 
     def count_prompt_tokens(self, request: GenerationRequest) -> int:

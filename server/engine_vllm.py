@@ -13,10 +13,13 @@ that on a device (V2), the second gate is given the log-probabilities as well an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import itertools
 import logging
 import math
 import os
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 # vLLM clips biases to this; a model's logits stay far inside it.
 BAN = -100.0
 STOP_TIMEOUT_S = 10.0
+KILL_TIMEOUT_S = 2.0
 REPORT_TIMEOUT_S = 2.0
 PLUGIN = "hyper"
 FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
@@ -55,6 +59,8 @@ class VllmEngine:
         self.settings = settings
         self.checkpoint = checkpoint
         self.num_in_flight = 0
+        self.last_sign_s = 0.0
+        self.pings = itertools.count()
         self.llm: AsyncLLM | None = None
         self.loading: asyncio.Future[None] | None = None
         self.is_ready = False
@@ -90,15 +96,41 @@ class VllmEngine:
             return
         await asyncio.wait({self.loading})
         self.is_ready = False
-        if self.llm is not None:
+        # Taken away first: this may be called again before it returns.
+        llm, self.llm, self.loading = self.llm, None, None
+        if llm is not None:
             # Else it takes the end of the processes for their death, and says so in the log.
-            reader = cast("asyncio.Task[None] | None", self.llm.output_handler)  # pyright: ignore[reportUnknownMemberType]
+            reader = cast("asyncio.Task[None] | None", llm.output_handler)  # pyright: ignore[reportUnknownMemberType]
             if reader is not None:
                 reader.cancel()
-            await asyncio.to_thread(self.llm.shutdown, STOP_TIMEOUT_S)
-        self.llm = self.loading = None
+            await asyncio.to_thread(llm.shutdown, STOP_TIMEOUT_S)
+        del llm
         # It refers to itself, and its finalizer must run while Python still can.
         gc.collect()
+
+    async def kill(self) -> None:
+        """Ends vLLM's processes at once, stopped ones too, and tidies up when all who are in flight have heard."""
+        llm = self.llm
+        if llm is not None:
+            self.is_ready = False
+            await asyncio.to_thread(kill_processes, llm)
+            # They hear of it from vLLM, whose reader `stop` ends.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(KILL_TIMEOUT_S):
+                    while self.num_in_flight:
+                        await asyncio.sleep(0.02)
+        await self.stop()
+
+    async def ping(self) -> None:
+        """Writes one token behind one token: all the way through the scheduler and the model."""
+        if self.llm is None:
+            raise EngineUnavailableError("The engine is not running.")
+        prompt: TokensPrompt = {"prompt_token_ids": [self.checkpoint.tokenizer.im_start_id]}
+        params = sampling_params(GenerationRequest("", (), (), 1), 1)
+        # Not through `outputs`: it is no request of anybody's.
+        async with aclosing(self.llm.generate(prompt, params, f"ping-{next(self.pings)}")) as outputs:
+            async for _ in outputs:
+                pass
 
     def load(self) -> None:
         """Builds vLLM's client, which starts its processes."""
@@ -305,6 +337,7 @@ class VllmEngine:
         try:
             async with aclosing(self.llm.generate(prompt, params, request_id)) as outputs:
                 async for output in outputs:
+                    self.last_sign_s = time.monotonic()
                     if output.outputs[0].finish_reason == "error":
                         raise EngineUnavailableError("The engine failed on this request.")
                     yield output
@@ -313,6 +346,17 @@ class VllmEngine:
             raise EngineUnavailableError("The engine died.") from None
         finally:
             self.num_in_flight -= 1
+
+
+def kill_processes(llm: AsyncLLM) -> None:
+    """Kills the processes that vLLM started for this client, with their children."""
+    from vllm.utils.system_utils import kill_process_tree
+
+    core = cast("Any", llm.engine_core)
+    manager = core.resources.engine_manager
+    pids: list[int] = [] if manager is None else [process.pid for process in manager.processes]
+    for pid in pids:
+        kill_process_tree(pid)
 
 
 class Session:

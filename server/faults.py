@@ -31,6 +31,7 @@ from hyper_model.errors import (
 from server.box import DecoderUnavailableError
 from server.engine import EngineUnavailableError
 from server.exchange import Exchange
+from server.supervisor import PoisonedClipError
 
 logger = logging.getLogger("hyper.server")
 
@@ -70,6 +71,7 @@ FAULTS: Mapping[str, FaultKind] = {
     "unsupported_media_type": FaultKind(415, INVALID_REQUEST),
     "unsupported_audio": FaultKind(415, INVALID_REQUEST),
     "audio_too_long": FaultKind(422, INVALID_REQUEST),
+    "poisoned_clip": FaultKind(422, INVALID_REQUEST),
     "rate_limit_exceeded": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
     "too_many_in_flight": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
     "audio_quota_exceeded": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=60),
@@ -172,6 +174,8 @@ def as_fault(error: BaseException) -> RequestError:
             return RequestError("invalid_prompt", error.message, param=error.param)
         case EngineUnavailableError():
             return RequestError("engine_unavailable", error.message, hint="Try again after the Retry-After time.")
+        case PoisonedClipError():
+            return RequestError("poisoned_clip", error.message, param="file", hint="Ask about another clip.")
         case DecoderUnavailableError():
             return RequestError("decoder_unavailable", error.message, hint="Try again after the Retry-After time.")
         case ClientDisconnect():

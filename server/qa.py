@@ -22,7 +22,7 @@ from hyper_model.trace import PauseMode, Section, Termination, escape_markup, re
 from hyper_model.trace_parser import Event, PauseSeen, SectionDelta, SectionEnd, SectionStart, TraceParser
 from server import replies
 from server.api_types import Answer, QaReply
-from server.engine import GenerationRequest, TokenChunk
+from server.engine import EngineUnavailableError, GenerationRequest, TokenChunk
 from server.exchange import Exchange
 from server.pacing import LoweredBy
 from server.service import Service
@@ -61,6 +61,7 @@ class QaRun:
     def __init__(self, service: Service, exchange: Exchange, question: Question, waveform: Waveform) -> None:
         self.engine = service.engine
         self.line = service.line
+        self.quarantine = service.quarantine
         self.queue_wait = service.metrics.queue_wait
         self.cache_salt = service.cache_salt(exchange)
         self.manifest = service.checkpoint.manifest
@@ -82,13 +83,20 @@ class QaRun:
 
         Raises:
             EngineUnavailableError: The engine died.
+            PoisonedClipError: It has died on this clip before.
         """
         self.exchange.phase = "queue"
         started_s = time.monotonic()
-        async with self.line.place(self.exchange.priority):
+        async with self.line.place(self.exchange.priority), self.quarantine.enter(self.waveform.sha256):
             self.tally.line_s = time.monotonic() - started_s
             self.queue_wait.observe(self.tally.line_s)
-            return await self.answer(emit)
+            try:
+                return await self.answer(emit)
+            except EngineUnavailableError:
+                if not self.engine.is_alive:
+                    # At once, while all who were in it can be told.
+                    self.quarantine.note_failure()
+                raise
 
     async def answer(self, emit: Emit) -> QaReply:
         """Writes trace and answer with a place in the engine."""

@@ -36,10 +36,11 @@ from server.metrics import Metrics
 from server.pacing import Budget, Pace
 from server.quotas import Quotas
 from server.settings import MEBIBYTE, Settings
+from server.supervisor import EngineFailedError, Quarantine, Supervisor
 
 logger = logging.getLogger("hyper.server")
 
-State = Literal["starting", "ready", "draining", "failed", "stopped"]
+State = Literal["starting", "ready", "recovering", "draining", "failed", "stopped"]
 Result = TypeVar("Result")
 
 WATCH_INTERVAL_S = 0.25
@@ -76,6 +77,8 @@ class Service:
         self.quotas = Quotas()
         # Where the engine would take more than it works on together, whose turn it is would be for it to say.
         self.line = Line(settings.max_num_seqs)
+        self.quarantine = Quarantine()
+        self.supervisor: Supervisor | None = None
         self.pool = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="hyper-pool")
         self.tasks: set[asyncio.Task[Any]] = set()
 
@@ -105,31 +108,62 @@ class Service:
         return hashlib.sha256(named.encode()).hexdigest()
 
     async def start(self, canary: Callable[[Service], Coroutine[Any, Any, float]]) -> None:
-        """Starts decoder and engine, asks the canary question, and watches the engine until it ends."""
+        """Starts the decoder and the engine, and keeps the engine running until the service ends."""
+        supervisor = self.supervisor = Supervisor(
+            self.engine,
+            self.metrics,
+            self.quarantine,
+            canary=lambda: canary(self),
+            up=self.engine_is_up,
+            down=self.engine_is_down,
+            hang_timeout_s=self.settings.hang_timeout_s,
+            max_restarts=self.settings.max_engine_restarts,
+        )
+        watching = asyncio.create_task(self.watch())
         try:
             await self.start_box()
-            await self.engine.start()
-            self.metrics.canary_seconds.set(await canary(self))
+            await supervisor.run()
         except Exception as error:
             # Stopping an engine while it loads makes the loading fail; that is no failure of the service.
             if self.state != "stopped":
                 self.fail(error)
-            return
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    def engine_is_up(self) -> None:
+        """Takes requests from now on, unless the service is about to end."""
         self.metrics.engine_up.set(1)
-        if self.state == "starting":
+        if self.state in ("starting", "recovering"):
             self.state = "ready"
             self.metrics.ready.set(1)
             logger.info("ready", extra={"checkpoint": self.checkpoint.manifest.name, "engine": self.settings.engine})
-        while self.engine.is_alive:
+
+    def engine_is_down(self) -> None:
+        """Refuses requests until the engine is up again."""
+        self.metrics.engine_up.set(0)
+        self.metrics.ready.set(0)
+        if self.state == "ready":
+            self.state = "recovering"
+        elif self.state == "draining" and self.supervisor is not None:
+            # Nothing new will come, and what is in flight hears of it: another engine would have nothing to do.
+            self.supervisor.is_over = True
+            # Ctrl-C reaches the engine's processes too: when nothing is in flight their end is only early.
+            if self.num_in_flight:
+                self.fail(EngineFailedError("the engine died while the service was draining"))
+
+    async def watch(self) -> None:
+        """Keeps figures that nobody else would, and heeds changes of the key file."""
+        while True:
             before = time.monotonic()
             await asyncio.sleep(WATCH_INTERVAL_S)
-            self.metrics.event_loop_lag.observe(max(0.0, time.monotonic() - before - WATCH_INTERVAL_S))
-            self.metrics.waiting.set(self.line.num_waiting)
-            self.metrics.decode_peak.set(self.box.peak_bytes)
+            metrics = self.metrics
+            metrics.event_loop_lag.observe(max(0.0, time.monotonic() - before - WATCH_INTERVAL_S))
+            metrics.waiting.set(self.line.num_waiting)
+            metrics.decode_peak.set(self.box.peak_bytes)
+            metrics.suspected_clips.set(len(self.quarantine.suspects))
+            metrics.poisoned_clips.set(len(self.quarantine.banned))
             self.refresh_keys()
-        # Ctrl-C reaches the engine's processes too: when nothing is in flight their end is only early, not a failure.
-        if self.state != "stopped" and not (self.state == "draining" and self.num_in_flight == 0):
-            self.fail(RuntimeError("the engine died"))
 
     def refresh_keys(self) -> None:
         """Heeds what has been added to the key file or taken out of it."""
@@ -181,6 +215,8 @@ class Service:
     async def stop(self) -> None:
         """Ends the engine and the decoders."""
         self.state = "stopped"
+        if self.supervisor is not None:
+            self.supervisor.is_over = True
         await self.engine.stop()
         self.metrics.engine_up.set(0)
         await self.box.stop()
@@ -194,10 +230,10 @@ class Service:
                 reasons.append("starting")
             case "draining" | "stopped":
                 reasons.append("shutting_down")
-            case "failed":
+            case "failed" | "recovering":
                 reasons.append("engine_unavailable")
             case "ready":
-                # The supervisor looks a few times a second; a probe in between should see the truth as well.
+                # The supervisor looks some times a second; a probe in between should see the truth as well.
                 if not self.engine.is_alive:
                     reasons.append("engine_unavailable")
         if self.num_in_flight >= self.settings.max_in_flight:

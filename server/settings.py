@@ -49,6 +49,11 @@ class Settings(BaseSettings):
         default=0.0, ge=0, description="Scripted engine only: pace of its tokens, to rehearse a slow model."
     )
 
+    hang_timeout_s: float = Field(
+        default=20.0, gt=0, description="Silence of an engine that was asked for a token, after which it is killed."
+    )
+    max_engine_restarts: int = Field(default=5, ge=0, description="In ten minutes; one more ends the service.")
+
     max_audio_bytes: int = Field(default=25 * MEBIBYTE, ge=1)
     max_audio_s: float = Field(default=600.0, gt=0, description="Decoded seconds; counted, headers are not trusted.")
     decode_timeout_s: float = Field(default=10.0, gt=0)

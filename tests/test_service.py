@@ -208,7 +208,7 @@ def test_what_cannot_be_finished_is_told_so(code: str, end: Callable[[Live], obj
 
 
 def test_a_dead_engine_is_503_and_not_ready() -> None:
-    with running(scripted()) as service:
+    with running(scripted(max_engine_restarts=0)) as service:
         service.run(service.service.engine.stop())
         assert_error(service.ask(), 503, "engine_unavailable")
         ready = service.client.get("/readyz")
