@@ -236,7 +236,7 @@ class Supervisor:
         Any token of any request is a sign of life; where none comes for a while the engine is asked for one. It hangs
         when neither comes. Requests that wait are no proof: their clients may be slow to read.
         """
-        asked_s = time.monotonic()
+        answered_s = time.monotonic()
         ping: asyncio.Future[None] | None = None
         try:
             while True:
@@ -247,9 +247,9 @@ class Supervisor:
                 if ping is not None and ping.done():
                     # One that failed is no sign, and no proof either: the engine is asked again, or has died.
                     if ping.exception() is None:
-                        asked_s = now_s
+                        answered_s = now_s
                     ping = None
-                silent_s = now_s - max(asked_s, self.engine.last_sign_s)
+                silent_s = now_s - max(answered_s, self.engine.last_sign_s)
                 if silent_s >= PING_INTERVAL_S + self.hang_timeout_s:
                     return "hung"
                 if ping is None and silent_s >= PING_INTERVAL_S:
