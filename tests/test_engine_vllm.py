@@ -105,7 +105,10 @@ def test_an_engine_that_is_killed_or_hangs_is_started_again(vllm_host: VllmHost,
             found: list[tuple[httpx.Response, float]] = []
 
             def ask(found: list[tuple[httpx.Response, float]] = found) -> None:
-                found.append((post(url, max_tokens=1900, pause="off"), time.monotonic()))
+                # Again and again, as an answer may be short: the engine always has something to do when it is struck.
+                while (reply := post(url, max_tokens=1900, pause="off")).status_code == 200:
+                    pass
+                found.append((reply, time.monotonic()))
 
             threads = [threading.Thread(target=ask) for _ in range(4)]
             for thread in threads:
