@@ -11,7 +11,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -159,3 +159,11 @@ def assert_error(reply: httpx.Response, status: int, code: str, param: str | Non
     # Nothing of the machine: paths, classes, addresses, decoders.
     assert not re.search(r"/tmp|/usr|0x[0-9a-f]{6}|Traceback|ffmpeg|libsnd|\.py", reply.text)
     return error
+
+
+def wait_for(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Returns when it holds."""
+    deadline_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline_s, "waited in vain"
+        time.sleep(0.01)

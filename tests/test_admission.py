@@ -18,7 +18,7 @@ import pytest
 from server.admission import Line
 from server.engine import ScriptedEngine
 from server.keys import Priority
-from tests.serving import QUESTION, Live, assert_error, running, scripted, tone
+from tests.serving import QUESTION, Live, assert_error, running, scripted, tone, wait_for
 
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -296,10 +296,3 @@ def ask(
     data = {"question": QUESTION, **fields}
     files = {"file": ("clip", tone(0.2))}
     return httpx.post(f"{service.url}/v1/audio/qa", data=data, files=files, headers=headers, timeout=timeout_s)
-
-
-def wait_for(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.005)

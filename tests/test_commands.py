@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from server.commands import ask, serve
 from server.serving import url_of
 from tests.process import exit_code, post, serve_process, start
-from tests.serving import Live, tone
+from tests.serving import Live, tone, wait_for
 
 SCRIPTED = {"HYPER_ENGINE": "scripted"}
 
@@ -33,14 +33,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("clips") / "tone.wav"
     path.write_bytes(tone(2.0))
     yield path
-
-
-def wait_for(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Returns when it holds."""
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.02)
 
 
 def run_ask(*arguments: str) -> Result:

@@ -16,7 +16,7 @@ import pytest
 from server.engine import GenerationRequest, ScriptedEngine, TokenChunk
 from server.logs import JsonFormatter
 from server.scripted import scripted_checkpoint
-from tests.serving import Live, running, scripted, tone
+from tests.serving import Live, running, scripted, tone, wait_for
 
 MEBIBYTE = 1024 * 1024
 
@@ -179,6 +179,8 @@ def test_an_unforeseen_error_tells_the_client_nothing(caplog: pytest.LogCaptureF
 def test_the_log_has_one_json_line_a_request_and_no_words_of_it(live: Live, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         reply = live.ask(question="Where is the treasure buried?", choices=["under the oak", "in the cellar"])
+        # It is written when the reply has left; its reader may be faster.
+        wait_for(lambda: any(each.name == "hyper.access" for each in caplog.records))
     assert reply.status_code == 200
     lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
     line = next(each for each in lines if each.get("request_id") == reply.headers["x-request-id"])

@@ -16,7 +16,7 @@ import pytest
 from server import routes
 from server.engine import ScriptedEngine
 from server.exchange import Exchange
-from tests.serving import QUESTION, Live, assert_error, mp3, parse_events, running, scripted, tone
+from tests.serving import QUESTION, Live, assert_error, mp3, parse_events, running, scripted, tone, wait_for
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
@@ -238,11 +238,3 @@ def slow_down(service: Live, token_interval_s: float) -> None:
     """Makes the engine slow, once its canary is answered."""
     assert isinstance(service.service.engine, ScriptedEngine)
     service.service.engine.token_interval_s = token_interval_s
-
-
-def wait_for(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Returns when it holds."""
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline_s, "waited in vain"
-        time.sleep(0.01)

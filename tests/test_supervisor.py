@@ -17,9 +17,8 @@ from server import supervisor as module
 from server.engine import GenerationRequest, ScriptedEngine, TokenChunk
 from server.scripted import scripted_checkpoint
 from server.supervisor import BANNED_S, MAX_REMEMBERED, SUSPECT_S, PoisonedClipError, Quarantine
-from tests.serving import Live, running, scripted, tone
-from tests.test_routes import assert_error
-from tests.test_service import slow_down, wait_for
+from tests.serving import Live, assert_error, running, scripted, tone, wait_for
+from tests.test_service import slow_down
 
 
 def test_an_engine_that_dies_is_started_again_and_those_in_it_hear_of_it_at_once() -> None:
