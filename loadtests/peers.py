@@ -23,11 +23,12 @@ from typing import Any, Literal
 import click
 import numpy as np
 
+from hyper_model.engine_environment import native_dtype
 from loadtests.clips import SAMPLE_RATE_HZ, FreshClips
 
 QUESTION = "What does the first speaker say?"
 SECOND_QUESTION = "How many people speak?"
-DTYPE = "bfloat16"
+DTYPE = native_dtype()
 Kind = Literal["ours", "stock", "transformers", "openai"]
 
 # Standard output carries replies only; vLLM and its children print there as well.

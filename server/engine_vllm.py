@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.checkpoint import Checkpoint
-from hyper_model.engine_environment import num_cores, prepare_environment
+from hyper_model.engine_environment import native_dtype, num_cores, prepare_environment
 from hyper_model.pause import Gate, GateReport, GateSettings
 from hyper_model.trace import PauseMode
 from server.engine import EngineUnavailableError, FinishReason, GenerationRequest, TokenChunk
@@ -150,7 +150,7 @@ class VllmEngine:
         args = AsyncEngineArgs(
             model=str(self.checkpoint.path),
             served_model_name=[manifest.name],
-            dtype=self.settings.dtype,
+            dtype=native_dtype() if self.settings.dtype == "auto" else self.settings.dtype,
             max_model_len=manifest.max_model_len,
             max_num_seqs=self.settings.max_num_seqs,
             gpu_memory_utilization=self.settings.gpu_memory_utilization,

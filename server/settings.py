@@ -41,7 +41,9 @@ class Settings(BaseSettings):
     checkpoint: Path | None = None
     verify_checkpoint: bool = True
     engine: Literal["vllm", "scripted"] = "vllm"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        default="auto", description="auto is bfloat16, and float32 on a processor without instructions for that."
+    )
     kv_cache_gib: int = Field(default=1, ge=1, description="CPU only: memory for the key-value cache.")
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1, description="GPU only: share of the card to use.")
     max_num_seqs: int = Field(default=16, ge=1, description="Requests that the engine decodes together.")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from hyper_model.engine_environment import native_dtype
 from training.assets import ENCODER_FILE, SOUNDS_FOLDER
 from training.encoder import ClipEncoder, load_encoder
 from training.lines import line_from_text
@@ -64,7 +65,7 @@ def _build_shard(job: tuple[ClipKind, int, int, Split, Path, Path, Path, tuple[P
     else:
         own = NoiseFolder(noise, split) if kind == "noise" else None
         builder = SceneBuilder(bank, sounds_folder, split, noise=own)
-    encode = ClipEncoder(load_encoder(assets / ENCODER_FILE), torch.bfloat16)
+    encode = ClipEncoder(load_encoder(assets / ENCODER_FILE), getattr(torch, native_dtype()))
     first = SEED_STRIDE[split] + _KIND_STRIDE[kind] + shard * num_clips
     stem = _stem(kind, shard)
     rows: list[str] = []
@@ -73,7 +74,7 @@ def _build_shard(job: tuple[ClipKind, int, int, Split, Path, Path, Path, tuple[P
             scene, samples_S = builder.draw(seed)
             states_AD = encode(samples_S)
             rows.append(json.dumps({"num_tokens": len(states_AD), "scene": scene_to_json(scene)}))
-            states.write(states_AD.contiguous().view(torch.int16).numpy().tobytes())
+            states.write(states_AD.bfloat16().contiguous().view(torch.int16).numpy().tobytes())
     # The index is written last and renamed into place: a shard without one is made again.
     partial = folder / f"{stem}.jsonl.partial"
     partial.write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from hyper_model.engine_environment import native_dtype
 from training.rewards import Weights
 
 
@@ -147,7 +148,7 @@ class GrpoRecipe(Run):
 
 
 def mini_sft() -> SftRecipe:
-    """The embedded checkpoint: Whisper-tiny states, a six-layer decoder of 320, on two cores."""
+    """The embedded checkpoint: Whisper-tiny states, a five-layer decoder of 320, on two cores."""
     return SftRecipe(
         name="mini_sft",
         seed=0,
@@ -162,14 +163,14 @@ def mini_sft() -> SftRecipe:
         max_grad_norm=1.0,
         save_every_steps=250,
         log_every_steps=20,
-        dtype="bfloat16",
+        dtype=native_dtype(),
         export_dtype="bfloat16",
         autocast=False,
         gradient_checkpointing=False,
         fsdp="",
         lora=None,
         shown=("loss", "step_s"),
-        decoder=Decoder(vocab_size=4_096, hidden_size=320, num_layers=6, num_heads=5, ffn_size=896, latent_tokens=8),
+        decoder=Decoder(vocab_size=4_096, hidden_size=320, num_layers=5, num_heads=4, ffn_size=896, latent_tokens=8),
         dropout_states=0.04,
         speech_share=(1.0, 0.25),
         pause_share=0.25,
@@ -193,7 +194,7 @@ def mini_grpo() -> GrpoRecipe:
         max_grad_norm=1.0,
         save_every_steps=25,
         log_every_steps=1,
-        dtype="bfloat16",
+        dtype=native_dtype(),
         export_dtype="bfloat16",
         autocast=False,
         gradient_checkpointing=False,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.checkpoint import Checkpoint
-from hyper_model.engine_environment import prepare_environment
+from hyper_model.engine_environment import native_dtype, prepare_environment
 from hyper_model.errors import CheckpointError
 from hyper_model.pause import Gate, GateSettings, replay
 from hyper_model.trace import PauseMode, Section, TagStyle, TraceTokenizer
@@ -110,6 +110,7 @@ class VllmBackend:
     """Holds one in-process engine on a checkpoint.
 
     Args:
+        dtype: What it computes in; None is `native_dtype`.
         is_sampler: Lets it return the log-probabilities of what it sampled from, as Stage II compares them.
         gpu_memory_utilization: Share of a GPU's memory; None is vLLM's own.
 
@@ -121,7 +122,7 @@ class VllmBackend:
         self,
         checkpoint: Checkpoint,
         *,
-        dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+        dtype: Literal["bfloat16", "float16", "float32"] | None = None,
         max_num_seqs: int = 32,
         is_sampler: bool = False,
         gpu_memory_utilization: float | None = None,
@@ -151,7 +152,7 @@ class VllmBackend:
         self.llm = LLM(
             model=str(checkpoint.path),
             logits_processors=[processor_name(is_v2=is_v2)],
-            dtype=dtype,
+            dtype=dtype or native_dtype(),
             max_model_len=checkpoint.manifest.max_model_len,
             max_num_seqs=max_num_seqs,
             limit_mm_per_prompt={"audio": 1},

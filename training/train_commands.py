@@ -297,7 +297,8 @@ def _grpo(
     if recipe.backend == "vllm":
         backend: Any = VllmBackend(
             checkpoint,
-            dtype=recipe.export_dtype,
+            # The policy's own, so that the two agree; under autocast what it computes in.
+            dtype=recipe.export_dtype if recipe.autocast else recipe.dtype,
             max_num_seqs=min(256, num_rollouts),
             is_sampler=True,
             # The trainer's weights, gradients and optimizer share the device with the engine.
