@@ -22,8 +22,9 @@ from transformers import WhisperFeatureExtractor
 from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2AudioEncoderConfig
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
+from hyper_model.audio_encoder import LogMel
 from hyper_model.checkpoint import open_checkpoint
-from hyper_model.errors import CheckpointError
+from hyper_model.errors import CheckpointError, HyperError
 from hyper_model.manifest import GATED_SECTIONS
 from hyper_model.trace import Section, TraceTokenizer, build_prompt, render, train_tokenizer
 from tests.process import ROOT
@@ -31,13 +32,14 @@ from tests.training_data import TinyRun, tiny_run, write_bank, write_encoder, wr
 from training.assets import ENCODER_FILE, MissingDataError
 from training.clips import scene_to_json
 from training.encoder import HOP, ClipEncoder, num_audio_tokens
+from training.examples import read_examples
 from training.export import model_from_scratch
 from training.policy import IGNORED, named_tensors
 from training.questions import draw_example
 from training.recipes import SftRecipe, debug
 from training.run_report import write_report
 from training.scenes import SceneBuilder
-from training.sft import ENCODER_WIDTH, ClipSequences, read_clips
+from training.sft import ENCODER_WIDTH, ClipSequences, ExampleSequences, read_clips
 from training.tokens import Spans, encode_sequence
 from training.trainer import MasterAdamW, TrainingError, last_checkpoint, prepare_run_dir, read_log
 from training.voices import Bank
@@ -306,6 +308,30 @@ def test_a_run_begins_from_a_decoder_with_another_vocabulary(
         model_from_scratch(
             dataclasses.replace(decoder, ffn_size=64), file, encoder, dtype=torch.float32, base=base.path
         )
+
+
+def test_a_row_that_the_checkpoint_cannot_hold_ends_the_run_by_its_name() -> None:
+    checkpoint = open_checkpoint(ROOT / "checkpoints/hyper-mini", verify=False)
+    row = next(iter(read_examples(ROOT / "tests/assets/clips/truth.json")))
+    row = dataclasses.replace(row, completion="<THINK></THINK><FINAL_ANSWER>two</FINAL_ANSWER>")
+
+    def draw(max_model_len: int) -> int:
+        sequences = ExampleSequences(
+            [row],
+            checkpoint.tokenizer,
+            debug(),
+            4,
+            answers_by_letter=False,
+            max_model_len=max_model_len,
+            log_mel=LogMel(80),
+        )
+        encoded, mel = sequences.draw(0, 0, random.Random(0))
+        return len(encoded.token_ids) - 1 + num_audio_tokens(mel.shape[-1] * HOP)
+
+    num_tokens = draw(2048)
+    assert draw(num_tokens) == num_tokens
+    with pytest.raises(HyperError, match=rf"truth\.json.*take {num_tokens} tokens.*takes {num_tokens - 1}$"):
+        draw(num_tokens - 1)
 
 
 def test_small_steps_are_not_lost_in_bfloat16() -> None:

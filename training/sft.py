@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hyper_model.audio_encoder import LogMel
+from hyper_model.audio_encoder import LogMel, num_audio_tokens
 from hyper_model.errors import HyperError
 from hyper_model.trace import Section, TraceTokenizer, render, render_choice
 from training.assets import MissingDataError
@@ -122,6 +122,7 @@ class ExampleSequences:
     Attributes:
         examples: Rows that have a completion.
         answers_by_letter: How the checkpoint writes its choice.
+        max_model_len: Positions that the checkpoint serves, the clip's included.
     """
 
     examples: Sequence[Example]
@@ -129,6 +130,7 @@ class ExampleSequences:
     recipe: SftRecipe
     latent_tokens: int
     answers_by_letter: bool
+    max_model_len: int
     log_mel: LogMel
     is_encoded = False
 
@@ -146,7 +148,7 @@ class ExampleSequences:
         """Decodes a row's clip and encodes its gold completion.
 
         Raises:
-            HyperError: The clip or the completion cannot be read; the message names file and row.
+            HyperError: The clip or the completion cannot be read, or both are too long; the message names the row.
         """
         example = self.examples[key]
         waveform = read_clip(example)
@@ -159,6 +161,12 @@ class ExampleSequences:
             encoded = encode_sequence(
                 self.tokenizer, example.question, example.choices, completion, spans=spans, rng=rng
             )
+            # The clip's tokens take the place of one.
+            num_tokens = len(encoded.token_ids) - 1 + num_audio_tokens(len(waveform.samples_S))
+            if num_tokens > self.max_model_len:
+                raise HyperError(
+                    f"question, clip and completion take {num_tokens} tokens; the checkpoint takes {self.max_model_len}"
+                )
         except HyperError as error:
             raise HyperError(f"{example.source}: {error}") from error
         return encoded, self.log_mel(waveform.samples_S)

@@ -254,6 +254,7 @@ def _sft(
             recipe,
             latent_tokens=model.manifest["pause"]["latent_tokens"],
             answers_by_letter=model.manifest["trace"]["answer_style"] == "letter",
+            max_model_len=model.manifest["max_model_len"],
             log_mel=LogMel(model.config["audio_config"]["num_mel_bins"]),
         )
     return SftTrainer(model, recipe, run_dir, sequences, num_workers=num_workers)
