@@ -15,7 +15,8 @@ IMPORTS = {
     "train": ["torch", "tqdm", "transformers", "accelerate", "peft", "tensorboard"],
     "data": ["hibari", "onnxruntime"],
     "baseline": ["ctranslate2", "faster_whisper"],
-    "dev": ["pytest", "hypothesis"],
+    "dev": ["pytest", "hypothesis", "schemathesis"],
+    "load": ["aiohttp", "gevent", "locust"],
 }
 BROKEN_BESIDE_CPU_TORCH = ["torchvision", "torchaudio", "torchcodec"]
 # vLLM logs a library that its CPU kernels miss and fails much later, at the first step.

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds or completes a virtual environment from the lock files. Usage: requirements/install.sh VENV SET...
-# SET is cpu, gpu, train, data, baseline or dev; cpu or gpu comes first. PYTHON names the interpreter for a new environment.
+# SET is cpu, gpu, train, data, baseline, dev or load; cpu or gpu comes first. PYTHON names the interpreter for a new environment.
 # SKIP_PROJECT leaves this project out, SKIP_CHECK the imports at the end (the Dockerfile needs both).
 # What is already there, by the contents of its lock file, is left alone: a run with nothing to do takes no time.
 set -eu

@@ -35,5 +35,7 @@ cpu="--override requirements/overrides-cpu.txt --find-links $wheels --no-emit-pa
   compile baseline baseline $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt \
     --constraint requirements/data.txt
   compile dev dev $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt
+  compile load load $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt \
+    --constraint requirements/dev.txt
 }
 compile gpu gpu

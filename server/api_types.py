@@ -215,6 +215,20 @@ class ErrorReply(Wire):
     error: ErrorObject
 
 
+class PartialReply(Wire):
+    """What stood of an answer when its time was over; what it heard and why only where reasoning is shown."""
+
+    trace: TraceReply
+    perception: Perception | None = None
+    reasoning: Reasoning | None = None
+
+
+class LateReply(ErrorReply):
+    """Says that a deadline passed, with what had been written by then, if anything."""
+
+    partial: PartialReply | None = None
+
+
 class Readiness(Wire):
     """Whether the service takes requests, and if not, why."""
 

@@ -20,6 +20,7 @@ from server.edge import Edge
 from server.engine import Engine, ScriptedEngine
 from server.exchange import Exchange
 from server.metrics import Metrics, version
+from server.openapi import document
 from server.qa import QaRun, Question
 from server.scripted import scripted_checkpoint
 from server.service import Service
@@ -66,6 +67,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app = FastAPI(title="HyPeR", version=version(), description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.state.service = service
     app.include_router(routes.router)
+    app.openapi = lambda: document(app, settings, max_pauses=service.max_pauses, asks_for_keys=service.keys is not None)
     faults.install(app)
     app.add_middleware(Edge, service=service)
     return app

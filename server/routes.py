@@ -23,18 +23,18 @@ from starlette.types import Receive, Scope, Send
 from hyper_model.audio import FORMATS, SAMPLE_RATE_HZ, Waveform, require_single_window
 from hyper_model.errors import AudioTooLongError
 from hyper_model.trace import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_QUESTION_CHARS, Section, build_prompt
-from server.api_types import ErrorReply, QaBody, QaOptions, QaReply, Readiness
+from server.api_types import QaBody, QaOptions, QaReply, Readiness
 from server.exchange import Exchange
-from server.faults import FAULTS, RequestError, as_fault
+from server.faults import RequestError, as_fault
 from server.metrics import version
-from server.openapi import QA_REQUEST_BODY
+from server.openapi import EVERYWHERE, METRICS_RESPONSES, QA_PATH, QA_RESPONSES
 from server.pacing import Budget
 from server.qa import ANSWER_TOKENS, CLOSING_TOKENS, QaRun, Question
 from server.replies import account
 from server.service import COME_AGAIN, Service
 
 logger = logging.getLogger("hyper.server")
-router = APIRouter()
+router = APIRouter(responses=EVERYWHERE)
 
 # More than one question can need, so that what is wrong can be named; the totals are bounded by the body limit.
 MAX_FIELDS = 128
@@ -55,13 +55,7 @@ LAST_WORDS_TIMEOUT_S = 3.0
 Options = TypeVar("Options", bound=QaOptions)
 
 
-@router.post(
-    "/v1/audio/qa",
-    summary="Ask a clip a question",
-    response_model=QaReply,
-    openapi_extra={"requestBody": QA_REQUEST_BODY},
-    responses={status: {"model": ErrorReply} for status in sorted({kind.status for kind in FAULTS.values()} - {499})},
-)
+@router.post(QA_PATH, summary="Ask a clip a question", response_model=QaReply, responses=QA_RESPONSES)
 async def audio_qa(request: Request) -> Response:
     """Answers one question about one clip, with what the model heard and how it reasoned.
 
@@ -461,7 +455,7 @@ async def readyz(request: Request) -> JSONResponse:
     return JSONResponse(Readiness(ready=not reasons, reasons=reasons).model_dump(), status_code=status)
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=METRICS_RESPONSES)
 async def metrics(request: Request) -> Response:
     """Writes our `hyper_*` figures and the engine's `vllm:*`."""
     service: Service = request.app.state.service

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from starlette.routing import Route
 
 from hyper_model.errors import HyperError
+from loadtests.strangers import DISGUISED_HEADERS, METHODS, STRAY_PATHS, bearer, disguises, wrong_headers
 from server import keys
 from server.app import create_app
 from server.commands import ask as ask_command
@@ -28,8 +29,6 @@ from server.keys import KeyFileError, KeyRing
 from server.quotas import Quotas
 from server.serving import bind
 from tests.serving import QUESTION, Live, assert_error, running, scripted, tone, wait_for
-
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +53,6 @@ def guarded(key_file: Path, secrets: dict[str, str]) -> Iterator[Live]:
     """A service that asks for keys."""
     with running(scripted(key_file=key_file)) as service:
         yield service
-
-
-def bearer(secret: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {secret}"}
 
 
 def ask(service: Live, secret: str, **headers: str) -> httpx.Response:
@@ -85,31 +80,6 @@ def test_a_key_opens_and_is_named_in_the_log_but_never_shown(
     assert "hyper_auth_failures" in text and "hyp_" not in text and "anna" not in text
 
 
-def wrong_headers(secrets: dict[str, str]) -> list[dict[str, str]]:
-    """Everything short of a key."""
-    anna = secrets["anna"]
-    values = [
-        "",
-        "Bearer",
-        f"Basic {anna}",
-        anna,
-        f"Bearer {anna}x",
-        f"Bearer {anna[:-1]}",
-        f"Bearer {anna.upper()}",
-        f"Bearer {secrets['old']}",
-        f"Bearer {anna} {anna}",
-        f"Token {anna}",
-        "Bearer " + keys.digest_of(anna),
-        "Bearer null",
-    ]
-    return [
-        {},
-        {"x-api-key": anna},
-        {"cookie": f"authorization=Bearer {anna}"},
-        *({"authorization": v} for v in values),
-    ]
-
-
 def test_without_a_key_no_address_answers(guarded: Live, secrets: dict[str, str]) -> None:
     """Every route and what looks like one, by every method, under several hosts, with no key and with a wrong one."""
     app = guarded.server.config.loaded_app
@@ -117,17 +87,17 @@ def test_without_a_key_no_address_answers(guarded: Live, secrets: dict[str, str]
     assert {"/v1/audio/qa", "/v1/info", "/metrics", "/docs", "/openapi.json", *PUBLIC_PATHS} <= routes
     assert app is not None
     paths = {path for route in routes - PUBLIC_PATHS for path in disguises(route)}
-    paths |= {"/", "/nothing", "/livez/../v1/info", "/livez/", "/readyz/x", "/LIVEZ", "/livez;/v1/info", "/static/x"}
+    paths |= set(STRAY_PATHS)
     num_tried = 0
     for path in sorted(paths):
         for method in METHODS:
-            for headers in ({}, {"host": "127.0.0.1/livez?"}, {"x-forwarded-for": "127.0.0.1"}):
+            for headers in DISGUISED_HEADERS:
                 request = guarded.client.build_request(method, guarded.url, headers=headers)
                 request.url = request.url.copy_with(raw_path=path.encode())
                 reply = guarded.client.send(request)
                 assert reply.status_code in (400, 401), (method, path, headers, reply.status_code)
                 num_tried += 1
-    for headers in wrong_headers(secrets):
+    for headers in wrong_headers(secrets["anna"], secrets["old"]):
         for path in routes - PUBLIC_PATHS:
             reply = guarded.client.get(path, headers=headers)
             assert_error(reply, 401, "invalid_api_key")
@@ -149,22 +119,6 @@ def guarded_routes(service: Live) -> list[Route]:
         else:
             pending += getattr(route, "routes", None) or getattr(getattr(route, "original_router", None), "routes", [])
     return found
-
-
-def disguises(path: str) -> set[str]:
-    """Writes a path in ways that some server somewhere took for another."""
-    return {
-        path,
-        f"{path}/",
-        f"/{path}",
-        f"{path}?x=/livez",
-        f"{path}%20",
-        f"{path}%00",
-        path.replace("/", "/./"),
-        f"/livez/..{path}",
-        path.upper(),
-        f"{path}%2f..%2flivez",
-    }
 
 
 def test_probes_ask_for_no_key(guarded: Live) -> None:

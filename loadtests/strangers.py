@@ -1,0 +1,325 @@
+"""Requests of strangers: generated from the service's own description, and addresses knocked at without a key.
+
+What is held against the replies is what the description says of them, and that none tells of the service's inside or
+repeats what was sent. Knows the service by HTTP alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import httpx
+import numpy as np
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis import strategies as st
+from schemathesis import Case, GenerationMode, Response
+from schemathesis.checks import CHECKS, load_all_checks
+from schemathesis.core.failures import FailureGroup
+from schemathesis.core.result import Ok
+
+from loadtests.clips import SAMPLE_RATE_HZ, wav
+
+QUESTION_PATH = "/v1/audio/qa"
+PUBLIC_PATHS = ("/livez", "/readyz")
+
+CHECKED = (
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "unsupported_method",
+    "allow_header_conformance",
+)
+INSIDE = re.compile(r"/tmp|/usr|/home|/root|/proc|0x[0-9a-f]{6}|Traceback|ffmpeg|libsnd|\.py\b")
+"""What no reply of ours says: paths, addresses, source files, decoders."""
+
+MIN_ECHO_CHARS = 8
+LATE_MS = 10_000
+"""A request that asks for an answer within less than this may rightly be told that it came too late."""
+
+TIMEOUT_S = 60.0
+MAX_KEPT = 50
+MAX_SHOWN = 80
+
+
+@dataclass
+class Findings:
+    """What came of a number of requests.
+
+    Attributes:
+        statuses: How many replies had each status; 0 where none came.
+        num_ours: Failures that are the service's: 5xx, and connections that broke.
+        wrong: What was wrong with single replies, each with its request, the first few.
+    """
+
+    statuses: Counter[int] = field(default_factory=Counter[int])
+    num_ours: int = 0
+    num_wrong: int = 0
+    wrong: list[str] = field(default_factory=list[str])
+
+    @property
+    def num(self) -> int:
+        """How many requests there were."""
+        return sum(self.statuses.values())
+
+    def blame(self, reason: str) -> None:
+        """Notes a reply that should have been another."""
+        self.num_wrong += 1
+        if len(self.wrong) < MAX_KEPT:
+            self.wrong.append(reason)
+
+
+def generate(
+    url: str,
+    key: str | None,
+    num: int,
+    seed_value: int,
+    say: Callable[[int], None],
+    *,
+    is_withheld: bool = False,
+    document: dict[str, Any] | None = None,
+) -> Findings:
+    """Sends requests that are generated from the service's own description, such as fit it and such as do not.
+
+    First those that each schema's bounds suggest, then drawn ones, always the same for one seed.
+
+    Args:
+        key: An API key, where the service asks for one.
+        say: Called with the number of requests so far, now and then.
+        is_withheld: The key reads the description alone; requests go without, and all but probes must get 401.
+        document: What to hold the replies against instead of the service's own description.
+    """
+    load_all_checks()
+    clips = clip_bytes()
+    schemathesis.openapi.format("binary", clips)
+    schemathesis.openapi.format("byte", clips.map(lambda data: base64.b64encode(data).decode()))
+    document = document or describe(url, bearer(key))
+    headers = {} if is_withheld else bearer(key)
+    schema = schemathesis.openapi.from_dict(document)
+    known = json.dumps(document)
+    checks: Any = [CHECKS.get_one(name) for name in CHECKED]
+    found = Findings()
+    with requests.Session() as session:
+
+        def send(case: Case) -> None:
+            try:
+                reply = case.call(base_url=url, session=session, headers=headers, timeout=TIMEOUT_S)
+            except requests.RequestException as fault:
+                found.statuses[0] += 1
+                found.num_ours += 1
+                found.blame(f"{case.method} {case.path}: no reply ({type(fault).__name__}) to {brief(case.body)}")
+                return
+            found.statuses[reply.status_code] += 1
+            for reason in judge(case, reply, checks, known, is_withheld=is_withheld):
+                found.num_ours += reason == OURS
+                sent = f"{case.media_type} {dict(case.headers)} {brief(case.body)}"
+                found.blame(f"{case.method} {case.path}: {reply.status_code}: {reason}: {sent}")
+            if found.num % 100 == 0:
+                say(found.num)
+
+        operations = [result.ok() for result in schema.get_all_operations() if isinstance(result, Ok)]
+        for operation in operations:
+            bounds = schema.iter_coverage_cases(
+                operation=operation,
+                generation_modes=list(GenerationMode),
+                generation_config=schema.config.generation,
+            )
+            for case in islice(bounds, max(1, num // (4 * len(operations)))):
+                send(case)
+        (question,) = (each for each in operations if each.path == QUESTION_PATH)
+        left = max(0, num - found.num)
+        for mode, share in ((GenerationMode.POSITIVE, left // 2), (GenerationMode.NEGATIVE, left - left // 2)):
+            draw(question.as_strategy(generation_mode=mode), share, seed_value, send)
+    return found
+
+
+OURS = "a failure of the service"
+
+
+def judge(case: Case, reply: Response, checks: Any, known: str, *, is_withheld: bool) -> Iterator[str]:
+    """Yields what is wrong with a reply."""
+    text = reply.content.decode("utf-8", "replace")
+    if reply.status_code >= 500 and not is_asked_for(case, reply.status_code, text):
+        yield OURS
+    if is_withheld and case.path not in PUBLIC_PATHS and reply.status_code not in (400, 401, 405):
+        yield "answered without a key"
+    try:
+        case.validate_response(reply, checks=checks)
+    except FailureGroup as failures:
+        for failure in failures.exceptions:
+            yield f"{type(failure).__name__}: {' '.join(str(failure).split()):.300}"
+    request_id = reply.headers.get("x-request-id", [""])[0]
+    told = text.replace(request_id, "") if request_id else text
+    if case.path != "/metrics" and (inside := INSIDE.search(told)):
+        yield f"tells of the inside: {inside[0]}"
+    if reply.status_code >= 400:
+        for word in words_of([case.body, dict(case.query or {}), dict(case.headers or {})]):
+            if len(word) >= MIN_ECHO_CHARS and word in told and word not in known:
+                yield f"repeats what was sent: {word:.40}"
+
+
+def brief(value: Any) -> Any:
+    """Shortens every long text inside a value, so that a request can be read."""
+    if isinstance(value, Mapping):
+        return {name: brief(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [brief(inner) for inner in value][:MAX_SHOWN]
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def is_asked_for(case: Case, status: int, text: str) -> bool:
+    """Whether a 5xx is what the request asked for: an answer sooner than one can be given."""
+    body: Any = case.body
+    if not isinstance(body, Mapping) or status not in (503, 504):
+        return False
+    try:
+        asked_ms = float(body.get("timeout_ms") or LATE_MS)
+        code = json.loads(text)["error"]["code"]
+    except (ValueError, TypeError, LookupError):
+        return False
+    return asked_ms < LATE_MS and code in ("deadline_exceeded", "overloaded")
+
+
+def words_of(value: Any) -> Iterator[str]:
+    """Yields every text inside a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from words_of(name)
+            yield from words_of(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from words_of(inner)
+
+
+def draw(strategy: st.SearchStrategy[Case], num: int, seed_value: int, send: Callable[[Case], None]) -> None:
+    """Sends so many drawn requests; hypothesis looks for no smaller ones, for each is judged by itself."""
+    if not num:
+        return
+
+    @seed(seed_value)
+    @settings(
+        max_examples=num,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+        verbosity=Verbosity.quiet,
+    )
+    @given(strategy)
+    def each(case: Case) -> None:
+        send(case)
+
+    each()
+
+
+def clip_bytes() -> st.SearchStrategy[bytes]:
+    """Draws clips of which most can be heard; else no generated request would get beyond the decoder."""
+    times_S = np.arange(SAMPLE_RATE_HZ // 5) / SAMPLE_RATE_HZ
+    good = wav((0.3 * np.sin(2765 * times_S)).astype(np.float32))
+    return st.one_of(st.just(good), st.just(good), st.just(good), st.binary(max_size=80), st.just(good[:400]))
+
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")
+DISGUISED_HEADERS = ({}, {"host": "127.0.0.1/livez?"}, {"x-forwarded-for": "127.0.0.1"})
+UNDESCRIBED_PATHS = ("/docs", "/docs/oauth2-redirect", "/openapi.json")
+STRAY_PATHS = (
+    *("/", "/nothing", "/livez/../v1/info", "/livez/", "/readyz/x", "/LIVEZ", "/livez;/v1/info", "/static/x"),
+    *("/redoc", "/health", "/v1/models", "/v1/chat/completions", "/invocations", "/pause", "/tokenize", "/version"),
+)
+"""Addresses that there are not, some of which vLLM's own server has."""
+
+REFUSED = frozenset({400, 401})
+
+
+def knock(url: str, key: str, say: Callable[[int], None]) -> Findings:
+    """Asks for every address by every method and in every disguise without a key, and with everything short of one.
+
+    Each reply must be 401, or 400 where the request itself cannot be read.
+
+    Args:
+        key: A key of the service, which reads its description and is what wrong ones resemble.
+        say: Called with the number of requests so far, now and then.
+    """
+    found = Findings()
+    routes = {*describe(url, bearer(key))["paths"], *UNDESCRIBED_PATHS} - set(PUBLIC_PATHS)
+    paths = sorted({path for route in routes for path in disguises(route)} | set(STRAY_PATHS))
+    attempts = [(method, path, headers) for path in paths for method in METHODS for headers in DISGUISED_HEADERS]
+    attempts += [("GET", route, headers) for headers in wrong_headers(key) for route in sorted(routes)]
+    with httpx.Client(timeout=TIMEOUT_S) as client:
+        for method, path, headers in attempts:
+            request = client.build_request(method, url, headers=headers)
+            request.url = request.url.copy_with(raw_path=path.encode())
+            status = client.send(request).status_code
+            found.statuses[status] += 1
+            if status not in REFUSED:
+                found.num_ours += 1
+                found.blame(f"{method} {path} {headers}: {status}")
+            if found.num % 500 == 0:
+                say(found.num)
+    return found
+
+
+def disguises(path: str) -> set[str]:
+    """Writes a path in ways that some server somewhere took for another."""
+    return {
+        path,
+        f"{path}/",
+        f"/{path}",
+        f"{path}?x=/livez",
+        f"{path}%20",
+        f"{path}%00",
+        path.replace("/", "/./"),
+        f"/livez/..{path}",
+        path.upper(),
+        f"{path}%2f..%2flivez",
+    }
+
+
+def wrong_headers(key: str, *others: str) -> list[dict[str, str]]:
+    """Returns everything short of a key; `others` are keys that open nothing any more."""
+    values = [
+        "",
+        "Bearer",
+        f"Basic {key}",
+        key,
+        f"Bearer {key}x",
+        f"Bearer {key[:-1]}",
+        f"Bearer {key.upper()}",
+        *(f"Bearer {other}" for other in others),
+        f"Bearer {key} {key}",
+        f"Token {key}",
+        "Bearer " + hashlib.sha256(key.encode()).hexdigest(),
+        "Bearer null",
+    ]
+    return [
+        {},
+        {"x-api-key": key},
+        {"cookie": f"authorization=Bearer {key}"},
+        *({"authorization": value} for value in values),
+    ]
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    """Returns the header that presents a key."""
+    return {} if key is None else {"authorization": f"Bearer {key}"}
+
+
+def describe(url: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the service's description of itself."""
+    reply = requests.get(f"{url}/openapi.json", headers=headers, timeout=TIMEOUT_S)
+    reply.raise_for_status()
+    return reply.json()
