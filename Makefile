@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 WORK ?= build
 PROCESSES ?= 2
 
-.PHONY: help serve test check bench bench-train venv lock bank scenes train grpo eval clean
+.PHONY: help serve test check bench torture bench-train venv lock bank scenes train grpo eval clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -21,7 +21,7 @@ serve: ## Start the service on the embedded checkpoint (HYPER_PORT=9000, HYPER_C
 	@exec $(BIN)/hyper serve
 
 test: ## Run every test, the real engine included (ARGS="-k name" narrows)
-	@$(INSTALL) train baseline dev
+	@$(INSTALL) train baseline dev load
 	@exec $(BIN)/python -m pytest $(ARGS)
 
 check: ## Lint, format, types, Dockerfile
@@ -34,6 +34,10 @@ check: ## Lint, format, types, Dockerfile
 bench: ## Measure the service beside vLLM's own server, bare engines and transformers (ARGS="--rounds 3"; 12 minutes)
 	@$(INSTALL) train
 	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests bench $(ARGS)
+
+torture: ## Do to the service all that it promises to withstand (ARGS="--quick"; half an hour on two cores; goes on where it stopped)
+	@$(INSTALL) train dev
+	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests torture $(ARGS)
 
 bench-train: ## Measure a step of Stage II beside a plain trainer's, and resume, sync and masks (5 minutes)
 	@$(INSTALL) train

@@ -1,10 +1,11 @@
-"""The command line: `python -m loadtests run` and `bench`. Knows only its own package."""
+"""The command line: `python -m loadtests run`, `bench` and `torture`. Knows only its own package."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -162,6 +163,85 @@ def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], lo
             # At once: the other part may fail.
             click.echo(table(found))
     click.echo(json.dumps({figure.name: round(figure.value, 8) for figure in figures}))
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/torture"),
+    show_default=True,
+    help="Where results are kept; a part whose result is there is not carried out again.",
+)
+@click.option(
+    "--clips",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=Path("tests/assets/clips"),
+    show_default=True,
+    help="Folder of good clips.",
+)
+@click.option("--files", "num_files", type=click.IntRange(1), help="Hostile files to send.  [default: 10000]")
+@click.option("--requests", "num_requests", type=click.IntRange(4), help="Requests to generate.  [default: 2000]")
+@click.option("--part", "parts", metavar="PART", multiple=True, help="Only this part; may be given several times.")
+@click.option("--quick", "is_quick", is_flag=True, help="Some minutes: few of everything, no soak, no vLLM.")
+@click.option(
+    "--overload-engine",
+    type=click.Choice(["scripted", "vllm"]),
+    default="scripted",
+    show_default=True,
+    help="What is overloaded and soaked.",
+)
+@click.option("--seed", type=int, default=20261125, show_default=True, help="Everything that is drawn follows from it.")
+def torture(
+    out: Path,
+    clips: Path,
+    num_files: int | None,
+    num_requests: int | None,
+    parts: tuple[str, ...],
+    is_quick: bool,
+    overload_engine: Literal["scripted", "vllm"],
+    seed: int,
+) -> None:
+    """Does to the service all that it promises to withstand (half an hour on two cores).
+
+    Ends with a table and one line of JSON; OUT keeps all figures. Exits with 1 where a figure misses its aim, and with
+    3 where a part came to no result; the next run takes that up again.
+
+    \b
+    box       clips decoded in the sandbox and beside it
+    doors     every address and method without a key
+    requests  requests generated from the service's own description
+    files     hostile files: broken ones, bombs, liars, traps that call a port or read a file
+    overload  0.8 and 3 times the peak
+    soak      11,000 requests at 0.7 of the peak
+    chaos     clients that leave, an engine that is killed and one that hangs, SIGTERM with 50 in flight
+    """
+    from loadtests.scenarios import figures_table
+    from loadtests.torture import PARTS, Torture, run
+
+    if unknown := set(parts) - set(PARTS):
+        raise click.BadParameter(
+            f"there is no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}", param_hint="--part"
+        )
+    setup = Torture(
+        out=out,
+        clips=clips,
+        num_files=num_files or (300 if is_quick else 10_000),
+        num_requests=num_requests or (100 if is_quick else 2_000),
+        seed=seed,
+        is_quick=is_quick,
+        overload_engine=overload_engine,
+        say=lambda text: click.echo(text, err=True),
+    )
+    figures, failures = run(setup, parts or list(PARTS))
+    click.echo(figures_table(figures))
+    for part, reason in failures.items():
+        click.echo(f"{part}: no result: {reason}", err=True)
+    kept = {each.name: {"value": each.value, "of": each.num, "aim": each.aim} for each in figures}
+    (out / "torture.json").write_text(json.dumps(kept, indent=1) + "\n")
+    click.echo(json.dumps({each.name: each.value for each in figures}))
+    is_met = all(each.is_met for each in figures)
+    sys.exit(3 if failures else int(not is_met))
 
 
 if __name__ == "__main__":

@@ -326,20 +326,31 @@ def traps(port: int, secret: Path) -> list[tuple[str, bytes]]:
 
 
 def files(
-    good: dict[str, bytes], folder: Path, port: int, secret: Path, num: int, seed: int
+    good: dict[str, bytes],
+    folder: Path,
+    port: int,
+    secret: Path,
+    num: int,
+    seed: int,
+    *,
+    has_silences: bool = True,
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields so many hostile files: traps, long silences and inventions once each, then broken clips and broken traps.
+    """Yields so many hostile files: traps, long silences and inventions, the rest broken clips and broken traps.
+
+    Where there is no room for all that is made by hand, some of it is drawn, so that a short run has every kind.
 
     Args:
         folder: Where the long silences are made.
         port: What traps call.
         secret: What traps read.
+        has_silences: Whether to make these, which takes a minute.
     """
     set_traps = traps(port, secret)
-    parts = itertools.chain(set_traps, silences(folder), inventions(good))
-    given = list(itertools.islice(parts, num))
-    yield from given
-    left = num - len(given)
+    by_hand = [*set_traps, *(silences(folder) if has_silences else ()), *inventions(good)]
+    if len(by_hand) > num // 2:
+        by_hand = random.Random(seed).sample(by_hand, num // 2)
+    yield from by_hand
+    left = num - len(by_hand)
     num_broken_traps = left // 10
     yield from mutants(good, left - num_broken_traps, seed)
     yield from mutants(dict(set_traps), num_broken_traps, seed)

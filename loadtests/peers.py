@@ -1,4 +1,4 @@
-"""What the benchmark compares the service with, each in a process of its own: bare engines and transformers.
+"""What the benchmark compares the service with, each in a process of its own: bare engines, transformers, the decoder.
 
 `python -m loadtests.peers KIND ...` loads a checkpoint, says "ready", and then answers one JSON request a line with one
 JSON reply a line. The only module of this package that knows more than HTTP: what it measures has none.
@@ -25,18 +25,20 @@ import numpy as np
 
 from hyper_model.engine_environment import native_dtype
 from loadtests.clips import SAMPLE_RATE_HZ, FreshClips
+from loadtests.workload import find_clips
 
 QUESTION = "What does the first speaker say?"
 SECOND_QUESTION = "How many people speak?"
 DTYPE = native_dtype()
-Kind = Literal["ours", "stock", "transformers", "openai"]
+Kind = Literal["ours", "stock", "transformers", "openai", "decode"]
+DECODE_MEMORY_BYTES = 256 * 2**20
 
 # Standard output carries replies only; vLLM and its children print there as well.
 REPLIES = os.fdopen(os.dup(1), "w", buffering=1)
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["ours", "stock", "transformers", "openai"]))
+@click.argument("kind", type=click.Choice(["ours", "stock", "transformers", "openai", "decode"]))
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--clips", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
 @click.option("--max-num-seqs", default=32, show_default=True)
@@ -56,12 +58,15 @@ def main(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int, pause: st
 def run(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int) -> None:
     """Measures until standard input closes."""
     os.dup2(2, 1)
+    if kind == "decode":
+        asyncio.run(serve(DecodePeer(clips)))
+        return
     fresh = FreshClips(clips)
     if kind == "transformers":
         peer = TransformersPeer(checkpoint, fresh)
         serve_sync(peer)
     else:
-        asyncio.run(serve(kind, checkpoint, fresh, max_num_seqs))
+        asyncio.run(serve(EnginePeer(checkpoint, fresh, max_num_seqs, is_stock=kind == "stock")))
 
 
 def with_pause(checkpoint: Path, folder: Path, fields: dict[str, Any]) -> Path:
@@ -104,15 +109,51 @@ def serve_sync(peer: Any) -> None:
         reply(getattr(peer, request.pop("do"))(**request))
 
 
-async def serve(kind: Kind, checkpoint: Path, fresh: FreshClips, max_num_seqs: int) -> None:
-    """Answers requests with an engine until standard input closes."""
-    peer = EnginePeer(checkpoint, fresh, max_num_seqs, is_stock=kind == "stock")
+async def serve(peer: EnginePeer | DecodePeer) -> None:
+    """Answers requests with an engine or a decoder until standard input closes."""
     await peer.start()
     reply("ready")
     while line := await asyncio.to_thread(sys.stdin.readline):
         request = json.loads(line)
         reply(await getattr(peer, request.pop("do"))(**request))
-    await peer.engine.stop()
+    await peer.stop()
+
+
+class DecodePeer:
+    """Decodes clips in this process and in the service's box."""
+
+    def __init__(self, clips: Path) -> None:
+        from hyper_model.audio import AudioLimits
+        from server.box import Box
+
+        self.clips = [path.read_bytes() for path in find_clips(clips)]
+        self.box = Box(AudioLimits(), memory_bytes=DECODE_MEMORY_BYTES)
+
+    async def start(self) -> None:
+        """Starts the box."""
+        await self.box.start()
+
+    async def stop(self) -> None:
+        """Ends the box."""
+        await self.box.stop()
+
+    async def layers(self) -> list[str]:
+        """Returns what the box is made of."""
+        return list(self.box.layers)
+
+    async def overheads_ms(self, rounds: int) -> list[float]:
+        """Decodes each clip plainly and at once again in the box; returns how much longer that took, each time."""
+        from hyper_model.audio import decode
+
+        found: list[float] = []
+        for _ in range(rounds):
+            for clip in self.clips:
+                started_s = time.perf_counter()
+                decode(clip)
+                middle_s = time.perf_counter()
+                await self.box.decode(clip)
+                found.append(1000 * (time.perf_counter() - 2 * middle_s + started_s))
+        return found
 
 
 class EnginePeer:
@@ -132,6 +173,10 @@ class EnginePeer:
             os.environ["VLLM_PLUGINS"] = ""
         settings: Any = {"dtype": DTYPE, "max_num_seqs": max_num_seqs, "checkpoint": checkpoint}
         self.engine: Any = (StockEngine if is_stock else VllmEngine)(Settings(**settings), self.checkpoint)
+
+    async def stop(self) -> None:
+        """Ends the engine."""
+        await self.engine.stop()
 
     async def start(self) -> None:
         """Loads the model, and touches every size that is measured once."""
