@@ -73,6 +73,11 @@ class Findings:
         """How many requests there were."""
         return sum(self.statuses.values())
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns all of it, ready for JSON."""
+        statuses = {str(status): num for status, num in sorted(self.statuses.items())}
+        return {"statuses": statuses, "num_ours": self.num_ours, "num_wrong": self.num_wrong, "wrong": self.wrong}
+
     def blame(self, reason: str) -> None:
         """Notes a reply that should have been another."""
         self.num_wrong += 1

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -383,14 +383,14 @@ def requests(torture: Torture) -> Result:
     return [
         Figure("http_5xx", sum(each.num_ours for each in found.values()), num),
         Figure("http_undescribed", sum(each.num_wrong for each in found.values()), num),
-    ], {kind: asdict(each) for kind, each in found.items()}
+    ], {kind: each.as_json() for kind, each in found.items()}
 
 
 def doors(torture: Torture) -> Result:
     """Tries every address by every method without a key."""
     with torture.guarded() as (target, key):
         found = knock(target.url, key, lambda num: torture.say(f"doors: {num} tried"))
-    return [Figure("unauthenticated_reached", found.num_ours, found.num)], asdict(found)
+    return [Figure("unauthenticated_reached", found.num_ours, found.num)], found.as_json()
 
 
 def box(torture: Torture) -> Result:

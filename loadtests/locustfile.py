@@ -1,0 +1,125 @@
+"""Load with a page to watch it on: `locust -f loadtests/locustfile.py --host http://127.0.0.1:8000`.
+
+Users ask what `loadtests.workload` plans: uploads of the clips as they are and cut to other lengths, whole replies and
+streams, follow-up questions about a clip, clients that leave. A user waits for its reply before it asks again, so a
+service that slows down is offered less: how it fares beyond its peak is for `python -m loadtests run overload` to say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from argparse import ArgumentParser
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+from locust import HttpUser, constant_throughput, events, task
+from locust.env import Environment
+from locust.exception import StopUser
+
+from loadtests.client import FIRST_TOKEN_EVENTS, Question, error_code
+from loadtests.workload import Clips, Mix, plan
+
+ASK = "/v1/audio/qa"
+NUM_PLANNED = 500
+"""About so many questions are planned; users take turns at them, again and again."""
+
+REPLY_TIMEOUT_S = 120.0
+
+
+@events.init_command_line_parser.add_listener
+def add_options(parser: ArgumentParser) -> None:
+    """Adds what the page and the command line ask for besides users and rate."""
+    parser.add_argument("--clips", default="tests/assets/clips", help="Folder of audio files to ask about.")
+    parser.add_argument("--key", default="", env_var="HYPER_KEY", help="An API key.")  # pyright: ignore[reportCallIssue]
+    parser.add_argument("--share-stream", type=float, default=0.5, help="Share of replies that come as events.")
+    parser.add_argument("--share-leave", type=float, default=0.05, help="Share of clients that leave early.")
+    parser.add_argument("--share-follow-up", type=float, default=0.3, help="Share of questions about a recent clip.")
+    parser.add_argument("--max-tokens", type=int, default=48, help="Tokens of a trace at most.")
+    parser.add_argument("--questions-per-s", type=float, default=1.0, help="What one user asks at most, a second.")
+    parser.add_argument("--questions", type=int, default=0, help="End when so many were asked.  [default: no end]")
+    parser.add_argument("--seed", type=int, default=20261125, help="What is asked follows from it.")
+
+
+@events.test_start.add_listener
+def prepare(environment: Environment, **_: Any) -> None:
+    """Plans what will be asked, before the clock runs."""
+    options = environment.parsed_options
+    assert options is not None
+    mix = Mix(
+        stream=options.share_stream,
+        cancel=options.share_leave,
+        follow_up=options.share_follow_up,
+        fields={"max_tokens": str(options.max_tokens), "pause": "off"},
+    )
+    planned = plan(Clips(Path(options.clips)), mix, 1.0, float(NUM_PLANNED), options.seed)
+    asked = itertools.cycle([each.question for each in planned])
+    Listener.questions = itertools.islice(asked, options.questions or None)
+    Listener.wait_time = constant_throughput(options.questions_per_s)
+    Listener.key_header = {"authorization": f"Bearer {options.key}"} if options.key else {}
+
+
+class Listener(HttpUser):
+    """Asks one question after another."""
+
+    host = "http://127.0.0.1:8000"
+    questions: Iterator[Question]
+    key_header: dict[str, str]
+
+    @task
+    def ask(self) -> None:
+        """Asks the next question, reads the reply to its end or leaves when the plan says so."""
+        question = next(self.questions, None)
+        if question is None:
+            # Told in a greenlet of its own: who quits waits for users, and this one would wait for itself.
+            assert self.environment.runner is not None
+            gevent.spawn(self.environment.runner.quit)
+            raise StopUser
+        kind = "stream" if question.is_stream else "whole"
+        started_s = time.perf_counter()
+        with (
+            gevent.Timeout(question.cancel_after_s, False),
+            self.client.post(
+                ASK,
+                data=question.body,
+                headers={**question.headers, **self.key_header},
+                name=f"{ASK} {kind}",
+                stream=True,
+                timeout=REPLY_TIMEOUT_S,
+                catch_response=True,
+            ) as response,
+        ):
+            if response.status_code != 200:
+                code = error_code(response.content, f"http_{response.status_code}")
+                response.request_meta["name"] = f"{ASK} {code}"
+                response.failure(code)
+            elif not question.is_stream:
+                response.request_meta["response_length"] = len(response.content)
+            elif error := self.read(response.iter_lines(chunk_size=None), started_s):
+                response.failure(error)
+            response.request_meta["response_time"] = 1000 * (time.perf_counter() - started_s)
+
+    def read(self, lines: Iterable[bytes], started_s: float) -> str | None:
+        """Reads a stream; notes when its first token came, and returns why it failed, or None."""
+        name = ""
+        is_first = True
+        for line in lines:
+            if line.startswith(b"event:"):
+                name = line.removeprefix(b"event:").strip().decode()
+                if is_first and name in FIRST_TOKEN_EVENTS:
+                    is_first = False
+                    self.note("first token", started_s)
+            elif line.startswith(b"data:") and name == "error":
+                return error_code(line.removeprefix(b"data:"), "error_event")
+            elif line.startswith(b"data:") and name == "done":
+                return None
+        return "no done event"
+
+    def note(self, name: str, started_s: float) -> None:
+        """Adds a line of its own to the statistics."""
+        milliseconds = 1000 * (time.perf_counter() - started_s)
+        self.environment.events.request.fire(
+            request_type="SSE", name=name, response_time=milliseconds, response_length=0, exception=None, context={}
+        )
