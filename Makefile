@@ -25,7 +25,7 @@ test: ## Run every test, the real engine included (ARGS="-k name" narrows)
 	@exec $(BIN)/python -m pytest $(ARGS)
 
 check: ## Lint, format, types, Dockerfile
-	@$(INSTALL) train dev
+	@$(INSTALL) train dev load
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
@@ -35,7 +35,7 @@ bench: ## Measure the service beside vLLM's own server, bare engines and transfo
 	@$(INSTALL) train
 	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests bench $(ARGS)
 
-torture: ## Do to the service all that it promises to withstand (ARGS="--quick"; half an hour on two cores; goes on where it stopped)
+torture: ## Do to the service all that it promises to withstand (ARGS="--quick"; half an hour; goes on where it stopped)
 	@$(INSTALL) train dev
 	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests torture $(ARGS)
 

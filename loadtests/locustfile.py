@@ -7,12 +7,13 @@ service that slows down is offered less: how it fares beyond its peak is for `py
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gevent
 from locust import HttpUser, constant_throughput, events, task
@@ -80,7 +81,8 @@ class Listener(HttpUser):
         kind = "stream" if question.is_stream else "whole"
         started_s = time.perf_counter()
         with (
-            gevent.Timeout(question.cancel_after_s, False),
+            contextlib.suppress(gevent.Timeout),
+            gevent.Timeout(question.cancel_after_s),
             self.client.post(
                 ASK,
                 data=question.body,
@@ -91,15 +93,17 @@ class Listener(HttpUser):
                 catch_response=True,
             ) as response,
         ):
+            told = cast("dict[str, Any]", response.request_meta)
             if response.status_code != 200:
                 code = error_code(response.content, f"http_{response.status_code}")
-                response.request_meta["name"] = f"{ASK} {code}"
+                told["name"] = f"{ASK} {code}"
                 response.failure(code)
             elif not question.is_stream:
-                response.request_meta["response_length"] = len(response.content)
-            elif error := self.read(response.iter_lines(chunk_size=None), started_s):
+                told["response_length"] = len(response.content)
+            # As they come: lines of a fixed number of bytes would wait for the next ones.
+            elif error := self.read(response.iter_lines(chunk_size=None), started_s):  # pyright: ignore[reportArgumentType]
                 response.failure(error)
-            response.request_meta["response_time"] = 1000 * (time.perf_counter() - started_s)
+            told["response_time"] = 1000 * (time.perf_counter() - started_s)
 
     def read(self, lines: Iterable[bytes], started_s: float) -> str | None:
         """Reads a stream; notes when its first token came, and returns why it failed, or None."""

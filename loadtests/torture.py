@@ -64,7 +64,7 @@ UNBOXED_OPTIONS = (
     ("-protocol_whitelist", "file,http,tcp,udp,rtp,crypto,concat,subfile,data,pipe", "-safe", "0", "-f", "concat"),
     ("-protocol_whitelist", "file,http,tcp,udp,rtp,crypto,concat,subfile,data,pipe"),
 )
-UNBOXED_TRAPS = ("hls as nothing", "hls of a file as nothing", "ffconcat of a file as nothing", "sdp as nothing")
+UNBOXED_TRAPS = ("hls as nothing", "hls of a file as nothing", "ffconcat of a file as nothing")
 
 
 @dataclass(frozen=True)
