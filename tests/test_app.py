@@ -176,6 +176,23 @@ def test_the_api_page_shows_both_bodies_and_the_reply(live: Live) -> None:
     assert {"200", "400", "413", "415", "422", "503", "504"} <= set(operation["responses"])
 
 
+def test_the_api_page_tells_the_limits_the_events_and_what_a_late_reply_holds(live: Live) -> None:
+    document = live.client.get("/openapi.json").json()
+    operation = document["paths"]["/v1/audio/qa"]["post"]
+    fields = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    limits = live.client.get("/v1/info").json()["limits"]
+    assert fields["question"]["maxLength"] == limits["max_question_chars"]
+    assert fields["choices"]["maxItems"] == limits["max_choices"]
+    assert fields["max_tokens"]["anyOf"][0]["maximum"] == limits["max_tokens"]
+    assert {"type": "integer", "minimum": 0, "maximum": 3} in fields["pause"]["anyOf"]
+    names = {name for name, _ in live.events()}
+    stream = operation["responses"]["200"]["content"]["text/event-stream"]["schema"]
+    assert names <= set(stream["properties"]["event"]["enum"])
+    late = operation["responses"]["504"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    assert "partial" in document["components"]["schemas"][late]["properties"]
+    assert "retry-after" in operation["responses"]["503"]["headers"]
+
+
 def test_probes_answer(live: Live) -> None:
     assert live.client.get("/livez").json() == {"status": "alive"}
     assert live.client.get("/readyz").json() == {"ready": True, "reasons": []}

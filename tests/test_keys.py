@@ -121,6 +121,16 @@ def guarded_routes(service: Live) -> list[Route]:
     return found
 
 
+def test_the_api_page_says_where_a_key_is_asked_for(guarded: Live, secrets: dict[str, str], live: Live) -> None:
+    document = guarded.client.get("/openapi.json", headers=bearer(secrets["anna"])).json()
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            is_public = path in PUBLIC_PATHS
+            assert ("security" in operation, "401" in operation["responses"]) == (not is_public, not is_public)
+    assert document["components"]["securitySchemes"]
+    assert "securitySchemes" not in live.client.get("/openapi.json").json()["components"]
+
+
 def test_probes_ask_for_no_key(guarded: Live) -> None:
     for path in PUBLIC_PATHS:
         assert guarded.client.get(path).status_code == 200
