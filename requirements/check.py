@@ -16,7 +16,8 @@ IMPORTS = {
     "data": ["hibari", "onnxruntime"],
     "baseline": ["ctranslate2", "faster_whisper"],
     "dev": ["pytest", "hypothesis", "schemathesis"],
-    "load": ["aiohttp", "gevent", "locust"],
+    # Not locust itself: it replaces sockets and TLS everywhere as it is imported, with a warning if they are there already.
+    "load": ["aiohttp", "gevent"],
 }
 BROKEN_BESIDE_CPU_TORCH = ["torchvision", "torchaudio", "torchcodec"]
 # vLLM logs a library that its CPU kernels miss and fails much later, at the first step.
