@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import click
 import numpy as np
@@ -32,9 +33,6 @@ SECOND_QUESTION = "How many people speak?"
 DTYPE = native_dtype()
 Kind = Literal["ours", "stock", "transformers", "openai", "decode"]
 DECODE_MEMORY_BYTES = 256 * 2**20
-
-# Standard output carries replies only; vLLM and its children print there as well.
-REPLIES = os.fdopen(os.dup(1), "w", buffering=1)
 
 
 @click.command()
@@ -57,7 +55,7 @@ def main(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int, pause: st
 
 def run(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int) -> None:
     """Measures until standard input closes."""
-    os.dup2(2, 1)
+    replies()
     if kind == "decode":
         asyncio.run(serve(DecodePeer(clips)))
         return
@@ -96,9 +94,17 @@ def openai_arguments(checkpoint: Path, max_num_seqs: int, port: int | None) -> l
     return [*arguments, "--generation-config", "vllm", "--disable-uvicorn-access-log"]
 
 
+@functools.cache
+def replies() -> TextIO:
+    """Keeps standard output for replies alone: vLLM and its children print there as well, and get standard error."""
+    kept = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return kept
+
+
 def reply(value: Any) -> None:
     """Writes one reply."""
-    REPLIES.write(json.dumps(value) + "\n")
+    replies().write(json.dumps(value) + "\n")
 
 
 def serve_sync(peer: Any) -> None:

@@ -16,7 +16,7 @@ IMPORTS = {
     "data": ["hibari", "onnxruntime"],
     "baseline": ["ctranslate2", "faster_whisper"],
     "dev": ["pytest", "hypothesis", "schemathesis"],
-    # Not locust itself: it replaces sockets and TLS everywhere as it is imported, with a warning if they are there already.
+    # Not locust itself: it replaces sockets everywhere as it is imported, and warns of those that are there already.
     "load": ["aiohttp", "gevent"],
 }
 BROKEN_BESIDE_CPU_TORCH = ["torchvision", "torchaudio", "torchcodec"]
