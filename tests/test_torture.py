@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import httpx
+import pytest
 from click.testing import CliRunner
 
 from loadtests import hostile
@@ -88,13 +89,16 @@ def test_whoever_reads_the_canary_is_noticed(tmp_path: Path) -> None:
     assert not canary.is_in(httpx.Response(200, text='{"audio": [{"sample_rate_hz": 16000}]}'))
 
 
-def test_hostile_files_are_the_same_every_time_and_of_every_kind(tmp_path: Path) -> None:
+def test_hostile_files_are_the_same_every_time_and_of_every_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = {"wav": hostile.wave(bytes(6_400)), "flac": hostile.flac_head(8_000, 1, 0) + bytes(400)}
 
     def some(num: int) -> list[tuple[str, bytes]]:
         return list(hostile.files(good, tmp_path, 9, tmp_path / "secret", num, 7, has_silences=False))
 
     found = some(2_000)
+    monkeypatch.setattr("time.time", lambda: 1_700_000_000.0)
     assert len(found) == 2_000 and found == some(2_000)
     names = [name for name, _ in found]
     assert len(set(names)) == len(names)
