@@ -17,7 +17,26 @@ This module knows no HTTP: the status of each class stands in the server's fault
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+AudioCode = Literal[
+    "unsupported_audio",
+    "invalid_audio",
+    "audio_too_large",
+    "audio_too_long",
+    "audio_duration_too_large",
+    "audio_too_short",
+    "bad_channel_count",
+    "bad_sample_rate",
+    "damaged_audio",
+    "decode_timeout",
+    "empty_audio",
+    "no_audio_stream",
+    "truncated_audio",
+    "unsupported_codec",
+]
+"""Every reason for which a clip cannot be used: the four classes' own, then finer ones. Programs branch on them, and
+metrics have them as labels, so there are no others."""
 
 
 class HyperError(Exception):
@@ -50,26 +69,26 @@ class AudioError(HyperError):
     """Says why a clip cannot be used.
 
     Attributes:
-        code: A stable word a program may branch on, such as "audio_too_short".
+        code: A stable word a program may branch on.
         message: One sentence for a person.
         limit: The bound that was crossed, in the unit that the message names.
         actual: What the clip has instead, in the same unit; a string where it is not a number (a container's name).
         hint: What the sender can do about it.
     """
 
-    default_code = "invalid_audio"
+    default_code: AudioCode = "invalid_audio"
 
     def __init__(
         self,
         message: str,
         *,
-        code: str | None = None,
+        code: AudioCode | None = None,
         limit: float | None = None,
         actual: float | str | None = None,
         hint: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.code = code or self.default_code
+        self.code: AudioCode = code or self.default_code
         self.limit = limit
         self.actual = actual
         self.hint = hint
@@ -78,25 +97,25 @@ class AudioError(HyperError):
 class UnsupportedAudioError(AudioError):
     """Refuses bytes that are not one of the containers we decode."""
 
-    default_code = "unsupported_audio"
+    default_code: AudioCode = "unsupported_audio"
 
 
 class InvalidAudioError(AudioError):
     """Refuses a clip that is empty, damaged, too short, too slow to decode, or without an audio stream."""
 
-    default_code = "invalid_audio"
+    default_code: AudioCode = "invalid_audio"
 
 
 class AudioTooLargeError(AudioError):
     """Refuses a clip with more bytes or more decoded seconds than the limits allow."""
 
-    default_code = "audio_too_large"
+    default_code: AudioCode = "audio_too_large"
 
 
 class AudioTooLongError(AudioError):
     """Refuses a clip longer than one window where no policy says how to cut it."""
 
-    default_code = "audio_too_long"
+    default_code: AudioCode = "audio_too_long"
 
 
 class PromptError(HyperError):

@@ -33,15 +33,21 @@ class Line:
     num_places: int
     work_s: float | None = None
     num_working: int = 0
-    waiting: list[tuple[int, int, asyncio.Future[None]]] = field(
-        default_factory=list[tuple[int, int, asyncio.Future[None]]]
+    waiting: list[tuple[int, int, float, asyncio.Future[None]]] = field(
+        default_factory=list[tuple[int, int, float, asyncio.Future[None]]]
     )
     numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     @property
     def num_waiting(self) -> int:
         """How many stand in line."""
-        return sum(not future.done() for _, _, future in self.waiting)
+        return sum(not future.done() for *_, future in self.waiting)
+
+    def waits_s(self, priority: Priority) -> list[float]:
+        """Returns how long each of a class has been in line."""
+        now_s = time.monotonic()
+        rank = RANKS[priority]
+        return [now_s - since_s for of, _, since_s, future in self.waiting if of == rank and not future.done()]
 
     @contextlib.asynccontextmanager
     async def place(self, priority: Priority) -> AsyncGenerator[None]:
@@ -63,7 +69,7 @@ class Line:
             self.num_working += 1
             return
         future = asyncio.get_running_loop().create_future()
-        heapq.heappush(self.waiting, (RANKS[priority], next(self.numbers), future))
+        heapq.heappush(self.waiting, (RANKS[priority], next(self.numbers), time.monotonic(), future))
         try:
             await future
         except asyncio.CancelledError:
@@ -75,7 +81,7 @@ class Line:
     def give(self) -> None:
         """Hands a place to the first in line, else leaves it free."""
         while self.waiting:
-            _, _, future = heapq.heappop(self.waiting)
+            *_, future = heapq.heappop(self.waiting)
             if not future.done():
                 future.set_result(None)
                 return

@@ -45,14 +45,6 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     metrics = Metrics()
     engine = engine or build_engine(settings, checkpoint)
     service = Service(settings, checkpoint, engine, metrics)
-    metrics.build.info(
-        {
-            "version": version(),
-            "engine": settings.engine,
-            "checkpoint": checkpoint.manifest.name,
-            "manifest_sha256": checkpoint.manifest_sha256,
-        }
-    )
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:

@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hyper_model.audio import FORMATS, SAMPLE_RATE_HZ, AudioLimits, Waveform, identify
 from hyper_model.audio_limits import MAX_SOURCE_CHANNELS, MAX_SOURCE_RATE_HZ, refuse_damaged, refuse_late
 from hyper_model.errors import (
+    AudioCode,
     AudioError,
     AudioTooLargeError,
     HyperError,
@@ -51,6 +52,10 @@ ERRORS: Mapping[str, type[AudioError]] = {
 }
 CODEC_NAMES = CODECS | set(FORMATS) | {"amr_nb", "amr_wb"}
 
+Death = Literal["late", "died", "lied", "helper"]
+"""Why a decoder ended without an answer: it was late and killed, it ran out of something or its clip broke it, or it
+said what no decoder of ours says; or the helper that makes them is gone."""
+
 Words = Annotated[str, Field(max_length=400, pattern=r"^[ -~]*$")]
 Code = Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9_]+$")]
 
@@ -67,7 +72,8 @@ class Refused(Said):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     error: str
-    code: Code
+    # A label of metrics: a worker that was taken over must not make up new ones.
+    code: AudioCode
     message: Words
     limit: float | None
     actual: int | float | Code | None
@@ -99,7 +105,7 @@ class Box:
     Attributes:
         layers: What keeps the decoder in, strongest first: "bubblewrap", "uid", "landlock", "seccomp".
         peak_bytes: The most memory that a worker has had, by its own word.
-        on_death: Called for each worker that ended without a word: killed by a limit, by us, or by its clip.
+        on_death: Called with the reason for each worker that ended without a word, and for each lost helper.
     """
 
     def __init__(
@@ -107,7 +113,7 @@ class Box:
         limits: AudioLimits,
         *,
         memory_bytes: int,
-        on_death: Callable[[], object] = bool,
+        on_death: Callable[[Death], object] = bool,
         program: str = "server.decoder",
     ) -> None:
         self.limits = limits
@@ -241,13 +247,13 @@ class Box:
                     waveform = await self.exchange(ours, data)
                 is_answered = True
             except TimeoutError:
-                self.on_death()
+                self.on_death("late")
                 refuse_late(self.limits.decode_timeout_s)
             except AudioError:
                 is_answered = True
                 raise
-            except (OSError, EOFError, ValueError):
-                self.on_death()
+            except (OSError, EOFError, ValueError) as error:
+                self.on_death("lied" if isinstance(error, ValueError) else "died")
                 raise WorkerDiedError("The decoder died.") from None
             finally:
                 if not is_answered:
@@ -309,6 +315,7 @@ class Box:
             if self.is_stopped:
                 raise DecoderUnavailableError("The service shuts down.")
             if self.control is gone:
+                self.on_death("helper")
                 logger.error("the decoder is gone; starting it again")
                 await self.end()
                 await self.start()

@@ -133,6 +133,11 @@ class Edge:
         if exchange.outcome == "client_closed_request":
             status = 499
         self.metrics.request_seconds.labels(endpoint, exchange.outcome).observe(seconds)
+        self.metrics.requests.labels(endpoint, str(status or "none")).inc()
+        stages_ms: dict[str, float] = {}
+        for stage, stage_s, _ in exchange.stages:
+            self.metrics.stage_seconds.labels(stage).observe(stage_s)
+            stages_ms[stage] = round(stages_ms.get(stage, 0.0) + stage_s * 1000, 1)
         if status is not None and status >= 400 and status != 499:
             self.metrics.rejected.labels(str(status), exchange.outcome).inc()
         facts = {
@@ -143,6 +148,7 @@ class Edge:
             "outcome": exchange.outcome,
             "duration_ms": round(seconds * 1000, 1),
             "body_bytes": exchange.num_body_bytes,
+            "stages_ms": stages_ms,
             **exchange.facts,
         }
         access_logger.info("request", extra=facts)

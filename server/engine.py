@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -77,6 +77,7 @@ class TokenChunk:
         num_cached_tokens: How many of these the engine had computed before.
         queue_s: Time the request waited, once known.
         prefill_s: Time from leaving the queue to the first token, once known.
+        features_s: Time that the clips' features took, before the queue; in a request's first chunk.
     """
 
     token_ids: tuple[int, ...]
@@ -87,6 +88,7 @@ class TokenChunk:
     num_cached_tokens: int = 0
     queue_s: float | None = None
     prefill_s: float | None = None
+    features_s: float | None = None
 
 
 class Engine(Protocol):
@@ -100,6 +102,11 @@ class Engine(Protocol):
     @property
     def num_in_flight(self) -> int:
         """How many requests it works on."""
+        ...
+
+    @property
+    def about(self) -> Mapping[str, str]:
+        """What it is made of: the version of vLLM and the model runner; known once it has started."""
         ...
 
     @property
@@ -167,6 +174,7 @@ class ScriptedEngine:
         self.audio_tokens_per_s = audio_tokens_per_s
         self.token_interval_s = token_interval_s
         self.num_in_flight = 0
+        self.about: Mapping[str, str] = {"vllm": "none", "runner": "none"}
         self.last_sign_s = 0.0
         self.ended = asyncio.Event()
         self.ended.set()
@@ -235,6 +243,7 @@ class ScriptedEngine:
                     num_prompt_tokens=num_prompt_tokens,
                     queue_s=0.0,
                     prefill_s=0.0,
+                    features_s=0.0,
                 )
                 if finish_reason:
                     return

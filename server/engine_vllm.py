@@ -65,6 +65,7 @@ class VllmEngine:
         self.loading: asyncio.Future[None] | None = None
         self.is_ready = False
         self.is_v2 = False
+        self.about: Mapping[str, str] = {}
         self.span_input: EngineInput | None = None
         self.cache_tokens = 0
         self.session_tokens = 0
@@ -140,6 +141,7 @@ class VllmEngine:
         # A worker on a CPU does not hear that it should end; by then nothing is in flight that is worth waiting for.
         os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
         from vllm import AsyncEngineArgs
+        from vllm import __version__ as vllm_version
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -168,6 +170,7 @@ class VllmEngine:
         )
         config = args.create_engine_config()
         self.is_v2 = config.use_v2_model_runner
+        self.about = {"vllm": vllm_version, "runner": "v2" if self.is_v2 else "v1"}
         config.model_config.logits_processors = [processor_name(is_v2=self.is_v2)]
         # Kept here and not returned: a thread holds on to what its last task returned.
         self.llm = AsyncLLM.from_vllm_config(config)
@@ -181,16 +184,21 @@ class VllmEngine:
     async def generate_plain(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yields a completion that never pauses."""
         params = sampling_params(request, request.max_tokens)
+        started_s = time.monotonic()
         engine_input = await self.render(request, request.prompt_token_ids)
+        features_s: float | None = time.monotonic() - started_s
         async with aclosing(self.outputs(engine_input, params, request.request_id)) as outputs:
             async for output in outputs:
-                yield chunk_from(output)
+                yield chunk_from(output, features_s)
+                features_s = None
 
     async def generate_pausing(
         self, request: GenerationRequest, settings: GateSettings
     ) -> AsyncGenerator[TokenChunk, None]:
         """Yields a completion that may pause: visible tokens, and each span as a chunk of its own."""
+        started_s = time.monotonic()
         engine_input = await self.render(request, request.prompt_token_ids)
+        features_s: float | None = time.monotonic() - started_s
         most_spans = settings.max_pauses * settings.span_tokens
         num_tokens = len(cast("Any", engine_input)["prompt_token_ids"]) + request.max_tokens + most_spans
         # vLLM takes no cache back from a session that waits for its next chunk. Were sessions to fill all of it, none
@@ -202,11 +210,12 @@ class VllmEngine:
             session.feed(engine_input)
             async with aclosing(self.outputs(session.inputs(), session.params(), request.request_id)) as outputs:
                 async for output in outputs:
-                    plain = session.read_plain(output)
+                    plain = session.read_plain(output, features_s)
                     if plain is not None:
                         yield plain
+                        features_s = None
                         continue
-                    chunks = session.read(output)
+                    chunks = session.read(output, features_s)
                     if session.is_waiting:
                         # Before anybody is told: a client that is slow to read must not hold up the engine.
                         session.twin().feed_span()
@@ -216,6 +225,7 @@ class VllmEngine:
                             yield replace(chunk, report=await self.report(session))
                             return
                         yield chunk
+                        features_s = None
         finally:
             self.session_tokens -= num_tokens * is_fed
 
@@ -417,7 +427,7 @@ class Session:
             chunk, is_last = await self.chunks.get()
             yield chunk
 
-    def read_plain(self, output: RequestOutput) -> TokenChunk | None:
+    def read_plain(self, output: RequestOutput, features_s: float | None = None) -> TokenChunk | None:
         """Takes an output that is tokens of the trace and no more, as nearly all are; leaves any other to `read`."""
         completion = output.outputs[0]
         token_ids = completion.token_ids
@@ -426,11 +436,11 @@ class Session:
             return None
         self.unread.append((token_ids, completion.logprobs))
         self.num_visible = num_visible
-        return chunk_from(output)
+        return chunk_from(output, features_s)
 
-    def read(self, output: RequestOutput) -> list[TokenChunk]:
+    def read(self, output: RequestOutput, features_s: float | None = None) -> list[TokenChunk]:
         """Sorts new tokens into visible ones and spans."""
-        completion, found = output.outputs[0], chunk_from(output)
+        completion, found = output.outputs[0], chunk_from(output, features_s)
         token_ids = found.token_ids
         self.unread.append((token_ids, completion.logprobs))
         settings, visible, chunks = self.gate.settings, list[int](), list[TokenChunk]()
@@ -525,7 +535,7 @@ def sampling_params(request: GenerationRequest, max_tokens: int, **fields: Any) 
     )
 
 
-def chunk_from(output: RequestOutput) -> TokenChunk:
+def chunk_from(output: RequestOutput, features_s: float | None = None) -> TokenChunk:
     """Translates one of vLLM's outputs."""
     completion, stats = output.outputs[0], output.metrics
     queue_s = prefill_s = None
@@ -539,4 +549,5 @@ def chunk_from(output: RequestOutput) -> TokenChunk:
         num_cached_tokens=output.num_cached_tokens or 0,
         queue_s=queue_s,
         prefill_s=prefill_s,
+        features_s=features_s,
     )

@@ -5,10 +5,11 @@ It holds names, numbers and clock readings, never audio or text, so all of it ma
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import MutableMapping
+from collections.abc import Generator, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from server.keys import Priority
 
@@ -19,6 +20,26 @@ SCOPE_KEY = "hyper.exchange"
 
 Fact = str | int | float | bool | None
 Phase = Literal["upload", "decode", "queue", "generate", "done"]
+
+Earlier = Literal["receive", "validate", "prompt", "decode_wait", "decode", "inspect"]
+Later = Literal["queue", "first_token", "generate", "score", "serialize"]
+Part = Literal["features", "engine_queue", "prefill", "parse"]
+Stage = Earlier | Later | Part
+"""Where the time of a request goes, in order. A part lies inside another stage: the first three in `first_token`, and
+`parse` in `generate`; so does `serialize` in a stream."""
+
+STAGES: tuple[str, ...] = (*get_args(Earlier), *get_args(Later), *get_args(Part))
+
+By = Literal["client", "deadline", "shutdown"]
+"""Who ended a request early."""
+
+
+class StageTime(NamedTuple):
+    """Says how long a request was in a stage, and since which reading of the clock; None where it was in pieces."""
+
+    stage: Stage
+    seconds: float
+    started_s: float | None = None
 
 
 @dataclass
@@ -35,6 +56,7 @@ class Exchange:
         phase: How far the request has come, for the abort counter.
         outcome: "ok" or the code of the fault that ended it.
         facts: Further fields of the log line.
+        stages: Where the time went, as far as the request came: for the metrics, the log line and the trace's spans.
     """
 
     request_id: str
@@ -48,6 +70,7 @@ class Exchange:
     phase: Phase = "upload"
     outcome: str = "ok"
     facts: dict[str, Fact] = field(default_factory=dict[str, Fact])
+    stages: list[StageTime] = field(default_factory=list[StageTime])
 
     @property
     def tenant_name(self) -> str:
@@ -64,3 +87,16 @@ class Exchange:
     def elapsed_ms(self, until_s: float | None = None) -> float:
         """Returns milliseconds since the first byte came in, until now or until a reading of the same clock."""
         return ((time.monotonic() if until_s is None else until_s) - self.started_s) * 1000
+
+    def note(self, stage: Stage, started_s: float, ended_s: float | None = None) -> None:
+        """Says that a stage took from then to then, or until now."""
+        self.stages.append(StageTime(stage, (time.monotonic() if ended_s is None else ended_s) - started_s, started_s))
+
+    @contextlib.contextmanager
+    def timing(self, stage: Stage) -> Generator[None]:
+        """Times a stage, also one that fails or is cut short: that is where the request has spent its time."""
+        started_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.note(stage, started_s)

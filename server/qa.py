@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,7 +62,7 @@ class QaRun:
         self.engine = service.engine
         self.line = service.line
         self.quarantine = service.quarantine
-        self.queue_wait = service.metrics.queue_wait
+        self.queue_wait = service.metrics.queue_wait.labels(exchange.priority)
         self.cache_salt = service.cache_salt(exchange)
         self.manifest = service.checkpoint.manifest
         self.tokenizer = service.checkpoint.tokenizer
@@ -87,7 +87,10 @@ class QaRun:
         """
         self.exchange.phase = "queue"
         started_s = time.monotonic()
-        async with self.line.place(self.exchange.priority), self.quarantine.enter(self.waveform.sha256):
+        async with AsyncExitStack() as stack:
+            with self.exchange.timing("queue"):
+                await stack.enter_async_context(self.line.place(self.exchange.priority))
+                await stack.enter_async_context(self.quarantine.enter(self.waveform.sha256))
             self.tally.line_s = time.monotonic() - started_s
             self.queue_wait.observe(self.tally.line_s)
             try:
@@ -97,9 +100,12 @@ class QaRun:
                     # At once, while all who were in it can be told.
                     self.quarantine.note_failure()
                 raise
+            finally:
+                self.tally.note_stages(self.exchange)
 
     async def answer(self, emit: Emit) -> QaReply:
         """Writes trace and answer with a place in the engine."""
+        self.tally.asked_s = time.monotonic()
         end = await self.write_trace(emit)
         hint = {"length": Termination.TRUNCATED, "abort": Termination.ABORTED}.get(end, Termination.COMPLETE)
         has_answer = end == "answer" or self.parser.result.answer_text is not None
@@ -166,9 +172,8 @@ class QaRun:
         await self.feed(self.parser.ids_to_final_answer(), emit)
         by_letter = self.manifest.trace.answer_style == "letter"
         candidates = self.tokenizer.choice_ids(choices, by_letter=by_letter)
-        started_s = time.monotonic()
-        logprobs = await self.engine.score(self.request(1, set(), set()), candidates)
-        self.tally.score_s = time.monotonic() - started_s
+        with self.exchange.timing("score"):
+            logprobs = await self.engine.score(self.request(1, set(), set()), candidates)
         # Of the whole continuation, not its mean: the model has read the choices and is about to copy one of them.
         scores = softmax(logprobs)
         index = int(np.argmax(scores))
@@ -195,7 +200,10 @@ class QaRun:
         """Adds tokens to the completion and tells what they say."""
         self.written += token_ids
         for token_id in token_ids:
-            for event in self.parser.feed(token_id):
+            started_s = time.perf_counter()
+            events = self.parser.feed(token_id)
+            self.tally.parse_s += time.perf_counter() - started_s
+            for event in events:
                 await self.tell(event, emit)
 
     async def tell(self, event: Event, emit: Emit) -> None:
@@ -266,7 +274,9 @@ class QaRun:
             tally.cached_tokens = chunk.num_cached_tokens
             # In our line and in the engine's own.
             tally.queue_s = None if chunk.queue_s is None else tally.line_s + chunk.queue_s
+            tally.engine_queue_s = chunk.queue_s
             tally.prefill_s = chunk.prefill_s
+            tally.features_s = chunk.features_s
             self.exchange.phase = "generate"
         tally.last_token_s = now_s
         if tally.paused_s is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hyper_model.audio import Waveform
 from hyper_model.pause import GateReport
 from hyper_model.trace import Section, Trace, environment_labels, render_choice
-from hyper_model.trace_parser import ParsedTrace
+from hyper_model.trace_parser import ParsedTrace, TraceFormat
 from server.api_types import (
     Answer,
     AudioReply,
@@ -28,7 +29,8 @@ from server.api_types import (
     Usage,
     WarningReply,
 )
-from server.exchange import Exchange
+from server.exchange import Exchange, Stage, StageTime
+from server.metrics import Failure
 
 if TYPE_CHECKING:
     from server.qa import QaRun
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 SILENT_RATIO = 0.98
 CLIPPED_RATIO = 0.01
+NUM_KEY_DIGITS = 12
 
 
 @dataclass
@@ -56,7 +59,10 @@ class Tally:
     line_s: float = 0.0
     queue_s: float | None = None
     prefill_s: float | None = None
-    score_s: float | None = None
+    engine_queue_s: float | None = None
+    features_s: float | None = None
+    parse_s: float = 0.0
+    asked_s: float | None = None
     started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -68,6 +74,30 @@ class Tally:
         """Marks the moment of the first word of the answer."""
         if self.first_answer_s is None:
             self.first_answer_s = time.monotonic()
+
+    def note_stages(self, exchange: Exchange) -> None:
+        """Adds what the engine took to the request's stages, as far as it came.
+
+        Its own figures are lengths of time. They end with the first token, so that is where they are put.
+        """
+        if self.asked_s is None:
+            return
+        exchange.note("first_token", self.asked_s, self.first_token_s)
+        if self.first_token_s is None or self.last_token_s is None:
+            return
+        at_s = self.first_token_s
+        parts: tuple[tuple[Stage, float | None], ...] = (
+            ("prefill", self.prefill_s),
+            ("engine_queue", self.engine_queue_s),
+        )
+        for stage, seconds in parts:
+            if seconds is not None:
+                exchange.note(stage, at_s - seconds, at_s)
+                at_s -= seconds
+        if self.features_s is not None:
+            exchange.note("features", self.asked_s, self.asked_s + self.features_s)
+        exchange.note("generate", self.first_token_s, self.last_token_s)
+        exchange.stages.append(StageTime("parse", self.parse_s))
 
     def section_seconds(self) -> dict[Section, float]:
         """Returns how long each finished section took to write."""
@@ -256,14 +286,16 @@ def account(service: Service, run: QaRun, reply: QaReply) -> None:
     }
     if tally.first_token_s is not None:
         metrics.time_to_first_token.observe(exchange.elapsed_ms(tally.first_token_s) / 1000)
-        metrics.stage_seconds.labels("generate").observe(time.monotonic() - tally.first_token_s)
+        # Most of it, as what the engine keeps is in blocks. The clip is what a prompt begins with, but for some words.
+        before_clip = list(run.question.prompt_token_ids).index(run.tokenizer.audio_id)
+        is_cached = 2 * (tally.cached_tokens - before_clip) > tally.audio_tokens
+        (metrics.audio_cache_hits if is_cached else metrics.audio_cache_misses).inc()
+    if tally.section_started_s:
+        metrics.time_to_first_section.observe(exchange.elapsed_ms(min(tally.section_started_s.values())) / 1000)
     if tally.last_token_s is not None and reply.termination == "complete":
         service.pace.note(tally.last_token_s - tally.started_s, tally.pause_s)
     if tally.first_answer_s is not None:
         metrics.time_to_first_answer_token.observe(exchange.elapsed_ms(tally.first_answer_s) / 1000)
-    for stage, seconds in (("queue", tally.queue_s), ("prefill", tally.prefill_s), ("score", tally.score_s)):
-        if seconds is not None:
-            metrics.stage_seconds.labels(stage).observe(seconds)
     for section, seconds in tally.section_seconds().items():
         metrics.section_seconds.labels(section.value).observe(seconds)
     for section, count in run.parser.result.section_num_tokens.items():
@@ -282,12 +314,41 @@ def account(service: Service, run: QaRun, reply: QaReply) -> None:
         metrics.pause_budget_lowered.labels(run.question.lowered_by).inc()
     if run.question.max_pauses:
         metrics.pauses_per_answer.observe(tally.num_pauses)
+        metrics.pause_tokens_per_answer.labels(reply.pause.mode).observe(tally.pause_tokens)
     if tally.report.lowest is not None:
         metrics.lowest_confidence.observe(tally.report.lowest)
     metrics.traces.labels(reply.trace.format, reply.termination).inc()
+    for kind in failures(run.parser.result):
+        metrics.parse_failures.labels(kind).inc()
+    for section in run.parser.result.missing_sections:
+        metrics.sections_missing.labels(section.value).inc()
+    reflection = reasoning(run.parser.result.trace, run.question.choices).reflection
+    if reflection is not None:
+        metrics.reflections.labels("true" if reflection.changed_answer else "false").inc()
+    metrics.prompt_tokens.inc(tally.prompt_tokens)
+    metrics.audio_tokens.inc(tally.audio_tokens)
+    metrics.cached_tokens.inc(tally.cached_tokens)
     metrics.completion_tokens.inc(tally.completion_tokens)
     if reply.answer.confidence is not None:
         metrics.answer_confidence.observe(reply.answer.confidence)
     if not reply.answer.text:
         metrics.answer_empty.inc()
-    metrics.audio_processed.inc(run.waveform.duration_s)
+    duration_s = run.waveform.duration_s
+    metrics.audio_processed.inc(duration_s)
+    metrics.audio_rtf.observe(exchange.elapsed_ms() / 1000 / duration_s)
+    if service.settings.metrics_by_key and exchange.tenant is not None:
+        # As many as there are keys. Names may be those of people, and metrics are read by many.
+        digest = hashlib.sha256(exchange.tenant_name.encode()).hexdigest()
+        metrics.key_audio.labels(digest[:NUM_KEY_DIGITS]).inc(duration_s)
+
+
+def failures(result: ParsedTrace) -> list[Failure]:
+    """Lists how a trace did not keep to the form."""
+    found: list[Failure] = []
+    if result.format is TraceFormat.MALFORMED:
+        found.append("malformed")
+    elif result.format is TraceFormat.WEAK:
+        found.append("weak")
+    if result.trailing_text:
+        found.append("trailing_text")
+    return found

@@ -24,7 +24,7 @@ from hyper_model.audio import FORMATS, SAMPLE_RATE_HZ, Waveform, require_single_
 from hyper_model.errors import AudioTooLongError
 from hyper_model.trace import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_QUESTION_CHARS, Section, build_prompt
 from server.api_types import QaBody, QaOptions, QaReply, Readiness
-from server.exchange import Exchange
+from server.exchange import Exchange, StageTime
 from server.faults import RequestError, as_fault
 from server.metrics import version
 from server.openapi import EVERYWHERE, METRICS_RESPONSES, QA_PATH, QA_RESPONSES
@@ -71,7 +71,10 @@ async def audio_qa(request: Request) -> Response:
         except ClientDisconnect:
             service.metrics.aborted.labels("upload", "client").inc()
             raise
-        service.metrics.stage_seconds.labels("receive").observe(exchange.elapsed_ms(exchange.received_s) / 1000)
+        finally:
+            exchange.note("receive", exchange.started_s, exchange.received_s)
+            if exchange.received_s is not None:
+                exchange.note("validate", exchange.received_s)
         timeout_ms = options.timeout_ms or service.settings.default_timeout_ms
         deadline_s = exchange.started_s + timeout_ms / 1000
         service.require_time(exchange, deadline_s)
@@ -85,7 +88,8 @@ async def audio_qa(request: Request) -> Response:
         except RequestError as fault:
             raise cut_short(fault, service, run) from None
         account(service, run, reply)
-        return JSONResponse(reply.model_dump(mode="json"))
+        with exchange.timing("serialize"):
+            return JSONResponse(reply.model_dump(mode="json"))
 
 
 async def read_question(request: Request, service: Service) -> tuple[QaOptions, bytes]:
@@ -228,15 +232,13 @@ def check_limits(options: QaOptions, service: Service) -> None:
 async def prepare(service: Service, exchange: Exchange, options: QaOptions, data: bytes, deadline_s: float) -> QaRun:
     """Turns a request into a run: question before clip, as the cheaper to refuse."""
     metrics = service.metrics
-    started_s = time.monotonic()
-    prompt_token_ids: list[int] = await service.in_pool(
-        build_prompt, service.checkpoint.tokenizer, options.question, options.choices
-    )
-    metrics.stage_seconds.labels("prompt").observe(time.monotonic() - started_s)
+    with exchange.timing("prompt"):
+        prompt_token_ids: list[int] = await service.in_pool(
+            build_prompt, service.checkpoint.tokenizer, options.question, options.choices
+        )
     started_s = time.monotonic()
     waveform = await service.decode(data, exchange)
     exchange.decode_s = time.monotonic() - started_s
-    metrics.stage_seconds.labels("decode").observe(exchange.decode_s)
     metrics.audio_bytes.observe(len(data))
     metrics.audio_duration.observe(waveform.duration_s)
     metrics.audio_codec.labels(waveform.codec).inc()
@@ -344,6 +346,7 @@ class EventStream(Response):
             except Exception as error:
                 fault = cut_short(as_fault(error), self.service, self.run)
                 self.exchange.outcome = fault.code
+                self.service.metrics.stream_errors.labels(fault.code).inc()
                 if fault.code == "internal_error":
                     logger.error("stream failed", exc_info=error, extra={"request_id": self.exchange.request_id})
                 await self.end(send, sse("error", fault.body(self.exchange.request_id)))
@@ -361,13 +364,20 @@ class EventStream(Response):
     async def pump(self, send: Send) -> None:
         """Runs the question and writes its events."""
 
+        serialize_s = 0.0
+
         async def emit(name: str, data: Mapping[str, Any]) -> None:
-            await self.write(send, sse(name, data))
+            nonlocal serialize_s
+            started_s = time.perf_counter()
+            event = sse(name, data)
+            serialize_s += time.perf_counter() - started_s
+            await self.write(send, event)
 
         pings = asyncio.create_task(self.ping(send))
         try:
             account(self.service, self.run, await self.run.run(emit))
         finally:
+            self.exchange.stages.append(StageTime("serialize", serialize_s))
             pings.cancel()
             await asyncio.gather(pings, return_exceptions=True)
 

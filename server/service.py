@@ -26,13 +26,13 @@ from hyper_model.audio import SAMPLE_RATE_HZ, AudioLimits, Waveform
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.errors import HyperError
 from hyper_model.pause import GateSettings
-from server.admission import Line
+from server.admission import RANKS, Line
 from server.box import Box
 from server.engine import Engine
-from server.exchange import Exchange
+from server.exchange import By, Exchange
 from server.faults import RequestError
 from server.keys import KeyRing
-from server.metrics import Metrics
+from server.metrics import Metrics, version
 from server.pacing import Budget, Pace
 from server.quotas import Quotas
 from server.settings import MEBIBYTE, Settings
@@ -68,9 +68,14 @@ class Service:
             decode_timeout_s=settings.decode_timeout_s,
         )
         self.box = Box(
-            audio_limits, memory_bytes=settings.decode_memory_mib * MEBIBYTE, on_death=metrics.decoder_deaths.inc
+            audio_limits,
+            memory_bytes=settings.decode_memory_mib * MEBIBYTE,
+            on_death=lambda reason: metrics.decoder_deaths.labels(reason).inc(),
         )
         self.decoders = Line(settings.decode_workers)
+        metrics.decoders.set(settings.decode_workers)
+        metrics.max_in_flight.set(settings.max_in_flight)
+        self.describe_build()
         # A fresh one a process, as what the engine keeps does not outlive it either.
         self.secret = secrets.token_bytes(32)
         self.keys = key_ring(settings)
@@ -81,6 +86,19 @@ class Service:
         self.supervisor: Supervisor | None = None
         self.pool = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="hyper-pool")
         self.tasks: set[asyncio.Task[Any]] = set()
+
+    def describe_build(self) -> None:
+        """Says in the metrics what is running: again when the engine has started, and is known."""
+        manifest = self.checkpoint.manifest
+        self.metrics.build.info(
+            {
+                "version": version(),
+                "engine": self.settings.engine,
+                "checkpoint": manifest.name,
+                "manifest_sha256": self.checkpoint.manifest_sha256,
+                **self.engine.about,
+            }
+        )
 
     @property
     def max_pauses(self) -> int:
@@ -134,6 +152,7 @@ class Service:
     def engine_is_up(self) -> None:
         """Takes requests from now on, unless the service is about to end."""
         self.metrics.engine_up.set(1)
+        self.describe_build()
         if self.state in ("starting", "recovering"):
             self.state = "ready"
             self.metrics.ready.set(1)
@@ -159,7 +178,13 @@ class Service:
             await asyncio.sleep(WATCH_INTERVAL_S)
             metrics = self.metrics
             metrics.event_loop_lag.observe(max(0.0, time.monotonic() - before - WATCH_INTERVAL_S))
-            metrics.waiting.set(self.line.num_waiting)
+            for priority in RANKS:
+                waits_s = self.line.waits_s(priority)
+                metrics.waiting.labels(priority).set(len(waits_s))
+                metrics.oldest_wait.labels(priority).set(max(waits_s, default=0.0))
+            metrics.engine_in_flight.set(self.line.num_working)
+            metrics.decoders_busy.set(self.decoders.num_working)
+            metrics.decoders_queued.set(self.decoders.num_waiting)
             metrics.decode_peak.set(self.box.peak_bytes)
             metrics.suspected_clips.set(len(self.quarantine.suspects))
             metrics.poisoned_clips.set(len(self.quarantine.banned))
@@ -267,13 +292,14 @@ class Service:
             wait_s = self.line.wait_s(self.num_in_flight)
             if wait_s > self.settings.max_queue_wait_s:
                 raise self.overloaded(f"The wait would be about {math.ceil(wait_s)} s.")
+            gauges = [self.metrics.in_flight, *([self.metrics.batch_in_flight] * (exchange.priority == "batch"))]
             self.num_in_flight += 1
-            self.metrics.in_flight.inc()
+            for gauge in gauges:
+                stack.enter_context(gauge.track_inprogress())
             try:
                 yield
             finally:
                 self.num_in_flight -= 1
-                self.metrics.in_flight.dec()
 
     @property
     def max_batch_in_flight(self) -> int:
@@ -312,11 +338,15 @@ class Service:
             RequestError: 429, when the caller has used up its seconds of audio.
         """
         with self.metrics.decoding.track_inprogress():
-            async with self.decoders.place(exchange.priority):
-                waveform = await self.box.decode(data)
+            async with contextlib.AsyncExitStack() as stack:
+                with exchange.timing("decode_wait"):
+                    await stack.enter_async_context(self.decoders.place(exchange.priority))
+                with exchange.timing("decode"):
+                    waveform = await self.box.decode(data)
             if exchange.tenant is not None:
                 exchange.tenant.charge(waveform.duration_s)
-            await self.in_pool(look_at, waveform)
+            with exchange.timing("inspect"):
+                await self.in_pool(look_at, waveform)
             return waveform
 
     async def carry(
@@ -340,7 +370,7 @@ class Service:
             done, _ = await asyncio.wait({task, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if task in done and not task.cancelled():
                 return task.result()
-            by = "shutdown" if task in done else "client" if gone in done else "deadline"
+            by: By = "shutdown" if task in done else "client" if gone in done else "deadline"
             self.metrics.aborted.labels(exchange.phase, by).inc()
             match by:
                 case "client":

@@ -38,6 +38,10 @@ class Settings(BaseSettings):
         default=None, ge=1, le=65535, description="A second port, for probes and /metrics alone, which asks for no key."
     )
 
+    metrics_by_key: bool = Field(
+        default=False, description="Count seconds of audio by key too, under the first digits of its name's SHA-256."
+    )
+
     checkpoint: Path | None = None
     verify_checkpoint: bool = True
     engine: Literal["vllm", "scripted"] = "vllm"

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hyper_model.errors import HyperError
 from server.engine import Engine
@@ -179,6 +179,9 @@ class Supervisor:
         self.max_restarts = max_restarts
         self.restarts_s: deque[float] = deque()
         self.is_over = False
+        for reason in get_args(Reason):
+            # From 0 on: a rate from nothing to the first restart would be lost.
+            metrics.engine_restarts.labels(reason)
 
     async def run(self) -> None:
         """Keeps the engine running until `is_over` is set or this is cancelled.

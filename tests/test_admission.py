@@ -146,6 +146,8 @@ def test_a_deadline_before_its_turn_is_refused_before_decoding() -> None:
         reply = ask(service, timeout_ms=2000)
         assert_error(reply, 503, "overloaded")
         assert int(reply.headers["retry-after"]) >= 1
+        # Its stages are counted when it has been answered.
+        wait_for(lambda: service.metric("hyper_rejected_total", reason="overloaded") == 1)
         assert service.metric("hyper_stage_seconds_count", stage="decode") == decoded
 
 

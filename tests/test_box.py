@@ -19,7 +19,7 @@ import pytest
 
 from hyper_model.audio import AudioLimits, Waveform, decode, find_ffmpeg
 from hyper_model.errors import AudioError, AudioTooLargeError, InvalidAudioError, UnsupportedAudioError
-from server.box import Box
+from server.box import Box, Death
 from tests import hostile_decoder
 from tests.hostile_decoder import ATTEMPTS, ENDLESS, FATAL, LIES, NOT_STOPPED
 from tests.serving import mp3, tone
@@ -29,10 +29,10 @@ MEMORY_BYTES = 256 * 2**20
 
 
 @asynccontextmanager
-async def boxed(program: str = "server.decoder", **limits: Any) -> AsyncGenerator[tuple[Box, list[int]]]:
-    """Starts a box, and counts the decoders that die in it."""
-    deaths: list[int] = []
-    box = Box(AudioLimits(**limits), memory_bytes=MEMORY_BYTES, on_death=lambda: deaths.append(1), program=program)
+async def boxed(program: str = "server.decoder", **limits: Any) -> AsyncGenerator[tuple[Box, list[Death]]]:
+    """Starts a box, and notes why decoders die in it."""
+    deaths: list[Death] = []
+    box = Box(AudioLimits(**limits), memory_bytes=MEMORY_BYTES, on_death=deaths.append, program=program)
     await box.start()
     try:
         yield box, deaths

@@ -68,6 +68,27 @@ def test_the_metrics_of_the_engine_pass_through(live_vllm: Live) -> None:
     assert 'hyper_build_info{checkpoint="random-tiny",engine="vllm"' in text
 
 
+def test_what_the_engine_took_is_told_apart(live_vllm: Live) -> None:
+    def total(name: str, **labels: str) -> float:
+        return live_vllm.metric(f"hyper_{name}", **labels)
+
+    before = {
+        stage: total("stage_seconds_sum", stage=stage) for stage in ("features", "prefill", "first_token", "score")
+    }
+    hits, misses = total("audio_cache_hits_total"), total("audio_cache_misses_total")
+    clip = tone(12.0, hertz=321.0)
+    for _ in range(2):
+        assert live_vllm.ask(clip, max_tokens=8, choices=CHOICES).status_code == 200
+    took = {stage: total("stage_seconds_sum", stage=stage) - seconds for stage, seconds in before.items()}
+    assert (
+        0 < took["prefill"] < took["first_token"] and 0 < took["features"] < took["first_token"] and took["score"] > 0
+    )
+    assert (total("audio_cache_hits_total") - hits, total("audio_cache_misses_total") - misses) == (1, 1)
+    assert total("cached_tokens_total") > 250 and total("audio_tokens_total") >= 600
+    info = live_vllm.service.metrics.build._value
+    assert info["vllm"][0].isdigit() and info["runner"] in ("v1", "v2")
+
+
 def test_eight_at_once(live_vllm: Live) -> None:
     statuses: list[int] = []
 

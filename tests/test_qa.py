@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
+from prometheus_client.samples import Sample
 
 from hyper_model.audio import SAMPLE_RATE_HZ, Waveform
 from hyper_model.checkpoint import Checkpoint
@@ -87,6 +88,31 @@ def test_a_strict_trace_fills_the_reply() -> None:
     assert reply.perception.transcript == "the train leaves at nine"
     assert reply.reasoning and reply.reasoning.reflection and reply.reasoning.reflection.changed_answer
     assert value(service.metrics.registry, "hyper_traces_total", format="strict", termination="complete") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "counted"),
+    [
+        (render(WORDS), {"hyper_reflections_total": {"changed": "true"}}),
+        (render(replace(WORDS, response="rain")), {"hyper_reflections_total": {"changed": "false"}}),
+        ("<THINK>x</THINK><RESPONSE>rain</RESPONSE>", {"hyper_parse_failures_total": {"kind": "weak"}}),
+        ("rain", {"hyper_parse_failures_total": {"kind": "malformed"}, "hyper_sections_missing_total": {}}),
+    ],
+)
+def test_how_well_a_trace_keeps_its_form_is_counted(text: str, counted: dict[str, dict[str, str]]) -> None:
+    _, _, service = ask(text)
+    found = {
+        name: {tuple(sample.labels.items()) for sample in samples_of(service.metrics.registry, name) if sample.value}
+        for name in ("hyper_reflections_total", "hyper_parse_failures_total", "hyper_sections_missing_total")
+    }
+    for name, labels in counted.items():
+        assert found[name] and (not labels or found[name] == {tuple(labels.items())})
+    if "hyper_reflections_total" in counted:
+        assert not found["hyper_parse_failures_total"] and not found["hyper_sections_missing_total"]
+
+
+def samples_of(registry: CollectorRegistry, name: str) -> list[Sample]:
+    return [sample for family in registry.collect() for sample in family.samples if sample.name == name]
 
 
 @pytest.mark.parametrize("style", ["letter", "text"])
@@ -225,8 +251,14 @@ def test_plain_text_tags_and_choices_by_their_words() -> None:
         return [*tokenizer.encode_text(render(WORDS)), tokenizer.im_end_id]
 
     checkpoint = text_style_checkpoint()
-    reply, _, _ = ask("", checkpoint=checkpoint, edit=spell_out)
+    reply, _, service = ask("", checkpoint=checkpoint, edit=spell_out)
+    assert value(service.metrics.registry, "hyper_parse_failures_total", kind="trailing_text") == 0
     assert (reply.answer.text, reply.trace.format, reply.termination) == ("rain", "strict", "complete")
+    # Here the engine does not know where an answer ends, so that a model can go on.
+    _, _, service = ask(
+        "", checkpoint=checkpoint, edit=lambda _, tokenizer: tokenizer.encode_text(render(WORDS) + " and more")
+    )
+    assert value(service.metrics.registry, "hyper_parse_failures_total", kind="trailing_text") == 1
     choices = ("the sound of rain", "sun")
     reply, _, _ = ask("", choices, checkpoint=checkpoint, edit=spell_out)
     assert reply.answer.text in choices and reply.termination == "complete" and reply.trace.format == "strict"
