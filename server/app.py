@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from server.qa import QaRun, Question
 from server.scripted import scripted_checkpoint
 from server.service import Service
 from server.settings import Settings
+from server.tracing import tracer_from
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints/hyper-mini"
 
@@ -40,11 +42,12 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
 
     Raises:
         CheckpointError: The checkpoint cannot be served.
+        HyperError: Traces cannot be sent as the environment asks.
     """
     checkpoint = load_checkpoint(settings)
     metrics = Metrics()
     engine = engine or build_engine(settings, checkpoint)
-    service = Service(settings, checkpoint, engine, metrics)
+    service = Service(settings, checkpoint, engine, metrics, tracer_from(os.environ))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:

@@ -19,6 +19,7 @@ from server.exchange import SCOPE_KEY, Exchange
 from server.faults import RequestError, as_fault, fault_response
 from server.service import Service
 from server.settings import Settings
+from server.tracing import trace_id_of
 
 access_logger = logging.getLogger("hyper.access")
 logger = logging.getLogger("hyper.server")
@@ -50,6 +51,7 @@ class Edge:
         self.service = service
         self.settings = service.settings
         self.metrics = service.metrics
+        self.tracer = service.tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,6 +63,10 @@ class Edge:
             is_body_complete=headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers,
         )
         scope[SCOPE_KEY] = exchange
+        if self.tracer is None:
+            exchange.trace_id = trace_id_of(headers.get("traceparent", ""))
+        elif scope["path"] not in OPERATOR_PATHS:
+            self.tracer.begin(exchange, headers)
         reply = Reply(exchange, receive, send)
         body = Body(exchange, receive, self.settings)
         try:
@@ -138,17 +144,21 @@ class Edge:
         for stage, stage_s, _ in exchange.stages:
             self.metrics.stage_seconds.labels(stage).observe(stage_s)
             stages_ms[stage] = round(stages_ms.get(stage, 0.0) + stage_s * 1000, 1)
-        if status is not None and status >= 400 and status != 499:
+        # A probe that is told 503 is answered, not refused.
+        if status is not None and status >= 400 and status != 499 and exchange.outcome != "ok":
             self.metrics.rejected.labels(str(status), exchange.outcome).inc()
+        if self.tracer is not None:
+            self.tracer.end(exchange, method=scope["method"], endpoint=endpoint, status=status)
         facts = {
             "request_id": exchange.request_id,
+            **({} if exchange.trace_id is None else {"trace_id": exchange.trace_id}),
             "method": scope["method"],
             "endpoint": endpoint,
             "status": status,
             "outcome": exchange.outcome,
             "duration_ms": round(seconds * 1000, 1),
             "body_bytes": exchange.num_body_bytes,
-            "stages_ms": stages_ms,
+            **({"stages_ms": stages_ms} if stages_ms else {}),
             **exchange.facts,
         }
         access_logger.info("request", extra=facts)
@@ -205,7 +215,10 @@ class Reply:
         """Sends one ASGI message."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self.exchange.request_id
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.exchange.request_id
+            if self.exchange.traceparent is not None:
+                headers["traceparent"] = self.exchange.traceparent
         is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
         if is_last and not self.exchange.is_body_complete:
             await self.inner({**message, "more_body": True})

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from server.keys import Priority
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
     from server.quotas import Tenant
 
 SCOPE_KEY = "hyper.exchange"
@@ -42,6 +44,14 @@ class StageTime(NamedTuple):
     started_s: float | None = None
 
 
+class SectionTime(NamedTuple):
+    """Says when a section of the trace was written; its name, no words of it."""
+
+    section: str
+    started_s: float
+    ended_s: float
+
+
 @dataclass
 class Exchange:
     """Carries one request's identity, phase and figures from the edge to the handlers and back.
@@ -57,6 +67,10 @@ class Exchange:
         outcome: "ok" or the code of the fault that ended it.
         facts: Further fields of the log line.
         stages: Where the time went, as far as the request came: for the metrics, the log line and the trace's spans.
+        sections: The same of what the model wrote.
+        span: The request's span, where traces are made.
+        traceparent: How others name that span.
+        trace_id: The trace that the request belongs to: ours, or the caller's; None where there is none.
     """
 
     request_id: str
@@ -71,6 +85,11 @@ class Exchange:
     outcome: str = "ok"
     facts: dict[str, Fact] = field(default_factory=dict[str, Fact])
     stages: list[StageTime] = field(default_factory=list[StageTime])
+    sections: list[SectionTime] = field(default_factory=list[SectionTime])
+    started_ns: int = field(default_factory=time.time_ns)
+    span: Span | None = None
+    traceparent: str | None = None
+    trace_id: str | None = None
 
     @property
     def tenant_name(self) -> str:
@@ -87,6 +106,10 @@ class Exchange:
     def elapsed_ms(self, until_s: float | None = None) -> float:
         """Returns milliseconds since the first byte came in, until now or until a reading of the same clock."""
         return ((time.monotonic() if until_s is None else until_s) - self.started_s) * 1000
+
+    def wall_ns(self, moment_s: float) -> int:
+        """Returns a reading of the clock as nanoseconds since 1970, by the wall clock when the request began."""
+        return self.started_ns + round((moment_s - self.started_s) * 1e9)
 
     def note(self, stage: Stage, started_s: float, ended_s: float | None = None) -> None:
         """Says that a stage took from then to then, or until now."""

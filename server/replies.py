@@ -29,7 +29,7 @@ from server.api_types import (
     Usage,
     WarningReply,
 )
-from server.exchange import Exchange, Stage, StageTime
+from server.exchange import Exchange, SectionTime, Stage, StageTime
 from server.metrics import Failure
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ class Tally:
         """
         if self.asked_s is None:
             return
+        started = self.section_started_s
+        for section, ended_s in self.section_ended_s.items():
+            exchange.sections.append(SectionTime(section.value, started[section], ended_s))
         exchange.note("first_token", self.asked_s, self.first_token_s)
         if self.first_token_s is None or self.last_token_s is None:
             return

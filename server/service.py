@@ -37,6 +37,7 @@ from server.pacing import Budget, Pace
 from server.quotas import Quotas
 from server.settings import MEBIBYTE, Settings
 from server.supervisor import EngineFailedError, Quarantine, Supervisor
+from server.tracing import Tracer
 
 logger = logging.getLogger("hyper.server")
 
@@ -51,12 +52,20 @@ COME_AGAIN = "Try again after the Retry-After time."
 class Service:
     """Owns what outlives a request; built once by `create_app` and passed to whoever needs it."""
 
-    def __init__(self, settings: Settings, checkpoint: Checkpoint, engine: Engine, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        engine: Engine,
+        metrics: Metrics,
+        tracer: Tracer | None = None,
+    ) -> None:
         self.settings = settings
         self.checkpoint = checkpoint
         self.gate = GateSettings.of(checkpoint.manifest, checkpoint.tokenizer)
         self.engine = engine
         self.metrics = metrics
+        self.tracer = tracer
         self.pace = Pace()
         self.state: State = "starting"
         self.failure: BaseException | None = None
@@ -245,6 +254,8 @@ class Service:
         await self.engine.stop()
         self.metrics.engine_up.set(0)
         await self.box.stop()
+        if self.tracer is not None:
+            await self.tracer.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def reasons_not_ready(self) -> list[str]:
