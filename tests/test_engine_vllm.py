@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -13,9 +14,10 @@ import httpx
 import pytest
 
 from tests.conftest import VllmHost
-from tests.process import exit_code, post, serve_process
-from tests.serving import Live, tone
+from tests.process import ROOT, exit_code, post, serve_process
+from tests.serving import Live, tone, wait_for
 
+WATCHING = ("deploy/grafana/dashboards/hyper.json", "deploy/prometheus/rules.yml")
 CHOICES = ["a bell", "a dog", "the sea"]
 
 
@@ -66,6 +68,10 @@ def test_the_metrics_of_the_engine_pass_through(live_vllm: Live) -> None:
     text = live_vllm.client.get("/metrics").text
     assert "vllm:num_requests_running" in text and "vllm:prefix_cache_queries_total" in text
     assert 'hyper_build_info{checkpoint="random-tiny",engine="vllm"' in text
+    # Those that the dashboard and the alerts ask for: vLLM renames its figures now and then.
+    wanted = {name for path in WATCHING for name in re.findall(r"vllm:\w+", (ROOT / path).read_text(encoding="utf-8"))}
+    exported = set(re.findall(r"^(vllm:\w+)[ {]", text, flags=re.MULTILINE))
+    assert len(wanted) >= 5 and wanted <= exported
 
 
 def test_what_the_engine_took_is_told_apart(live_vllm: Live) -> None:
@@ -76,9 +82,12 @@ def test_what_the_engine_took_is_told_apart(live_vllm: Live) -> None:
         stage: total("stage_seconds_sum", stage=stage) for stage in ("features", "prefill", "first_token", "score")
     }
     hits, misses = total("audio_cache_hits_total"), total("audio_cache_misses_total")
+    num_scored = total("stage_seconds_count", stage="score")
     clip = tone(12.0, hertz=321.0)
     for _ in range(2):
         assert live_vllm.ask(clip, max_tokens=8, choices=CHOICES).status_code == 200
+    # Counted when a request has been answered.
+    wait_for(lambda: total("stage_seconds_count", stage="score") == num_scored + 2)
     took = {stage: total("stage_seconds_sum", stage=stage) - seconds for stage, seconds in before.items()}
     assert (
         0 < took["prefill"] < took["first_token"] and 0 < took["features"] < took["first_token"] and took["score"] > 0
