@@ -1,9 +1,11 @@
-"""The command line: `python -m loadtests run`, `bench` and `torture`. Knows only its own package."""
+"""The command line: `python -m loadtests run`, `dashboard`, `bench` and `torture`. Knows only its own package."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -242,6 +244,35 @@ def torture(
     click.echo(json.dumps({each.name: each.value for each in figures}))
     is_met = all(each.is_met for each in figures)
     sys.exit(3 if failures else int(not is_met))
+
+
+@main.command()
+@click.option("--prometheus", "url", required=True, metavar="URL", help="A Prometheus that scrapes the service.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG to write.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=60, show_default=True, help="How long.")
+@click.option(
+    "--until", type=click.DateTime(), metavar="UTC", help="When it ends: 2026-11-25T23:00:00.  [default: now]"
+)
+@click.option("--instance", default=".*", show_default=True, help="Instances, as a regular expression.")
+@click.option("--rate", "rate_interval", default="1m", show_default=True, help="Rates are taken over this long.")
+@click.option(
+    "--dashboard",
+    "file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default=Path("deploy/grafana/dashboards/hyper.json"),
+    show_default=True,
+    help="The Grafana dashboard to draw.",
+)
+def dashboard(
+    url: str, out: Path, minutes: float, until: datetime | None, instance: str, rate_interval: str, file: Path
+) -> None:
+    """Draws the Grafana dashboard as a PNG, for those who have a Prometheus and no Grafana."""
+    from loadtests.dashboard import Prometheus, draw, window_of
+
+    window = window_of(minutes, until, instance, rate_interval)
+    with contextlib.closing(Prometheus(url)) as prometheus:
+        num_with_data = draw(file, prometheus, window, out)
+    click.echo(f"{out}: {num_with_data} panels have data")
 
 
 if __name__ == "__main__":
