@@ -144,11 +144,20 @@ def read(path: Path) -> KeyFile:
 
 
 def write(path: Path, file: KeyFile) -> None:
-    """Replaces the file in one step, readable by its owner alone: a reader sees the old one or the new one."""
+    """Replaces the file in one step: a reader sees the old one or the new one.
+
+    A new file is readable by its owner alone. One that was given to the service's user or group stays theirs, as far as
+    we may give files away: else a key that is revoked would lock the service out of the list that says so.
+    """
     text = json.dumps(file.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with open(descriptor, "w", encoding="utf-8") as stream:
+            with contextlib.suppress(FileNotFoundError):
+                before = path.stat()
+                with contextlib.suppress(PermissionError):
+                    os.fchown(descriptor, before.st_uid, before.st_gid)
+                os.fchmod(descriptor, before.st_mode & 0o666)
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import socket
 import stat
@@ -220,6 +221,19 @@ def test_the_file_holds_no_key_and_is_its_owners_alone(key_file: Path, secrets: 
     assert all(re.fullmatch(r"hyp_[A-Za-z0-9_-]{43}", secret) for secret in secrets.values())
     assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
     assert [path.name for path in key_file.parent.iterdir()] == [key_file.name]
+
+
+def test_a_file_that_was_given_to_the_service_stays_the_services(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    keys.add(path, name="first")
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 10001, 10001)
+    before = path.stat()
+    keys.add(path, name="second")
+    keys.revoke(path, "first")
+    after = path.stat()
+    assert (after.st_uid, after.st_gid, stat.S_IMODE(after.st_mode)) == (before.st_uid, before.st_gid, 0o640)
 
 
 BAD_FILES = {
