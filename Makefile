@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 WORK ?= build
 PROCESSES ?= 2
 
-.PHONY: help serve test check bench torture bench-train venv lock bank scenes train grpo eval clean
+.PHONY: help serve test check bench torture bench-train sbom venv lock bank scenes train grpo eval clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,11 @@ torture: ## Do to the service all that it promises to withstand (ARGS="--quick";
 bench-train: ## Measure a step of Stage II beside a plain trainer's, and resume, sync and masks (5 minutes)
 	@$(INSTALL) train
 	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m training.bench tests/assets/clips $(ARGS)
+
+sbom: ## Write what the service is made of, libraries inside wheels included, to WORK/sbom-DEVICE.cdx.json (CycloneDX)
+	@$(INSTALL) dev
+	@$(BIN)/python requirements/sbom.py $(WORK)/sbom-$(DEVICE).cdx.json --lock requirements/$(DEVICE).txt \
+	  $(if $(filter cpu,$(DEVICE)),--lock requirements/torch-cpu.txt)
 
 venv: ## Build .venv from the lock files and check that it imports (DEVICE=gpu for an NVIDIA card)
 	@$(INSTALL)

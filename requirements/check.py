@@ -18,6 +18,7 @@ IMPORTS = {
     "dev": ["pytest", "hypothesis", "schemathesis"],
     # Not locust itself: it replaces sockets everywhere as it is imported, and warns of those that are there already.
     "load": ["aiohttp", "gevent"],
+    "sbom": ["cyclonedx_py"],
 }
 BROKEN_BESIDE_CPU_TORCH = ["torchvision", "torchaudio", "torchcodec"]
 # vLLM logs a library that its CPU kernels miss and fails much later, at the first step.

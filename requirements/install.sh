@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds or completes a virtual environment from the lock files. Usage: requirements/install.sh VENV SET...
-# SET is cpu, gpu, train, data, baseline, dev or load; cpu or gpu comes first. PYTHON names the interpreter for a new environment.
+# SET is cpu, gpu, train, data, baseline, dev, load or sbom; cpu or gpu comes first, sbom may stand alone. PYTHON names the
+# interpreter for a new environment.
 # SKIP_PROJECT leaves this project out, SKIP_CHECK the imports at the end (the Dockerfile needs both).
 # What is already there, by the contents of its lock file, is left alone: a run with nothing to do takes no time.
 set -eu
@@ -65,7 +66,7 @@ install_project() {
 
 [ -x "$venv/bin/python" ] || new_venv
 mkdir -p "$done_dir"
-case " $* " in *" gpu "*) ;; *) install_torch_cpu ;; esac
+case " $* " in *" gpu "* | " sbom ") ;; *) install_torch_cpu ;; esac
 for name in "$@"; do install_set "$name"; done
 [ -n "${SKIP_PROJECT:-}" ] || install_project
 if [ -n "$changed" ] && [ -z "${SKIP_CHECK:-}" ]; then

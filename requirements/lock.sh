@@ -34,7 +34,9 @@ cpu="--override requirements/overrides-cpu.txt --find-links $wheels --no-emit-pa
   compile data data $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt
   compile baseline baseline $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt \
     --constraint requirements/data.txt
-  compile dev dev $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt
+  compile sbom sbom $cpu --constraint requirements/cpu.txt
+  compile dev dev $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt \
+    --constraint requirements/sbom.txt
   compile load load $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt \
     --constraint requirements/dev.txt
 }

@@ -50,7 +50,7 @@ HTTP_LIBRARIES = {"fastapi", "starlette", "uvicorn", "httpx"}
 VAGUE_NAMES = re.compile(r"^(utils?|common|helpers?|misc|core|services?_?layer|base_.*|managers?|.*_v\d+|.*_utils)$")
 """Names that say nobody decided where the thing belongs."""
 
-LOCKS = ("cpu", "gpu", "train", "data", "baseline", "dev", "load")
+LOCKS = ("cpu", "gpu", "train", "data", "baseline", "dev", "load", "sbom")
 BROKEN_BESIDE_CPU_TORCH = {"torchvision", "torchaudio", "torchcodec"}
 
 

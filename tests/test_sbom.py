@@ -1,0 +1,51 @@
+"""The list of what the service is made of: valid CycloneDX, and with what wheels bring along."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import av
+import pytest
+
+from tests.process import ROOT
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The list of three packages that bring libraries along; of all of them it takes a minute."""
+    folder = tmp_path_factory.mktemp("sbom")
+    lock = folder / "some.txt"
+    locked = (ROOT / "requirements/cpu.txt").read_text(encoding="utf-8")
+    lock.write_text("\n".join(re.findall(r"^(?:av|soundfile|numpy)==\S+", locked, re.M)), encoding="utf-8")
+    out = folder / "sbom.cdx.json"
+    command = [sys.executable, ROOT / "requirements/sbom.py", out, "--lock", lock]
+    done = subprocess.run(command, capture_output=True, text=True)
+    # It has held the result to the schema of CycloneDX 1.6.
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def test_the_list_names_what_wheels_bring_along(contents: dict[str, Any]) -> None:
+    assert (contents["bomFormat"], contents["specVersion"]) == ("CycloneDX", "1.6")
+    found = {each["bom-ref"]: each for each in contents["components"]}
+    versions = {each["name"]: each.get("version") for each in found.values()}
+    assert {"ffmpeg", "opus", "lame", "libsndfile", "flac", "libvorbis", "openblas", "python"} <= versions.keys()
+    libavcodec = ".".join(map(str, av.library_versions["libavcodec"]))
+    assert versions["libavcodec.so"] == libavcodec
+    (needs,) = (set(each["dependsOn"]) for each in contents["dependencies"] if each["ref"] == f"av=={av.__version__}")
+    assert any(found[ref]["name"] == "ffmpeg" for ref in needs), "and says where"
+    for each in found.values():
+        if each["type"] == "file":
+            assert re.fullmatch(r"[0-9a-f]{64}", each["hashes"][0]["content"])
+
+
+def test_the_list_leaves_out_what_is_not_locked(contents: dict[str, Any]) -> None:
+    text = json.dumps(contents)
+    packages = {each["name"] for each in contents["components"] if each.get("purl", "").startswith("pkg:pypi/")}
+    assert packages == {"av", "soundfile", "numpy"}
+    # Nothing of the machine on which it was made.
+    assert str(ROOT) not in text and sys.prefix not in text and "file:///" not in text
