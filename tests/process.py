@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ main()
 
 @contextlib.contextmanager
 def serve_process(
-    environment: Mapping[str, str], ready_timeout_s: float = 30
+    environment: Mapping[str, str], ready_timeout_s: float = 30, **options: Any
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Starts a server on a free port and yields it and its address when it says that it is ready."""
-    process = start(environment)
+    process = start(environment, **options)
     killer = threading.Timer(ready_timeout_s, process.kill)
     killer.start()
     try:
@@ -50,9 +50,9 @@ def serve_process(
             process.stdout.close()
 
 
-def start(environment: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
-    """Starts `hyper serve` on a free port, as the installed script would."""
-    command = [sys.executable, "-c", SCRIPT, "serve"]
+def start(environment: Mapping[str, str], prefix: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+    """Starts `hyper serve` on a free port, as the installed script would; behind a prefix, inside another program."""
+    command = [*prefix, sys.executable, "-c", SCRIPT, "serve"]
     full = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HYPER_PORT": "0", **environment}
     return subprocess.Popen(command, env=full, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
 

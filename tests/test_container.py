@@ -1,0 +1,147 @@
+"""The service as a container runs it: a read-only root, no capability, no right to namespaces, tini as process 1.
+
+bubblewrap stands in for the container's runtime. Where it is not installed or may not make namespaces, and where there
+is no tini, there is nothing to test with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.process import ROOT, exit_code, post, serve_process, start
+from tests.serving import tone, wait_for
+
+UID = "10001"
+SHM_BYTES = 64 * 1024 * 1024  # What Docker gives a container.
+MAKE_NAMESPACES = ["bwrap", "--unshare-user", "--disable-userns", "--ro-bind", "/", "/", "--proc", "/proc"]
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("bwrap") and shutil.which("tini"))
+    or subprocess.run([*MAKE_NAMESPACES, "true"], capture_output=True).returncode != 0,
+    reason="needs tini, and bubblewrap that may make namespaces",
+)
+
+
+@dataclass
+class Container:
+    """What it starts with, and the two places that it may write to.
+
+    Attributes:
+        options: What starts a process in it.
+        about: Where bubblewrap says what it has started.
+    """
+
+    environment: dict[str, str]
+    options: dict[str, Any]
+    tmp: Path
+    cache: Path
+    about: int
+
+    @contextlib.contextmanager
+    def running(self, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
+        """Starts the service and yields bubblewrap's process, the address, and tini's process id as it is outside."""
+        with serve_process({**self.environment, **environment}, 60, **self.options) as (process, url):
+            yield process, url, json.loads(os.read(self.about, 4096))["child-pid"]
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Iterator[Container]:
+    """What deploy/compose.yaml and the Dockerfile say, in the words of bubblewrap."""
+    tmp, cache = tmp_path / "tmp", tmp_path / "cache"
+    tmp.mkdir()
+    cache.mkdir()
+    about, theirs = os.pipe()
+    # The tree of these tests and its environment may lie in /tmp, which is another one inside.
+    trees = [str(place) for place in (ROOT, Path(sys.prefix).resolve()) if place.is_relative_to("/tmp")]
+    prefix = [
+        *("bwrap", "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--disable-userns"),
+        *("--as-pid-1", "--die-with-parent", "--uid", UID, "--gid", UID, "--cap-drop", "ALL", "--info-fd", str(theirs)),
+        *("--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--size", str(SHM_BYTES), "--tmpfs", "/dev/shm"),
+        *("--bind", str(tmp), "/tmp", "--bind", str(cache), "/mnt"),
+        *(part for tree in trees for part in ("--ro-bind", tree, tree)),
+        *("--", "tini", "--"),
+    ]
+    environment = {"HYPER_ENGINE": "scripted", "HYPER_DECODE_SANDBOX": "require", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"HOME": "/mnt", "XDG_CACHE_HOME": "/mnt", "TMPDIR": "/tmp"}
+    yield Container(environment, {"prefix": prefix, "pass_fds": (theirs,)}, tmp, cache, about)
+    for descriptor in (about, theirs):
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def service_pid(first_pid: int) -> int:
+    """Returns the process id of tini's child."""
+    (child,) = psutil.Process(first_pid).children()
+    return child.pid
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """Reads what the kernel says of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def test_it_answers_drains_and_ends_with_0(container: Container) -> None:
+    with container.running(HYPER_SCRIPTED_TOKEN_INTERVAL_S="0.02") as (process, url, first_pid):
+        status = status_of(service_pid(first_pid))
+        assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == int(status["CapBnd"], 16) == 0
+        assert status["NoNewPrivs"] == "1"
+        assert set(httpx.get(f"{url}/v1/info").json()["decoding"]["sandbox"]) & {"landlock", "seccomp"}
+        # Of more than 1 MiB, so that it lies in /tmp while it is read.
+        clip = {"file": ("clip", tone(40.0))}
+        refused = httpx.post(f"{url}/v1/audio/qa", data={"question": "What?"}, files=clip, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "audio_too_long")
+        found: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: found.append(post(url)))
+        thread.start()
+        wait_for(lambda: "hyper_in_flight 1.0" in httpx.get(f"{url}/metrics").text)
+        os.kill(first_pid, signal.SIGTERM)
+        wait_for(lambda: httpx.get(f"{url}/readyz").json()["reasons"] == ["shutting_down"])
+        thread.join()
+        assert found[0].status_code == 200, "what is in flight is answered"
+        assert exit_code(process, 20) == 0
+    left = [path for place in (container.tmp, container.cache) for path in place.rglob("*") if path.is_file()]
+    assert left == [], "nothing is left behind"
+
+
+def test_a_service_that_is_killed_is_no_success(container: Container) -> None:
+    with container.running() as (process, _, first_pid):
+        os.kill(service_pid(first_pid), signal.SIGKILL)
+        assert exit_code(process, 20) == 128 + signal.SIGKILL
+
+
+def test_the_services_own_exit_code_comes_out(container: Container, tmp_path: Path) -> None:
+    environment = {**container.environment, "HYPER_CHECKPOINT": str(tmp_path / "nothing")}
+    process = start(environment, **container.options, stderr=subprocess.DEVNULL)
+    try:
+        assert exit_code(process, 60) == 78
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def test_outside_of_its_two_places_it_can_write_nothing(container: Container) -> None:
+    """The negative control: the walls around the tests above are there."""
+    places = ("/", "/etc", "/var/tmp", "/root", str(ROOT), sys.prefix)
+    tries = "; ".join(f"touch {place}/.written && echo {place}" for place in places)
+    tries += "; touch /tmp/a /mnt/b && echo fine; unshare -U true && echo namespaces"
+    command = [*container.options["prefix"], "sh", "-c", tries]
+    out = subprocess.run(command, pass_fds=container.options["pass_fds"], capture_output=True, text=True)
+    assert out.stdout.split() == ["fine"], out
