@@ -106,7 +106,7 @@ class Engine(Protocol):
 
     @property
     def about(self) -> Mapping[str, str]:
-        """What it is made of: the version of vLLM and the model runner; known once it has started."""
+        """What it is made of: the version of vLLM, the model runner and the dtype; known once it has started."""
         ...
 
     @property
@@ -174,7 +174,7 @@ class ScriptedEngine:
         self.audio_tokens_per_s = audio_tokens_per_s
         self.token_interval_s = token_interval_s
         self.num_in_flight = 0
-        self.about: Mapping[str, str] = {"vllm": "none", "runner": "none"}
+        self.about: Mapping[str, str] = {"vllm": "none", "runner": "none", "dtype": "none"}
         self.last_sign_s = 0.0
         self.ended = asyncio.Event()
         self.ended.set()

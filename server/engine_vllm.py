@@ -170,7 +170,8 @@ class VllmEngine:
         )
         config = args.create_engine_config()
         self.is_v2 = config.use_v2_model_runner
-        self.about = {"vllm": vllm_version, "runner": "v2" if self.is_v2 else "v1"}
+        dtype = str(config.model_config.dtype).removeprefix("torch.")
+        self.about = {"vllm": vllm_version, "runner": "v2" if self.is_v2 else "v1", "dtype": dtype}
         config.model_config.logits_processors = [processor_name(is_v2=self.is_v2)]
         # Kept here and not returned: a thread holds on to what its last task returned.
         self.llm = AsyncLLM.from_vllm_config(config)

@@ -67,7 +67,7 @@ def test_the_metrics_of_the_engine_pass_through(live_vllm: Live) -> None:
     live_vllm.ask(max_tokens=4)
     text = live_vllm.client.get("/metrics").text
     assert "vllm:num_requests_running" in text and "vllm:prefix_cache_queries_total" in text
-    assert 'hyper_build_info{checkpoint="random-tiny",engine="vllm"' in text
+    assert 'hyper_build_info{checkpoint="random-tiny",dtype="float32",engine="vllm"' in text
     # Those that the dashboard and the alerts ask for: vLLM renames its figures now and then.
     wanted = {name for path in WATCHING for name in re.findall(r"vllm:\w+", (ROOT / path).read_text(encoding="utf-8"))}
     exported = set(re.findall(r"^(vllm:\w+)[ {]", text, flags=re.MULTILINE))
