@@ -63,9 +63,9 @@ scenes: ## Mix the bank and the recordings into clips and their encoder states
 	@$(INSTALL) train data
 	@exec $(BIN)/hyper data scenes --work $(WORK)
 
-train: ## Train the embedded checkpoint's Stage I, going on where it stopped, and export to WORK/hyper-mini
+train: ## Train the embedded checkpoint's Stage I, going on where it stopped, and export to WORK/hyper-mini (BASE=DIR: from its decoder)
 	@$(INSTALL) train
-	@exec $(BIN)/hyper train mini_sft $(WORK)/runs/mini_sft --work $(WORK) --processes $(PROCESSES) \
+	@exec $(BIN)/hyper train mini_sft $(WORK)/runs/mini_sft --work $(WORK) --processes $(PROCESSES) $(if $(BASE),--base $(BASE)) \
 	  --export $(WORK)/hyper-mini --overwrite $(if $(wildcard $(WORK)/runs/mini_sft/recipe.json),--resume)
 
 grpo: ## Train Stage II on WORK/hyper-mini, which must have been calibrated, and export to WORK/hyper-mini-grpo
