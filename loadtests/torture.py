@@ -358,11 +358,14 @@ def spring(folder: Path) -> int:
 
 
 def metrics_of(target: Target) -> dict[str, float]:
-    """Returns the figures of /metrics that have no labels, once they have settled."""
+    """Returns the figures of /metrics, each the sum over its labels, once they have settled."""
     target.when_idle()
     time.sleep(1.0)
-    families = text_string_to_metric_families(target.scrape()[0])
-    return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(target.scrape()[0]):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
 
 
 def requests(torture: Torture) -> Result:
