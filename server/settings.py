@@ -74,7 +74,9 @@ class Settings(BaseSettings):
     upload_timeout_s: float = Field(default=60.0, gt=0)
     upload_idle_timeout_s: float = Field(default=10.0, gt=0)
 
-    max_in_flight: int = Field(default=32, ge=1, description="Admitted requests, uploads included; more get a 503.")
+    # One and a half times the engine's places: full, a request waits for half a round of answers, and the slowest
+    # take less than twice as long as at 0.8 of the peak (docs/LOG.md).
+    max_in_flight: int = Field(default=24, ge=1, description="Admitted requests, uploads included; more get a 503.")
     max_batch_share: float = Field(
         default=0.5, gt=0, le=1, description="Share of these places that requests of the class `batch` may take."
     )

@@ -99,7 +99,7 @@ def test_counts_are_what_the_client_counted(fresh: Live) -> None:
         "hyper_engine_restarts_total{reason=hung}": 0,
         "hyper_queue_wait_seconds_count{class=interactive}": 3,
         "hyper_queue_depth{class=batch}": 0,
-        "hyper_max_in_flight{}": 32,
+        "hyper_max_in_flight{}": 24,
         "hyper_decode_pool_size{}": 2,
         "hyper_batch_in_flight{}": 0,
         "hyper_ready{}": 1,
