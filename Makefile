@@ -35,7 +35,7 @@ bench: ## Measure the service beside vLLM's own server, bare engines and transfo
 	@$(INSTALL) train
 	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests bench $(ARGS)
 
-torture: ## Do to the service all that it promises to withstand (ARGS="--quick"; half an hour; goes on where it stopped)
+torture: ## Do to the service all that it promises to withstand (ARGS="--quick"; twenty minutes; goes on where it stopped)
 	@$(INSTALL) train dev
 	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests torture $(ARGS)
 

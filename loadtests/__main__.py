@@ -19,18 +19,22 @@ def main() -> None:
     """Measures the service: a running one over HTTP, or one of its own beside its peers."""
 
 
-LOG_OPTION = click.option(
-    "--log",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Where a service that is started here writes its messages.  [default: OUT/service.log]",
+CLIPS_OPTION = click.option(
+    "--clips",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=Path("tests/assets/clips"),
+    show_default=True,
+    help="Folder of good clips, which are asked about as they are, cut to other lengths, or broken.",
 )
-KEY_OPTION = click.option("--key", envvar="HYPER_KEY", help="An API key (HYPER_KEY), where the service asks for one.")
+SEED_OPTION = click.option(
+    "--seed", type=int, default=20261125, show_default=True, help="Everything that is drawn follows from it."
+)
 
 
 @main.command()
 @click.argument("name", metavar="SCENARIO", type=click.Choice(list(SCENARIOS)))
 @click.option("--url", help="A running service.  [default: starts `hyper serve` and ends it afterwards]")
-@KEY_OPTION
+@click.option("--key", envvar="HYPER_KEY", help="An API key (HYPER_KEY), where the service asks for one.")
 @click.option("--metrics-url", help="Where /metrics is, if on a port of its own (HYPER_METRICS_PORT).")
 @click.option(
     "--serve",
@@ -39,19 +43,17 @@ KEY_OPTION = click.option("--key", envvar="HYPER_KEY", help="An API key (HYPER_K
     metavar="HYPER_NAME=VALUE",
     help="A setting of the service that is started, such as HYPER_ENGINE=scripted; may be given several times.",
 )
-@click.option(
-    "--clips",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=Path("tests/assets/clips"),
-    show_default=True,
-    help="Folder of audio files to ask about, as they are and cut to other lengths.",
-)
+@CLIPS_OPTION
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where the results go.")
 @click.option("--peak", type=click.FloatRange(min=0, min_open=True), help="Answers a second; else it is looked for.")
 @click.option("--slo", "slo_s", type=float, help="Seconds within which an answer is good.  [default: the scenario's]")
 @click.option("--scale", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Makes every period longer.")
-@click.option("--seed", type=int, default=20261125, show_default=True, help="Everything that is drawn follows from it.")
-@LOG_OPTION
+@SEED_OPTION
+@click.option(
+    "--log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where a service that is started here writes its messages.  [default: OUT/service.log]",
+)
 def run(
     name: str,
     url: str | None,
@@ -124,13 +126,7 @@ def run(
     show_default=True,
     help="The checkpoint that all of them serve.",
 )
-@click.option(
-    "--clips",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=Path("tests/assets/clips"),
-    show_default=True,
-    help="Recordings that fresh clips are cut from.",
-)
+@CLIPS_OPTION
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="How often the sides take turns.")
 @click.option(
     "--part",
@@ -175,13 +171,7 @@ def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], lo
     show_default=True,
     help="Where results are kept; a part whose result is there is not carried out again.",
 )
-@click.option(
-    "--clips",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=Path("tests/assets/clips"),
-    show_default=True,
-    help="Folder of good clips.",
-)
+@CLIPS_OPTION
 @click.option("--files", "num_files", type=click.IntRange(1), help="Hostile files to send.  [default: 10000]")
 @click.option("--requests", "num_requests", type=click.IntRange(4), help="Requests to generate.  [default: 2000]")
 @click.option("--part", "parts", metavar="PART", multiple=True, help="Only this part; may be given several times.")
@@ -193,7 +183,7 @@ def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], lo
     show_default=True,
     help="What is overloaded and soaked.",
 )
-@click.option("--seed", type=int, default=20261125, show_default=True, help="Everything that is drawn follows from it.")
+@SEED_OPTION
 def torture(
     out: Path,
     clips: Path,
@@ -204,7 +194,7 @@ def torture(
     overload_engine: Literal["scripted", "vllm"],
     seed: int,
 ) -> None:
-    """Does to the service all that it promises to withstand (half an hour on two cores).
+    """Does to the service all that it promises to withstand (twenty minutes on two cores).
 
     Ends with a table and one line of JSON; OUT keeps all figures. Exits with 1 where a figure misses its aim, and with
     3 where a part came to no result; the next run takes that up again.
@@ -218,7 +208,7 @@ def torture(
     soak      11,000 requests at 0.7 of the peak
     chaos     clients that leave, an engine that is killed and one that hangs, SIGTERM with 50 in flight
     """
-    from loadtests.scenarios import figures_table
+    from loadtests.scenarios import figures_json, figures_table
     from loadtests.torture import PARTS, Torture, run
 
     if unknown := set(parts) - set(PARTS):
@@ -239,8 +229,7 @@ def torture(
     click.echo(figures_table(figures))
     for part, reason in failures.items():
         click.echo(f"{part}: no result: {reason}", err=True)
-    kept = {each.name: {"value": each.value, "of": each.num, "aim": each.aim} for each in figures}
-    (out / "torture.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (out / "torture.json").write_text(json.dumps(figures_json(figures), indent=1) + "\n")
     click.echo(json.dumps({each.name: each.value for each in figures}))
     is_met = all(each.is_met for each in figures)
     sys.exit(3 if failures else int(not is_met))

@@ -24,6 +24,7 @@ from typing import Any
 import click
 import httpx
 
+from loadtests.client import QA_PATH
 from loadtests.clips import FreshClips, wav
 from loadtests.peers import QUESTION
 from loadtests.target import child, environment, free_port, serving, when_up
@@ -274,7 +275,7 @@ async def ask_all(url: str, bodies: Sequence[bytes], ask: Callable[[httpx.AsyncC
 async def ask_ours(client: httpx.AsyncClient, clip: bytes) -> int:
     """Asks the service; returns the tokens written."""
     data = {"question": QUESTION, "pause": "off", "max_tokens": str(MAX_TOKENS)}
-    response = await client.post("/v1/audio/qa", data=data, files={"file": ("clip.wav", clip)})
+    response = await client.post(QA_PATH, data=data, files={"file": ("clip.wav", clip)})
     response.raise_for_status()
     return response.json()["usage"]["completion_tokens"]
 

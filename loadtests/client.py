@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohttp
 
+QA_PATH = "/v1/audio/qa"
 FIRST_TOKEN_EVENTS = ("section.start", "section.delta", "answer.delta")
 CANCELLED = "client_cancelled"
 """What a request that its client gave up on purpose counts under."""
@@ -137,7 +138,7 @@ class _Reply:
 
     async def read(self, session: aiohttp.ClientSession, question: Question) -> None:
         async with session.post(
-            "/v1/audio/qa", data=question.body, headers=question.headers, trace_request_ctx=self
+            QA_PATH, data=question.body, headers=question.headers, trace_request_ctx=self
         ) as response:
             self.status = response.status
             self.has_retry_after = "retry-after" in response.headers

@@ -21,7 +21,7 @@ from loadtests import chaos
 from loadtests.client import Outcome, open_session
 from loadtests.driver import require_punctual, run_open_loop
 from loadtests.report import Account, Report, account, percentile, summarize
-from loadtests.scenarios import Figure, Ladder, Scenario, Step
+from loadtests.scenarios import Figure, Ladder, Scenario, Step, figures_json
 from loadtests.target import Reading, Target
 from loadtests.workload import Clips, Mix, plan
 
@@ -188,7 +188,7 @@ class Experiment:
         """Returns all there is to keep of a run, ready for JSON."""
         return {
             "scenario": name,
-            "figures": {each.name: {"value": each.value, "of": each.num, "aim": each.aim} for each in figures},
+            "figures": figures_json(figures),
             "is_met": all(each.is_met for each in figures),
             "seed": self.seed,
             "service": {key: self.info.get(key) for key in ("version", "engine", "checkpoint", "decoding", "limits")},

@@ -20,10 +20,9 @@ from locust import HttpUser, constant_throughput, events, task
 from locust.env import Environment
 from locust.exception import StopUser
 
-from loadtests.client import FIRST_TOKEN_EVENTS, Question, error_code
+from loadtests.client import FIRST_TOKEN_EVENTS, QA_PATH, Question, error_code
 from loadtests.workload import Clips, Mix, plan
 
-ASK = "/v1/audio/qa"
 NUM_PLANNED = 500
 """About so many questions are planned; users take turns at them, again and again."""
 
@@ -84,10 +83,10 @@ class Listener(HttpUser):
             contextlib.suppress(gevent.Timeout),
             gevent.Timeout(question.cancel_after_s),
             self.client.post(
-                ASK,
+                QA_PATH,
                 data=question.body,
                 headers={**question.headers, **self.key_header},
-                name=f"{ASK} {kind}",
+                name=f"{QA_PATH} {kind}",
                 stream=True,
                 timeout=REPLY_TIMEOUT_S,
                 catch_response=True,
@@ -96,7 +95,7 @@ class Listener(HttpUser):
             told = cast("dict[str, Any]", response.request_meta)
             if response.status_code != 200:
                 code = error_code(response.content, f"http_{response.status_code}")
-                told["name"] = f"{ASK} {code}"
+                told["name"] = f"{QA_PATH} {code}"
                 response.failure(code)
             elif not question.is_stream:
                 told["response_length"] = len(response.content)

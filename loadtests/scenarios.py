@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from loadtests.workload import Mix
 
@@ -159,6 +160,11 @@ class Figure:
             return True
         relation, bound = AIMS[self.name]
         return self.value <= bound if relation == "<=" else self.value >= bound
+
+
+def figures_json(figures: Sequence[Figure]) -> dict[str, dict[str, Any]]:
+    """Returns figures by name, ready for JSON."""
+    return {each.name: {"value": each.value, "of": each.num, "aim": each.aim} for each in figures}
 
 
 def figures_table(figures: Sequence[Figure]) -> str:

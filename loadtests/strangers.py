@@ -27,9 +27,9 @@ from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.core.failures import FailureGroup
 from schemathesis.core.result import Ok
 
+from loadtests.client import QA_PATH
 from loadtests.clips import SAMPLE_RATE_HZ, wav
 
-QUESTION_PATH = "/v1/audio/qa"
 PUBLIC_PATHS = ("/livez", "/readyz")
 
 FORM = "multipart/form-data"
@@ -120,9 +120,8 @@ def generate(
 
     def send(case: Case) -> None:
         try:
-            # A connection each: the service closes one that is idle while a long case is thought up, which is no fault.
-            with requests.Session() as session:
-                reply = case.call(base_url=url, session=session, headers=headers, timeout=TIMEOUT_S)
+            # On a connection of its own: one that is kept may rightly be closed while a long case is thought up.
+            reply = case.call(base_url=url, headers=headers, timeout=TIMEOUT_S)
         except requests.RequestException as fault:
             found.statuses[0] += 1
             found.num_ours += 1
@@ -145,7 +144,7 @@ def generate(
         )
         for case in islice(bounds, max(1, num // (4 * len(operations)))):
             send(case)
-    (question,) = (each for each in operations if each.path == QUESTION_PATH)
+    (question,) = (each for each in operations if each.path == QA_PATH)
     left = max(0, num - found.num)
     for mode, share in ((GenerationMode.POSITIVE, left // 2), (GenerationMode.NEGATIVE, left - left // 2)):
         draw(question.as_strategy(generation_mode=mode), share, seed_value, send)

@@ -21,13 +21,15 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from loadtests.client import QA_PATH
+
 START_TIMEOUT_S = 300
 # OpenBLAS tuned for another machine would slow some peers and not others.
 LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 ENGINE_PROCESS = "VLLM"
 """What vLLM writes into the titles of its processes."""
 
-COUNTED_ENDPOINTS = ("/v1/audio/qa", "other")
+COUNTED_ENDPOINTS = (QA_PATH, "other")
 """Where the service counts a question: `other` when it was refused before it was known what it asked for."""
 
 MEBIBYTE = 2**20

@@ -32,10 +32,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests import hostile
 from loadtests.bench import Bench
+from loadtests.client import QA_PATH
 from loadtests.driver import DriverLateError
 from loadtests.experiment import Experiment, machine, write
 from loadtests.report import percentile, table
-from loadtests.scenarios import SCENARIOS, Figure, Scenario
+from loadtests.scenarios import SCENARIOS, Figure, Scenario, figures_json
 from loadtests.strangers import Findings, generate, knock
 from loadtests.target import MEBIBYTE, Target, environment, target_of
 from loadtests.workload import Clips
@@ -216,7 +217,7 @@ def files(torture: Torture) -> Result:
             started_s = time.perf_counter()
             try:
                 reply = client.post(
-                    "/v1/audio/qa",
+                    QA_PATH,
                     data={"question": "What is heard?", "reasoning": "answer"},
                     files={"file": ("clip", data)},
                 )
@@ -469,7 +470,7 @@ def run(torture: Torture, parts: Sequence[str]) -> tuple[list[Figure], dict[str,
                 continue
             kept = {
                 "asked": torture.asked_of(part),
-                "figures": {each.name: {"value": each.value, "of": each.num, "aim": each.aim} for each in found},
+                "figures": figures_json(found),
                 "seconds": round(time.monotonic() - started_s, 1),
                 "machine": machine(),
                 "details": details,
