@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -178,7 +178,7 @@ def _check_tokenizer(root: Path, manifest: Manifest, config: Mapping[str, Any]) 
         raise CheckpointError(f"{MANIFEST_FILE} lists no tag that an answer could be read from")
     spellings = {section: (tag.open, tag.close) for section, tag in fields.tags.items()}
     text = (root / "tokenizer.json").read_text(encoding="utf-8")
-    tokenizer = make_tokenizer(text, fields.tag_style, spellings, (pause.open, pause.close))
+    tokenizer = make_tokenizer(text, fields.tag_style, spellings, (pause.open, pause.close), pause.position_ids or ())
     written = {AUDIO: config.get("audio_token_index"), pause.open: pause.open_id, pause.close: pause.close_id}
     if fields.tag_style is TagStyle.TOKEN:
         for tag in fields.tags.values():
@@ -199,15 +199,16 @@ def make_tokenizer(
     tag_style: TagStyle,
     spellings: Mapping[Section, tuple[str, str]],
     pause_spelling: tuple[str, str],
+    position_ids: Sequence[int] = (),
 ) -> TraceTokenizer:
-    """Makes the tokenizer of traces from the text of a tokenizer.json and the spellings of a manifest."""
+    """Makes the tokenizer of traces from the text of a tokenizer.json and what a manifest says of tags and pauses."""
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception, whatever is wrong
         raise CheckpointError("tokenizer.json is not a tokenizer file") from error
-    return TraceTokenizer(tokenizer, tag_style, tags=spellings, pause_tags=pause_spelling)
+    return TraceTokenizer(tokenizer, tag_style, tags=spellings, pause_tags=pause_spelling, position_ids=position_ids)
 
 
 def num_token_ids(tokenizer: TraceTokenizer) -> int:

@@ -56,6 +56,8 @@ def info(directory: Path, as_json: bool) -> None:
         return
     pause = manifest.pause
     pauses = f"at most {pause.max_pauses} of {pause.latent_tokens} tokens, {pause.mode}" if pause.max_pauses else "off"
+    if pause.position_ids:
+        pauses += ", each position with a token of its own"
     gate = f"pauses at {pause.tau_pause:g}, gives up at {pause.tau_abort:g} over {pause.window_tokens} tokens"
     calibration = pause.calibration
     measured = (
@@ -143,3 +145,17 @@ def adopt(
     if not manifest.pause.max_pauses:
         is_text = manifest.trace.tag_style is TagStyle.TEXT
         click.echo(f"pauses: off, because {'its tags are plain text' if is_text else 'this model never saw them'}")
+
+
+@checkpoint.command()
+@click.argument("source", type=_DIRECTORY)
+@click.argument("destination", type=_DIRECTORY)
+def positions(source: Path, destination: Path) -> None:
+    """Give each position of SOURCE's parallel pauses a token of its own, in a checkpoint at DESTINATION.
+
+    All begin as copies of the pause token, so the model says what it said: what follows from them is for training.
+    """
+    from hyper_model.positions import give_positions
+
+    made = give_positions(source, destination)
+    click.echo(f"{made.manifest.name}: written to {destination}, pauses of {made.manifest.pause.latent_tokens} tokens")

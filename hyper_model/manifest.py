@@ -31,6 +31,10 @@ GATED_SECTIONS = (
 _LISTABLE_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".md")
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -98,6 +102,8 @@ class PauseFields(_Frozen):
 
     Attributes:
         latent_tokens: Of a parallel span, its length; of a sampled one, the most hidden tokens between its tags.
+        position_ids: The token at each position of a parallel span, the first being `open_id`: with an embedding of its
+            own each. None, and then not written down, where the span is copies of `open_id`.
         loop_tokens: A completion whose last so many tokens repeat one phrase is given up.
         calibration: Where the thresholds come from; None while they are defaults.
     """
@@ -108,6 +114,8 @@ class PauseFields(_Frozen):
     open_id: int
     close_id: int
     latent_tokens: int = Field(default=64, ge=1, le=1024)
+    # Left out where there are none, so that earlier releases go on reading what they can serve.
+    position_ids: tuple[int, ...] | None = Field(default=None, exclude_if=_is_none)
     max_pauses: int = Field(default=3, ge=0, le=16)
     tau_pause: float = Field(default=0.5, ge=0, le=1)
     tau_abort: float = Field(default=0.05, ge=0, le=1)
@@ -124,7 +132,19 @@ class PauseFields(_Frozen):
             raise ValueError("tau_abort is above tau_pause")
         if Section.FINAL_ANSWER in self.sections:
             raise ValueError("FINAL_ANSWER never pauses")
+        if self.position_ids is not None:
+            self._check_positions(self.position_ids)
         return self
+
+    def _check_positions(self, ids: tuple[int, ...]) -> None:
+        if self.mode != "parallel":
+            raise ValueError("position_ids are of parallel pauses alone")
+        if len(ids) != self.latent_tokens:
+            raise ValueError(f"position_ids are {len(ids)}, but latent_tokens is {self.latent_tokens}")
+        if len(set(ids)) < len(ids):
+            raise ValueError("position_ids has an id twice")
+        if ids[0] != self.open_id or self.close_id in ids:
+            raise ValueError("position_ids begin with open_id, and close_id is none of them")
 
 
 class AudioFields(_Frozen):

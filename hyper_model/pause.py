@@ -10,7 +10,8 @@ of `hyper_model.pause_vllm` are this gate for many rows at once; a test compares
 
 Words: a token's *confidence* is the probability of the likeliest token at its position, from the raw logits at
 temperature 1. A *span* is what a pause adds to the completion: in parallel mode latent copies of the pause token, in
-sampled mode the pause token, hidden tokens of the model's own, and the closing token.
+sampled mode the pause token, hidden tokens of the model's own, and the closing token. A checkpoint may have a token of
+its own for each position of a parallel span, in place of the copies; the first of them is the pause token.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class GateSettings:
         acoustic_bias: Added to the logit of the pause token where a keyword is recent; 0 turns the prior off.
         keyword_ids: The keywords as token ids.
         loop_tokens: A completion whose last so many sampled tokens repeat one phrase is given up.
+        position_ids: The tokens of a parallel span; empty where they are copies of the pause token.
         is_fed: Whether the span of a parallel pause is given to the engine by whoever reads the completion, which then
             ends on the pause token. Else the gate forces it token by token.
     """
@@ -128,6 +130,7 @@ class GateSettings:
     acoustic_bias: float = 0.0
     keyword_ids: tuple[tuple[int, ...], ...] = ()
     loop_tokens: int = 64
+    position_ids: tuple[int, ...] = ()
     is_fed: bool = False
 
     @classmethod
@@ -163,6 +166,7 @@ class GateSettings:
             acoustic_bias=pause.acoustic_bias,
             keyword_ids=_encode_keywords(tokenizer) if pause.acoustic_bias else (),
             loop_tokens=pause.loop_tokens,
+            position_ids=pause.position_ids or (),
         )
 
     def lowered(self, max_pauses: int) -> Self:
@@ -177,22 +181,27 @@ class GateSettings:
     @property
     def span_ids(self) -> tuple[int, ...]:
         """The whole span of a parallel pause."""
-        return (self.open_id,) * self.latent_tokens
+        return self.position_ids or (self.open_id,) * self.latent_tokens
 
     @cached_property
     def decisions(self) -> Mapping[str, Decision]:
         """The few decisions that there are, made once: a gate makes one at every step of every row."""
-        both = (self.open_id, self.close_id)
+        # A span begins with the pause token, chosen or forced; its other tokens are never anybody's choice.
+        never = (self.close_id, *self.position_ids[1:])
         return {
-            "plain": Decision(Verdict.CONTINUE, banned_ids=both),
-            "free": Decision(Verdict.CONTINUE, banned_ids=(self.close_id,)),
-            "biased": Decision(Verdict.CONTINUE, banned_ids=(self.close_id,), is_biased=True),
+            "plain": Decision(Verdict.CONTINUE, banned_ids=(self.open_id, *never)),
+            "free": Decision(Verdict.CONTINUE, banned_ids=never),
+            "biased": Decision(Verdict.CONTINUE, banned_ids=never, is_biased=True),
             "pause": Decision(Verdict.PAUSE, self.open_id),
             "abort": Decision(Verdict.ABORT, self.close_id),
-            "latent": Decision(Verdict.CONTINUE, self.open_id),
             "hidden": Decision(Verdict.CONTINUE, banned_ids=(self.open_id, *self.end_ids)),
             "close": Decision(Verdict.CONTINUE, self.close_id),
         }
+
+    @cached_property
+    def latent_decisions(self) -> Sequence[Decision]:
+        """What is forced at each place of a parallel span."""
+        return tuple(Decision(Verdict.CONTINUE, token_id) for token_id in self.span_ids)
 
 
 def _encode_keywords(tokenizer: TraceTokenizer) -> tuple[tuple[int, ...], ...]:
@@ -274,7 +283,8 @@ class Gate:
             return Decision(Verdict.CONTINUE, self.forced[0])
         if self.num_in_span:
             if settings.mode is PauseMode.PARALLEL:
-                return decisions["latent"]
+                # A state comes from outside, so its place may lie behind the span.
+                return settings.latent_decisions[min(self.num_in_span, settings.latent_tokens - 1)]
             return decisions["close" if self.num_in_span > settings.latent_tokens else "hidden"]
         if self.is_aborted:
             return decisions["plain"]
@@ -451,6 +461,7 @@ class Gate:
             and len(state["repeats"]) == LOOP_PERIOD_TOKENS
             and all(isinstance(state[name], kind) for name, kind in _STATE_FIELDS.items())
             and all(0 <= each < NUM_OPEN_SETS for each in sets)
+            and state["num_in_span"] >= 0
         )
 
     @classmethod

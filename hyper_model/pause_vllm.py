@@ -433,8 +433,11 @@ class PauseV2(LogitsProcessorV2):
         keywords = [ids[::-1] for ids in settings.keyword_ids if 0 < len(ids) <= LOOP_PERIOD_TOKENS]
         self.has_keywords = bool(keywords)
         self.keywords = torch.tensor([_padded(list(ids), LOOP_PERIOD_TOKENS, -2) for ids in keywords], device=device)
-        self.columns = torch.tensor([*dict.fromkeys((settings.open_id, settings.close_id, *settings.end_ids))])
-        self.columns = self.columns.to(device)
+        # The ends of a completion are banned in hidden tokens alone.
+        others = settings.position_ids[1:] if settings.mode is PauseMode.PARALLEL else settings.end_ids
+        columns = [*dict.fromkeys((settings.open_id, settings.close_id, *others))]
+        self.columns = torch.tensor(columns, device=device)
+        self.span_ids = torch.tensor(settings.span_ids, device=device)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Fills the slot anew: from the request's arguments, or from its own state before it was preempted."""
@@ -548,10 +551,9 @@ class PauseV2(LogitsProcessorV2):
         self.floats.index_copy_(0, slots, rows.floats)
 
         is_chosen = rows.is_armed.bool() & ~is_forced
-        # The ends of a completion are banned in hidden tokens alone, so their columns may be left alone elsewhere.
-        columns = self.columns[:2] if is_hidden is None else self.columns
+        columns = self.columns
         if is_hidden is None:
-            banned = torch.stack([is_chosen & ~may_open, is_chosen], dim=1)
+            banned = torch.stack([is_chosen & ~may_open, *[is_chosen] * (len(columns) - 1)], dim=1)
         else:
             ends = [is_hidden] * (len(columns) - 2)
             banned = torch.stack([~may_open, ~is_hidden, *ends], dim=1) & is_chosen[:, None]
@@ -602,7 +604,9 @@ class PauseV2(LogitsProcessorV2):
             is_spent = is_in_span & (rows.num_in_span > settings.latent_tokens)
             is_closed |= is_spent
             is_hidden = is_in_span & ~is_spent
-        forced_ids = torch.where(is_closed, settings.close_id, settings.open_id)
+        # Outside of a span the place is the first: the pause token's.
+        latent_ids = self.span_ids[rows.num_in_span.clamp(max=settings.latent_tokens - 1)]
+        forced_ids = torch.where(is_closed, settings.close_id, latent_ids)
         _put(forced_ids, is_queued, rows.forced[:, 0])
         return is_closed | is_opened, forced_ids, may_pause & ~is_pause, is_hidden
 

@@ -116,7 +116,8 @@ class TagStyle(StrEnum):
 class PauseMode(StrEnum):
     """Says what a pause looks like among the token ids.
 
-    PARALLEL is a run of PAUSE ids and nothing else; SAMPLED is everything between PAUSE and PAUSE_CLOSE.
+    PARALLEL is a run of PAUSE ids and nothing else, or PAUSE and an id of its own at each further position; SAMPLED is
+    everything between PAUSE and PAUSE_CLOSE.
     """
 
     PARALLEL = "parallel"
@@ -239,6 +240,22 @@ def render_choice(index: int, choices: Sequence[str]) -> str:
     return f"{choice_label(index)}. {' '.join(choices[index].split())}"
 
 
+def position_tokens(latent_tokens: int) -> tuple[str, ...]:
+    """Names the tokens of a parallel pause's further positions; the first position's is the pause token itself.
+
+    They are no markup: no text and no trace spells them.
+    """
+    return tuple(f"<PAUSE_{place}>" for place in range(2, latent_tokens + 1))
+
+
+def add_position_tokens(tokenizer: Tokenizer, latent_tokens: int) -> None:
+    """Adds the `position_tokens` to a tokenizer, behind all that it has."""
+    tokens: list[str | AddedToken] = [
+        AddedToken(token, special=True, normalized=False) for token in position_tokens(latent_tokens)
+    ]
+    tokenizer.add_special_tokens(tokens)  # pyright: ignore[reportUnknownMemberType]
+
+
 class TraceTokenizer:
     """Encodes text without markup, traces with it, and gives each token's bytes back.
 
@@ -247,16 +264,21 @@ class TraceTokenizer:
         tag_style: Whether the tags are added tokens of this tokenizer or plain text.
         tags: The (open, close) spelling of the sections whose tags the checkpoint spells otherwise, such as `<BGM>`.
         pause_tags: The same for a pause, such as `<IMPLICIT_THINK>`.
+        position_ids: The id at each position of a parallel pause, where each has its own (see `with_positions`).
 
     Attributes:
         tag_ids: The (open, close) token ids of each section's tags; empty where tags are plain text (see `open_ids`).
         pause_id: The id that opens a pause, None where pauses are plain text; `pause_close_id` closes it.
+        position_ids: As given; empty where a parallel pause is copies of `pause_id`.
+        latent_ids: What a parallel pause consists of.
+        pause_ids: All ids of pauses: what may only be written where the gate says so.
         special_ids: What no text can encode to: every added token, flagged special or not.
-        control_ids: Special tokens that no reader sees (turns, audio), tags and pauses not among them.
+        control_ids: Special tokens that no reader sees (turns, audio, a pause's further positions), no tags among them.
         stop_ids: What ends a completion.
 
     Raises:
-        CheckpointError: If the tokenizer is not byte-level, lacks a token, or a spelling is none that `MARKUP` lists.
+        CheckpointError: If the tokenizer is not byte-level, lacks a token, a spelling is none that `MARKUP` lists, or a
+            position's id is not that of a special token without another meaning.
     """
 
     def __init__(
@@ -266,6 +288,7 @@ class TraceTokenizer:
         *,
         tags: Mapping[Section, tuple[str, str]] | None = None,
         pause_tags: tuple[str, str] = (PAUSE, PAUSE_CLOSE),
+        position_ids: Sequence[int] = (),
     ) -> None:
         if not isinstance(tokenizer.decoder, decoders.ByteLevel):
             raise CheckpointError("the tokenizer is not a byte-level BPE")
@@ -295,6 +318,13 @@ class TraceTokenizer:
             self.tag_ids = {s: (self._added_id(a), self._added_id(b)) for s, (a, b) in self.tags.items()}
         self.pause_id = self._added_ids.get(pause_tags[0])
         self.pause_close_id = self._added_ids.get(pause_tags[1])
+        self.position_ids = tuple(position_ids)
+        for token_id in self.position_ids[1:]:
+            if token_id not in self.control_ids or self._added_texts[token_id] in CONTROL_TOKENS:
+                raise CheckpointError(f"token {token_id} is no special token that a position of a pause could have")
+        ends = (self.pause_id, *self.position_ids, self.pause_close_id)
+        self.pause_ids = frozenset(token_id for token_id in ends if token_id is not None)
+        self.latent_ids = self.pause_ids - {self.pause_close_id}
         spellings = {section.tags: self.tags[section] for section in Section} | {(PAUSE, PAUSE_CLOSE): pause_tags}
         own = {meaning: tag for pair, ours in spellings.items() for meaning, tag in zip(pair, ours, strict=True)}
         for meaning, tag in own.items():
@@ -322,6 +352,17 @@ class TraceTokenizer:
         except Exception as error:  # the library raises bare Exception, whatever is wrong with the file
             raise CheckpointError(f"{Path(path).name} is not a tokenizer file") from error
         return cls(tokenizer, tag_style)
+
+    def with_positions(self, latent_tokens: int) -> TraceTokenizer:
+        """Returns the same tokenizer for parallel pauses that have a token of its own at each of their positions.
+
+        Raises:
+            CheckpointError: If it lacks one of the `position_tokens`.
+        """
+        ids = [self._added_id(token) for token in (self.pause_tags[0], *position_tokens(latent_tokens))]
+        return TraceTokenizer(
+            self.tokenizer, self.tag_style, tags=self.tags, pause_tags=self.pause_tags, position_ids=ids
+        )
 
     @property
     def vocab_size(self) -> int:

@@ -181,7 +181,7 @@ class TraceParser:
         grammar, tokenizer = self._grammar, self._tokenizer
         if token_id == tokenizer.pause_close_id:
             grammar.end_pause()
-        elif token_id == tokenizer.pause_id and self._pause_mode is PauseMode.PARALLEL:
+        elif token_id in tokenizer.latent_ids and self._pause_mode is PauseMode.PARALLEL:
             grammar.extend_run()
         elif token_id == tokenizer.pause_id:
             grammar.open_span(_Pausing.TOKEN_SPAN)
@@ -330,7 +330,7 @@ _ANCESTORS = {section: frozenset(_ancestors(section)) for section in Section}
 
 
 class _Pausing(Enum):
-    """Says what hides tokens: a run of PAUSE ids ends by itself, a span by its closing id or its closing text."""
+    """Says what hides tokens: a run of latent ids ends by itself, a span by its closing id or its closing text."""
 
     NO = 0
     RUN = 1

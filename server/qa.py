@@ -254,8 +254,7 @@ class QaRun:
     @property
     def pause_tags(self) -> set[int]:
         """The tokens of a pause, where a pause is tokens."""
-        pair = (self.tokenizer.pause_id, self.tokenizer.pause_close_id)
-        return {token_id for token_id in pair if token_id is not None}
+        return set(self.tokenizer.pause_ids)
 
     @property
     def answer_tags(self) -> tuple[set[int], set[int]]:

@@ -24,7 +24,7 @@ from hyper_model.checkpoint import export, open_checkpoint
 from hyper_model.cli import main
 from hyper_model.errors import CheckpointError
 from hyper_model.manifest import MANIFEST_FILE
-from hyper_model.trace import Section, build_prompt
+from hyper_model.trace import AUDIO, Section, build_prompt
 from tests.builders import build_random_checkpoint, random_model, tiny_config, tiny_tokenizer, write_entry_points
 
 # transformers' own annotations do not hold for what these return.
@@ -318,6 +318,16 @@ def in_config(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
     return lambda directory: edit_json(directory / "config.json", edit)
 
 
+def in_positions(*others: int, **fields: Any) -> Callable[[Path], None]:
+    """Names a token for each of a pause's two positions, the pause token first."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        pause = manifest["pause"]
+        pause.update({"latent_tokens": 2, "position_ids": [pause["open_id"], *others]} | fields)
+
+    return in_manifest(edit)
+
+
 def add_file(name: str, content: bytes = b"{}") -> Callable[[Path], object]:
     return lambda directory: (directory / name).write_bytes(content)
 
@@ -375,6 +385,27 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "tag with another id": (swap_two_tag_tokens, True, "<ENV> is token"),
     "tag missing in manifest": (in_manifest(lambda m: m["trace"]["tags"].pop("ENV")), False, "tags of ENV"),
     "pause with another id": (in_manifest(lambda m: m["pause"].update(open_id=1)), False, "<PAUSE> is token"),
+    "too few positions": (in_positions(), False, "position_ids are 1, but latent_tokens is 2"),
+    "too many positions": (in_positions(65, 66), False, "position_ids are 3, but latent_tokens is 2"),
+    "a position twice": (in_positions(65, 65, latent_tokens=3), False, "has an id twice"),
+    "positions without the pause": (in_positions(position_ids=[65, 66]), False, "begin with open_id"),
+    "positions with the end": (
+        in_manifest(
+            lambda m: m["pause"].update(
+                latent_tokens=2, position_ids=[m["pause"][end] for end in ("open_id", "close_id")]
+            )
+        ),
+        False,
+        "close_id is none of them",
+    ),
+    "positions of sampled pauses": (in_positions(65, mode="sampled"), False, "of parallel pauses alone"),
+    "a position that is a word": (in_positions(65), False, "token 65 is no special token"),
+    "a position that is no token": (in_positions(10**6), False, "token 1000000 is no special token"),
+    "a position that is a clip's": (
+        in_positions(tiny_tokenizer().token_to_id(AUDIO) or 0),
+        False,
+        "is no special token",
+    ),
     "audio with another id": (in_config(lambda c: c.update(audio_token_index=1)), True, r"<\|AUDIO\|> is token"),
     "more tokens than rows": (outgrow_the_embedding, True, "more tokens than the embedding has rows"),
 }

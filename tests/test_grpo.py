@@ -23,6 +23,7 @@ import torch
 from hyper_model.checkpoint import Checkpoint, open_checkpoint, update_pause
 from hyper_model.errors import HyperError
 from hyper_model.pause import GateSettings
+from hyper_model.positions import give_positions
 from hyper_model.trace import build_prompt
 from tests.process import ROOT
 from training.examples import Example
@@ -31,7 +32,7 @@ from training.grpo import COMPLETIONS_FILE, GrpoTrainer, Watch
 from training.policy import IGNORED, merged, named_tensors
 from training.recipes import GrpoRecipe, Lora, debug_grpo
 from training.rewards import Truth
-from training.rollout import Prompt, VllmBackend, banned_ids, follow
+from training.rollout import Prompt, VllmBackend, banned_ids, follow, num_kept
 from training.rollout_transformers import TransformersBackend
 from training.tasks import ExampleTasks, Task
 from training.trainer import TrainingError, prepare_run_dir, read_log
@@ -293,16 +294,20 @@ def test_a_watch_lets_noise_pass_and_sees_a_fall() -> None:
     assert told[0] is None and told[-1] is not None and "tokens" in told[-1]
 
 
-def test_what_a_rollout_may_not_choose_follows_from_the_gate(gate: GateSettings, base: Path) -> None:
-    tokenizer = open_checkpoint(base, verify=False).tokenizer
+@pytest.mark.parametrize("has_positions", [False, True], ids=["copies", "positions"])
+def test_what_a_rollout_may_not_choose_follows_from_the_gate(base: Path, tmp_path: Path, has_positions: bool) -> None:
+    opened = give_positions(base, tmp_path / "positions") if has_positions else open_checkpoint(base, verify=False)
+    tokenizer, gate = opened.tokenizer, GateSettings.of(opened.manifest, opened.tokenizer)
+    assert gate is not None and len(set(gate.span_ids)) == (8 if has_positions else 1)
     banned = banned_ids(tokenizer, gate)
-    assert {tokenizer.audio_id, tokenizer.pause_id, tokenizer.pause_close_id} <= set(banned)
+    assert {tokenizer.audio_id, *gate.span_ids, tokenizer.pause_id, tokenizer.pause_close_id} <= set(banned)
     assert not set(banned) & set(tokenizer.stop_ids)
     (open_env, _), (_, close_think) = tokenizer.tag_ids["ENV"], tokenizer.tag_ids["THINK"]  # pyright: ignore
-    span = [gate.open_id] * gate.latent_tokens
+    span = list(gate.span_ids)
     followed, forced = follow(gate, [open_env, 300, *span, 301, close_think], [0.5] * (4 + len(span)))
     assert followed is not None and followed.num_pauses == 1
     assert list(forced) == [False, False, *[True] * len(span), False, False]
+    assert num_kept(gate, [open_env, 300, *span, 301, close_think], 3) == 3 + len(span)
 
 
 def test_a_data_sets_clip_that_cannot_be_read_is_named(base: Path, tmp_path: Path) -> None:

@@ -7,17 +7,19 @@ import pytest
 import torch
 
 from hyper_model.checkpoint import Checkpoint, open_checkpoint
+from hyper_model.positions import give_positions
 from hyper_model.trace import Section, build_prompt
 from tests.builders import build_random_checkpoint
 from training.latent_probe import Prober, probe, spans_of
 from training.rollout import Completion, Prompt
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    directory = tmp_path_factory.mktemp("probe") / "random"
-    build_random_checkpoint(directory, manifest_fields={"pause": {"latent_tokens": 4, "max_pauses": 3}})
-    return open_checkpoint(directory)
+@pytest.fixture(scope="module", params=["copies", "positions"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("probe")
+    build_random_checkpoint(folder / "random", manifest_fields={"pause": {"latent_tokens": 4, "max_pauses": 3}})
+    is_plain = request.param == "copies"
+    return open_checkpoint(folder / "random") if is_plain else give_positions(folder / "random", folder / "positions")
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,10 @@ def prompt(checkpoint: Checkpoint) -> Prompt:
 def completion(checkpoint: Checkpoint, num_pauses: int, *, has_answer: bool = True) -> Completion:
     tokenizer = checkpoint.tokenizer
     assert tokenizer.pause_id is not None
+    span = tokenizer.position_ids or (tokenizer.pause_id,) * 4
     ids = [*tokenizer.open_ids(Section.THINK), *tokenizer.encode_text("rain")]
     for number in range(num_pauses):
-        ids += [tokenizer.pause_id] * 4
+        ids += span
         # The second and the third stand one behind the other.
         ids += tokenizer.encode_text("rain") if number == 0 else []
     ids += tokenizer.close_ids(Section.THINK)
@@ -46,7 +49,8 @@ def test_spans_are_found_and_two_in_a_row_are_told_apart(checkpoint: Checkpoint)
     spans = spans_of(checkpoint, ids)
     assert len(spans) == 3 and all(last - first == 3 for first, last in spans)
     assert spans[2][0] == spans[1][1] + 1
-    assert all(ids[place] == checkpoint.tokenizer.pause_id for first, last in spans for place in range(first, last + 1))
+    latent_ids = checkpoint.tokenizer.latent_ids
+    assert all(ids[place] in latent_ids for first, last in spans for place in range(first, last + 1))
     assert spans_of(checkpoint, completion(checkpoint, 0).token_ids) == []
 
 

@@ -8,6 +8,7 @@ cache are transformers' own.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import DynamicCache, Qwen2AudioForConditionalGeneration, Whisp
 from hyper_model.audio import SAMPLE_RATE_HZ, Waveform, decode
 from hyper_model.checkpoint import Checkpoint, open_checkpoint
 from hyper_model.pause import Gate, GateSettings
+from hyper_model.positions import give_positions
 from hyper_model.trace import Section, build_prompt
 from hyper_model.trace_parser import TraceParser
 from server.api_types import QaReply
@@ -117,8 +119,23 @@ class PlainLoop:
 
 
 @pytest.fixture(scope="module")
-def loop(pausing_checkpoint: Path) -> PlainLoop:
-    return PlainLoop(open_checkpoint(pausing_checkpoint, verify=False))
+def positioned_host(pausing_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmHost]:
+    """Where tests get the engine from on the same checkpoint with a token for each position of a pause."""
+    directory = tmp_path_factory.mktemp("positions") / "hyper-mini"
+    give_positions(pausing_checkpoint, directory)
+    host = VllmHost(directory)
+    yield host
+    host.close()
+
+
+@pytest.fixture(scope="module", params=["pausing_host", "positioned_host"], ids=["copies", "positions"])
+def host(request: pytest.FixtureRequest) -> VllmHost:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def loop(host: VllmHost) -> PlainLoop:
+    return PlainLoop(open_checkpoint(host.checkpoint, verify=False))
 
 
 def ask(host: VllmHost, waveform: Waveform, prompt: list[int], choices: tuple[str, ...]) -> tuple[QaRun, QaReply]:
@@ -129,19 +146,23 @@ def ask(host: VllmHost, waveform: Waveform, prompt: list[int], choices: tuple[st
     return run, live.run(run.run(drop))
 
 
-def test_twenty_clips_get_the_tokens_and_the_scores_of_a_plain_loop(pausing_host: VllmHost, loop: PlainLoop) -> None:
+def test_twenty_clips_get_the_tokens_and_the_scores_of_a_plain_loop(host: VllmHost, loop: PlainLoop) -> None:
     tokenizer = loop.checkpoint.tokenizer
     opens_answer, closes_answer = tokenizer.tag_ids[Section.FINAL_ANSWER]
     num_pauses, worst = list[int](), 0.0
     for waveform, question, choices in clips():
         prompt = build_prompt(tokenizer, question, choices)
-        run, reply = ask(pausing_host, waveform, prompt, choices)
+        run, reply = ask(host, waveform, prompt, choices)
         stop = {*tokenizer.stop_ids, opens_answer if choices else closes_answer}
         written = loop.write(waveform, prompt, stop)
         if written[-1] in tokenizer.stop_ids:
             del written[-1]  # It ends a turn and is no part of the trace.
         assert run.written[: len(written)] == written, question
         num_pauses.append(reply.pause.count)
+        assert reply.usage.pause_tokens == reply.pause.count * PAUSING["latent_tokens"]
+        assert "PAUSE" not in (reply.trace.raw or "")
+        latent = [each for each in run.written if each in tokenizer.latent_ids]
+        assert latent == [*loop.settings.span_ids] * reply.pause.count
         if choices:
             parser = TraceParser(tokenizer, latent_tokens=PAUSING["latent_tokens"])
             for token_id in written:

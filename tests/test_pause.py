@@ -21,13 +21,26 @@ from hyper_model.pause import (
     innermost,
     replay,
 )
-from hyper_model.trace import PARENTS, PauseMode, Section, TagStyle, Termination
+from hyper_model.trace import (
+    PARENTS,
+    PauseMode,
+    Section,
+    TagStyle,
+    Termination,
+    TraceTokenizer,
+    add_position_tokens,
+)
 from hyper_model.trace_parser import TraceParser
 from server.scripted import scripted_checkpoint
 
 unhurried = settings(deadline=None)  # other work may keep the cores busy
 CHECKPOINT = scripted_checkpoint()
-TOKENIZER = CHECKPOINT.tokenizer
+MAX_LATENT = 4
+add_position_tokens(CHECKPOINT.tokenizer.tokenizer, MAX_LATENT)
+TOKENIZER = TraceTokenizer(CHECKPOINT.tokenizer.tokenizer)
+# By the length of a span: as a checkpoint opens it that has a token for each position.
+POSITIONED = {num: TOKENIZER.with_positions(num) for num in range(1, MAX_LATENT + 1)}
+POSITIONS = POSITIONED[MAX_LATENT].position_ids
 OPEN, CLOSE = CHECKPOINT.manifest.pause.open_id, CHECKPOINT.manifest.pause.close_id
 TAG_IDS = [tag_id for ids in TOKENIZER.tag_ids.values() for tag_id in ids]
 OPENING = {ids[0]: section for section, ids in TOKENIZER.tag_ids.items()}
@@ -132,7 +145,11 @@ def spans(found: GateSettings, token_ids: Sequence[int]) -> tuple[list[list[int]
 
 confidences = st.sampled_from([0.0, 0.02, 0.05, 0.1, 0.4, 0.5, 0.6, 0.9, 1.0]) | st.floats(0, 1)
 written_ids = st.one_of(
-    st.sampled_from(WORDS), st.sampled_from(WORDS), st.sampled_from([*TAG_IDS, OPEN, CLOSE]), st.sampled_from(END_IDS)
+    st.sampled_from(WORDS),
+    st.sampled_from(WORDS),
+    st.sampled_from([*TAG_IDS, OPEN, CLOSE]),
+    st.sampled_from(END_IDS),
+    st.sampled_from(POSITIONS),
 )
 low = st.sampled_from([0.0, 0.02, 0.1, 0.3, 0.5, 0.7])
 beginnings = st.sampled_from([(), ((REASONING[0], 1.0), (REASONING[1], 1.0))])
@@ -150,10 +167,12 @@ draws = st.builds(
 def any_settings(draw: st.DrawFn, **fixed: Any) -> GateSettings:
     """Draws small settings of every kind."""
     mode = draw(st.sampled_from(["parallel", "sampled"]))
+    latent_tokens = draw(st.integers(1, MAX_LATENT))
     fields: dict[str, Any] = {
         "mode": mode,
         "max_pauses": draw(st.integers(1, 3)),
-        "latent_tokens": draw(st.integers(1, 4)),
+        "latent_tokens": latent_tokens,
+        "position_ids": draw(st.sampled_from([None, POSITIONS[:latent_tokens]])) if mode == "parallel" else None,
         "window_tokens": draw(st.integers(1, 5)),
         "rest_tokens": draw(st.integers(0, 4)),
         "tau_pause": draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
@@ -184,12 +203,34 @@ def test_every_span_closes_and_has_the_length_that_the_manifest_gives_it(found: 
     assert bool(cut) == run.gate.is_pausing
     for span in whole:
         if found.mode is PauseMode.PARALLEL:
-            assert tuple(span) == found.span_ids
+            assert tuple(span) == found.span_ids == (found.position_ids or (OPEN,) * found.latent_tokens)
         else:
             assert (span[0], span[-1]) == (OPEN, CLOSE)
             assert len(span) <= found.span_tokens
             assert not {OPEN, *END_IDS}.intersection(span[1:])
     assert len(cut) <= found.span_tokens
+
+
+def test_each_position_has_its_own_token_where_the_manifest_names_them() -> None:
+    found = gate_settings(latent_tokens=4, position_ids=POSITIONS, tau_pause=1.0, tau_abort=0.0, window_tokens=1)
+    gate, forced = in_reasoning(found), list[int | None]()
+    for _ in range(4):
+        decision = gate.decide(0.5)
+        forced.append(decision.forced_id)
+        gate = resumed(gate)
+        gate.push(decision.forced_id or 0, None)
+    assert tuple(forced) == POSITIONS
+    assert (gate.num_pauses, gate.is_pausing) == (1, False)
+    assert gate.feed_span() == POSITIONS
+
+
+@pytest.mark.parametrize("place", [1, 3, 1000])
+@pytest.mark.parametrize("position_ids", [None, POSITIONS[:3]])
+def test_a_state_from_outside_may_say_a_place_behind_the_span(place: int, position_ids: tuple[int, ...] | None) -> None:
+    gate = Gate(gate_settings(position_ids=position_ids))
+    state = gate.state() | {"num_in_span": place}
+    assert Gate.is_state(state)
+    assert Gate.resume(gate.settings, state).decide(1.0).forced_id in gate.settings.span_ids
 
 
 @unhurried
@@ -276,6 +317,7 @@ def test_pause_tags_can_be_sampled_only_where_they_may_stand(found: GateSettings
         )
         assert (OPEN not in step.decision.banned_ids) == may_pause
         assert (CLOSE not in step.decision.banned_ids) == is_hidden
+        assert set(found.position_ids[1:]) <= set(step.decision.banned_ids)
 
 
 @unhurried
@@ -365,7 +407,8 @@ def test_an_abort_comes_even_where_no_pause_may() -> None:
 
 
 def parser_of(found: GateSettings) -> TraceParser:
-    return TraceParser(TOKENIZER, pause_mode=found.mode, latent_tokens=found.latent_tokens)
+    tokenizer = POSITIONED[found.latent_tokens] if found.position_ids else TOKENIZER
+    return TraceParser(tokenizer, pause_mode=found.mode, latent_tokens=found.latent_tokens)
 
 
 @unhurried
@@ -395,7 +438,7 @@ def test_an_abort_closes_what_is_open_and_opens_the_answer(found: GateSettings, 
     else:
         assert closing == wanted
         assert parser.open_sections == (Section.FINAL_ANSWER,)
-    assert gate.decide(0.0) == Decision(Verdict.CONTINUE, banned_ids=(OPEN, CLOSE))
+    assert gate.decide(0.0) == Decision(Verdict.CONTINUE, banned_ids=(OPEN, CLOSE, *found.position_ids[1:]))
     assert [step.token_id for step in run.steps[at + 1 :]][: len(closing)] == closing[: len(run.steps) - at - 1]
 
 

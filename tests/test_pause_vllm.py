@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyper_model.checkpoint import open_checkpoint
 from hyper_model.pause import Decision, Gate, GateReport, GateSettings, Verdict
-from hyper_model.trace import PauseMode, Section
+from hyper_model.trace import PauseMode, Section, TraceTokenizer, add_position_tokens
 from server.scripted import scripted_checkpoint
 
 with warnings.catch_warnings():
@@ -32,18 +32,23 @@ with warnings.catch_warnings():
     from hyper_model.pause_vllm import PauseV1, PauseV2, arguments, check_arguments, processor_name
 
 CHECKPOINT = scripted_checkpoint()
-TOKENIZER = CHECKPOINT.tokenizer
+add_position_tokens(CHECKPOINT.tokenizer.tokenizer, 3)
+TOKENIZER = TraceTokenizer(CHECKPOINT.tokenizer.tokenizer)
 OPEN, CLOSE = CHECKPOINT.manifest.pause.open_id, CHECKPOINT.manifest.pause.close_id
 TAGS = TOKENIZER.tag_ids
 TAG_IDS = [tag_id for ids in TAGS.values() for tag_id in ids]
 WORDS = TOKENIZER.encode_text("abcd")
 VOCAB_SIZE = TOKENIZER.vocab_size + 3  # an output layer is padded
 MAX_LEN, MAX_REQS = 600, 6
+POSITIONS = TOKENIZER.with_positions(3).position_ids
 
 
 def gate_settings(*, is_fed: bool = False, **fields: Any) -> GateSettings:
+    """Returns settings with other figures; the mode "positions" is parallel with a token for each position."""
     manifest = CHECKPOINT.manifest
     fields = {"window_tokens": 3, "rest_tokens": 2, "latent_tokens": 3, "loop_tokens": 16} | fields
+    if fields.get("mode") == "positions":
+        fields |= {"mode": "parallel", "position_ids": POSITIONS}
     found = GateSettings.of(manifest.model_copy(update={"pause": manifest.pause.model_copy(update=fields)}), TOKENIZER)
     assert found is not None
     return replace(found, is_fed=is_fed)
@@ -170,6 +175,7 @@ def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         {"hyper_pause_state": Gate(gate_settings()).state() | {"repeats": [0]}},
         {"hyper_pause_state": Gate(gate_settings()).state() | {"window": ["0.5"]}},
         {"hyper_pause_state": Gate(gate_settings()).state() | {"total": None}},
+        {"hyper_pause_state": Gate(gate_settings()).state() | {"num_in_span": -1}},
         {"hyper_pause_key": 7},
         {"hyper_pause_key": ""},
         {"hyper_pause_tau": [0.5]},
@@ -401,7 +407,7 @@ class Engine:
         allowed = masked > -math.inf
         if choice is None:
             kind = self.chance.random()
-            pool = TAG_IDS if kind < 0.15 else [OPEN, CLOSE] if kind < 0.25 else WORDS
+            pool = TAG_IDS if kind < 0.15 else [OPEN, CLOSE, POSITIONS[1]] if kind < 0.25 else WORDS
             choice = self.chance.choice(pool)
         if not allowed[choice]:
             choice = int(masked.argmax())
@@ -429,7 +435,9 @@ def write(engine: Engine, request: Request, token_ids: Sequence[int], confidence
 
 REASONING = (TAGS[Section.THINK][0], TAGS[Section.REASONING][0])
 MODES = pytest.mark.parametrize(
-    ("mode", "is_fed"), [("parallel", False), ("parallel", True), ("sampled", False)], ids=["inline", "fed", "sampled"]
+    ("mode", "is_fed"),
+    [("parallel", False), ("parallel", True), ("positions", False), ("positions", True), ("sampled", False)],
+    ids=["inline", "fed", "positions-inline", "positions-fed", "sampled"],
 )
 
 
@@ -739,7 +747,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("mode", ["parallel", "sampled"])
+@pytest.mark.parametrize("mode", ["parallel", "positions", "sampled"])
 def test_v2_waits_for_nothing_and_does_as_much_for_many_rows_as_for_one(mode: str) -> None:
     counts: list[int] = []
     for num_rows in (1, MAX_REQS):
@@ -777,6 +785,30 @@ def test_where_nothing_is_armed_no_tensor_is_touched() -> None:
     with Recorder() as recorder:
         assert processor.apply(logits, layout) is logits
     assert recorder.names == []
+
+
+@pytest.mark.parametrize("mode", ["parallel", "positions"])
+def test_both_force_the_token_of_each_position_and_ban_it_elsewhere(mode: str) -> None:
+    found = gate_settings(mode=mode, tau_pause=0.5, tau_abort=0.0)
+    engine = Engine(found)
+    request = engine.make(Gate(found))
+    engine.start(request)
+    write(engine, request, [*REASONING, *WORDS[:2]], confidence=0.2)
+    # Whatever the model is sure of.
+    for token_id in POSITIONS if mode == "positions" else [OPEN] * 3:
+        engine.step({request.key: WORDS[3]}, {request.key: row_with(0.2, WORDS[3])})
+        assert request.output[-1] == token_id
+    engine.step({request.key: POSITIONS[1]}, {request.key: row_with(0.9, POSITIONS[1])})
+    assert (request.output[-1] == POSITIONS[1]) == (mode == "parallel"), "a token that no manifest names is any other"
+
+
+@pytest.mark.parametrize("place", [3, 1000])
+def test_a_state_from_outside_may_say_a_place_behind_the_span(place: int) -> None:
+    found = gate_settings(mode="positions")
+    engine = Engine(found)
+    engine.start(engine.make(Gate(found, num_in_span=place)))
+    engine.step()
+    engine.step()
 
 
 def test_forced_and_banned_logits_are_what_the_decision_says() -> None:

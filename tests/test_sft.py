@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -16,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import WhisperFeatureExtractor
 from transformers.models.qwen2_audio.configuration_qwen2_audio import Qwen2AudioEncoderConfig
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
@@ -26,43 +29,38 @@ from hyper_model.audio_encoder import LogMel
 from hyper_model.checkpoint import open_checkpoint
 from hyper_model.errors import CheckpointError, HyperError
 from hyper_model.manifest import GATED_SECTIONS
-from hyper_model.trace import Section, TraceTokenizer, build_prompt, render, train_tokenizer
+from hyper_model.trace import (
+    PauseMode,
+    Section,
+    Termination,
+    Trace,
+    TraceTokenizer,
+    add_position_tokens,
+    build_prompt,
+    render,
+    train_tokenizer,
+)
+from hyper_model.trace_parser import TraceFormat, parse, parse_text
 from tests.process import ROOT
-from tests.training_data import TinyRun, tiny_run, write_bank, write_encoder, write_sounds
+from tests.training_data import TinyRun, tiny_run, write_clips
 from training.assets import ENCODER_FILE, MissingDataError
-from training.clips import scene_to_json
 from training.encoder import HOP, ClipEncoder, num_audio_tokens
 from training.examples import read_examples
-from training.export import model_from_scratch
+from training.export import model_from_scratch, model_of_checkpoint
 from training.policy import IGNORED, named_tensors
 from training.questions import draw_example
-from training.recipes import SftRecipe, debug
+from training.recipes import SftRecipe, TraceStyle, debug
 from training.run_report import write_report
-from training.scenes import SceneBuilder
-from training.sft import ENCODER_WIDTH, ClipSequences, ExampleSequences, read_clips
-from training.tokens import Spans, encode_sequence
+from training.sft import ClipSequences, ExampleSequences, read_clips
+from training.tokens import Spans, canonical_completion, encode_sequence, in_style
+from training.train_commands import _changed
 from training.trainer import MasterAdamW, TrainingError, last_checkpoint, prepare_run_dir, read_log
-from training.voices import Bank
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work folder with twelve scenes of random states of the right length, in the clips' own format."""
-    folder = tmp_path_factory.mktemp("work")
-    builder = SceneBuilder(Bank(write_bank(folder / "bank")), write_sounds(folder / "assets/sounds"), "train")
-    write_encoder(folder / "assets" / ENCODER_FILE)
-    out = folder / "clips/train"
-    out.mkdir(parents=True)
-    torch.manual_seed(0)
-    rows: list[str] = []
-    with (out / "scene-0000.bf16").open("wb") as states:
-        for seed in range(12):
-            scene, samples_S = builder.draw(seed)
-            states_AD = torch.randn(num_audio_tokens(len(samples_S)), ENCODER_WIDTH, dtype=torch.bfloat16)
-            states.write(states_AD.view(torch.int16).numpy().tobytes())
-            rows.append(json.dumps({"num_tokens": len(states_AD), "scene": scene_to_json(scene)}))
-    (out / "scene-0000.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
+    return write_clips(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture
@@ -75,9 +73,18 @@ def start(work: Path) -> Callable[..., TinyRun]:
     return begin
 
 
-def test_loss_falls_on_the_trace_alone_and_never_on_a_latent_token(work: Path, start: Callable[..., TinyRun]) -> None:
-    tokenizer = start(work / "tokenizer-run").trainer.run_model.tokenizer
+POSITIONED = dataclasses.replace(debug().decoder, has_position_tokens=True)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("has_positions", [False, True], ids=["copies", "positions"])
+def test_loss_falls_on_the_trace_alone_and_never_on_a_latent_token(
+    work: Path, start: Callable[..., TinyRun], tmp_path: Path, has_positions: bool
+) -> None:
+    changes = {"decoder": POSITIONED} if has_positions else {}
+    tokenizer = start(tmp_path / "run", **changes).trainer.run_model.tokenizer
     assert tokenizer.pause_id is not None
+    span = list(tokenizer.position_ids) if has_positions else [tokenizer.pause_id] * 4
+    assert len(span) == 4 and len(set(span)) == (4 if has_positions else 1)
     num_spans = 0
     for number, clip in enumerate(read_clips(work / "clips/train")):
         example = draw_example(clip.scene, random.Random(number))
@@ -93,11 +100,12 @@ def test_loss_falls_on_the_trace_alone_and_never_on_a_latent_token(work: Path, s
         assert encoded.token_ids[: len(prompt)] == prompt
         assert set(encoded.targets[: len(prompt) - 1]) == {IGNORED}
         targets = [target for target in encoded.targets if target != IGNORED]
-        assert tokenizer.pause_id not in targets
-        assert targets == [t for t in encoded.token_ids[len(prompt) :] if t != tokenizer.pause_id]
-        num_latent = encoded.token_ids.count(tokenizer.pause_id)
-        assert num_latent % 4 == 0 and 4 <= num_latent <= 12
-        num_spans += num_latent // 4
+        assert tokenizer.latent_ids.isdisjoint(targets)
+        assert targets == [t for t in encoded.token_ids[len(prompt) :] if t not in tokenizer.latent_ids]
+        latent = [t for t in encoded.token_ids if t in tokenizer.latent_ids]
+        assert len(latent) % 4 == 0 and 4 <= len(latent) <= 12
+        assert latent == span * (len(latent) // 4)
+        num_spans += len(latent) // 4
         assert _sections_of_spans(tokenizer, encoded.token_ids[len(prompt) :]) <= {s.value for s in GATED_SECTIONS}
     assert num_spans > 12
 
@@ -111,9 +119,71 @@ def _sections_of_spans(tokenizer: TraceTokenizer, token_ids: list[int]) -> set[s
             held.append(opening[token_id])
         elif token_id in closing:
             held.pop()
-        elif token_id == tokenizer.pause_id:
+        elif token_id in tokenizer.latent_ids:
             found.add(held[-1] if held else "outside")
     return found
+
+
+def test_a_sampled_span_is_between_its_tags_and_none_of_it_is_a_target(
+    work: Path, start: Callable[..., TinyRun], tmp_path: Path
+) -> None:
+    tokenizer = start(tmp_path / "run").trainer.run_model.tokenizer
+    example = draw_example(read_clips(work / "clips/train")[0].scene, random.Random(0))
+    text = render(example.trace)
+    spans = Spans(1.0, 4, PauseMode.SAMPLED)
+    encoded = encode_sequence(tokenizer, example.question, example.choices, text, spans=spans, rng=random.Random(1))
+    prompt = build_prompt(tokenizer, example.question, example.choices)
+    asked = set(prompt)
+    targets = [target for target in encoded.targets if target != IGNORED]
+    assert targets == [*tokenizer.encode_trace(text), tokenizer.im_end_id]
+    opened = [place for place, token in enumerate(encoded.token_ids) if token == tokenizer.pause_id]
+    assert 1 <= len(opened) <= 3 and encoded.token_ids.count(tokenizer.pause_close_id) == len(opened)
+    for place in opened:
+        assert encoded.token_ids[place + 5] == tokenizer.pause_close_id
+        assert set(encoded.token_ids[place + 1 : place + 5]) <= asked - tokenizer.special_ids
+        # The token in front of a span predicts nothing, and its closing tag what comes next.
+        assert set(encoded.targets[place - 1 : place + 5]) == {IGNORED}
+        assert encoded.targets[place + 5] == encoded.token_ids[place + 6]
+    parsed = parse(encoded.token_ids[len(prompt) :], tokenizer, pause_mode=PauseMode.SAMPLED)
+    assert parsed.trace == example.trace and [pause.num_latent for pause in parsed.pauses] == [4] * len(opened)
+
+
+@pytest.mark.parametrize("style", ["explicit", "short", "direct"])
+def test_a_style_keeps_its_part_of_the_trace_and_every_style_can_be_read(style: TraceStyle, work: Path) -> None:
+    for number, clip in enumerate(read_clips(work / "clips/train")):
+        whole = draw_example(clip.scene, random.Random(number)).trace
+        read = parse_text(in_style(whole, style))
+        assert read.format is (TraceFormat.STRICT if style == "explicit" else TraceFormat.WEAK)
+        assert read.trace.final_answer == whole.final_answer and read.termination is Termination.COMPLETE
+        if style == "explicit":
+            assert read.trace == whole
+        elif style == "short":
+            assert set(read.texts) - {Section.REFLECT} == {
+                *(Section.THINK, Section.PLANNING, Section.REASONING, Section.SUMMARY),
+                *(Section.RESPONSE, Section.FINAL_ANSWER),
+            }
+            assert read.trace == dataclasses.replace(whole, environment=None, speakers=(), transcript=None)
+        else:
+            assert read.trace == Trace(response=whole.final_answer, final_answer=whole.final_answer)
+
+
+def test_styles_of_a_data_sets_completion() -> None:
+    text = "<think>It is a cow.</think><answer>cow</answer>"
+    assert canonical_completion(text, "a cow", "direct") == "<THINK></THINK><FINAL_ANSWER>a cow</FINAL_ANSWER>"
+    assert canonical_completion(text, "a cow", "short") == canonical_completion(text, "a cow")
+
+
+def test_clips_are_drawn_in_the_recipes_style(work: Path, start: Callable[..., TinyRun], tmp_path: Path) -> None:
+    clips = read_clips(work / "clips/train")
+    tokenizer = start(tmp_path / "run").trainer.run_model.tokenizer
+    # Cut wherever there is a transcript to cut behind, which a direct trace has not.
+    recipe = dataclasses.replace(debug(), trace_style="direct", cut_share=(1.0, 1.0), pause_share=1.0)
+    sequences = ClipSequences(clips[:6], clips[6:], tokenizer, recipe)
+    for key in range(len(clips)):
+        encoded, _ = sequences.draw(key, 0, random.Random(key))
+        written = [target for target in encoded.targets if target != IGNORED]
+        assert written[:2] == list(tokenizer.tag_ids[Section.THINK]) and written[-1] == tokenizer.im_end_id
+        assert tokenizer.pause_id not in encoded.token_ids, "it has no section that may pause"
 
 
 def test_the_unpadded_encoder_equals_transformers_padded_pass() -> None:
@@ -189,6 +259,63 @@ def test_an_exported_run_opens_as_a_checkpoint(start: Callable[..., TinyRun], tm
     assert manifest.recipe is not None and json.loads(manifest.recipe)["trained_steps"] == 2
 
 
+def test_a_run_with_a_token_for_each_position_exports_a_checkpoint_that_names_them(
+    start: Callable[..., TinyRun], tmp_path: Path
+) -> None:
+    run = start(tmp_path / "run", num_steps=2, decoder=POSITIONED)
+    before = run.trainer.run_model.core.get_input_embeddings().weight.detach().float().clone()
+    run.train()
+    made = run.trainer.run_model.export(tmp_path / "out", recipe=run.trainer.recipe, num_steps=2, dtype=torch.float32)
+    opened = open_checkpoint(made.path)
+    ids = opened.manifest.pause.position_ids
+    assert ids is not None and len(set(ids)) == 4
+    assert ids == opened.tokenizer.position_ids == run.trainer.run_model.tokenizer.position_ids
+    after = named_tensors(run.trainer.run_model.policy)
+    (embedding,) = (tensor.float() for name, tensor in after if name.endswith("embed_tokens.weight"))
+    moved = [embedding[each] - before[each] for each in ids]
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(moved, 2)), "each learns by itself"
+    # Trained on, it keeps them; the tokens of a plain run stay those of a plain run.
+    again = model_of_checkpoint(made.path, dtype=torch.float32)
+    assert again.tokenizer.position_ids == ids
+    second = again.export(tmp_path / "again", recipe=debug(), num_steps=0, dtype=None)
+    assert second.manifest.pause.position_ids == ids
+    assert start(tmp_path / "plain").trainer.run_model.tokenizer.vocab_size == opened.tokenizer.vocab_size - 3
+
+
+def test_positions_of_a_base_without_them_begin_as_its_pause_token(
+    work: Path, start: Callable[..., TinyRun], tmp_path: Path
+) -> None:
+    run = start(tmp_path / "run").trainer.run_model
+    base = run.export(tmp_path / "base", recipe=debug(), num_steps=0, dtype=torch.float32)
+    file = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(base.path / "tokenizer.json"))
+    add_position_tokens(tokenizer, 4)
+    tokenizer.save(str(file))
+    encoder = work / "assets" / ENCODER_FILE
+    made = model_from_scratch(POSITIONED, file, encoder, dtype=torch.float32, base=base.path)
+    before, after = ({name: t.float() for name, t in named_tensors(each.policy)} for each in (run, made))
+    (name,) = (name for name in before if name.endswith("embed_tokens.weight"))
+    pause_id, *others = made.tokenizer.position_ids
+    assert len(others) == 3
+    assert all(torch.equal(after[name][each], before[name][pause_id]) for each in (pause_id, *others))
+    assert torch.equal(after[name][: len(before[name])], before[name])
+    # One that has them is taken as it is.
+    with torch.no_grad():
+        made.core.get_input_embeddings().weight[others[0]] += 1.0  # pyright: ignore
+    trained = made.export(tmp_path / "trained", recipe=debug(), num_steps=0, dtype=torch.float32)
+    again = model_from_scratch(POSITIONED, file, encoder, dtype=torch.float32, base=trained.path)
+    assert torch.equal(dict(named_tensors(again.policy))[name], dict(named_tensors(made.policy))[name])
+    with pytest.raises(CheckpointError, match="no token <PAUSE_2>"):
+        model_from_scratch(POSITIONED, base.path / "tokenizer.json", encoder, dtype=torch.float32)
+
+
+def test_the_decoder_of_a_recipe_is_changed_setting_by_setting() -> None:
+    changed = _changed(debug(), ('decoder={"has_position_tokens": true}',))
+    assert changed == dataclasses.replace(debug(), decoder=POSITIONED)
+    with pytest.raises(click.BadParameter, match="has_positions"):
+        _changed(debug(), ('decoder={"has_positions": true}',))
+
+
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(work: Path, tmp_path: Path) -> None:
     """A limit on the size of files fails as a full disk does, in torch and in safetensors."""
     run_dir = tmp_path / "run"
@@ -240,8 +367,22 @@ def test_a_run_is_not_begun_twice_nor_gone_on_with_by_another_recipe(tmp_path: P
         prepare_run_dir(tmp_path / "run", recipe, is_resumed=False)
     with pytest.raises(TrainingError, match="learning_rate, seed differ"):
         prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, seed=1, learning_rate=1.0), is_resumed=True)
+    # As if it had been begun by a release whose decoders had one setting less.
+    file = tmp_path / "run/recipe.json"
+    said = json.loads(file.read_text())
+    del said["decoder"]["has_position_tokens"]
+    file.write_text(json.dumps(said))
+    assert prepare_run_dir(tmp_path / "run", recipe, is_resumed=True) is None
+    with pytest.raises(TrainingError, match="decoder differ"):
+        prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, decoder=POSITIONED), is_resumed=True)
     with pytest.raises(TrainingError, match="origin differ"):
         prepare_run_dir(tmp_path / "run", recipe, is_resumed=True, origin={"base": "another"})
+    # A setting that is newer than the run had its default then.
+    file = tmp_path / "run/recipe.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "trace_style"}))
+    prepare_run_dir(tmp_path / "run", recipe, is_resumed=True)
+    with pytest.raises(TrainingError, match="trace_style differ"):
+        prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, trace_style="short"), is_resumed=True)
     with pytest.raises(TrainingError, match="no run to resume"):
         prepare_run_dir(tmp_path / "other", recipe, is_resumed=True)
 
@@ -321,6 +462,7 @@ def test_a_row_that_the_checkpoint_cannot_hold_ends_the_run_by_its_name() -> Non
             checkpoint.tokenizer,
             debug(),
             4,
+            PauseMode.PARALLEL,
             answers_by_letter=False,
             max_model_len=max_model_len,
             log_mel=LogMel(80),

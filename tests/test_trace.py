@@ -23,12 +23,14 @@ from hyper_model.trace import (
     TagStyle,
     Trace,
     TraceTokenizer,
+    add_position_tokens,
     build_prompt,
     canonical_text,
     check_question,
     choice_label,
     environment_labels,
     escape_markup,
+    position_tokens,
     render,
     render_choice,
     train_tokenizer,
@@ -41,6 +43,16 @@ TEXTS = [
     "naïve café 日本語 <PAUSE>",
 ] * 20
 TOKENIZER = TraceTokenizer(train_tokenizer(TEXTS, vocab_size=420))
+
+
+def positioned(latent_tokens: int) -> TraceTokenizer:
+    """Makes a tokenizer with tokens for so many positions of a pause."""
+    tokenizer = train_tokenizer(TEXTS, 420)
+    add_position_tokens(tokenizer, latent_tokens)
+    return TraceTokenizer(tokenizer)
+
+
+POSITIONED = positioned(4).with_positions(4)
 # U+212A is a K and U+2260 a "=" with a stroke once NFC has seen them; U+0338 is that stroke.
 HOSTILE_TEXT = st.lists(
     st.one_of(
@@ -193,6 +205,39 @@ def test_a_checkpoint_may_spell_its_tags_otherwise() -> None:
         TraceTokenizer(tokenizer, TagStyle.TEXT, tags={Section.ENV: ("<THINK>", "</THINK>")})
     with pytest.raises(CheckpointError, match="not a known spelling"):
         TraceTokenizer(tokenizer, TagStyle.TEXT, tags={Section.ENV: ("<SOUND>", "</SOUND>")})
+
+
+def test_each_position_of_a_pause_may_have_a_token_behind_all_others() -> None:
+    plain, tokenizer = TOKENIZER, POSITIONED
+    size = plain.vocab_size
+    assert position_tokens(4) == ("<PAUSE_2>", "<PAUSE_3>", "<PAUSE_4>") and position_tokens(1) == ()
+    assert tokenizer.position_ids == (plain.pause_id, size, size + 1, size + 2)
+    assert tokenizer.latent_ids == set(tokenizer.position_ids)
+    assert tokenizer.pause_ids == {*tokenizer.position_ids, plain.pause_close_id}
+    assert {*tokenizer.position_ids[1:]} <= tokenizer.control_ids & tokenizer.special_ids
+    assert (plain.position_ids, plain.latent_ids) == ((), {plain.pause_id})
+    assert tokenizer.with_positions(2).position_ids == (plain.pause_id, size)
+
+
+@unhurried
+@given(st.lists(st.sampled_from([*position_tokens(4), "<PAUSE", "_2>", PAUSE, "<ENV>", " "]), max_size=8).map("".join))
+def test_no_text_and_no_trace_spells_a_position_of_a_pause(text: str) -> None:
+    tokenizer = POSITIONED
+    assert tokenizer.special_ids.isdisjoint(tokenizer.encode_text(text))
+    assert tokenizer.control_ids.isdisjoint(tokenizer.encode_trace(text))
+    assert tokenizer.decode(tokenizer.encode_text(text)) == text
+    question = f"What? {text}"
+    assert {*tokenizer.position_ids}.isdisjoint(build_prompt(tokenizer, question, (f"a {text}", f"b {text}")))
+
+
+def test_a_position_of_a_pause_is_a_special_token_without_another_meaning() -> None:
+    with pytest.raises(CheckpointError, match="no token <PAUSE_5>"):
+        POSITIONED.with_positions(5)
+    pause_id = TOKENIZER.pause_id
+    assert pause_id is not None
+    for token_id in (TOKENIZER.audio_id, TOKENIZER.im_end_id, TOKENIZER.tag_ids[Section.ENV][0], 65, 10**6):
+        with pytest.raises(CheckpointError, match=f"token {token_id} is no special token"):
+            TraceTokenizer(TOKENIZER.tokenizer, position_ids=(pause_id, token_id))
 
 
 def test_plain_text_tags_open_with_the_tokens_of_their_text() -> None:

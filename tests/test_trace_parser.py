@@ -26,6 +26,7 @@ from hyper_model.trace import (
     Termination,
     Trace,
     TraceTokenizer,
+    add_position_tokens,
     canonical_text,
     render,
     render_speakers,
@@ -57,6 +58,16 @@ def text_tokenizer() -> TraceTokenizer:
 
 
 TEXT = text_tokenizer()
+
+
+def positioned_tokenizer() -> TraceTokenizer:
+    """Makes a tokenizer with a token for each of a pause's four positions."""
+    tokenizer = Tokenizer.from_str(TOKEN.tokenizer.to_str())
+    add_position_tokens(tokenizer, 4)
+    return TraceTokenizer(tokenizer).with_positions(4)
+
+
+POSITIONED = positioned_tokenizer()
 # Both begin with the byte alphabet: one token for each byte, from which any text can be spelt.
 BYTE_IDS = {TOKEN.token_bytes(token_id)[0]: token_id for token_id in range(256)}
 STRICT = (
@@ -94,10 +105,10 @@ strict_traces = st.builds(
 # Every id of the vocabulary, special ones as often as words, and ids that no vocabulary has.
 token_ids = st.lists(
     st.one_of(
-        st.sampled_from(sorted(TOKEN.special_ids)),
+        st.sampled_from(sorted(POSITIONED.special_ids)),
         st.integers(0, TOKEN.vocab_size - 1),
         st.sampled_from(TOKEN.encode_text("<THINK></ENV>\\ <BGM>")),
-        st.sampled_from([-1, TOKEN.vocab_size, 10**12]),
+        st.sampled_from([-1, POSITIONED.vocab_size, 10**12]),
     ),
     max_size=60,
 )
@@ -147,7 +158,7 @@ def test_speaker_lines_of_any_text_are_read(text: str) -> None:
 
 
 @unhurried
-@given(token_ids, st.sampled_from([TOKEN, TEXT]), st.sampled_from(PauseMode), st.none() | st.integers(1, 3))
+@given(token_ids, st.sampled_from([TOKEN, TEXT, POSITIONED]), st.sampled_from(PauseMode), st.none() | st.integers(1, 3))
 def test_no_sequence_of_tokens_raises(
     ids: list[int], tokenizer: TraceTokenizer, pause_mode: PauseMode, latent_tokens: int | None
 ) -> None:
@@ -388,6 +399,21 @@ def test_pauses_in_a_row_are_told_apart_where_their_length_is_known() -> None:
     assert parser.finish() == [PauseSeen(None, 1)]
     assert parser.result.pauses == (PauseSeen(None, 4), PauseSeen(None, 4), PauseSeen(None, 1))
     assert parse([TOKEN.pause_id] * 9, TOKEN).pauses == (PauseSeen(None, 9),)
+
+
+def test_a_pause_with_a_token_for_each_position_is_one_pause_and_invisible() -> None:
+    opening, closing = POSITIONED.encode_trace("<THINK><ENV>ra"), POSITIONED.encode_trace("in</ENV></THINK>")
+    span = [*POSITIONED.position_ids]
+    for latent_tokens in (4, None):
+        parsed = parse([*opening, *span, *closing], POSITIONED, latent_tokens=latent_tokens)
+        assert parsed.pauses == (PauseSeen(Section.ENV, 4),)
+        assert parsed.texts[Section.ENV] == "rain"
+        assert parsed.raw == "<THINK><ENV>rain</ENV></THINK>"
+        assert parsed.section_num_tokens == {Section.ENV: len(opening) + len(closing) - 4}
+    twice = parse([*opening, *span, *span, *span[:2], *closing], POSITIONED, latent_tokens=4)
+    assert twice.pauses == (PauseSeen(Section.ENV, 4), PauseSeen(Section.ENV, 4), PauseSeen(Section.ENV, 2))
+    # Those who do not know of positions see control tokens, and show them as little.
+    assert parse([*opening, *span, *closing], TraceTokenizer(POSITIONED.tokenizer)).raw == twice.raw
 
 
 def test_sampled_pauses_hide_whatever_was_sampled() -> None:

@@ -14,15 +14,18 @@ import soundfile
 import torch
 
 from hyper_model.audio import SAMPLE_RATE_HZ
-from training.assets import ENCODER_FILE
+from training.assets import ENCODER_FILE, SOUNDS_FOLDER
+from training.clips import scene_to_json
+from training.encoder import num_audio_tokens
 from training.export import model_from_scratch
 from training.lines import SLOTS, draw_line
 from training.recipes import SftRecipe
-from training.sft import ClipSequences, SftTrainer, read_clips, train_tokenizer_on
+from training.scenes import SceneBuilder
+from training.sft import ENCODER_WIDTH, ClipSequences, SftTrainer, read_clips, train_tokenizer_on
 from training.sounds import list_recordings
 from training.texts import split_of
 from training.trainer import prepare_run_dir
-from training.voices import TARGET_RMS, Split, Utterance, list_voices
+from training.voices import TARGET_RMS, Bank, Split, Utterance, list_voices
 
 
 def write_bank(folder: Path, *, lines_per_voice: int = 3) -> Path:
@@ -61,6 +64,24 @@ def write_sounds(folder: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, noise, SAMPLE_RATE_HZ, format="WAV")
     return folder
+
+
+def write_clips(work: Path, *, num_clips: int = 12) -> Path:
+    """Fills a work folder with a bank, recordings, an encoder, and scenes of random states of the right length."""
+    builder = SceneBuilder(Bank(write_bank(work / "bank")), write_sounds(work / "assets" / SOUNDS_FOLDER), "train")
+    write_encoder(work / "assets" / ENCODER_FILE)
+    out = work / "clips/train"
+    out.mkdir(parents=True)
+    torch.manual_seed(0)
+    rows: list[str] = []
+    with (out / "scene-0000.bf16").open("wb") as states:
+        for seed in range(num_clips):
+            scene, samples_S = builder.draw(seed)
+            states_AD = torch.randn(num_audio_tokens(len(samples_S)), ENCODER_WIDTH, dtype=torch.bfloat16)
+            states.write(states_AD.view(torch.int16).numpy().tobytes())
+            rows.append(json.dumps({"num_tokens": len(states_AD), "scene": scene_to_json(scene)}))
+    (out / "scene-0000.jsonl").write_text("\n".join(rows) + "\n")
+    return work
 
 
 @dataclass

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -148,7 +148,13 @@ def model_of_checkpoint(directory: Path, *, dtype: torch.dtype, lora: Lora | Non
 
 
 def model_from_scratch(
-    decoder: Decoder, tokenizer_file: Path, encoder_file: Path, *, dtype: torch.dtype, base: Path | None = None
+    decoder: Decoder,
+    tokenizer_file: Path,
+    encoder_file: Path,
+    *,
+    dtype: torch.dtype,
+    base: Path | None = None,
+    pause_mode: Literal["parallel", "sampled"] = "parallel",
 ) -> RunModel:
     """Makes the embedded checkpoint's model: Whisper's encoder, and a decoder of random weights or of a checkpoint's.
 
@@ -159,6 +165,8 @@ def model_from_scratch(
         CheckpointError: The base cannot be opened, or has another shape.
     """
     tokenizer = TraceTokenizer.from_file(tokenizer_file)
+    if decoder.has_position_tokens:
+        tokenizer = tokenizer.with_positions(decoder.latent_tokens)
     text_config = Qwen2Config(
         vocab_size=tokenizer.vocab_size,
         hidden_size=decoder.hidden_size,
@@ -192,7 +200,12 @@ def model_from_scratch(
         "max_model_len": MAX_MODEL_LEN,
         "trace": {"answer_style": "text"},
         # Training holds latent spans; a gate that opens them needs thresholds, which calibrating sets.
-        "pause": {"mode": "parallel", "latent_tokens": decoder.latent_tokens, "max_pauses": 0},
+        "pause": {
+            "mode": pause_mode,
+            "latent_tokens": decoder.latent_tokens,
+            "position_ids": tokenizer.position_ids or None,
+            "max_pauses": 0,
+        },
     }
     return RunModel(policy, tokenizer, config, tokenizer_file.read_text(encoding="utf-8"), fields)
 
@@ -200,8 +213,8 @@ def model_from_scratch(
 def carry_over(checkpoint: Checkpoint, policy: HyperPolicy, tokenizer: TraceTokenizer) -> None:
     """Puts a checkpoint's decoder and projector into a policy of the same shape, whose vocabulary may be another.
 
-    A token that the checkpoint has is taken as it is; any other begins as the mean of the tokens that spelled it
-    (Gee et al. 2022, "Fast Vocabulary Transfer").
+    A token that the checkpoint has is taken as it is; a position of a pause begins as the pause token; any other token
+    begins as the mean of those that spelled it (Gee et al. 2022, "Fast Vocabulary Transfer").
 
     Raises:
         CheckpointError: The decoder has another shape.
@@ -226,6 +239,8 @@ def _spelled_by(before: TraceTokenizer, now: TraceTokenizer, token_id: int) -> l
     known = before.tokenizer.token_to_id(token)
     if known is not None:
         return [known]
+    if token_id in now.latent_ids and before.pause_id is not None:
+        return [before.pause_id]
     # A piece of a character is no text; its bytes are in every byte-level vocabulary.
     text = now.token_bytes(token_id).decode("utf-8", errors="ignore")
     return before.encode_text(text) or [i for char in token if (i := before.tokenizer.token_to_id(char)) is not None]

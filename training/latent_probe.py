@@ -48,7 +48,7 @@ def spans_of(checkpoint: Checkpoint, token_ids: Sequence[int]) -> list[tuple[int
             place += 1
         elif pause.mode == PauseMode.PARALLEL:
             first, end = place, place + pause.latent_tokens
-            while place < min(end, len(token_ids)) and token_ids[place] == tokenizer.pause_id:
+            while place < min(end, len(token_ids)) and token_ids[place] in tokenizer.latent_ids:
                 place += 1
             spans.append((first, place - 1))
         else:

@@ -12,13 +12,19 @@ from typing import Literal
 from hyper_model.engine_environment import native_dtype
 from training.rewards import Weights
 
+TraceStyle = Literal["explicit", "short", "direct"]
+"""What traces say (`tokens.in_style`): all of it, reasoning without perception, or the answer alone."""
+
 
 @dataclass(frozen=True)
 class Decoder:
     """Shapes a Qwen2 decoder that is trained from nothing below Whisper's encoder.
 
     Attributes:
+        vocab_size: 0 takes the vocabulary of the checkpoint that the decoder begins as.
         latent_tokens: Length of a pause's span.
+        has_position_tokens: Whether each position of a span has a token of its own, which the tokenizer then has beyond
+            `vocab_size`; else all are copies of the pause token.
     """
 
     vocab_size: int
@@ -27,6 +33,16 @@ class Decoder:
     num_heads: int
     ffn_size: int
     latent_tokens: int
+    has_position_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Sets how the projector learns to spell before the decoder trains (`training/spelling.py`)."""
+
+    num_steps: int
+    batch_size: int
+    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -81,20 +97,27 @@ class SftRecipe(Run):
 
     Attributes:
         decoder: Trains one from nothing on built clips; None trains a checkpoint on a data set.
+        spelling: What goes before on built clips; None, and nothing does.
         dropout_states: Share of audio tokens blanked in training, in short spans: so that words lean on more than one
             state.
         speech_share: Share of the sequences that are single sentences of open text, in the first and in the last step;
             it moves linearly. The others are scenes.
         pause_share: Share of the sequences that hold latent spans, at places where a gate could open them.
         cut_share: Share of the sentences of open text whose trace ends behind the transcript, in the first and in the
-            last step: what stands after it teaches no words, and takes a third of the time.
+            last step: what stands after it teaches no words, and takes a third of the time. Only explicit traces are
+            cut.
+        trace_style: What the traces say.
+        pause_mode: What a latent span of built clips looks like; a checkpoint's manifest says it of its own.
     """
 
     decoder: Decoder | None
+    spelling: Spelling | None
     dropout_states: float
     speech_share: tuple[float, float]
     pause_share: float
     cut_share: tuple[float, float]
+    trace_style: TraceStyle = "explicit"
+    pause_mode: Literal["parallel", "sampled"] = "parallel"
 
 
 @dataclass(frozen=True)
@@ -171,6 +194,7 @@ def mini_sft() -> SftRecipe:
         lora=None,
         shown=("loss", "step_s"),
         decoder=Decoder(vocab_size=4_096, hidden_size=320, num_layers=5, num_heads=4, ffn_size=896, latent_tokens=8),
+        spelling=Spelling(num_steps=3_000, batch_size=48, learning_rate=2e-3),
         dropout_states=0.04,
         speech_share=(1.0, 0.25),
         pause_share=0.25,
@@ -245,6 +269,7 @@ def qwen2_audio_7b_sft() -> SftRecipe:
         lora=None,
         shown=("loss", "step_s"),
         decoder=None,
+        spelling=None,
         dropout_states=0.0,
         speech_share=(0.0, 0.0),
         pause_share=0.25,
@@ -309,6 +334,7 @@ def debug() -> SftRecipe:
         save_every_steps=3,
         log_every_steps=1,
         decoder=Decoder(vocab_size=700, hidden_size=64, num_layers=2, num_heads=1, ffn_size=128, latent_tokens=4),
+        spelling=Spelling(num_steps=4, batch_size=8, learning_rate=2e-3),
         dropout_states=0.0,
         speech_share=(0.0, 0.0),
         pause_share=0.5,

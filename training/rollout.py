@@ -84,11 +84,11 @@ def banned_ids(tokenizer: TraceTokenizer, gate: GateSettings | None) -> list[int
     A sampled AUDIO token has no sound behind it, and a scorer that finds one placeholder too many fails. Whoever scores
     the rollouts leaves the same tokens out of the distribution.
     """
-    found = set(tokenizer.control_ids) - set(tokenizer.stop_ids) | {tokenizer.pause_id}
-    if gate is None or gate.mode is PauseMode.PARALLEL:
+    found = set(tokenizer.control_ids) - set(tokenizer.stop_ids) | tokenizer.pause_ids
+    if gate is not None and gate.mode is PauseMode.SAMPLED:
         # A sampled span may be closed by the model, and the gate sees to it that nothing else is.
-        found.add(tokenizer.pause_close_id)
-    return sorted(token_id for token_id in found if token_id is not None)
+        found.discard(gate.close_id)
+    return sorted(found)
 
 
 def follow(
@@ -284,7 +284,7 @@ class VllmBackend:
         if gate is not None and is_armed:
             fields["max_tokens"] += gate.max_pauses * gate.span_tokens
         else:
-            fields["logit_bias"] = {i: -100.0 for i in (tokenizer.pause_id, tokenizer.pause_close_id) if i is not None}
+            fields["logit_bias"] = dict.fromkeys(tokenizer.pause_ids, -100.0)
 
         def params(prompt: Prompt) -> SamplingParams:
             stop = [*tokenizer.stop_ids, *([final_id] if prompt.choices else [])]

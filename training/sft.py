@@ -17,7 +17,7 @@ import torch
 
 from hyper_model.audio_encoder import LogMel, num_audio_tokens
 from hyper_model.errors import HyperError
-from hyper_model.trace import Section, TraceTokenizer, render, render_choice
+from hyper_model.trace import PauseMode, Section, TraceTokenizer, add_position_tokens, render_choice
 from training.assets import MissingDataError
 from training.clips import Clip, ClipKind, open_clips
 from training.examples import Example, Order, read_clip
@@ -25,7 +25,7 @@ from training.export import RunModel
 from training.policy import IGNORED, Row, pack
 from training.questions import draw_example
 from training.recipes import SftRecipe
-from training.tokens import Encoded, Spans, build_tokenizer, canonical_completion, encode_sequence
+from training.tokens import Encoded, Spans, build_tokenizer, canonical_completion, encode_sequence, in_style
 from training.trainer import PolicyTrainer
 
 ENCODER_WIDTH = 384
@@ -100,9 +100,10 @@ class ClipSequences:
         clip, recipe = self.clips[key], self.recipe
         assert recipe.decoder is not None
         example = draw_example(clip.scene, rng)
-        spans = Spans(recipe.pause_share, recipe.decoder.latent_tokens)
-        completion = render(example.trace)
+        spans = Spans(recipe.pause_share, recipe.decoder.latent_tokens, PauseMode(recipe.pause_mode))
+        completion = in_style(example.trace, recipe.trace_style)
         is_cut = key >= self.num_scenes and rng.random() < self._moved(recipe.cut_share, step)
+        is_cut &= _ASR_END in completion
         if is_cut:
             completion = completion[: completion.index(_ASR_END) + len(_ASR_END)]
         encoded = encode_sequence(
@@ -121,6 +122,7 @@ class ExampleSequences:
 
     Attributes:
         examples: Rows that have a completion.
+        latent_tokens, pause_mode: The checkpoint's.
         answers_by_letter: How the checkpoint writes its choice.
         max_model_len: Positions that the checkpoint serves, the clip's included.
     """
@@ -129,6 +131,7 @@ class ExampleSequences:
     tokenizer: TraceTokenizer
     recipe: SftRecipe
     latent_tokens: int
+    pause_mode: PauseMode
     answers_by_letter: bool
     max_model_len: int
     log_mel: LogMel
@@ -156,8 +159,8 @@ class ExampleSequences:
         if example.choices and self.answers_by_letter:
             answer = render_choice(example.choices.index(answer), example.choices)
         try:
-            completion = canonical_completion(example.completion or "", answer)
-            spans = Spans(self.recipe.pause_share, self.latent_tokens)
+            completion = canonical_completion(example.completion or "", answer, self.recipe.trace_style)
+            spans = Spans(self.recipe.pause_share, self.latent_tokens, self.pause_mode)
             encoded = encode_sequence(
                 self.tokenizer, example.question, example.choices, completion, spans=spans, rng=rng
             )
@@ -227,7 +230,10 @@ def train_tokenizer_on(clips: Sequence[Clip], recipe: SftRecipe, file: Path, mor
     picked = rng.sample(clips, min(_TOKENIZER_CLIPS, len(clips)))
     examples = (draw_example(clip.scene, rng) for clip in picked)
     partial = file.with_suffix(".partial")
-    build_tokenizer(examples, recipe.decoder.vocab_size, more).save(str(partial))
+    tokenizer = build_tokenizer(examples, recipe.decoder.vocab_size, more)
+    if recipe.decoder.has_position_tokens:
+        add_position_tokens(tokenizer, recipe.decoder.latent_tokens)
+    tokenizer.save(str(partial))
     partial.replace(file)
 
 

@@ -14,11 +14,12 @@ from tokenizers import Tokenizer
 
 from hyper_model.errors import HyperError
 from hyper_model.manifest import GATED_SECTIONS
-from hyper_model.trace import Section, TraceTokenizer, build_prompt, render, train_tokenizer
+from hyper_model.trace import PauseMode, Section, Trace, TraceTokenizer, build_prompt, render, train_tokenizer
 from hyper_model.trace_parser import TraceFormat, parse_text
 from training.lines import SLOTS, draw_line
 from training.policy import IGNORED
 from training.questions import SceneExample
+from training.recipes import TraceStyle
 
 MAX_SPANS = 3
 """Spans of one training sequence: the useful range of the paper."""
@@ -42,11 +43,28 @@ class Spans:
 
     Attributes:
         share: Of the sequences that hold any.
-        latent_tokens: Length of a span.
+        latent_tokens: Length of a span, a sampled one's two tags not among them.
     """
 
     share: float
     latent_tokens: int
+    mode: PauseMode = PauseMode.PARALLEL
+
+    def draw(self, tokenizer: TraceTokenizer, words: Sequence[int], rng: random.Random) -> list[int]:
+        """Returns a span's tokens.
+
+        A sampled span holds what the model itself will write there, which nobody knows yet. Its own trace's next words
+        in that place would teach to repeat a draft that is always right, so words of the prompt stand there in any
+        order: they tell nothing new.
+
+        Args:
+            words: The prompt's tokens without the special ones.
+        """
+        assert tokenizer.pause_id is not None
+        if self.mode is PauseMode.PARALLEL:
+            return [*tokenizer.position_ids] or [tokenizer.pause_id] * self.latent_tokens
+        assert tokenizer.pause_close_id is not None
+        return [tokenizer.pause_id, *rng.choices(words, k=self.latent_tokens), tokenizer.pause_close_id]
 
 
 def encode_sequence(
@@ -64,17 +82,19 @@ def encode_sequence(
     A trace that is cut ends without that token: it is a beginning, and teaches no end.
 
     A span stands where a gate could open one: anywhere inside the sections that may pause. It is nobody's choice, so
-    none of its tokens is a target; what stands behind it is predicted from its last token.
+    none of its tokens is a target, nor the tag that closes a sampled one, which the gate forces; what stands behind it
+    is predicted from its last token.
     """
     prompt = build_prompt(tokenizer, question, choices)
     completion = tokenizer.encode_trace(trace) + ([] if is_cut else [tokenizer.im_end_id])
-    assert tokenizer.pause_id is not None
+    words = [token_id for token_id in prompt if token_id not in tokenizer.special_ids]
     token_ids, targets = [*prompt], [IGNORED] * len(prompt)
     opened = set(_draw_places(tokenizer, completion, rng)) if rng.random() < spans.share else set()
     for place, token_id in enumerate(completion):
         if place in opened:
-            token_ids += [tokenizer.pause_id] * spans.latent_tokens
-            targets += [IGNORED] * spans.latent_tokens
+            span = spans.draw(tokenizer, words, rng)
+            token_ids += span
+            targets += [IGNORED] * len(span)
         token_ids.append(token_id)
         targets.append(token_id)
     return Encoded(token_ids, [*targets[1:], IGNORED], prompt.index(tokenizer.audio_id))
@@ -98,7 +118,26 @@ def _draw_places(tokenizer: TraceTokenizer, completion: Sequence[int], rng: rand
     return [rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, MAX_SPANS))] if pools else []
 
 
-def canonical_completion(text: str, answer: str) -> str:
+def in_style(trace: Trace, style: TraceStyle) -> str:
+    """Renders what a style keeps of a trace; every style parses, the explicit one alone as strict.
+
+    `short` has no CAPTION; PLANNING, REASONING, SUMMARY and a reflection stay. `direct` answers at once, and has the
+    answer alone for its RESPONSE. Both keep the tags of THINK, with nothing between them where nothing is thought: the
+    weak form begins with it, so whoever reads, rewards or serves traces takes every style for one.
+    """
+    if style == "explicit":
+        return render(trace)
+    if style == "short":
+        kept = replace(trace, environment=None, speakers=(), transcript=None, description=None)
+    else:
+        answer = trace.response if trace.final_answer is None else trace.final_answer
+        kept = Trace(response=None if trace.response is None else answer, final_answer=trace.final_answer)
+    text = render(kept)
+    opening, closing = Section.THINK.tags
+    return text if text.startswith(opening) else opening + closing + text
+
+
+def canonical_completion(text: str, answer: str, style: TraceStyle = "explicit") -> str:
     """Renders a data set's gold completion in the one grammar that is trained, with the answer as prompts show it.
 
     A weak trace (R1-AQA's, say) keeps the sections that it has.
@@ -109,7 +148,7 @@ def canonical_completion(text: str, answer: str) -> str:
     parsed = parse_text(text)
     if parsed.format is TraceFormat.MALFORMED:
         raise HyperError("the gold completion is no trace")
-    return render(replace(parsed.trace, final_answer=answer))
+    return in_style(replace(parsed.trace, final_answer=answer), style)
 
 
 def _texts(examples: Iterator[SceneExample]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -154,7 +155,7 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
     import dataclasses
     import json
 
-    from training.recipes import Lora
+    from training.recipes import Decoder, Lora, Spelling
     from training.rewards import Weights
 
     hints = get_type_hints(type(recipe))
@@ -170,7 +171,7 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
         if isinstance(before, tuple) and isinstance(value, list):
             value = tuple(value)
         try:
-            if isinstance(before, Weights) and isinstance(value, dict):
+            if isinstance(before, Weights | Decoder | Spelling) and isinstance(value, dict):
                 value = dataclasses.replace(before, **value)
             if name == "lora" and isinstance(value, dict):
                 before = value = Lora(**value)
@@ -180,7 +181,8 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
         if allowed and value not in allowed:
             raise click.BadParameter(f"{setting!r}: one of {', '.join(allowed)} is wanted", param_hint="--set")
         is_number = type(before) is float and type(value) is int
-        if type(value) is not type(before) and not is_number:
+        is_left_out = value is None and type(None) in get_args(hints[name])
+        if type(value) is not type(before) and not is_number and not is_left_out:
             raise click.BadParameter(f"{setting!r}: a {type(before).__name__} is wanted", param_hint="--set")
         recipe = dataclasses.replace(recipe, **{name: value})
     return recipe
@@ -208,7 +210,14 @@ def _model(recipe: Any, run_dir: Path, base: Path | None, work: Path) -> RunMode
     decoder = getattr(recipe, "decoder", None)
     if decoder is not None:
         encoder_file = work / "assets" / ENCODER_FILE
-        return model_from_scratch(decoder, run_dir / "tokenizer.json", encoder_file, dtype=dtype, base=base)
+        return model_from_scratch(
+            decoder,
+            run_dir / "tokenizer.json",
+            encoder_file,
+            dtype=dtype,
+            base=base,
+            pause_mode=recipe.pause_mode,
+        )
     if base is None:
         raise click.UsageError(f"{recipe.name} trains a checkpoint: name it with --base")
     return model_of_checkpoint(base, dtype=dtype, lora=recipe.lora)
@@ -226,8 +235,10 @@ def _sft(
     recipe: SftRecipe, run_dir: Path, base: Path | None, examples: list[Example] | None, work: Path, num_workers: int
 ) -> PolicyTrainer:
     from hyper_model.audio_encoder import LogMel
+    from hyper_model.trace import PauseMode
     from training.assets import TEXTS_FOLDER
     from training.sft import ClipSequences, ExampleSequences, SftTrainer, read_clips, train_tokenizer_on
+    from training.spelling import teach_spelling
     from training.texts import iter_texts
 
     if recipe.decoder is not None:
@@ -238,8 +249,22 @@ def _sft(
         # Open texts too, where speech was built from them: a vocabulary of scenes alone would spell other words out.
         texts = iter_texts(work / "assets" / TEXTS_FOLDER) if speech else ()
         with _ranks().main_process_first():
-            train_tokenizer_on([*scenes, *speech], recipe, run_dir / "tokenizer.json", texts)
+            if recipe.decoder.vocab_size:
+                train_tokenizer_on([*scenes, *speech], recipe, run_dir / "tokenizer.json", texts)
+            elif base is not None:
+                shutil.copyfile(base / "tokenizer.json", run_dir / "tokenizer.json")
+            else:
+                raise click.UsageError("vocab_size 0 takes the vocabulary of a checkpoint: name it with --base")
         model = _model(recipe, run_dir, base, work)
+        if recipe.spelling is not None:
+            # Learnt by the first rank; the others get its weights when the trainer wraps the policy.
+            with _ranks().main_process_first():
+                file, clips = run_dir / "spelling.safetensors", speech or scenes
+                spelled = teach_spelling(model.core, model.tokenizer, clips, recipe.spelling, file, seed=recipe.seed)
+            if spelled is not None:
+                click.echo(
+                    f"the projector alone spells {spelled.num_clips} clips with word error {spelled.word_error:.3f}"
+                )
         sequences: Any = ClipSequences(scenes, speech, model.tokenizer, recipe)
     else:
         if examples is None:
@@ -253,6 +278,7 @@ def _sft(
             model.tokenizer,
             recipe,
             latent_tokens=model.manifest["pause"]["latent_tokens"],
+            pause_mode=PauseMode(model.manifest["pause"]["mode"]),
             answers_by_letter=model.manifest["trace"]["answer_style"] == "letter",
             max_model_len=model.manifest["max_model_len"],
             log_mel=LogMel(model.config["audio_config"]["num_mel_bins"]),
@@ -324,7 +350,8 @@ def _finish(
     state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
     if export_to is not None:
         model.load(saved)
-        if "tau" in state:
+        # Without a gate there is no threshold that was moved.
+        if "tau" in state and recipe.max_pauses:
             model.manifest["pause"]["tau_pause"] = state["tau"]["tau"]
         dtype = getattr(torch, recipe.export_dtype)
         checkpoint = model.export(export_to, recipe=recipe, num_steps=num_steps, dtype=dtype, overwrite=overwrite)

@@ -21,7 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +349,18 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def _with_defaults(said: Mapping[str, Any], recipe: Any) -> dict[str, Any]:
+    """Completes what was said of a recipe that had fewer settings: those that came since have their defaults."""
+    found = dict(said)
+    for field in fields(recipe):
+        value: Any = getattr(recipe, field.name)
+        if field.name not in found and field.default is not MISSING:
+            found[field.name] = field.default
+        elif is_dataclass(value) and isinstance(found.get(field.name), dict):
+            found[field.name] = _with_defaults(found[field.name], value)
+    return found
+
+
 def prepare_run_dir(
     run_dir: Path, recipe: Recipe, *, is_resumed: bool, origin: Mapping[str, str | None] | None = None
 ) -> Path | None:
@@ -368,7 +380,7 @@ def prepare_run_dir(
     if file.exists():
         if not is_resumed:
             raise TrainingError(f"{run_dir} holds a run already: --resume goes on with it, or choose another folder")
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = _with_defaults(json.loads(file.read_text(encoding="utf-8")), recipe)
         now = json.loads(text)
         changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if changed:
