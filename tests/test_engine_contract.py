@@ -290,7 +290,11 @@ def test_vllm_counts_the_time_of_a_pausing_request_from_its_arrival(pausing_vllm
 
     before, started_s = total_s(), time.monotonic()
     num_chunks = 1 + len(spans(collect(pausing_vllm, ask_pausing(pausing_vllm))))
-    assert 0 < total_s() - before <= num_chunks * (time.monotonic() - started_s)
+    took_s = time.monotonic() - started_s
+    # vLLM counts a step behind its output, so the last reply may be read before it is counted.
+    while (counted_s := total_s() - before) == 0 and time.monotonic() - started_s < took_s + 10:
+        time.sleep(0.05)
+    assert 0 < counted_s <= num_chunks * took_s
 
 
 def test_a_seed_repeats_itself_with_its_pauses(pausing: Live) -> None:
