@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hyper_model import weights
-from hyper_model.checkpoint import Checkpoint, export, refuse_code, require_architecture
+from hyper_model.checkpoint import LICENCE_FILES, Checkpoint, export, refuse_code, require_architecture
 from hyper_model.errors import CheckpointError
 from hyper_model.manifest import MANIFEST_FILE, parse_json
 from hyper_model.trace import AUDIO, CONTROL_TOKENS, PAUSE, PAUSE_CLOSE, Section, TagStyle
@@ -50,7 +50,6 @@ _SETTINGS_FILES = (
     "processor_config.json",
     "generation_config.json",
 )
-_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "NOTICE")
 # Whisper's front end, which the encoder was trained on; a source that says otherwise would be heard wrongly.
 _FEATURES = {"sampling_rate": 16_000, "hop_length": 160, "n_fft": 400, "chunk_length": 30}
 _MAX_MODEL_LEN = 8192
@@ -177,7 +176,7 @@ def _adopt(
         },
         max_shard_bytes=max_shard_bytes,
     )
-    for licence in _LICENCE_FILES:
+    for licence in LICENCE_FILES:
         if (root / licence).is_file():
             shutil.copyfile(root / licence, destination / licence)
     return Adoption(checkpoint, added, num_rows_before, num_rows, names)

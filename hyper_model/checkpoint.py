@@ -38,7 +38,8 @@ _REQUIRED_FILES = (
     "tokenizer_config.json",
     "preprocessor_config.json",
 )
-_UNLISTED_NAMES = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", ".gitattributes", ".gitignore")
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "NOTICE")
+_UNLISTED_NAMES = ("README.md", *LICENCE_FILES, ".gitattributes", ".gitignore")
 # What `trace.build_prompt` writes, for those who serve the directory with something else. Without it the processor
 # falls back to Qwen's template, whose system turn our models never saw.
 _CHAT_TEMPLATE = (

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyper_model import weights
-from hyper_model.checkpoint import Checkpoint, export, open_checkpoint
+from hyper_model.checkpoint import LICENCE_FILES, Checkpoint, export, open_checkpoint
 from hyper_model.errors import CheckpointError
 from hyper_model.manifest import parse_json
 from hyper_model.trace import PauseMode, TraceTokenizer, add_position_tokens
 
 if TYPE_CHECKING:
     import torch
-
-_PAPERS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE")
 
 
 def give_positions(source: str | Path, destination: str | Path) -> Checkpoint:
@@ -58,7 +56,7 @@ def give_positions(source: str | Path, destination: str | Path) -> Checkpoint:
         tokenizer_json=tokenizer.to_str(),
         manifest_fields=fields,
     )
-    for paper in _PAPERS:
+    for paper in ("README.md", *LICENCE_FILES):
         if (root / paper).is_file():
             shutil.copyfile(root / paper, made.path / paper)
     return made

@@ -26,6 +26,7 @@ from hyper_model.errors import CheckpointError
 from hyper_model.manifest import MANIFEST_FILE
 from hyper_model.trace import AUDIO, Section, build_prompt
 from tests.builders import build_random_checkpoint, random_model, tiny_config, tiny_tokenizer, write_entry_points
+from tests.process import ROOT
 
 # transformers' own annotations do not hold for what these return.
 MODEL: Any = Qwen2AudioForConditionalGeneration
@@ -510,3 +511,9 @@ def test_vllm_loads_an_export_and_answers_as_transformers_does(tmp_path: Path) -
     assert logits.argmax(-1).tolist() == token_ids
     expected = logits.log_softmax(-1)[range(len(token_ids)), token_ids]
     torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "checkpoints").iterdir()), ids=lambda folder: folder.name)
+def test_the_checkpoints_of_this_repository_are_whole_small_and_named_as_their_folders(folder: Path) -> None:
+    assert open_checkpoint(folder).manifest.name == folder.name
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 70_000_000

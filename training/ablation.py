@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from hyper_model.errors import HyperError
+from training.commands import work_option
 
 if TYPE_CHECKING:
     from training.recipes import TraceStyle
@@ -142,7 +143,7 @@ class Base:
             "ffn_size": text["intermediate_size"],
             "latent_tokens": pause.latent_tokens,
         }
-        has_gate = pause.calibration is not None and pause.max_pauses
+        calibration = pause.calibration if pause.max_pauses else None
         return cls(
             path,
             opened.manifest.name,
@@ -151,7 +152,7 @@ class Base:
             pause.window_tokens,
             pause.rest_tokens,
             tuple(section.value for section in pause.sections),
-            pause.calibration.wanted_pauses if has_gate and pause.calibration else None,
+            None if calibration is None else calibration.wanted_pauses,
         )
 
 
@@ -295,11 +296,13 @@ def _stage_2(arm: Arm, seed: int, plan: Plan, start: Path, folder: Path, work: P
 
 
 def _evaluation(arm: Arm, suite: str, plan: Plan, asked: Path, folder: Path, work: Path) -> Step:
+    from training.report import RESULT_FILE
+
     arguments = ("eval", "--suite", suite, "--checkpoint", asked, "--items", plan.items_of(suite))
     arguments += ("--out", folder / suite, "--work", work, "--workers", 1)
     if not arm.max_pauses:
         arguments += ("--pauses", 0)
-    return Step(suite, _texts(arguments), folder / suite / "result.json", folder / f"{suite}.log")
+    return Step(suite, _texts(arguments), folder / suite / RESULT_FILE, folder / f"{suite}.log")
 
 
 def _set(settings: Mapping[str, object], more: Sequence[str]) -> Iterator[str]:
@@ -443,13 +446,7 @@ def check_settings(run_dir: Path, said: Mapping[str, Any]) -> None:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="The Stage I checkpoint that every arm begins from, calibrated.",
 )
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("build"),
-    show_default=True,
-    help="Folder of assets, bank and built clips.",
-)
+@work_option
 @click.option("--steps", type=click.IntRange(1), default=300, show_default=True, help="Steps of Stage II.")
 @click.option("--sft-steps", type=click.IntRange(1), default=400, show_default=True, help="Steps of Stage I before it.")
 @click.option(

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from training.rollout import Prompt
     from training.voices import Split
 
-_work = click.option(
+work_option = click.option(
     "--work",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("build"),
     show_default=True,
-    help="Folder of assets, bank, clips and runs.",
+    help="Folder of assets, bank and built clips.",
 )
 _workers = click.option(
     "--workers",
@@ -81,7 +81,7 @@ def check(file: Path, format_: Format | None, audio_root: Path | None) -> None:
 
 
 @data.command()
-@_work
+@work_option
 @_workers
 @click.option(
     "--split",
@@ -109,7 +109,7 @@ _noise = click.option(
 
 
 @data.command()
-@_work
+@work_option
 @_workers
 @click.option("--shards", type=click.IntRange(0), default=32, show_default=True, help="Shards of 500 scenes.")
 @click.option(
@@ -154,7 +154,7 @@ def scenes(
 
 
 @data.command()
-@_work
+@work_option
 @_workers
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--items", type=click.IntRange(1), default=1_000, show_default=True, help="Questions, one a clip.")
@@ -215,7 +215,7 @@ def export(
 
 
 @data.command()
-@_work
+@work_option
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def samples(work: Path, folder: Path) -> None:
     """Write ten held-out clips in the formats people upload, with question and truth, into FOLDER."""
@@ -253,7 +253,7 @@ def samples(work: Path, folder: Path) -> None:
 @click.option("--latent-tokens", type=click.IntRange(1), help="Set the length of a pause.  [default: the manifest's]")
 @click.option("--section", "sections", multiple=True, help="Set a section that may pause.  [default: the manifest's]")
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve there.")
-@_work
+@work_option
 @_workers
 def calibrate(
     checkpoint: Path,

@@ -194,7 +194,7 @@ def mini_sft() -> SftRecipe:
         lora=None,
         shown=("loss", "step_s"),
         decoder=Decoder(vocab_size=4_096, hidden_size=320, num_layers=5, num_heads=4, ffn_size=896, latent_tokens=8),
-        spelling=Spelling(num_steps=3_000, batch_size=48, learning_rate=2e-3),
+        spelling=Spelling(num_steps=600, batch_size=48, learning_rate=3e-3),
         dropout_states=0.04,
         speech_share=(1.0, 0.25),
         pause_share=0.25,

@@ -1,8 +1,8 @@
 """Teaches the projector what is said before the decoder trains, by CTC (Graves et al. 2006).
 
 Afterwards the state of an audio token points at the embedding of the text token that is being said there, so that a
-decoder which can copy text can copy speech. It costs a twentieth of a decoder's step: nothing but the projector and the
-embedding, which begins as it is and is the classifier. Only the order of the words is needed, not their times.
+decoder which can copy text can copy speech. It costs little, since nothing is computed but the projector
+and the embedding, which begins as it is and is the classifier. Only the order of the words is needed, not their times.
 
 Axes: B clips, A audio tokens, D encoder width, H hidden width, V vocabulary. Knows nothing of questions or traces.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,9 @@ class Spelled:
     """Says how well the projector spelled clips that it was not taught on, by the likeliest token at each state.
 
     Attributes:
-        loss: Nats a text token.
         word_error: Word error rate, without any language model.
     """
 
-    loss: float
     word_error: float
     num_clips: int
 
@@ -89,30 +87,25 @@ def _batch(clips: Sequence[Clip], tokenizer: TraceTokenizer, width: int) -> dict
     return {
         "states_BAD": states_BAD,
         "lengths_B": torch.tensor(lengths),
-        "targets": torch.tensor([1 + token_id for ids in said for token_id in ids], dtype=torch.long),
+        "ids": torch.tensor([token_id for ids in said for token_id in ids], dtype=torch.long),
         "target_lengths_B": torch.tensor([len(ids) for ids in said]),
     }
 
 
-def _loss(
-    speller: _Speller, batch: dict[str, torch.Tensor], rng: random.Random | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns nats a text token, and the log-probabilities.
+def _loss(speller: _Speller, batch: dict[str, torch.Tensor], rng: random.Random) -> torch.Tensor:
+    """Returns nats a text token.
 
     Args:
-        rng: Draws which tokens the batch's own are told from, since most of the time goes to those that nobody says
-            (Jean et al. 2015, "On Using Very Large Target Vocabulary"); None takes all.
+        rng: Draws which tokens the batch's own are told from, since most of the time would go to those that nobody says
+            (Jean et al. 2015, "On Using Very Large Target Vocabulary").
     """
-    ids, targets = None, batch["targets"]
-    if rng is not None:
-        vocabulary = range(len(speller.embedding_VH))
-        others = torch.tensor(rng.sample(vocabulary, min(_NUM_OTHERS, len(vocabulary))))
-        ids = torch.cat([targets - 1, others]).unique()
-        targets = 1 + torch.searchsorted(ids, targets - 1)
-    logprobs_ABV = speller(batch["states_BAD"], ids)
+    vocabulary = range(len(speller.embedding_VH))
+    others = torch.tensor(rng.sample(vocabulary, min(_NUM_OTHERS, len(vocabulary))))
+    ids = torch.cat([batch["ids"], others]).unique()
     total = F.ctc_loss(
-        logprobs_ABV,
-        targets,
+        speller(batch["states_BAD"], ids),
+        # The blank is the first of the distribution.
+        1 + torch.searchsorted(ids, batch["ids"]),
         batch["lengths_B"],
         batch["target_lengths_B"],
         blank=_BLANK,
@@ -120,7 +113,7 @@ def _loss(
         # Who speaks faster than there are states cannot be spelled; a few clips of thousands.
         zero_infinity=True,
     )
-    return total / batch["target_lengths_B"].sum().clamp(min=1), logprobs_ABV
+    return total / batch["target_lengths_B"].sum().clamp(min=1)
 
 
 def teach_spelling(
@@ -170,7 +163,7 @@ def _teach(
             drawn.sort(key=lambda clip: clip.num_tokens)
             waiting = [drawn[i : i + size] for i in range(0, len(drawn), size)]
             rng.shuffle(waiting)
-        loss, _ = _loss(speller, _batch(waiting.pop(), tokenizer, width), rng)
+        loss = _loss(speller, _batch(waiting.pop(), tokenizer, width), rng)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(speller.parameters(), 1.0)
@@ -184,25 +177,21 @@ def _teach(
         "embedding": speller.embedding_VH.detach(),
     }
     partial = file.with_suffix(".partial")
-    save_file(saved, partial, metadata={name: str(value) for name, value in asdict(found).items()})
+    save_file(saved, partial)
     partial.replace(file)
     return found
 
 
 @torch.no_grad()
 def _check(speller: _Speller, tokenizer: TraceTokenizer, clips: Sequence[Clip], batch_size: int, width: int) -> Spelled:
-    loss = num_tokens = 0.0
     num_errors = num_words = 0
     for start in range(0, len(clips), batch_size):
         some = clips[start : start + batch_size]
-        batch = _batch(some, tokenizer, width)
-        mean, logprobs_ABV = _loss(speller, batch)
-        tokens = float(batch["target_lengths_B"].sum())
-        loss, num_tokens = loss + float(mean) * tokens, num_tokens + tokens
+        logprobs_ABV = speller(_batch(some, tokenizer, width)["states_BAD"])
         for place, clip in enumerate(some):
             best = logprobs_ABV[: clip.num_tokens, place].argmax(-1).unique_consecutive().tolist()
             text = tokenizer.decode(token_id - 1 for token_id in best if token_id != _BLANK)
             said = words(clip.scene.transcript)
             num_words += len(said)
             num_errors += edit_distance(said, words(text))
-    return Spelled(loss / max(1.0, num_tokens), num_errors / max(1, num_words), len(clips))
+    return Spelled(num_errors / max(1, num_words), len(clips))

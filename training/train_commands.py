@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 import click
 
+from training.commands import work_option
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -41,13 +43,7 @@ SEED = 0
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Where relative audio paths of --data start.  [default: its folder]",
 )
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("build"),
-    show_default=True,
-    help="Folder of assets, bank and built clips.",
-)
+@work_option
 @click.option("--export", "export_to", type=click.Path(file_okay=False, path_type=Path), help="Export here at the end.")
 @click.option("--export-only", is_flag=True, help="Export the run's last checkpoint without training on.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is at --export already.")
