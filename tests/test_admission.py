@@ -174,7 +174,7 @@ def test_the_interactive_overtake_batch_in_the_engines_line() -> None:
                 threads.append(thread)
                 wait_for(lambda number=number: service.service.line.num_waiting == number + 1)
             # Fast, but slow enough for the clients to see one after the other.
-            service.service.engine.token_interval_s = 0.0005  # pyright: ignore
+            service.service.engine.token_interval_s = 0.005  # pyright: ignore
             for thread in threads:
                 thread.join()
         assert ends == ["interactive", "interactive", "batch", "batch"]

@@ -86,7 +86,7 @@ def traced() -> Iterator[tuple[Live, Receiver]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
             patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
-            service = stack.enter_context(running(scripted(scripted_token_interval_s=0.0005)))
+            service = stack.enter_context(running(scripted(scripted_token_interval_s=0.003)))
         yield service, receiver
 
 
