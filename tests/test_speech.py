@@ -36,7 +36,8 @@ def test_clips_are_well_formed_and_drawn_the_same_again(
     for seed, (scene, samples_S) in enumerate(drawn):
         assert (samples_S.dtype, len(samples_S)) == (np.float32, round(scene.duration_s * 16_000))
         assert np.isfinite(samples_S).all() and 0.0 < np.abs(samples_S).max() <= 0.99
-        assert len(scene.speakers) <= 1 and len(scene.turns) <= 2 and not scene.has_overlap
+        assert len(scene.speakers) <= 1 and len(scene.turns) <= 5 and not scene.has_overlap
+        assert sum(turn.end_s - turn.start_s for turn in scene.turns[1:]) < 15.0
         assert not {turn.line.text for turn in scene.turns} & set(scene.other_lines)
         assert scene_from_json(scene_to_json(scene)) == scene
         if seed < 20:
@@ -53,6 +54,9 @@ def test_clips_come_in_the_stated_shares(drawn: list[tuple[Scene, np.ndarray]]) 
     assert 0.25 < sum(s.channel is not None for s in scenes) / len(scenes) < 0.42
     assert all(5.0 <= s.snr_db <= 20.0 for s in spoken if s.snr_db is not None)
     assert all((s.recording is None) == (s.environment == sounds.QUIET) for s in scenes)
+    num_lines = Counter(len(scene.turns) for scene in spoken)
+    assert 0.3 < num_lines[1] / len(spoken) < 0.6
+    assert sum(num_lines[count] for count in (3, 4, 5)) > 0.2 * len(spoken) and num_lines[5] >= 5
     is_open = Counter(turn.line.is_open for scene in spoken for turn in scene.turns)
     assert is_open[True] > 0.75 * is_open.total()
 
