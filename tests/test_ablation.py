@@ -46,6 +46,14 @@ def test_the_base_is_asked_and_never_trained() -> None:
     assert [option(step, "--items") for step in asked] == ["334", "333", "333"]
 
 
+def test_the_rival_is_asked_the_same_and_has_no_checkpoint() -> None:
+    asked, ours = steps("cascade", seed=0), steps("sft")
+    assert [(step.title, option(step, "--items")) for step in asked] == [(s.title, option(s, "--items")) for s in ours]
+    for step in asked:
+        assert option(step, "--baseline") == "cascade"
+        assert "--checkpoint" not in step.arguments and "--pauses" not in step.arguments
+
+
 def test_an_arm_that_pauses_is_trained_calibrated_trained_and_asked() -> None:
     first, gate, second, *asked = steps("hyper", seed=2)
     assert first.arguments[:2] == ("train", "mini_sft") and option(first, "--base") == str(MINI)

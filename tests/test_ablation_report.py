@@ -86,6 +86,22 @@ def test_no_figure_is_made_of_a_section_that_a_style_has_not(run_dir: Path) -> N
     assert "consistency" not in arms["grpo-direct"]["less"]["hyper"]
 
 
+def test_the_rival_stands_beside_the_arms_with_what_it_hears(run_dir: Path) -> None:
+    write_result(run_dir, "sft", lambda place: False)
+    write_result(run_dir, "cascade", lambda place: True)
+    for file in run_dir.glob("cascade/seed-0/*/result.json"):
+        result = json.loads(file.read_text())
+        # As `hyper eval` judges one that writes no trace.
+        result["items"] = {id: row | {"is_strict": None, "is_consistent": None} for id, row in result["items"].items()}
+        file.write_text(json.dumps(result))
+    page, arms = report(run_dir)
+    assert list(arms) == ["cascade", "sft"]
+    assert arms["cascade"]["figures"].keys().isdisjoint({"strict", "consistency"})
+    assert arms["cascade"]["figures"]["wer"]["value"] == 0.1
+    assert arms["cascade"]["less"]["sft"]["accuracy_snr_5"]["num_items"] == NUM_ITEMS
+    assert "| `cascade` | 1.000 (1.000 to 1.000) |" in page
+
+
 def test_seeds_are_put_together_and_paired_with_their_own(run_dir: Path) -> None:
     for seed in (0, 1):
         write_result(run_dir, "hyper", lambda place: True, seed=seed)

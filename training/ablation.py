@@ -1,9 +1,9 @@
 """`hyper ablation`: trains the embedded model's arms from one Stage I checkpoint, and asks all of them the same.
 
-An arm is the base itself, or: further steps of Stage I on traces of the arm's own form, which the base never wrote; a
-gate calibrated on these weights, where the arm pauses; Stage II; an evaluation. Each step is one of this project's
-commands in a process of its own, and is skipped where its result is there. Knows nothing of models: what it makes are
-command lines, and what it looks at are files.
+An arm is the rival, the base itself, or: further steps of Stage I on traces of the arm's own form, which the base never
+wrote; a gate calibrated on these weights, where the arm pauses; Stage II; an evaluation. Each step is one of this
+project's commands in a process of its own, and is skipped where its result is there. Knows nothing of models: what it
+makes are command lines, and what it looks at are files.
 
 RUN_DIR holds `stage-1/FORM/seed-N`, which arms of one form share, `ARM/seed-N`, and the report.
 """
@@ -60,7 +60,8 @@ class Arm:
         max_pauses: Its budget.
         wanted_pauses: Pauses a rollout that Stage II moves the threshold towards.
         weights: Of the reward, besides those of its style.
-        is_trained: Whether anything is trained; else it is the base.
+        is_trained: Whether anything is trained; else it is the base, or a rival.
+        baseline: The rival that is asked instead of a checkpoint (`hyper eval --baseline`); it comes from no base.
         has_position_ids: Whether each position of a span has an embedding of its own.
     """
 
@@ -72,6 +73,7 @@ class Arm:
     wanted_pauses: float = 0.0
     weights: Mapping[str, object] = field(default_factory=dict[str, object])
     is_trained: bool = True
+    baseline: Literal["cascade"] | None = None
     has_position_ids: bool = False
 
     @property
@@ -86,6 +88,12 @@ def _pausing(name: str, meaning: str, **changes: Any) -> Arm:
 
 
 ARMS: tuple[Arm, ...] = (
+    Arm(
+        "cascade",
+        "the rival: recogniser, speaker clustering, sound tagger and rules; nothing of it is trained here",
+        is_trained=False,
+        baseline="cascade",
+    ),
     Arm("sft", "the base itself: Stage I, no pauses", is_trained=False),
     Arm("grpo-direct", "Stage II; the answer alone", style="direct"),
     Arm("grpo-short", "Stage II; planning, reasoning and summary without a caption", style="short"),
@@ -298,9 +306,10 @@ def _stage_2(arm: Arm, seed: int, plan: Plan, start: Path, folder: Path, work: P
 def _evaluation(arm: Arm, suite: str, plan: Plan, asked: Path, folder: Path, work: Path) -> Step:
     from training.report import RESULT_FILE
 
-    arguments = ("eval", "--suite", suite, "--checkpoint", asked, "--items", plan.items_of(suite))
+    arguments = ("eval", "--suite", suite, "--items", plan.items_of(suite))
     arguments += ("--out", folder / suite, "--work", work, "--workers", 1)
-    if not arm.max_pauses:
+    arguments += ("--baseline", arm.baseline) if arm.baseline else ("--checkpoint", asked)
+    if not arm.max_pauses and not arm.baseline:
         arguments += ("--pauses", 0)
     return Step(suite, _texts(arguments), folder / suite / RESULT_FILE, folder / f"{suite}.log")
 

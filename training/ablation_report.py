@@ -221,10 +221,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """Returns the page."""
     said, arms = summary["settings"], summary["arms"]
     lead = (
-        f"All arms begin from {said['base']} (manifest {said['base_sha256'][:12]}). But for `sft`, which is that "
-        f"checkpoint, each has {said['num_sft_steps']} further steps of Stage I on traces of its own form and then "
-        f"Stage II; all are asked the same {said['num_items']} questions about scenes of held-out voices. In brackets: "
-        "95 %, bootstrap of whole voices. A dash: the arm has no such section, or no result yet."
+        f"All arms but the rival, `cascade`, begin from {said['base']} (manifest {said['base_sha256'][:12]}). `sft` is "
+        f"that checkpoint; each other has {said['num_sft_steps']} further steps of Stage I on traces of its own form, "
+        f"then Stage II. All are asked the same {said['num_items']} questions about scenes of held-out voices. "
+        "In brackets: 95 %, bootstrap of whole voices. A dash: the arm has no such section, or no result yet."
     )
     parts = ["# Ablation", lead, _figures_table(arms), _meanings(arms)]
     for name in REFERENCES:
