@@ -148,6 +148,34 @@ def test_a_sampled_span_is_between_its_tags_and_none_of_it_is_a_target(
     assert parsed.trace == example.trace and [pause.num_latent for pause in parsed.pauses] == [4] * len(opened)
 
 
+def test_misheard_words_stand_in_what_is_read_and_never_in_what_is_to_be_written(
+    work: Path, start: Callable[..., TinyRun], tmp_path: Path
+) -> None:
+    tokenizer = start(tmp_path / "run").trainer.run_model.tokenizer
+    num_wrong = num_said = 0
+    for number, clip in enumerate(read_clips(work / "clips/train")):
+        example = draw_example(clip.scene, random.Random(number))
+        asked = (tokenizer, example.question, example.choices, render(example.trace))
+        right, wrong = (
+            encode_sequence(*asked, spans=Spans(0.0, 4), rng=random.Random(number), wrong_words=share)
+            for share in (0.0, 0.3)
+        )
+        assert wrong.targets == right.targets
+        changed = [
+            place for place, pair in enumerate(zip(right.token_ids, wrong.token_ids, strict=True)) if len({*pair}) > 1
+        ]
+        opening = {ids[0] for ids in tokenizer.tag_ids.values()}
+        heard = (Section.SPEAKER, Section.ASR)
+        for place in changed:
+            last = max(at for at in range(place) if right.token_ids[at] in opening)
+            assert right.token_ids[last] in {tokenizer.tag_ids[section][0] for section in heard}
+            assert right.token_ids[place] not in tokenizer.special_ids
+            assert wrong.token_ids[place] not in tokenizer.special_ids
+        num_wrong += len(changed)
+        num_said += sum(len(tokenizer.encode_text(parse_text(asked[3]).texts[section])) for section in heard)
+    assert 0.15 < num_wrong / num_said < 0.35
+
+
 @pytest.mark.parametrize("style", ["explicit", "short", "direct"])
 def test_a_style_keeps_its_part_of_the_trace_and_every_style_can_be_read(style: TraceStyle, work: Path) -> None:
     for number, clip in enumerate(read_clips(work / "clips/train")):

@@ -108,6 +108,9 @@ class SftRecipe(Run):
             cut.
         trace_style: What the traces say.
         pause_mode: What a latent span of built clips looks like; a checkpoint's manifest says it of its own.
+        wrong_words: Share of the tokens in SPEAKER and ASR that stand wrong where built clips' traces are read, while
+            what is to be written stays right: so that one misheard word does not make a decoder lose its place in the
+            clip (as scheduled sampling, Bengio et al. 2015, without a second pass).
     """
 
     decoder: Decoder | None
@@ -118,6 +121,7 @@ class SftRecipe(Run):
     cut_share: tuple[float, float]
     trace_style: TraceStyle = "explicit"
     pause_mode: Literal["parallel", "sampled"] = "parallel"
+    wrong_words: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,14 @@ class ClipSequences:
         if is_cut:
             completion = completion[: completion.index(_ASR_END) + len(_ASR_END)]
         encoded = encode_sequence(
-            self.tokenizer, example.question, example.choices, completion, spans=spans, rng=rng, is_cut=is_cut
+            self.tokenizer,
+            example.question,
+            example.choices,
+            completion,
+            spans=spans,
+            rng=rng,
+            is_cut=is_cut,
+            wrong_words=recipe.wrong_words,
         )
         states_AD = clip.states(ENCODER_WIDTH).clone()
         for _ in range(round(recipe.dropout_states * len(states_AD) / 3)):

@@ -25,6 +25,9 @@ MAX_SPANS = 3
 """Spans of one training sequence: the useful range of the paper."""
 
 
+_OF_WORDS = (Section.SPEAKER, Section.ASR)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One training sequence; the single AUDIO id is still to be replaced by the clip's states.
@@ -76,10 +79,13 @@ def encode_sequence(
     spans: Spans,
     rng: random.Random,
     is_cut: bool = False,
+    wrong_words: float = 0.0,
 ) -> Encoded:
     """Encodes prompt and completion, ended by the end-of-turn token, with latent spans in a share of the sequences.
 
     A trace that is cut ends without that token: it is a beginning, and teaches no end.
+
+    Where words stand wrong (`SftRecipe.wrong_words`), the target is the right one all the same.
 
     A span stands where a gate could open one: anywhere inside the sections that may pause. It is nobody's choice, so
     none of its tokens is a target, nor the tag that closes a sampled one, which the gate forces; what stands behind it
@@ -90,32 +96,53 @@ def encode_sequence(
     words = [token_id for token_id in prompt if token_id not in tokenizer.special_ids]
     token_ids, targets = [*prompt], [IGNORED] * len(prompt)
     opened = set(_draw_places(tokenizer, completion, rng)) if rng.random() < spans.share else set()
+    misheard = _misheard(tokenizer, completion, wrong_words, rng) if wrong_words else {}
     for place, token_id in enumerate(completion):
         if place in opened:
             span = spans.draw(tokenizer, words, rng)
             token_ids += span
             targets += [IGNORED] * len(span)
-        token_ids.append(token_id)
+        token_ids.append(misheard.get(place, token_id))
         targets.append(token_id)
     return Encoded(token_ids, [*targets[1:], IGNORED], prompt.index(tokenizer.audio_id))
 
 
-def _draw_places(tokenizer: TraceTokenizer, completion: Sequence[int], rng: random.Random) -> list[int]:
-    """Draws the tokens in front of which spans are put: half of them the first of a section, where most is unsure."""
+def _sections(tokenizer: TraceTokenizer, completion: Sequence[int]) -> Iterator[Section | None]:
+    """Yields the innermost section that is open where each token is written, the one that it closes included."""
     opening = {ids[0]: section for section, ids in tokenizer.tag_ids.items()}
     closing = {ids[1] for ids in tokenizer.tag_ids.values()}
-    first: list[int] = []
-    inside: list[int] = []
     held: list[Section] = []
-    for place, token_id in enumerate(completion):
-        if held and held[-1] in GATED_SECTIONS:
-            (first if completion[place - 1] in opening else inside).append(place)
+    for token_id in completion:
+        yield held[-1] if held else None
         if token_id in opening:
             held.append(opening[token_id])
         elif token_id in closing and held:
             held.pop()
+
+
+def _draw_places(tokenizer: TraceTokenizer, completion: Sequence[int], rng: random.Random) -> list[int]:
+    """Draws the tokens in front of which spans are put: half of them the first of a section, where most is unsure."""
+    opening = {ids[0] for ids in tokenizer.tag_ids.values()}
+    first: list[int] = []
+    inside: list[int] = []
+    for place, section in enumerate(_sections(tokenizer, completion)):
+        if section in GATED_SECTIONS:
+            (first if completion[place - 1] in opening else inside).append(place)
     pools = [pool for pool in (first, inside) if pool]
     return [rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, MAX_SPANS))] if pools else []
+
+
+def _misheard(tokenizer: TraceTokenizer, completion: Sequence[int], share: float, rng: random.Random) -> dict[int, int]:
+    """Draws tokens of what was said that stand wrong, each by another of the trace: place -> what stands there.
+
+    Tokens of the same trace, since these make a decoder that goes by its last words alone jump to where they were said.
+    """
+    said = [
+        place
+        for place, section in enumerate(_sections(tokenizer, completion))
+        if section in _OF_WORDS and completion[place] not in tokenizer.special_ids
+    ]
+    return {place: completion[rng.choice(said)] for place in said if rng.random() < share}
 
 
 def in_style(trace: Trace, style: TraceStyle) -> str:
