@@ -60,6 +60,7 @@ def test_an_arm_that_pauses_is_trained_calibrated_trained_and_asked() -> None:
     assert gate.arguments[:2] == ("checkpoint", "calibrate") and gate.copied == first.result
     # As the base's gate was.
     assert option(gate, "--max-pauses") == "3" and option(gate, "--wanted") == "0.45"
+    assert option(gate, "--wanted-aborts") == str(Base.read(MINI).wanted_aborts)
     assert option(gate, "--window-tokens") == "1" and option(gate, "--section") == "ENV"
     assert option(second, "--base") == str(gate.result)
     assert all(
@@ -130,7 +131,7 @@ def test_stage_1_goes_on_from_the_base_with_its_vocabulary_and_is_not_run_twice(
         arm("hyper-sampled"),
         0,
         plan=plan,
-        base=dataclasses.replace(Base.read(base), wanted=(0.0, 1.0)),
+        base=dataclasses.replace(Base.read(base), wanted=(0.0, 1.0), wanted_aborts=1.0),
         run_dir=out,
         work=work,
     )[0]

@@ -120,6 +120,7 @@ class Base:
     Attributes:
         decoder: Fields of `recipes.Decoder`.
         wanted: The least and the most pauses a completion that its gate was calibrated for; None where it was not.
+        wanted_aborts: The most completions given up, as a share, that it was calibrated for.
     """
 
     path: Path
@@ -130,6 +131,7 @@ class Base:
     rest_tokens: int
     sections: tuple[str, ...]
     wanted: tuple[float, float] | None
+    wanted_aborts: float | None
 
     @classmethod
     def read(cls, path: Path) -> Base:
@@ -161,6 +163,7 @@ class Base:
             pause.rest_tokens,
             tuple(section.value for section in pause.sections),
             None if calibration is None else calibration.wanted_pauses,
+            None if calibration is None else calibration.wanted_abort_rate,
         )
 
 
@@ -278,10 +281,10 @@ def _stage_1(arm: Arm, seed: int, plan: Plan, base: Base, begun_from: Path, fold
 
 
 def _calibration(arm: Arm, plan: Plan, base: Base, folder: Path, work: Path) -> Step:
-    assert base.wanted is not None
+    assert base.wanted is not None and base.wanted_aborts is not None
     result = folder / f"gated-{arm.max_pauses}"
     arguments = ("checkpoint", "calibrate", _partial(result), "--work", work, "--workers", 1)
-    arguments += ("--wanted", *base.wanted, "--max-pauses", arm.max_pauses)
+    arguments += ("--wanted", *base.wanted, "--wanted-aborts", base.wanted_aborts, "--max-pauses", arm.max_pauses)
     arguments += ("--window-tokens", base.window_tokens, "--rest-tokens", base.rest_tokens)
     for section in plan.sections or base.sections:
         arguments += ("--section", section)

@@ -203,6 +203,7 @@ def mini_sft() -> SftRecipe:
         speech_share=(1.0, 0.25),
         pause_share=0.25,
         cut_share=(1.0, 0.0),
+        wrong_words=0.06,
     )
 
 
@@ -342,6 +343,7 @@ def debug() -> SftRecipe:
         dropout_states=0.0,
         speech_share=(0.0, 0.0),
         pause_share=0.5,
+        wrong_words=0.0,
     )
 
 
