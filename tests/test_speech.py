@@ -21,7 +21,7 @@ from training.voices import TEST_VOICES, Bank
 @pytest.fixture(scope="module")
 def builders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SpeechBuilder]:
     folder = tmp_path_factory.mktemp("speech")
-    bank, recordings = Bank(write_bank(folder / "bank", lines_per_voice=8)), write_sounds(folder / "sounds")
+    bank, recordings = Bank(write_bank(folder / "bank", lines_per_voice=24)), write_sounds(folder / "sounds")
     return {split: SpeechBuilder(bank, recordings, split) for split in ("train", "test")}
 
 
@@ -56,7 +56,7 @@ def test_clips_come_in_the_stated_shares(drawn: list[tuple[Scene, np.ndarray]]) 
     assert all((s.recording is None) == (s.environment == sounds.QUIET) for s in scenes)
     num_lines = Counter(len(scene.turns) for scene in spoken)
     assert 0.3 < num_lines[1] / len(spoken) < 0.6
-    assert sum(num_lines[count] for count in (3, 4, 5)) > 0.2 * len(spoken) and num_lines[5] >= 5
+    assert sum(num_lines[count] for count in (3, 4, 5)) > 0.25 * len(spoken) and num_lines[5] >= 5
     is_open = Counter(turn.line.is_open for scene in spoken for turn in scene.turns)
     assert is_open[True] > 0.75 * is_open.total()
 
