@@ -311,9 +311,12 @@ def _evaluation(arm: Arm, suite: str, plan: Plan, asked: Path, folder: Path, wor
 
     arguments = ("eval", "--suite", suite, "--items", plan.items_of(suite))
     arguments += ("--out", folder / suite, "--work", work, "--workers", 1)
-    arguments += ("--baseline", arm.baseline) if arm.baseline else ("--checkpoint", asked)
-    if not arm.max_pauses and not arm.baseline:
-        arguments += ("--pauses", 0)
+    if arm.baseline:
+        arguments += ("--baseline", arm.baseline)
+    else:
+        arguments += ("--checkpoint", asked)
+        if not arm.max_pauses:
+            arguments += ("--pauses", 0)
     return Step(suite, _texts(arguments), folder / suite / RESULT_FILE, folder / f"{suite}.log")
 
 

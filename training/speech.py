@@ -24,8 +24,8 @@ _SILENT_SHARE = 0.06
 _QUIET_SHARE = 0.6
 _DEGRADED_SHARE = 1 / 3
 _OPEN_SHARE = 0.88
-# Most of the words are in clips of two lines and more, or a decoder learns no place far from the beginning: with two at
-# most, it lost its place in 7 % of the scenes, nearly all of 20 words and more (docs/LOG.md).
+# Scenes hold up to seven turns: what learnt from two lines at most repeated itself in 7 % of them, nearly all where 20
+# words and more are said (docs/LOG.md).
 _NUM_LINES, _NUM_LINES_WEIGHTS = (1, 2, 3, 4, 5), (40, 24, 16, 12, 8)
 _LONGEST_S = 15.0
 

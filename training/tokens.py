@@ -24,7 +24,6 @@ from training.recipes import TraceStyle
 MAX_SPANS = 3
 """Spans of one training sequence: the useful range of the paper."""
 
-
 _OF_WORDS = (Section.SPEAKER, Section.ASR)
 
 
