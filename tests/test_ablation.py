@@ -39,15 +39,17 @@ def option(step: Step, name: str) -> str:
     return step.arguments[step.arguments.index(name) + 1]
 
 
-def test_the_base_is_asked_and_never_trained() -> None:
-    asked = steps("sft")
+def test_stage_1_alone_is_what_stage_2_begins_from() -> None:
+    first, *asked = steps("sft")
     assert [step.title for step in asked] == list(SUITES)
-    assert all(option(step, "--checkpoint") == str(MINI) and option(step, "--pauses") == "0" for step in asked)
+    assert all(option(step, "--checkpoint") == str(first.result) and option(step, "--pauses") == "0" for step in asked)
+    with_stage_2 = steps("grpo-explicit")
+    assert with_stage_2[0] == first and option(with_stage_2[1], "--base") == str(first.result)
     assert [option(step, "--items") for step in asked] == ["334", "333", "333"]
 
 
 def test_the_rival_is_asked_the_same_and_has_no_checkpoint() -> None:
-    asked, ours = steps("cascade", seed=0), steps("sft")
+    asked, ours = steps("cascade"), steps("sft")[1:]
     assert [(step.title, option(step, "--items")) for step in asked] == [(s.title, option(s, "--items")) for s in ours]
     for step in asked:
         assert option(step, "--baseline") == "cascade"
@@ -77,15 +79,15 @@ def test_positions_get_their_tokens_before_stage_1() -> None:
 
 
 def test_arms_of_one_form_share_stage_1_and_no_others_do() -> None:
-    results = {each.name: steps(each.name)[0].result for each in ARMS if each.is_trained}
+    results = {each.name: steps(each.name)[0].result for each in ARMS if not each.baseline}
     assert len({results[name] for name in ("hyper", "hyper-no-consistency", "hyper-1", "hyper-6")}) == 1
-    assert len(set(results.values())) == len(results) - 3
+    assert len(set(results.values())) == len(results) - 4
     assert steps("hyper")[0].result != steps("hyper", seed=1)[0].result
     logs = [step.log for each in ARMS for step in steps(each.name)]
     assert len(set(logs)) == len({step.result for each in ARMS for step in steps(each.name)})
 
 
-@pytest.mark.parametrize("each", [arm for arm in ARMS if arm.is_trained], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("each", [arm for arm in ARMS if arm.has_stage_2], ids=lambda arm: arm.name)
 def test_the_recipes_take_every_arms_settings(each: Arm) -> None:
     first, second = (step for step in steps(each.name, seed=1) if step.run_dir)
     sft = _changed(mini_sft(), settings(first))
@@ -152,10 +154,10 @@ def test_stage_1_goes_on_from_the_base_with_its_vocabulary_and_is_not_run_twice(
 
 def test_what_fails_is_named_with_its_log_and_holds_up_no_other_arm(tmp_path: Path) -> None:
     for suite in SUITES:
-        (tmp_path / "out/sft/seed-0" / suite).mkdir(parents=True)
-        (tmp_path / "out/sft/seed-0" / suite / "result.json").write_text("{}")
+        (tmp_path / "out/cascade/seed-0" / suite).mkdir(parents=True)
+        (tmp_path / "out/cascade/seed-0" / suite / "result.json").write_text("{}")
     failed = run_arms(
-        [arm("hyper-1"), arm("hyper-6"), arm("sft")],
+        [arm("hyper-1"), arm("hyper-6"), arm("cascade")],
         plan=dataclasses.replace(PLAN, sft_set=("nonsense=1",)),
         base=Base.read(MINI),
         run_dir=tmp_path / "out",

@@ -106,12 +106,12 @@ def test_seeds_are_put_together_and_paired_with_their_own(run_dir: Path) -> None
     for seed in (0, 1):
         write_result(run_dir, "hyper", lambda place: True, seed=seed)
         write_result(run_dir, "hyper-1", lambda place, seed=seed: place % 2 == seed, seed=seed)
-    write_result(run_dir, "sft", lambda place: False)
+    write_result(run_dir, "cascade", lambda place: False)
     _, arms = report(run_dir)
     assert arms["hyper-1"]["seeds"] == [0, 1] and arms["hyper-1"]["figures"]["accuracy_snr_5"]["by_seed"] == [0.5, 0.5]
     assert arms["hyper-1"]["less"]["hyper"]["accuracy_snr_5"]["num_items"] == 2 * NUM_ITEMS
-    # The base has no seed: it stands beside both.
-    assert arms["hyper"]["less"]["sft"]["accuracy_snr_5"]["num_items"] == 2 * NUM_ITEMS
+    # The rival has no seed: it stands beside both.
+    assert arms["cascade"]["less"]["hyper"]["accuracy_snr_5"]["num_items"] == 2 * NUM_ITEMS
 
 
 def test_what_is_there_is_reported_while_the_rest_is_missing(run_dir: Path) -> None:

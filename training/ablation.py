@@ -1,9 +1,9 @@
 """`hyper ablation`: trains the embedded model's arms from one Stage I checkpoint, and asks all of them the same.
 
-An arm is the rival, the base itself, or: further steps of Stage I on traces of the arm's own form, which the base never
-wrote; a gate calibrated on these weights, where the arm pauses; Stage II; an evaluation. Each step is one of this
-project's commands in a process of its own, and is skipped where its result is there. Knows nothing of models: what it
-makes are command lines, and what it looks at are files.
+An arm is the rival, or: further steps of Stage I on traces of the arm's own form, which the base need never have
+written; a gate calibrated on these weights, where the arm pauses; Stage II, but for the arm that shows what Stage I
+alone is worth; an evaluation. Each step is one of this project's commands in a process of its own, and is skipped where
+its result is there. Knows nothing of models: what it makes are command lines, and what it looks at are files.
 
 RUN_DIR holds `stage-1/FORM/seed-N`, which arms of one form share, `ARM/seed-N`, and the report.
 """
@@ -60,7 +60,7 @@ class Arm:
         max_pauses: Its budget.
         wanted_pauses: Pauses a rollout that Stage II moves the threshold towards.
         weights: Of the reward, besides those of its style.
-        is_trained: Whether anything is trained; else it is the base, or a rival.
+        has_stage_2: Whether Stage II comes after Stage I.
         baseline: The rival that is asked instead of a checkpoint (`hyper eval --baseline`); it comes from no base.
         has_position_ids: Whether each position of a span has an embedding of its own.
     """
@@ -72,7 +72,7 @@ class Arm:
     max_pauses: int = 0
     wanted_pauses: float = 0.0
     weights: Mapping[str, object] = field(default_factory=dict[str, object])
-    is_trained: bool = True
+    has_stage_2: bool = True
     baseline: Literal["cascade"] | None = None
     has_position_ids: bool = False
 
@@ -91,10 +91,10 @@ ARMS: tuple[Arm, ...] = (
     Arm(
         "cascade",
         "the rival: recogniser, speaker clustering, sound tagger and rules; nothing of it is trained here",
-        is_trained=False,
+        has_stage_2=False,
         baseline="cascade",
     ),
-    Arm("sft", "the base itself: Stage I, no pauses", is_trained=False),
+    Arm("sft", "Stage I alone, on explicit traces", has_stage_2=False),
     Arm("grpo-direct", "Stage II; the answer alone", style="direct"),
     Arm("grpo-short", "Stage II; planning, reasoning and summary without a caption", style="short"),
     Arm("grpo-explicit", "Stage II; the explicit trace"),
@@ -221,8 +221,8 @@ class Step:
 
 
 def num_seeds_of(arm: Arm, num_seeds: int) -> int:
-    """Returns how often an arm is made: the base is there once."""
-    return num_seeds if arm.is_trained else 1
+    """Returns how often an arm is made: a rival is there once."""
+    return 1 if arm.baseline else num_seeds
 
 
 def arm_dir(run_dir: Path, arm: Arm, seed: int) -> Path:
@@ -235,7 +235,7 @@ def steps_of(arm: Arm, seed: int, *, plan: Plan, base: Base, run_dir: Path, work
     folder, shared = arm_dir(run_dir, arm, seed), run_dir / "stage-1" / arm.form / f"seed-{seed}"
     asked = base.path
     steps: list[Step] = []
-    if arm.is_trained:
+    if not arm.baseline:
         begun_from = base.path
         if arm.has_position_ids:
             steps.append(_positions(base, shared.parent))
@@ -245,7 +245,8 @@ def steps_of(arm: Arm, seed: int, *, plan: Plan, base: Base, run_dir: Path, work
         if arm.max_pauses:
             steps.append(_calibration(arm, plan, base, shared, work))
             start = steps[-1].result
-        steps.append(_stage_2(arm, seed, plan, start, folder, work))
+        if arm.has_stage_2:
+            steps.append(_stage_2(arm, seed, plan, start, folder, work))
         asked = steps[-1].result
     return [*steps, *(_evaluation(arm, suite, plan, asked, folder, work) for suite in SUITES)]
 

@@ -2,7 +2,7 @@
 
 Figures and intervals are those of `hyper eval`, from each item's outcomes. Seeds are put together: an arm's figure is
 over the items of all of its seeds, and a voice is drawn for all of them at once. Two arms are compared item by item,
-seed by seed; the base, which has no seed, stands beside every seed of another.
+seed by seed; a rival, which has no seed, stands beside every seed of another.
 """
 
 from __future__ import annotations
@@ -119,8 +119,6 @@ def read_results(run_dir: Path, arm: Arm) -> dict[int, Rows]:
 
 def _trained_steps(run_dir: Path, arm: Arm, seeds: Mapping[int, Rows]) -> list[int]:
     """Reads how many steps of Stage II each seed's checkpoint has had: fewer than asked for where a run ended early."""
-    if not arm.is_trained:
-        return []
     found: list[int] = []
     for seed in seeds:
         file = arm_dir(run_dir, arm, seed) / "checkpoint" / MANIFEST_FILE
@@ -178,7 +176,7 @@ def _compared(arm: Arm, name: str, found: Mapping[str, Mapping[int, Rows]]) -> d
         _shared(rows, against)
         for seed, rows in found[arm.name].items()
         for against_seed, against in found[name].items()
-        if seed == against_seed or not (arm.is_trained and other.is_trained)
+        if seed == against_seed or arm.baseline or other.baseline
     ]
     compared: dict[str, Any] = {}
     for column in COMPARED:
@@ -221,9 +219,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """Returns the page."""
     said, arms = summary["settings"], summary["arms"]
     lead = (
-        f"All arms but the rival, `cascade`, begin from {said['base']} (manifest {said['base_sha256'][:12]}). `sft` is "
-        f"that checkpoint; each other has {said['num_sft_steps']} further steps of Stage I on traces of its own form, "
-        f"then Stage II. All are asked the same {said['num_items']} questions about scenes of held-out voices. "
+        f"All arms but the rival, `cascade`, begin from {said['base']} (manifest {said['base_sha256'][:12]}) and have "
+        f"{said['num_sft_steps']} further steps of Stage I on traces of their own form, then {said['num_steps']} of "
+        f"Stage II; `sft` has Stage I alone. All are asked the same {said['num_items']} questions about scenes of "
+        "held-out voices. "
         "In brackets: 95 %, bootstrap of whole voices. A dash: the arm has no such section, or no result yet."
     )
     parts = ["# Ablation", lead, _figures_table(arms), _meanings(arms)]
