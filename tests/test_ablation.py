@@ -109,10 +109,12 @@ def test_no_style_is_asked_for_what_it_has_not() -> None:
 
 
 def test_further_settings_come_last_and_so_win() -> None:
-    plan = dataclasses.replace(PLAN, sft_set=("batch_size=4",), grpo_set=("num_steps=2",), sections=("ASR",))
+    plan = dataclasses.replace(
+        PLAN, sft_set=("batch_size=4",), grpo_set=("num_steps=2",), sections=("ASR",), wanted_aborts=0.5
+    )
     first, gate, second, *_ = steps("hyper", plan=plan)
     assert settings(first)[-1] == "batch_size=4" and settings(second)[-1] == "num_steps=2"
-    assert option(gate, "--section") == "ASR"
+    assert option(gate, "--section") == "ASR" and option(gate, "--wanted-aborts") == "0.5"
 
 
 @pytest.fixture

@@ -175,6 +175,7 @@ class Plan:
         num_steps, num_sft_steps: Of Stage II, and of Stage I before it.
         num_items: Questions to each arm, over all suites.
         sections: Sections in which gates work; none, and those of the base.
+        wanted_aborts: The most completions given up, as a share, that gates are calibrated for; None: as the base's.
         sft_set, grpo_set: Further settings of all arms' recipes, as `--set` takes them.
     """
 
@@ -182,6 +183,7 @@ class Plan:
     num_sft_steps: int
     num_items: int
     sections: tuple[str, ...] = ()
+    wanted_aborts: float | None = None
     sft_set: tuple[str, ...] = ()
     grpo_set: tuple[str, ...] = ()
 
@@ -282,10 +284,11 @@ def _stage_1(arm: Arm, seed: int, plan: Plan, base: Base, begun_from: Path, fold
 
 
 def _calibration(arm: Arm, plan: Plan, base: Base, folder: Path, work: Path) -> Step:
-    assert base.wanted is not None and base.wanted_aborts is not None
+    assert base.wanted is not None
+    wanted_aborts = base.wanted_aborts if plan.wanted_aborts is None else plan.wanted_aborts
     result = folder / f"gated-{arm.max_pauses}"
     arguments = ("checkpoint", "calibrate", _partial(result), "--work", work, "--workers", 1)
-    arguments += ("--wanted", *base.wanted, "--wanted-aborts", base.wanted_aborts, "--max-pauses", arm.max_pauses)
+    arguments += ("--wanted", *base.wanted, "--wanted-aborts", wanted_aborts, "--max-pauses", arm.max_pauses)
     arguments += ("--window-tokens", base.window_tokens, "--rest-tokens", base.rest_tokens)
     for section in plan.sections or base.sections:
         arguments += ("--section", section)
@@ -481,6 +484,11 @@ def check_settings(run_dir: Path, said: Mapping[str, Any]) -> None:
     help="Make this one; may be given more than once.  [default: all]",
 )
 @click.option("--section", "sections", multiple=True, help="A section that may pause.  [default: the base's]")
+@click.option(
+    "--wanted-aborts",
+    type=click.FloatRange(0.0, 1.0),
+    help="The most given up, as a share, that gates are calibrated for.  [default: as the base's]",
+)
 @click.option("--sft-set", multiple=True, metavar="NAME=VALUE", help="Change a setting of every arm's Stage I.")
 @click.option("--grpo-set", multiple=True, metavar="NAME=VALUE", help="Change a setting of every arm's Stage II.")
 @click.option("--report", "only_reports", is_flag=True, help="Write the report of what is there, and nothing else.")
@@ -494,6 +502,7 @@ def ablation(
     seeds: int,
     names: tuple[str, ...],
     sections: tuple[str, ...],
+    wanted_aborts: float | None,
     sft_set: tuple[str, ...],
     grpo_set: tuple[str, ...],
     only_reports: bool,
@@ -516,7 +525,7 @@ def ablation(
         raise click.UsageError(
             f"{base_dir} has no calibrated gate: `hyper checkpoint calibrate {base_dir} --max-pauses 3` gives it one"
         )
-    plan = Plan(steps, sft_steps, items, sections, sft_set, grpo_set)
+    plan = Plan(steps, sft_steps, items, sections, wanted_aborts, sft_set, grpo_set)
     check_settings(run_dir, plan.said(base))
     # So that whoever ends this process ends the command that it waits for, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
