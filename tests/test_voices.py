@@ -9,7 +9,7 @@ import pytest
 from tests.training_data import write_bank, write_wordnet
 from training.lines import line_from_text
 from training.texts import split_of
-from training.voices import Bank, list_voices, missing_rounds, plan_round, trained_lines
+from training.voices import Bank, held_out_lines, list_voices, missing_rounds, plan_round, trained_lines
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,15 @@ def test_a_round_is_planned_the_same_again_and_holds_both_kinds_of_line(wordnet:
 
 
 def test_no_training_text_is_among_the_lines_of_held_out_voices(wordnet: Path) -> None:
-    trained = trained_lines(seed=0)
+    trained, held_out = trained_lines(seed=0), held_out_lines(seed=0)
+    assert held_out and trained.isdisjoint(held_out)
     for voice in list_voices():
         for round_index in range(min(2, voice.num_rounds)):
             plan = plan_round(voice, round_index, seed=0, texts=wordnet)
             patterned = {text for text, _ in plan[: voice.num_patterned]}
             opened = {text for text, _ in plan[voice.num_patterned :]}
             assert {split_of(text) for text in opened} == {voice.split}
-            if voice.split == "train":
-                assert patterned <= trained
+            assert patterned <= trained | held_out if voice.split != "train" else patterned <= trained
 
 
 def test_the_bank_of_held_out_voices_leaves_out_patterned_lines_that_training_heard(tmp_path: Path) -> None:

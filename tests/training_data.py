@@ -19,6 +19,7 @@ from training.clips import scene_to_json
 from training.encoder import num_audio_tokens
 from training.export import model_from_scratch
 from training.lines import SLOTS, draw_line
+from training.reading import SceneWriter
 from training.recipes import SftRecipe
 from training.scenes import SceneBuilder
 from training.sft import ENCODER_WIDTH, ClipSequences, SftTrainer, read_clips, train_tokenizer_on
@@ -155,7 +156,7 @@ def tiny_run(recipe: SftRecipe, work: Path, run_dir: Path, *, is_resumed: bool) 
         write_encoder(work / "assets" / ENCODER_FILE),
         dtype=getattr(torch, recipe.dtype),
     )
-    sequences = ClipSequences(clips, [], model.tokenizer, recipe)
+    sequences = ClipSequences(clips, [], model.tokenizer, recipe, SceneWriter([], frozenset()))
     return TinyRun(SftTrainer(model, recipe, run_dir, sequences), checkpoint)
 
 

@@ -269,6 +269,8 @@ def _stage_1(arm: Arm, seed: int, plan: Plan, base: Base, begun_from: Path, fold
         "save_every_steps": 100,
         "speech_share": [0.25, 0.25],
         "cut_share": [0.0, 0.0],
+        # Not every form has something to read.
+        "read_size": 0,
         # The base's projector spells already.
         "spelling": None,
         "decoder": {**base.decoder, **({"has_position_tokens": True} if arm.has_position_ids else {})},

@@ -111,6 +111,8 @@ class SftRecipe(Run):
         wrong_words: Share of the tokens in SPEAKER and ASR that stand wrong where built clips' traces are read, while
             what is to be written stays right: so that one misheard word does not make a decoder lose its place in the
             clip (as scheduled sampling, Bengio et al. 2015, without a second pass).
+        read_size: Sequences of a step, besides the others, that have no clip (`training/reading.py`): their CAPTION
+            stands there, and what follows from it is to be written. Of explicit traces alone: others have no CAPTION.
     """
 
     decoder: Decoder | None
@@ -122,6 +124,7 @@ class SftRecipe(Run):
     trace_style: TraceStyle = "explicit"
     pause_mode: Literal["parallel", "sampled"] = "parallel"
     wrong_words: float = 0.0
+    read_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ def mini_sft() -> SftRecipe:
         pause_share=0.25,
         cut_share=(1.0, 0.0),
         wrong_words=0.06,
+        read_size=32,
     )
 
 
@@ -344,6 +348,7 @@ def debug() -> SftRecipe:
         speech_share=(0.0, 0.0),
         pause_share=0.5,
         wrong_words=0.0,
+        read_size=0,
     )
 
 

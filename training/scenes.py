@@ -101,7 +101,7 @@ NUM_OTHER_LINES = 6
 
 # One voice often speaks several turns, so that counting turns is not counting people; it still says something, since n
 # people take at least n turns. The evaluation states what turns alone would reach.
-_NUM_TURNS = {
+NUM_TURNS = {
     1: ((1, 2, 3, 4), (36, 23, 21, 20)),
     2: ((2, 3, 4), (42, 32, 26)),
     3: ((3, 4), (56, 44)),
@@ -109,7 +109,7 @@ _NUM_TURNS = {
     5: ((5, 6), (80, 20)),
     6: ((6, 7), (85, 15)),
 }
-_NUM_SPEAKERS = ((0, 1, 2, 3, 4, 5, 6), (8, 27, 23, 20, 14, 5, 3))
+NUM_SPEAKERS = ((0, 1, 2, 3, 4, 5, 6), (8, 27, 23, 20, 14, 5, 3))
 _LONGEST_S = 28.0
 """Scenes end before this, inside the encoder's window of 30 s; a clip takes at most 1.5 s more at its ends."""
 
@@ -364,7 +364,7 @@ class SceneBuilder:
         elif self.num_speakers is not None:
             count = rng.choice(self.num_speakers)
         else:
-            count = rng.choices(*_NUM_SPEAKERS)[0]
+            count = rng.choices(*NUM_SPEAKERS)[0]
         people: list[str] = []
         sexes: dict[str, str] = {}
         for voice in rng.sample(self.voices, min(len(self.voices), 2 * count + 2)):
@@ -376,7 +376,7 @@ class SceneBuilder:
     def _draw_order(self, rng: random.Random, people: Sequence[str]) -> list[str]:
         if not people:
             return []
-        counts, weights = _NUM_TURNS[len(people)]
+        counts, weights = NUM_TURNS[len(people)]
         num_turns = self.one_voice_turns or rng.choices(counts, weights)[0]
         order = list(people) + [rng.choice(people) for _ in range(num_turns - len(people))]
         rng.shuffle(order)

@@ -24,14 +24,17 @@ from training.examples import Example, Order, read_clip
 from training.export import RunModel
 from training.policy import IGNORED, Row, pack
 from training.questions import draw_example
+from training.reading import SceneWriter
 from training.recipes import SftRecipe
 from training.tokens import Encoded, Spans, build_tokenizer, canonical_completion, encode_sequence, in_style
-from training.trainer import PolicyTrainer
+from training.trainer import PolicyTrainer, TrainingError
 
 ENCODER_WIDTH = 384
 """Width of the states that built clips hold: Whisper tiny.en's."""
 _WINDOW_STEPS = 8
 _TOKENIZER_CLIPS = 6_000
+_READ = -1
+"""The key of a sequence without a clip."""
 _ASR_END = Section.ASR.tags[1]
 
 
@@ -54,17 +57,25 @@ class ClipSequences:
 
     Args:
         scenes, speech: Clips of both kinds; without the second all are scenes.
+        writer: Draws what is only read, where the recipe wants any.
     """
 
     is_encoded = True
 
     def __init__(
-        self, scenes: Sequence[Clip], speech: Sequence[Clip], tokenizer: TraceTokenizer, recipe: SftRecipe
+        self,
+        scenes: Sequence[Clip],
+        speech: Sequence[Clip],
+        tokenizer: TraceTokenizer,
+        recipe: SftRecipe,
+        writer: SceneWriter | None = None,
     ) -> None:
         if not scenes and not speech:
             raise MissingDataError("no clips to train on: build them first (make scenes)")
         self.clips = [*scenes, *speech]
-        self.tokenizer, self.recipe = tokenizer, recipe
+        self.tokenizer, self.recipe, self.writer = tokenizer, recipe, writer
+        if recipe.read_size and (writer is None or recipe.trace_style != "explicit"):
+            raise TrainingError(f"{recipe.trace_style} traces have nothing to read: read_size must be 0")
         self.num_scenes = len(scenes)
         self.scene_order = Order(max(1, len(scenes)), f"{recipe.seed}/scenes")
         self.speech_order = Order(max(1, len(speech)), f"{recipe.seed}/speech")
@@ -93,14 +104,24 @@ class ClipSequences:
         keys.sort(key=lambda key: self.clips[key].num_tokens)
         batches = [keys[i : i + self.recipe.batch_size] for i in range(0, size, self.recipe.batch_size)]
         random.Random(f"{self.recipe.seed}/window/{window}").shuffle(batches)
-        return [(key, self.clips[key].num_tokens) for key in batches[place]]
+        heard = [(key, self.clips[key].num_tokens) for key in batches[place]]
+        return heard + [(_READ, 0)] * self.recipe.read_size
 
     def draw(self, key: int, step: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
-        """Asks a question about a clip, and blanks a few of its states."""
-        clip, recipe = self.clips[key], self.recipe
+        """Asks a question about a clip, and blanks a few of its states; or about a scene that nobody hears."""
+        recipe = self.recipe
         assert recipe.decoder is not None
-        example = draw_example(clip.scene, rng)
         spans = Spans(recipe.pause_share, recipe.decoder.latent_tokens, PauseMode(recipe.pause_mode))
+        if key == _READ:
+            assert self.writer is not None
+            example = self.writer.draw(rng)
+            completion = in_style(example.trace, recipe.trace_style)
+            encoded = encode_sequence(
+                self.tokenizer, example.question, example.choices, completion, spans=spans, rng=rng, is_read=True
+            )
+            return encoded, torch.zeros(1, ENCODER_WIDTH, dtype=torch.bfloat16)
+        clip = self.clips[key]
+        example = draw_example(clip.scene, rng)
         completion = in_style(example.trace, recipe.trace_style)
         is_cut = key >= self.num_scenes and rng.random() < self._moved(recipe.cut_share, step)
         is_cut &= _ASR_END in completion
@@ -207,6 +228,9 @@ class SftTrainer(PolicyTrainer):
         share = 1.0 / self.sum_over_ranks(num_targets)
         at_once = self.recipe.rows_at_once
         found: list[dict[str, Any]] = []
+        if self.sequences.is_encoded:
+            # Padding costs time.
+            prepared = sorted(prepared, key=lambda pair: len(pair[0].token_ids) + len(pair[1]))
         for start in range(0, len(prepared), at_once):
             some = prepared[start : start + at_once]
             rows = [Row(e.token_ids, e.targets, e.audio_at, clip) for clip, (e, _) in enumerate(some)]

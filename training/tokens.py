@@ -78,11 +78,13 @@ def encode_sequence(
     spans: Spans,
     rng: random.Random,
     is_cut: bool = False,
+    is_read: bool = False,
     wrong_words: float = 0.0,
 ) -> Encoded:
     """Encodes prompt and completion, ended by the end-of-turn token, with latent spans in a share of the sequences.
 
-    A trace that is cut ends without that token: it is a beginning, and teaches no end.
+    A trace that is cut ends without that token: it is a beginning, and teaches no end. Of one that is read, what
+    CAPTION holds is there and no target: nobody could hear it.
 
     Where words stand wrong (`SftRecipe.wrong_words`), the target is the right one all the same.
 
@@ -96,13 +98,16 @@ def encode_sequence(
     token_ids, targets = [*prompt], [IGNORED] * len(prompt)
     opened = set(_draw_places(tokenizer, completion, rng)) if rng.random() < spans.share else set()
     misheard = _misheard(tokenizer, completion, wrong_words, rng) if wrong_words else {}
+    caption_open, caption_close = tokenizer.tag_ids[Section.CAPTION]
+    is_inside = False
     for place, token_id in enumerate(completion):
         if place in opened:
             span = spans.draw(tokenizer, words, rng)
             token_ids += span
             targets += [IGNORED] * len(span)
         token_ids.append(misheard.get(place, token_id))
-        targets.append(token_id)
+        targets.append(IGNORED if is_read and is_inside else token_id)
+        is_inside = token_id == caption_open or (is_inside and token_id != caption_close)
     return Encoded(token_ids, [*targets[1:], IGNORED], prompt.index(tokenizer.audio_id))
 
 

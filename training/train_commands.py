@@ -233,9 +233,11 @@ def _sft(
     from hyper_model.audio_encoder import LogMel
     from hyper_model.trace import PauseMode
     from training.assets import TEXTS_FOLDER
+    from training.reading import SceneWriter
     from training.sft import ClipSequences, ExampleSequences, SftTrainer, read_clips, train_tokenizer_on
     from training.spelling import teach_spelling
     from training.texts import iter_texts
+    from training.voices import held_out_lines
 
     if recipe.decoder is not None:
         if examples is not None:
@@ -261,7 +263,12 @@ def _sft(
                 click.echo(
                     f"the projector alone spells {spelled.num_clips} clips with word error {spelled.word_error:.3f}"
                 )
-        sequences: Any = ClipSequences(scenes, speech, model.tokenizer, recipe)
+        writer = None
+        if recipe.read_size:
+            turns = (turn for clip in (*scenes, *speech) for turn in clip.scene.turns)
+            open_texts = dict.fromkeys(turn.line.text for turn in turns if turn.line.is_open)
+            writer = SceneWriter([*open_texts], held_out_lines(seed=SEED))
+        sequences: Any = ClipSequences(scenes, speech, model.tokenizer, recipe, writer)
     else:
         if examples is None:
             raise click.UsageError(f"{recipe.name} trains on a data set: name it with --data")

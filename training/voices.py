@@ -226,10 +226,20 @@ def plan_round(voice: Voice, round_index: int, *, seed: int, texts: Path) -> lis
 
 def trained_lines(*, seed: int) -> frozenset[str]:
     """Return every pattern's line that a training voice speaks; open text is split by itself (`texts.split_of`)."""
+    return _patterned_lines(("train",), seed)
+
+
+def held_out_lines(*, seed: int) -> frozenset[str]:
+    """Return every pattern's line that a validation or a test voice speaks, but for those of training voices too."""
+    return _patterned_lines(("validation", "test"), seed) - trained_lines(seed=seed)
+
+
+@lru_cache
+def _patterned_lines(splits: tuple[Split, ...], seed: int) -> frozenset[str]:
     return frozenset(
         text
         for voice in list_voices()
-        if voice.split == "train"
+        if voice.split in splits
         for round_index in range(voice.num_rounds)
         for text, _ in _plan_patterned(voice, round_index, seed)
     )
