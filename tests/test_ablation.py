@@ -57,7 +57,7 @@ def test_the_rival_is_asked_the_same_and_has_no_checkpoint() -> None:
 
 
 def test_an_arm_that_pauses_is_trained_calibrated_trained_and_asked() -> None:
-    first, gate, second, *asked = steps("hyper", seed=2)
+    first, gate, second, gate_again, *asked = steps("hyper", seed=2)
     assert first.arguments[:2] == ("train", "mini_sft") and option(first, "--base") == str(MINI)
     assert gate.arguments[:2] == ("checkpoint", "calibrate") and gate.copied == first.result
     # As the base's gate was.
@@ -65,8 +65,10 @@ def test_an_arm_that_pauses_is_trained_calibrated_trained_and_asked() -> None:
     assert option(gate, "--wanted-aborts") == str(Base.read(MINI).wanted_aborts)
     assert option(gate, "--window-tokens") == "1" and option(gate, "--section") == "ENV"
     assert option(second, "--base") == str(gate.result)
+    # Stage II moves the threshold for rollouts at temperature 1; what is served is surer.
+    assert gate_again.copied == second.result and gate_again.arguments[3:] == gate.arguments[3:]
     assert all(
-        option(step, "--checkpoint") == str(second.result) and "--pauses" not in step.arguments for step in asked
+        option(step, "--checkpoint") == str(gate_again.result) and "--pauses" not in step.arguments for step in asked
     )
 
 

@@ -121,6 +121,14 @@ def test_the_threshold_rises_while_there_are_too_few_pauses_and_stays_below_one(
     assert seen == sorted(seen) and seen[1] > 0.9 and seen[-1] < 1
     tracker.update(3.0)
     assert tracker.tau < seen[-1]
+    for tau in (0.02, 0.25, 0.9966):
+        near = TauTracker(tau=tau, wanted=1.0)
+        near.update(0.5)
+        # A step is small at both ends: of tau where it is low, of the doubt where it is high.
+        assert 1.0 < near.tau / tau < 1.2 and 0.8 < (1 - near.tau) / (1 - tau) < 1.0
+        for _ in range(200):
+            near.update(5.0)
+        assert 0 < near.tau < tau
     fixed = TauTracker(tau=0.9, wanted=0.0)
     fixed.update(3.0)
     assert fixed.tau == 0.9

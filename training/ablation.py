@@ -2,8 +2,10 @@
 
 An arm is the rival, or: further steps of Stage I on traces of the arm's own form, which the base need never have
 written; a gate calibrated on these weights, where the arm pauses; Stage II, but for the arm that shows what Stage I
-alone is worth; an evaluation. Each step is one of this project's commands in a process of its own, and is skipped where
-its result is there. Knows nothing of models: what it makes are command lines, and what it looks at are files.
+alone is worth; the gate calibrated again, since Stage II moves its threshold for rollouts, which are drawn and so less
+sure than what is served; an evaluation. Each step is one of this project's commands in a process of its own, and is
+skipped where its result is there. Knows nothing of models: what it makes are command lines, and what it looks at are
+files.
 
 RUN_DIR holds `stage-1/FORM/seed-N`, which arms of one form share, `ARM/seed-N`, and the report.
 """
@@ -245,10 +247,12 @@ def steps_of(arm: Arm, seed: int, *, plan: Plan, base: Base, run_dir: Path, work
         steps.append(_stage_1(arm, seed, plan, base, begun_from, shared, work))
         start = steps[-1].result
         if arm.max_pauses:
-            steps.append(_calibration(arm, plan, base, shared, work))
+            steps.append(_calibration(arm, plan, base, start, shared / f"gated-{arm.max_pauses}", work))
             start = steps[-1].result
         if arm.has_stage_2:
             steps.append(_stage_2(arm, seed, plan, start, folder, work))
+            if arm.max_pauses:
+                steps.append(_calibration(arm, plan, base, steps[-1].result, folder / "gated", work))
         asked = steps[-1].result
     return [*steps, *(_evaluation(arm, suite, plan, asked, folder, work) for suite in SUITES)]
 
@@ -285,17 +289,16 @@ def _stage_1(arm: Arm, seed: int, plan: Plan, base: Base, begun_from: Path, fold
     )
 
 
-def _calibration(arm: Arm, plan: Plan, base: Base, folder: Path, work: Path) -> Step:
+def _calibration(arm: Arm, plan: Plan, base: Base, checkpoint: Path, result: Path, work: Path) -> Step:
     assert base.wanted is not None
     wanted_aborts = base.wanted_aborts if plan.wanted_aborts is None else plan.wanted_aborts
-    result = folder / f"gated-{arm.max_pauses}"
     arguments = ("checkpoint", "calibrate", _partial(result), "--work", work, "--workers", 1)
     arguments += ("--wanted", *base.wanted, "--wanted-aborts", wanted_aborts, "--max-pauses", arm.max_pauses)
     arguments += ("--window-tokens", base.window_tokens, "--rest-tokens", base.rest_tokens)
     for section in plan.sections or base.sections:
         arguments += ("--section", section)
-    title, log = f"gate of {arm.max_pauses} pauses, {arm.form}", folder / f"gated-{arm.max_pauses}.log"
-    return Step(title, _texts(arguments), result, log, copied=folder / "checkpoint")
+    log = result.with_name(f"{result.name}.log")
+    return Step(f"gate of {arm.max_pauses} pauses", _texts(arguments), result, log, copied=checkpoint)
 
 
 def _stage_2(arm: Arm, seed: int, plan: Plan, start: Path, folder: Path, work: Path) -> Step:

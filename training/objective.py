@@ -135,17 +135,21 @@ def policy_loss(logprobs_N: torch.Tensor, tokens: Tokens, bounds: Bounds) -> tup
     return loss, found
 
 
+_LOWEST_TAU, _HIGHEST_TAU = 0.01, 1 - 1e-5
+
+
 @dataclass
 class TauTracker:
     """Moves tau_pause so that rollouts pause as often as wanted while the policy grows surer of itself.
 
-    The doubt, 1 - tau, is what is moved, by its logarithm: thresholds of a trained checkpoint lie close to 1. It is
-    frozen within a step, so no prompt's gate hangs on its neighbours.
+    What is moved is tau's logit: thresholds lie close to 1 where a gate waits for a section's first token, and near 0
+    where it waits for any token of a trace, and a step shall be small at both ends. It is frozen within a step, so no
+    prompt's gate hangs on its neighbours.
 
     Attributes:
         tau: The threshold of the next step.
         wanted: Pauses a rollout; 0 leaves the threshold where it is.
-        rate: How far a step moves the logarithm, for each pause too few.
+        rate: How far a step moves the logit, for each pause too few.
     """
 
     tau: float
@@ -155,6 +159,6 @@ class TauTracker:
     def update(self, pauses: float) -> None:
         """Looks at how often the rollouts of a step paused, on average."""
         if self.wanted:
-            missing = self.wanted - pauses
-            doubt = math.log(max(1e-6, 1 - self.tau)) - self.rate * missing
-            self.tau = 1 - math.exp(min(math.log(0.99), max(math.log(1e-5), doubt)))
+            held = min(_HIGHEST_TAU, max(_LOWEST_TAU, self.tau))
+            logit = math.log(held / (1 - held)) + self.rate * (self.wanted - pauses)
+            self.tau = min(_HIGHEST_TAU, max(_LOWEST_TAU, 1 / (1 + math.exp(-logit))))
