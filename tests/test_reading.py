@@ -66,7 +66,7 @@ def test_what_was_learnt_least_is_asked_most(examples: list[SceneExample]) -> No
 
 def test_no_held_out_line_is_ever_read() -> None:
     rng = random.Random(0)
-    # Of a sentence without slots nearly every drawing is one, so leaving it out is seen at once.
+    # So many that they hold every sentence without a slot: without the check, most scenes would have one.
     held_out = frozenset(draw_line(rng).text for _ in range(3_000))
     for example in draw(200, SceneWriter(OPEN_TEXTS, held_out)):
         scene = example.scene

@@ -57,7 +57,7 @@ class ClipSequences:
 
     Args:
         scenes, speech: Clips of both kinds; without the second all are scenes.
-        writer: Draws what is only read, where the recipe wants any.
+        writer: Draws what is only read; needed where the recipe wants any (`read_size`).
     """
 
     is_encoded = True
@@ -74,7 +74,7 @@ class ClipSequences:
             raise MissingDataError("no clips to train on: build them first (make scenes)")
         self.clips = [*scenes, *speech]
         self.tokenizer, self.recipe, self.writer = tokenizer, recipe, writer
-        if recipe.read_size and (writer is None or recipe.trace_style != "explicit"):
+        if recipe.read_size and recipe.trace_style != "explicit":
             raise TrainingError(f"{recipe.trace_style} traces have nothing to read: read_size must be 0")
         self.num_scenes = len(scenes)
         self.scene_order = Order(max(1, len(scenes)), f"{recipe.seed}/scenes")
@@ -93,7 +93,10 @@ class ClipSequences:
         return first + (last - first) * min(1.0, step / max(1, self.recipe.num_steps))
 
     def lengths(self, step: int) -> list[tuple[int, int]]:
-        """Lists a step's clips; sorted by length inside a window of eight steps, since padding costs time."""
+        """Lists a step's clips, then what is read; clips are sorted by length inside a window of eight steps.
+
+        Padding costs time.
+        """
         window, place = divmod(step, _WINDOW_STEPS)
         while len(self.num_before) <= window:
             self.num_before.append(self.num_before[-1] + self._num_speech(len(self.num_before) - 1))
