@@ -26,6 +26,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+import hyper_model
+import server
 from hyper_model.audio import FORMATS, SAMPLE_RATE_HZ, AudioLimits, Waveform, identify
 from hyper_model.audio_limits import MAX_SOURCE_CHANNELS, MAX_SOURCE_RATE_HZ, refuse_damaged, refuse_late
 from hyper_model.errors import (
@@ -365,6 +367,8 @@ def bubblewrap_command(bubblewrap: str) -> list[str]:
     """Returns the prefix that gives the helper namespaces of its own, and of the file system its libraries alone."""
     places = {"/usr", sys.prefix, sys.base_prefix, os.path.dirname(sys.executable), *import_paths()}
     places |= {os.path.dirname(os.path.realpath(sys.executable))}
+    # An editable install finds our packages by a hook, not by a folder of sys.path.
+    places |= {*hyper_model.__path__, *server.__path__}
     binds: list[str] = []
     for place in sorted(map(os.path.realpath, places), key=len):
         binds += ["--ro-bind-try", place, place]

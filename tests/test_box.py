@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import signal
 import socket
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -207,6 +209,41 @@ def test_descriptors_do_not_pile_up() -> None:
             await no_worker_is_left(box)
 
     run(work)
+
+
+START_ELSEWHERE = """
+import asyncio
+from hyper_model.audio import AudioLimits
+from server.box import Box
+
+async def work():
+    box = Box(AudioLimits(), memory_bytes=2**28)
+    await box.start()
+    print(*box.layers)
+    await box.stop()
+
+asyncio.run(work())
+"""
+
+
+def test_bubblewrap_is_used_wherever_the_service_is_started(tmp_path: Path) -> None:
+    """An editable install is found by a hook, so outside the checkout no folder of `sys.path` holds our packages."""
+    if (
+        not shutil.which("bwrap")
+        or subprocess.run(["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]).returncode
+    ):
+        pytest.skip("needs bubblewrap that may make namespaces")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", START_ELSEWHERE],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.stdout.split()[:1] == ["bubblewrap"], ran.stderr
+    assert not ran.stderr
 
 
 def children(pid: int) -> list[int]:
