@@ -72,6 +72,12 @@ def test_an_arm_that_pauses_is_trained_calibrated_trained_and_asked() -> None:
     )
 
 
+def test_who_may_pause_twice_as_often_is_served_by_a_gate_that_does() -> None:
+    _, gate, _, served, *_ = steps("hyper-6")
+    assert [float(served.arguments[served.arguments.index("--wanted") + i]) for i in (1, 2)] == [0.9, 2.0]
+    assert option(gate, "--wanted") == "0.45" and option(served, "--max-pauses") == "6"
+
+
 def test_positions_get_their_tokens_before_stage_1() -> None:
     made, first, *_ = steps("hyper-positions", seed=1)
     assert made.arguments == ("checkpoint", "positions", str(MINI), str(made.result))

@@ -85,8 +85,12 @@ class Arm:
         return "-".join(part for part in parts if part)
 
 
+WANTED_PAUSES = 0.75
+"""Pauses a rollout that arms are steered to; who is steered to twice as many is served by a gate of twice as many."""
+
+
 def _pausing(name: str, meaning: str, **changes: Any) -> Arm:
-    return Arm(name, meaning, **{"pause_mode": "parallel", "max_pauses": 3, "wanted_pauses": 0.75} | changes)
+    return Arm(name, meaning, **{"pause_mode": "parallel", "max_pauses": 3, "wanted_pauses": WANTED_PAUSES} | changes)
 
 
 ARMS: tuple[Arm, ...] = (
@@ -252,7 +256,7 @@ def steps_of(arm: Arm, seed: int, *, plan: Plan, base: Base, run_dir: Path, work
         if arm.has_stage_2:
             steps.append(_stage_2(arm, seed, plan, start, folder, work))
             if arm.max_pauses:
-                steps.append(_calibration(arm, plan, base, steps[-1].result, folder / "gated", work))
+                steps.append(_calibration(arm, plan, base, steps[-1].result, folder / "gated", work, is_served=True))
         asked = steps[-1].result
     return [*steps, *(_evaluation(arm, suite, plan, asked, folder, work) for suite in SUITES)]
 
@@ -289,11 +293,16 @@ def _stage_1(arm: Arm, seed: int, plan: Plan, base: Base, begun_from: Path, fold
     )
 
 
-def _calibration(arm: Arm, plan: Plan, base: Base, checkpoint: Path, result: Path, work: Path) -> Step:
+def _calibration(
+    arm: Arm, plan: Plan, base: Base, checkpoint: Path, result: Path, work: Path, *, is_served: bool = False
+) -> Step:
     assert base.wanted is not None
+    # The rate that Stage II steered to must not be taken back by the gate that is served.
+    share = arm.wanted_pauses / WANTED_PAUSES if is_served else 1.0
+    wanted = [round(share * pauses, 4) for pauses in base.wanted]
     wanted_aborts = base.wanted_aborts if plan.wanted_aborts is None else plan.wanted_aborts
     arguments = ("checkpoint", "calibrate", _partial(result), "--work", work, "--workers", 1)
-    arguments += ("--wanted", *base.wanted, "--wanted-aborts", wanted_aborts, "--max-pauses", arm.max_pauses)
+    arguments += ("--wanted", *wanted, "--wanted-aborts", wanted_aborts, "--max-pauses", arm.max_pauses)
     arguments += ("--window-tokens", base.window_tokens, "--rest-tokens", base.rest_tokens)
     for section in plan.sections or base.sections:
         arguments += ("--section", section)
