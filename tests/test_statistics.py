@@ -25,7 +25,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 def test_intervals_of_clustered_items_cover_too_and_item_wise_ones_would_not() -> None:
     rng = np.random.default_rng(1)
     covered = {"clusters": 0, "items": 0}
-    for _ in range(200):
+    for _ in range(100):
         # 30 voices of 20 items: a voice is understood nearly always or hardly ever.
         rates = rng.choice([0.4, 1.0], size=30)
         outcomes = (rng.random((30, 20)) < rates[:, None]).reshape(-1)
@@ -35,8 +35,8 @@ def test_intervals_of_clustered_items_cover_too_and_item_wise_ones_would_not() -
         ):
             _, (low, high) = figure(shares(outcomes, names))
             covered[kind] += low <= 0.7 <= high
-    assert covered["clusters"] / 200 >= 0.87
-    assert covered["items"] / 200 <= 0.7
+    assert covered["clusters"] >= 87
+    assert covered["items"] <= 70
 
 
 def test_intervals_draw_whole_clusters() -> None:
@@ -95,6 +95,42 @@ def test_a_paired_test_of_nothing_errs_about_as_often_as_it_says() -> None:
         for _ in range(200)
     )
     assert false_alarms / 200 <= 0.12
+
+
+def test_eight_voices_are_no_more_sure_than_eight_can_be() -> None:
+    rng = np.random.default_rng(5)
+    clusters = [str(i // 50) for i in range(400)]
+    false_alarms = covered = 0
+    for _ in range(200):
+        # How a voice is understood differs, and so does how either system takes to it.
+        rates_V = np.clip(rng.normal(0.8, 0.05, 8), 0, 1)
+        one, other = (
+            shares(rng.random(400) < np.repeat(np.clip(rates_V + rng.normal(0, 0.03, 8), 0, 1), 50), clusters)
+            for _ in range(2)
+        )
+        false_alarms += compare(one, other).p_bootstrap < 0.05
+        _, (low, high) = figure(one)
+        covered += low <= 0.8 <= high
+    # Without the stretch: 0.11 and 0.88.
+    assert false_alarms / 200 <= 0.075
+    assert covered / 200 >= 0.91
+
+
+def test_one_cluster_is_no_certainty() -> None:
+    values = [True] * 28 + [False] * 2
+    value, (low, high) = figure(shares(values, ["quiet"] * 30))
+    assert low < value - 0.05 and high == 1.0
+    found = compare(shares(values, ["quiet"] * 30), shares([True] * 29 + [False], ["quiet"] * 30))
+    assert found.p_bootstrap > 0.1
+
+
+def test_an_interval_stays_where_a_share_can_be() -> None:
+    values = [True] * 19 + [False]
+    _, (low, high) = figure(shares(values, [str(i // 10) for i in range(20)]))
+    assert 0 <= low < high <= 1
+    # More words may be wrong than there are.
+    _, (_, wer) = figure(Sums(np.array([[1.0, 2.0], [9.0, 2.0]]), ("a", "b")))
+    assert wer > 1
 
 
 def test_a_figure_that_is_no_share_has_no_mcnemar() -> None:

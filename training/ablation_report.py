@@ -184,8 +184,11 @@ def _compared(arm: Arm, name: str, found: Mapping[str, Mapping[int, Rows]]) -> d
             continue
         ours, theirs = _sums(column, [a for a, _ in pairs]), _sums(column, [b for _, b in pairs])
         if ours.clusters and ours.clusters == theirs.clusters:
-            difference = compare(ours, theirs)
-            compared[column.name] = {key: value for key, value in asdict(difference).items() if value is not None}
+            difference = asdict(compare(ours, theirs))
+            if len(pairs) > 1 or len(column.suites) > 1:
+                # The same question stands there more than once, which McNemar's test would take for so many questions.
+                difference["p_mcnemar"] = None
+            compared[column.name] = {key: value for key, value in difference.items() if value is not None}
     return compared
 
 
@@ -223,7 +226,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"{said['num_sft_steps']} further steps of Stage I on traces of their own form, then {said['num_steps']} of "
         f"Stage II; `sft` has Stage I alone. All are asked the same {said['num_items']} questions about scenes of "
         "held-out voices. "
-        "In brackets: 95 %, bootstrap of whole voices. A dash: the arm has no such section, or no result yet."
+        "In brackets: 95 %, bootstrap of whole voices; with one seed, what another would change is not in it. A dash: "
+        "the arm has no such section, or no result yet. Arms with pauses also have what comes with their gate: "
+        "advantages weighed by confidence in Stage II, and completions that are given up, which are wrong."
     )
     parts = ["# Ablation", lead, _figures_table(arms), _meanings(arms)]
     for name in REFERENCES:

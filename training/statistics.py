@@ -2,7 +2,9 @@
 
 A figure is a function of sums over items (right answers and items; wrong words and words), so that one resampling of
 whole clusters is one product of a matrix: what one voice, recording or clip makes is drawn together, or not at all
-(Field and Welsh 2007). Every draw has a fixed seed.
+(Field and Welsh 2007). A handful of clusters, drawn anew, differ less than other clusters would: each draw's distance
+from the figure is stretched as Student's t stretches a normal deviate (`_stretch`). Where there is one cluster, items
+are drawn, which speaks of this voice or recording and of no other. Every draw has a fixed seed.
 
 Axes: N items, K sums that a figure is made of, C clusters, B bootstrap draws. Knows nothing of what the figures mean.
 """
@@ -15,7 +17,7 @@ from math import comb
 
 import numpy as np
 
-NUM_DRAWS = 1_000
+NUM_DRAWS = 2_000
 SEED = 0
 
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -32,6 +34,13 @@ class Sums:
     def __post_init__(self) -> None:
         if self.values_NK.ndim != 2 or len(self.values_NK) != len(self.clusters):
             raise ValueError(f"{len(self.clusters)} clusters for sums of shape {self.values_NK.shape}")
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Names what each item is drawn with: its cluster; where there is but one, nothing else."""
+        if len(set(self.clusters)) == 1:
+            return tuple(map(str, range(len(self.clusters))))
+        return self.clusters
 
 
 @dataclass(frozen=True)
@@ -87,11 +96,18 @@ def shares(outcomes: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> S
 
 
 def figure(sums: Sums, statistic: Statistic = ratio) -> tuple[float, tuple[float, float]]:
-    """Returns a figure and its 95 % interval (percentiles of the bootstrap); 0 and (0, 0) where there are no items."""
+    """Returns a figure and its 95 % interval (stretched bootstrap); 0 and (0, 0) where there are no items."""
     if not len(sums.values_NK):
         return 0.0, (0.0, 0.0)
     value = float(statistic(sums.values_NK.sum(0)))
-    return value, _percentiles(statistic(_draws(sums)))
+    low, high = _percentiles(_stretch(value, statistic(_draws(sums)), sums))
+    # What cannot be below 0, or above 1, is not beyond that in another sample either.
+    values_NK = sums.values_NK
+    if (values_NK >= 0).all():
+        low = max(low, 0.0)
+        if statistic is not ratio or (values_NK[:, 0] <= values_NK[:, 1]).all():
+            high = min(high, 1.0)
+    return value, (low, high)
 
 
 def compare(one: Sums, other: Sums, statistic: Statistic = ratio) -> Difference:
@@ -106,7 +122,7 @@ def compare(one: Sums, other: Sums, statistic: Statistic = ratio) -> Difference:
         raise ValueError("there are no items to compare on")
     value = float(statistic(one.values_NK.sum(0)) - statistic(other.values_NK.sum(0)))
     # The same seed draws the same clusters for both.
-    draws = statistic(_draws(one)) - statistic(_draws(other))
+    draws = _stretch(value, statistic(_draws(one)) - statistic(_draws(other)), one)
     p_bootstrap = 2 * min(float((draws <= 0).mean()), float((draws >= 0).mean()))
     found = Difference(
         value,
@@ -144,12 +160,26 @@ def mcnemar(only_first: int, only_other: int) -> float:
 
 def _draws(sums: Sums) -> np.ndarray:
     """Returns the sums of every draw [B, K]: as many clusters as there are, drawn with replacement."""
-    names = {name: place for place, name in enumerate(dict.fromkeys(sums.clusters))}
+    names = {name: place for place, name in enumerate(dict.fromkeys(sums.drawn))}
     totals_CK = np.zeros((len(names), sums.values_NK.shape[1]))
-    np.add.at(totals_CK, [names[name] for name in sums.clusters], sums.values_NK)
+    np.add.at(totals_CK, [names[name] for name in sums.drawn], sums.values_NK)
     rng = np.random.default_rng(SEED)
     counts_BC = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=NUM_DRAWS)
     return counts_BC @ totals_CK
+
+
+def _stretch(value: float, draws_B: np.ndarray, sums: Sums) -> np.ndarray:
+    """Returns draws as far from the figure as those of as few clusters have to be.
+
+    Resampling C clusters has the variance of C - 1 over C of what it stands for, and takes their spread for known: with
+    eight, a test at 5 % of two equal systems errs in 11 % of the cases. A normal deviate over the root of a chi-square
+    of C - 1 degrees over its degrees is t-distributed (Student 1908), so that is what each distance is divided by.
+    """
+    num = len(set(sums.drawn))
+    if num < 2:
+        return draws_B
+    chi_square_B = np.random.default_rng(SEED + 1).chisquare(num - 1, size=len(draws_B))
+    return value + (draws_B - value) * np.sqrt(num / chi_square_B)
 
 
 def _percentiles(draws_B: np.ndarray) -> tuple[float, float]:
