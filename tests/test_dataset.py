@@ -44,7 +44,8 @@ def test_rows_come_back_with_question_choices_answer_and_a_clip_that_decodes(wor
         assert not example.choices or example.answer in example.choices
         clip = decode(example.audio.read_bytes())
         assert clip.duration_s == pytest.approx(row["duration_s"], abs=0.001)
-        assert parsed.trace.environment == row["environment"]
+        assert parsed.trace.environment == row["environment"] == example.environment
+        assert (example.transcript, example.num_speakers) == (row["transcript"], row["num_speakers"])
     assert check_examples(rows_file).num_missing_audio == 0
     licences = json.loads((tmp_path / "out/LICENCES.json").read_text(encoding="utf-8"))
     assert set(licences["recordings"]) == {row["recording"] for row in rows} - {None}

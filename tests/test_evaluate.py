@@ -105,6 +105,7 @@ def test_an_empty_completion_is_judged_wrong_and_not_dropped(builder: SceneBuild
 def test_a_reply_that_did_not_come_is_wrong_and_counted(suite: list[Item]) -> None:
     result = result_of(suite, [Reply.failed("timeout") for _ in suite])
     assert (result["choice_accuracy"], result["failed_rate"], result["wer"]) == (0.0, 1.0, 1.0)
+    assert (result["speech_free_is_silent_rate"], result["invented_speech_rate"]) == (0.0, 1.0)
 
 
 def test_of_a_model_that_answers_in_prose_only_the_answer_is_judged(suite: list[Item]) -> None:

@@ -161,6 +161,22 @@ def test_a_conclusion_names_the_answer_alone() -> None:
     assert worth(parsed(summary="B")).alignment == 1.0
 
 
+def test_choices_that_differ_in_a_mark_alone_are_told_apart() -> None:
+    assert named_choice("C# major", ("C major", "C# major")) == 1
+    assert named_choice(" c major ", ("C major", "C# major")) == 0
+    assert named_choice("-5", ("5", "-5")) == 1
+    # By its words this may be either.
+    assert named_choice("C major!", ("C major", "C# major")) is None
+
+
+def test_a_thought_without_sections_is_reasoning() -> None:
+    thought = "<think>{}</think><answer>a bell</answer>"
+    right = parse_text(thought.format("Something is struck. It is a bell."))
+    assert worth(right).alignment == 1.0 and worth(right).background_gate == 1.0
+    assert worth(parse_text(thought.format("It is a dog."))).alignment == 0.0
+    assert worth(parse_text(thought.format("Because of the music he says it is a bell."))).background_gate == 0.0
+
+
 def test_of_choices_inside_one_another_the_longer_is_meant() -> None:
     truth = Truth("What falls?", "heavy rain", ("rain", "heavy rain", "snow"))
     trace = parsed(summary="Heavy rain falls.", response="heavy rain", final_answer="heavy rain")
@@ -172,6 +188,9 @@ def test_the_perception_is_held_against_the_truth() -> None:
     assert worth(parsed(speakers=(*TRACE.speakers, Speaker("S2", "man", ())))).speakers == 0.0
     assert worth(parsed(transcript="it rings at")).transcript == pytest.approx(0.75)
     assert worth(parsed(transcript="it rings at noon " * 9)).transcript == 0.0
+    several = replace(TRUTH, environment="rain and birds")
+    assert worth(parsed(environment="birds, rain"), several).environment == 1.0
+    assert worth(parsed(environment="rain"), several).environment == 0.0
 
 
 @pytest.mark.parametrize(

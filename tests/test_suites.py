@@ -55,6 +55,15 @@ def test_a_data_set_without_a_row_that_can_be_asked_is_an_error(tmp_path: Path) 
         data_items(tmp_path / "mmau.json")
 
 
+def test_choices_of_which_nobody_knows_the_right_one_are_not_asked(tmp_path: Path) -> None:
+    rows = [{"file": "a.wav", "question": "What?", "choices": ["a dog", "a bell"]}]
+    rows.append({**rows[0], "answer": "a bell"})
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    items, faults = data_items(tmp_path / "own.json")
+    assert [item.truth.answer for item in items] == ["a bell"]
+    assert "item 1, field 'answer'" in str(faults[0])
+
+
 def test_recorded_clips_are_read_with_their_transcripts(tmp_path: Path) -> None:
     with pytest.raises(HyperError, match="apt-get install pocketsphinx-testdata"):
         human_items(tmp_path)

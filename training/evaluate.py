@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hyper_model.trace import environment_labels
 from hyper_model.trace_parser import ParsedTrace, TraceFormat, parse_text
 from training.answers import matches_words
 from training.hard_sets import SNR_LEVELS_DB
-from training.rewards import Truth, Weights, accuracy, edit_distance, reward, words
+from training.rewards import Truth, Weights, accuracy, edit_distance, label_set, reward, words
 from training.statistics import Difference, Statistic, Sums, compare, figure, mean_average_precision, ratio
 from training.suites import Item
 
@@ -146,9 +145,9 @@ def _judge_trace(truth: Truth, reply: Reply) -> dict[str, Any]:
         "reward": worth.total if reply.has_tokens else None,
     }
     if truth.environment is not None:
-        named = sorted({" ".join(words(label)) for label in environment_labels(trace.environment or "")})
-        outcomes["environment_named"] = tuple(named)
-        outcomes["environment_is_right"] = set(named) == true_labels(truth)
+        named = label_set(trace.environment or "")
+        outcomes["environment_named"] = tuple(sorted(named))
+        outcomes["environment_is_right"] = named == label_set(truth.environment)
     if truth.num_speakers:
         outcomes["count_is_right"] = len(trace.speakers) == truth.num_speakers
         outcomes["fidelity"] = worth.fidelity
@@ -161,14 +160,10 @@ def _judge_trace(truth: Truth, reply: Reply) -> dict[str, Any]:
             "num_chars": len(" ".join(reference)),
         }
         if not reference:
-            outcomes["invents_speech"] = bool(heard)
-            outcomes["is_silent"] = not trace.speakers and not heard
+            # No reply is no silence.
+            outcomes["invents_speech"] = bool(heard) or reply.error is not None
+            outcomes["is_silent"] = not trace.speakers and not outcomes["invents_speech"]
     return outcomes
-
-
-def true_labels(truth: Truth) -> set[str]:
-    """Returns the labels that are true of a clip's environment, in plain words."""
-    return {" ".join(words(label)) for label in environment_labels(truth.environment or "")}
 
 
 @dataclass(frozen=True)
@@ -295,7 +290,7 @@ def summarize(items: Sequence[Item], judged: Sequence[Judged]) -> dict[str, Any]
         sums = _sums(each, pairs)
         if sums.clusters:
             add(each.name, sums)
-    labels = sorted({label for item in items for label in true_labels(item.truth)})
+    labels = sorted({label for item in items for label in label_set(item.truth.environment or "")})
     sums = _label_sums(pairs, labels)
     if sums.clusters:
         add(MAP, sums, mean_average_precision)
@@ -347,7 +342,7 @@ def _label_sums(pairs: Sequence[tuple[Item, Judged]], labels: Sequence[str]) -> 
     clusters: list[str] = []
     for item, verdict in pairs:
         if item.part == "main" and verdict.environment_named is not None:
-            named, true = set(verdict.environment_named), true_labels(item.truth)
+            named, true = set(verdict.environment_named), label_set(item.truth.environment or "")
             rows.append([1.0, *(float(x) for label in labels for x in _membership(label, named, true))])
             clusters.append(item.background)
     return Sums(np.asarray(rows, np.float64).reshape(-1, 1 + 3 * len(labels)), tuple(clusters))
@@ -415,7 +410,7 @@ def differences(items: Sequence[Item], result: Mapping[str, Any], other: Mapping
         sums = _sums(each, [one for one, _ in both]), _sums(each, [two for _, two in both])
         if sums[0].clusters:
             found[each.name] = _plain(compare(*sums))
-    labels = sorted({label for item in shared for label in true_labels(item.truth)})
+    labels = sorted({label for item in shared for label in label_set(item.truth.environment or "")})
     sums = _label_sums(ours, labels), _label_sums(theirs, labels)
     if sums[0].clusters and sums[0].clusters == sums[1].clusters:
         found[MAP] = _plain(compare(*sums, mean_average_precision))

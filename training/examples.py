@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from io import BufferedReader
 from itertools import chain, count
 from pathlib import Path
-from typing import Literal, TypeVar, cast, get_args
+from typing import Literal, TypedDict, TypeVar, cast, get_args
 
 from hyper_model.audio import Waveform, decode, require_single_window
 from hyper_model.errors import HyperError, PromptError
@@ -222,6 +222,12 @@ def _open_rows(path: Path, format: Format | None, audio_root: str | Path | None)
     return found, chain([first], rows)
 
 
+class _Perception(TypedDict):
+    environment: str | None
+    transcript: str | None
+    num_speakers: int | None
+
+
 @dataclass(frozen=True)
 class _Row:
     """Holds a row as the file has it, and takes typed values out of it."""
@@ -315,6 +321,17 @@ class _Row:
         if not isinstance(paths[0], str):
             raise self.error("audios", "holds an audio path that is not text", paths[0])
         return self.audio("audios", self.clean("audios", paths[0]))
+
+    def perception(self) -> _Perception:
+        """Returns what is true of the clip, where the row tells it: fields of our own, which any JSON row may have."""
+        num_speakers = self.value("num_speakers", int, "a whole number")
+        if num_speakers is not None and num_speakers < 0:
+            raise self.error("num_speakers", "is below 0", num_speakers)
+        return {
+            "environment": self.optional_text("environment"),
+            "transcript": self.optional_text("transcript"),
+            "num_speakers": num_speakers,
+        }
 
     def check(self, question: str, choices: Sequence[str], *, question_field: str, choices_field: str) -> None:
         """Refuses a question and choices that cannot become a prompt."""
@@ -490,7 +507,7 @@ def _labelled(text: str, label: re.Pattern[str]) -> tuple[str, tuple[str, ...], 
 
 
 def _paqa(row: _Row) -> Example:
-    """Reads PAQA: LLaMA-Factory's alpaca columns with `audios`.
+    """Reads PAQA: LLaMA-Factory's alpaca columns with `audios`, and the clip's truth as `hyper data export` adds it.
 
     From `datasets/multispeaker_choice_part1_sft.jsonl` of github.com/JOY-SWang/HyPeR (at f7c95ac): choices stand inside
     `instruction` as "(a) x (b) y", and a RESPONSE may be a sentence that ends in "The answer is B.".
@@ -513,6 +530,7 @@ def _asked_in_text(row: _Row, question_field: str, instruction: str, answer_fiel
         completion=completion,
         category=row.optional_text("category"),
         source=row.source,
+        **row.perception(),
     )
 
 
@@ -631,9 +649,6 @@ def _own(row: _Row, audio_field: str) -> Example:
     choices = row.choices("choices")
     question = row.text("question")
     row.check(question, choices, question_field="question", choices_field="choices")
-    num_speakers = row.value("num_speakers", int, "a whole number")
-    if num_speakers is not None and num_speakers < 0:
-        raise row.error("num_speakers", "is below 0", num_speakers)
     return Example(
         id=row.id(),
         audio=row.audio(audio_field, row.text(audio_field)),
@@ -641,10 +656,8 @@ def _own(row: _Row, audio_field: str) -> Example:
         answer="" if row.fields.get("answer") is None else row.answer("answer", choices),
         choices=choices,
         category=row.optional_text("category"),
-        environment=row.optional_text("environment"),
-        transcript=row.optional_text("transcript"),
-        num_speakers=num_speakers,
         source=row.source,
+        **row.perception(),
     )
 
 

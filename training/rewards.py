@@ -153,8 +153,8 @@ def fidelity(parsed: ParsedTrace, truth: Truth) -> float:
 
 def alignment(parsed: ParsedTrace, truth: Truth) -> float:
     """Returns 1 where the conclusion inside THINK names what FINAL_ANSWER says, and no other choice beside it."""
-    texts = parsed.texts
-    conclusion = texts.get(Section.SUMMARY) or (_sentences(texts.get(Section.REASONING, "")) or [""])[-1]
+    # Where THINK has no sections (`<think>`), all of it is reasoning.
+    conclusion = parsed.texts.get(Section.SUMMARY) or (_sentences(parsed.trace.reasoning or "") or [""])[-1]
     answer = parsed.answer_text or ""
     if not truth.choices:
         return float(bool(words(answer)) and _holds(words(conclusion), words(answer)))
@@ -168,7 +168,7 @@ def background_gate(parsed: ParsedTrace) -> float:
     A heuristic on clauses: "because of the music he says ..." and "the noise suggests that she said ..." are such, and
     "he says it is loud because of the music" is not, since there the words are the cause's witness.
     """
-    text = " ".join(parsed.texts.get(section, "") for section in (Section.REASONING, Section.SUMMARY)).lower()
+    text = f"{parsed.trace.reasoning or ''} {parsed.texts.get(Section.SUMMARY, '')}".lower()
     for clause in re.split(r"[.;!?\n]+", text):
         follows, precedes = _CAUSE_FOLLOWS.search(clause), _CAUSE_PRECEDES.search(clause)
         if follows and not clause[: follows.start()].strip():
@@ -195,11 +195,10 @@ def length(parsed: ParsedTrace, weights: Weights) -> float:
 
 
 def environment(parsed: ParsedTrace, truth: Truth) -> float | None:
-    """Returns 1 where ENV names the true environment and nothing else."""
+    """Returns 1 where ENV names the true labels and nothing else, in any order."""
     if truth.environment is None:
         return None
-    named = environment_labels(parsed.trace.environment or "")
-    return float([words(label) for label in named] == [words(truth.environment)])
+    return float(label_set(parsed.trace.environment or "") == label_set(truth.environment))
 
 
 def speakers(parsed: ParsedTrace, truth: Truth) -> float | None:
@@ -220,14 +219,22 @@ def transcript(parsed: ParsedTrace, truth: Truth) -> float | None:
 def named_choice(text: str, choices: Sequence[str]) -> int | None:
     """Returns the one choice that a text is: its words, its letter (`B`, `(b)`, `B.`), or both; None for anything else.
 
-    Where a text is one choice by its words and another by its letter, it names none.
+    Where a text is one choice by its words and another by its letter, it names none. What stands there to the last mark
+    is that choice, whatever others have the same words ("C major" and "C# major", "5" and "-5").
     """
+    exact = [index for index, choice in enumerate(choices) if text.strip().casefold() == choice.strip().casefold()]
+    if len(exact) == 1 and not _is_letter(text):
+        return exact[0]
     said = words(text)
     found = {index for index, choice in enumerate(choices) if said == words(choice)}
     found |= {index for index, _ in enumerate(choices) if said == words(render_choice(index, choices))}
-    if re.fullmatch(r"\s*\(?[A-Za-z]\)?[.:]?\s*", text):
+    if _is_letter(text):
         found |= {index for index, _ in enumerate(choices) if said == words(choice_label(index))}
     return found.pop() if len(found) == 1 else None
+
+
+def _is_letter(text: str) -> bool:
+    return re.fullmatch(r"\s*\(?[A-Za-z]\)?[.:]?\s*", text) is not None
 
 
 def mentioned_choices(text: str, choices: Sequence[str]) -> set[int]:
@@ -242,6 +249,11 @@ def mentioned_choices(text: str, choices: Sequence[str]) -> set[int]:
         for index in found
         if not any(other != index and _holds(words(choices[other]), words(choices[index])) for other in found)
     }
+
+
+def label_set(environment: str) -> set[str]:
+    """Returns the labels that an environment lists, in plain words."""
+    return {" ".join(words(label)) for label in environment_labels(environment)}
 
 
 def words(text: str) -> list[str]:

@@ -14,7 +14,7 @@ import hashlib
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -207,15 +207,18 @@ def data_items(
     """
     faults: list[ExampleError] = []
     examples = read_examples(path, format=format, audio_root=audio_root, on_fault=faults.append)
-    items = list(islice(_items_of(examples), num_items))
+    items = list(islice(_items_of(examples, faults.append), num_items))
     if not items:
         raise ExampleError(str(path), "no row can be asked", received=f"{len(faults)} bad rows")
     return items, faults
 
 
-def _items_of(examples: Iterator[Example]) -> Iterator[Item]:
+def _items_of(examples: Iterator[Example], on_fault: Callable[[ExampleError], None]) -> Iterator[Item]:
     seen: dict[str, int] = {}
     for example in examples:
+        if example.choices and not example.answer:
+            on_fault(ExampleError(example.source, "has choices and does not say which is right", field="answer"))
+            continue
         # Some data sets use an id twice.
         seen[example.id] = seen.get(example.id, 0) + 1
         number = f"#{seen[example.id]}" if seen[example.id] > 1 else ""
