@@ -10,7 +10,6 @@ and nothing is copied but licence texts. Knows nothing of training or serving.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hyper_model import weights
 from hyper_model.checkpoint import LICENCE_FILES, Checkpoint, export, refuse_code, require_architecture
 from hyper_model.errors import CheckpointError
-from hyper_model.manifest import MANIFEST_FILE, parse_json
+from hyper_model.manifest import MANIFEST_FILE, name_of, parse_json
 from hyper_model.trace import AUDIO, CONTROL_TOKENS, PAUSE, PAUSE_CLOSE, Section, TagStyle
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def adopt(
         return _adopt(
             root,
             Path(destination),
-            name=name or _default_name(root),
+            name=name or name_of(root),
             tag_style=tag_style,
             tag_names=tag_names,
             answer_style=answer_style,
@@ -180,10 +179,6 @@ def _adopt(
         if (root / licence).is_file():
             shutil.copyfile(root / licence, destination / licence)
     return Adoption(checkpoint, added, num_rows_before, num_rows, names)
-
-
-def _default_name(root: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", root.resolve().name).strip("-._")[:100] or "adopted"
 
 
 def _read_config(root: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ be, where the weights come from, and a sum for every other file. Knows nothing o
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -191,6 +192,11 @@ class Manifest(_Frozen):
             if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
                 raise ValueError(f"the sum of {name} is not a sha256")
         return files
+
+
+def name_of(directory: Path) -> str:
+    """Returns the name that a directory gives a checkpoint."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-._")[:100] or "checkpoint"
 
 
 def read_manifest(raw: bytes) -> Manifest:

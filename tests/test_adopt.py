@@ -19,6 +19,7 @@ from hyper_model.cli import main
 from hyper_model.errors import CheckpointError
 from hyper_model.trace import AUDIO, CONTROL_TOKENS, SPECIAL_TOKENS, Section, TagStyle
 from tests.builders import random_model, tiny_config, tiny_tokenizer, write_entry_points
+from training.export import model_of_checkpoint
 
 LATENT_SPAN = ("<IMPLICIT_THINK>", "</IMPLICIT_THINK>")
 
@@ -86,6 +87,9 @@ def test_a_stock_model_is_adopted_with_its_padding_rows_and_pauses_off(tmp_path:
     assert {path.name: path.read_bytes() for path in source.iterdir()} == bytes_before
     assert not list((tmp_path / "out").glob("*.bin"))
     assert (tmp_path / "out" / "LICENSE").read_text() == "Apache-2.0"
+    # To be trained, its tags must be tokens.
+    with pytest.raises(CheckpointError, match="--tag-style token"):
+        model_of_checkpoint(tmp_path / "out", dtype=torch.float32)
 
 
 def test_an_embedding_without_room_grows_and_old_tokens_keep_their_logits(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def test_a_data_set_becomes_a_served_checkpoint(tmp_path: Path) -> None:
 
     first = tmp_path / "first"
     hyper(
-        *("train", "qwen2_audio_7b_sft", tmp_path / "run1", "--base", MINI, "--data", rows, "--export", first),
-        *settings(num_steps=3, log_every_steps=1),
+        *("train", "mini_finetune", tmp_path / "run1", "--base", MINI, "--data", rows, "--export", first),
+        *("--set", "num_steps=3", "--set", "batch_size=4", "--set", "rows_at_once=2"),
     )
     assert [row["step"] for row in read_log(tmp_path / "run1")] == [1, 2, 3]
 
@@ -64,7 +64,7 @@ def test_a_data_set_becomes_a_served_checkpoint(tmp_path: Path) -> None:
     assert len(log) == 2 and all(row["gap"] < 0.05 for row in log)
     manifest = open_checkpoint(second).manifest
     assert json.loads(manifest.recipe or "")["trained_steps"] == 2
-    assert "qwen2" not in manifest.name and manifest.base_model.startswith("hyper-mini")
+    assert manifest.name == "second" and manifest.base_model.startswith("first (")
 
     with serve_process({"HYPER_ENGINE": "vllm", "HYPER_CHECKPOINT": str(second)}, ready_timeout_s=200) as (_, url):
         clip = items / json.loads(rows.read_text(encoding="utf-8").splitlines()[0])["audios"][0]

@@ -129,6 +129,10 @@ def test_the_threshold_rises_while_there_are_too_few_pauses_and_stays_below_one(
         for _ in range(200):
             near.update(5.0)
         assert 0 < near.tau < tau
+    held = TauTracker(tau=0.2, wanted=1.0, lowest=0.05)
+    for _ in range(200):
+        held.update(5.0)
+    assert held.tau == pytest.approx(0.05), "no lower than where the gate gives up"
     fixed = TauTracker(tau=0.9, wanted=0.0)
     fixed.update(3.0)
     assert fixed.tau == 0.9

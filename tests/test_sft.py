@@ -54,7 +54,14 @@ from training.run_report import write_report
 from training.sft import ClipSequences, ExampleSequences, read_clips
 from training.tokens import Spans, canonical_completion, encode_sequence, in_style
 from training.train_commands import _changed
-from training.trainer import MasterAdamW, TrainingError, last_checkpoint, prepare_run_dir, read_log
+from training.trainer import (
+    MasterAdamW,
+    TrainingError,
+    last_checkpoint,
+    prepare_run_dir,
+    read_log,
+    read_recipe,
+)
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +399,12 @@ def test_a_loss_that_is_no_number_ends_the_run(start: Callable[..., TinyRun], tm
 
 def test_a_run_is_not_begun_twice_nor_gone_on_with_by_another_recipe(tmp_path: Path) -> None:
     recipe = debug()
+    # What failed before it made anything may be begun otherwise, whether anybody calls that resuming or not.
+    prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, seed=2), is_resumed=False, origin={"base": "other"})
+    prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, seed=3), is_resumed=True)
     assert prepare_run_dir(tmp_path / "run", recipe, is_resumed=False) is None
+    assert read_recipe(tmp_path / "run")["seed"] == 0
+    (tmp_path / "run/log.jsonl").write_text("{}\n")
     with pytest.raises(TrainingError, match="--resume"):
         prepare_run_dir(tmp_path / "run", recipe, is_resumed=False)
     with pytest.raises(TrainingError, match="learning_rate, seed differ"):

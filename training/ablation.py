@@ -254,7 +254,7 @@ def steps_of(arm: Arm, seed: int, *, plan: Plan, base: Base, run_dir: Path, work
             steps.append(_calibration(arm, plan, base, start, shared / f"gated-{arm.max_pauses}", work))
             start = steps[-1].result
         if arm.has_stage_2:
-            steps.append(_stage_2(arm, seed, plan, start, folder, work))
+            steps.append(_stage_2(arm, seed, plan, base, start, folder, work))
             if arm.max_pauses:
                 steps.append(_calibration(arm, plan, base, steps[-1].result, folder / "gated", work, is_served=True))
         asked = steps[-1].result
@@ -287,6 +287,7 @@ def _stage_1(arm: Arm, seed: int, plan: Plan, base: Base, begun_from: Path, fold
         "pause_mode": arm.pause_mode or "parallel",
     }
     arguments = ("train", "mini_sft", folder / "run", "--base", begun_from, "--work", work)
+    arguments += ("--name", f"{base.name}-{arm.form}")
     arguments += ("--export", folder / "checkpoint", "--overwrite", *_set(settings, plan.sft_set))
     return Step(
         f"Stage I, {arm.form}", _texts(arguments), folder / "checkpoint", folder / "stage-1.log", folder / "run"
@@ -310,7 +311,7 @@ def _calibration(
     return Step(f"gate of {arm.max_pauses} pauses", _texts(arguments), result, log, copied=checkpoint)
 
 
-def _stage_2(arm: Arm, seed: int, plan: Plan, start: Path, folder: Path, work: Path) -> Step:
+def _stage_2(arm: Arm, seed: int, plan: Plan, base: Base, start: Path, folder: Path, work: Path) -> Step:
     settings: dict[str, object] = {
         "num_steps": plan.num_steps,
         "seed": seed,
@@ -320,6 +321,7 @@ def _stage_2(arm: Arm, seed: int, plan: Plan, start: Path, folder: Path, work: P
         "weights": {**STYLE_WEIGHTS[arm.style], **arm.weights},
     }
     arguments = ("train", "mini_grpo", folder / "run", "--base", start, "--work", work)
+    arguments += ("--name", f"{base.name}-{arm.name}")
     arguments += ("--export", folder / "checkpoint", "--overwrite", *_set(settings, plan.grpo_set))
     return Step("Stage II", _texts(arguments), folder / "checkpoint", folder / "stage-2.log", folder / "run")
 

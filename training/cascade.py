@@ -127,7 +127,7 @@ class Parts:
             from faster_whisper import WhisperModel  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError as error:
             raise HyperError(
-                f"the cascade needs the package {error.name}: pip install 'hyper-audio[baseline]'"
+                f"the cascade needs the package {error.name}: requirements/install.sh .venv cpu train data baseline"
             ) from error
         # The layers here are too small for more: threads would wait for each other longer than they compute.
         torch.set_num_threads(1)

@@ -238,6 +238,11 @@ def samples(work: Path, folder: Path) -> None:
     help="Questions and clips of your own, in any format that `hyper data check` reads.  "
     "[default: synthetic scenes of the validation voices]",
 )
+@click.option(
+    "--audio-root",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where relative audio paths of --examples start.  [default: the file's folder]",
+)
 @click.option("--items", type=click.IntRange(10), default=300, show_default=True, help="Questions to ask.")
 @click.option(
     "--wanted",
@@ -246,18 +251,42 @@ def samples(work: Path, folder: Path) -> None:
     show_default=True,
     help="The least and the most pauses a completion.",
 )
-@click.option("--wanted-aborts", type=float, default=0.01, show_default=True, help="The most given up, as a share.")
-@click.option("--max-pauses", type=click.IntRange(1, 16), help="Set the budget.  [default: the manifest's]")
-@click.option("--window-tokens", type=click.IntRange(1), help="Set the window's length.  [default: the manifest's]")
-@click.option("--rest-tokens", type=click.IntRange(0), help="Set the rest after a pause.  [default: the manifest's]")
-@click.option("--latent-tokens", type=click.IntRange(1), help="Set the length of a pause.  [default: the manifest's]")
-@click.option("--section", "sections", multiple=True, help="Set a section that may pause.  [default: the manifest's]")
+@click.option(
+    "--wanted-aborts",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="The most completions given up (too unsure throughout, or repeating themselves), as a share.",
+)
+@click.option(
+    "--max-pauses", type=click.IntRange(1, 16), help="Pauses a completion may have.  [default: the manifest's]"
+)
+@click.option(
+    "--window-tokens",
+    type=click.IntRange(1),
+    help="Tokens whose mean confidence is compared with the threshold.  [default: the manifest's]",
+)
+@click.option(
+    "--rest-tokens",
+    type=click.IntRange(0),
+    help="Tokens that must be written between two pauses.  [default: the manifest's]",
+)
+@click.option("--latent-tokens", type=click.IntRange(1), help="Tokens of a pause.  [default: the manifest's]")
+@click.option(
+    "--section",
+    "sections",
+    multiple=True,
+    metavar="NAME",
+    help="A section that may pause: ENV, SPEAKER, ASR, DESCRIPTION, REASONING, SUMMARY or REFLECT; may be given "
+    "several times.  [default: the manifest's]",
+)
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve there.")
 @work_option
 @_workers
 def calibrate(
     checkpoint: Path,
     examples: Path | None,
+    audio_root: Path | None,
     items: int,
     wanted: tuple[float, float],
     wanted_aborts: float,
@@ -269,7 +298,9 @@ def calibrate(
 ) -> None:
     """Set the thresholds at which CHECKPOINT pauses, from how sure it is of a validation set.
 
-    The manifest gets the thresholds and the curve they were read from. Weights are not touched.
+    The manifest gets the thresholds and the curve they were read from. Weights are not touched. Where no threshold
+    gives as many pauses as wanted and as few given up, the command says what it measured and changes nothing: then
+    another rate, other sections or a higher --wanted-aborts may be what this checkpoint can do.
     """
     from hyper_model.checkpoint import open_checkpoint
     from training.calibrate import Wanted, draw_curve
@@ -278,9 +309,10 @@ def calibrate(
     if not 0 <= wanted[0] < wanted[1]:
         raise click.BadParameter("the least must be below the most", param_hint="--wanted")
     opened = open_checkpoint(checkpoint)
-    prompts = (
-        _prompts_of_scenes(opened, items, work, workers) if examples is None else _prompts_of(opened, examples, items)
-    )
+    if examples is None:
+        prompts = _prompts_of_scenes(opened, items, work, workers)
+    else:
+        prompts = _prompts_of(opened, examples, audio_root, items)
     source = (
         f"{len(prompts)} synthetic scenes of the validation voices"
         if examples is None
@@ -288,13 +320,23 @@ def calibrate(
     )
     changes: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     if sections:
-        changes["sections"] = [section.upper() for section in sections]
+        changes["sections"] = _gated(sections)
     updated, calibration = run(opened, prompts, source=source, wanted=Wanted(wanted, wanted_aborts), fields=changes)
     pause = updated.manifest.pause
     click.echo(f"tau_pause {pause.tau_pause:.4f}, tau_abort {pause.tau_abort:.4f}, budget {pause.max_pauses}")
     click.echo(f"{calibration.pauses:.2f} pauses a completion, {calibration.abort_rate:.1%} given up, on {source}")
     if png is not None:
         draw_curve(calibration, pause.tau_pause, png)
+
+
+def _gated(sections: tuple[str, ...]) -> list[str]:
+    from hyper_model.manifest import GATED_SECTIONS
+
+    names, known = [section.upper() for section in sections], [section.value for section in GATED_SECTIONS]
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(known)}", param_hint="--section")
+    return names
 
 
 def _prompts_of_scenes(checkpoint: Checkpoint, num_items: int, work: Path, workers: int) -> list[Prompt]:
@@ -318,7 +360,7 @@ def _prompts_of_scenes(checkpoint: Checkpoint, num_items: int, work: Path, worke
     ]
 
 
-def _prompts_of(checkpoint: Checkpoint, path: Path, num_items: int) -> list[Prompt]:
+def _prompts_of(checkpoint: Checkpoint, path: Path, audio_root: Path | None, num_items: int) -> list[Prompt]:
     """Read questions and clips of one's own, in any of the formats of data sets."""
     from hyper_model.errors import HyperError
     from hyper_model.trace import build_prompt
@@ -327,7 +369,7 @@ def _prompts_of(checkpoint: Checkpoint, path: Path, num_items: int) -> list[Prom
 
     faults: list[ExampleError] = []
     prompts: list[Prompt] = []
-    for example in islice(read_examples(path, on_fault=faults.append), num_items):
+    for example in islice(read_examples(path, audio_root=audio_root, on_fault=faults.append), num_items):
         try:
             samples_S = read_clip(example).samples_S
         except HyperError as error:

@@ -24,7 +24,8 @@ FITTED_FILE = "cascade.npz"
 SEED = 0
 """Of the bank, which training and evaluation share."""
 
-NAMED_SUITES = ("held-out", "validation", *HARD_SETS, "human", "paqa", "mmau", "mmar", "own")
+FILE_SUITES = ("paqa", "mmau", "mmar", "own")
+NAMED_SUITES = ("held-out", "validation", *HARD_SETS, "human", *FILE_SUITES)
 
 
 def bank_of(split: Split, work: Path, workers: int) -> Bank:
@@ -120,7 +121,7 @@ class Asked:
     "--baseline",
     type=click.Choice(["cascade"]),
     help="Ask the rival instead: recogniser, voice activity, speaker clustering, sound tagger and rules "
-    "(needs the packages of hyper-audio[baseline]).",
+    "(needs `requirements/install.sh .venv cpu train data baseline`).",
 )
 @click.option("--api", type=click.Choice(["hyper", "openai"]), default="hyper", show_default=True, help="Its API.")
 @click.option("--model", help="The model's name there (openai).  [default: the first that the server lists]")
@@ -202,6 +203,10 @@ def evaluate(
     asked = Asked(suite, work, workers, num_items, data, audio_root, cuts_long, pauses, probe, not as_json)
     if url is not None and baseline is not None:
         raise click.UsageError("ask either --url or --baseline")
+    if data is not None and suite not in FILE_SUITES:
+        raise click.UsageError(f"--suite {suite} has items of its own: --data is for {', '.join(FILE_SUITES)}")
+    if pauses is not None and (url is not None or baseline is not None):
+        raise click.UsageError("--pauses is for a --checkpoint; a service has a budget of its own")
     if probe and (url is not None or baseline is not None):
         raise click.UsageError("--probe looks into a --checkpoint; neither --url nor --baseline shows its states")
     endpoint = None if url is None else _endpoint(url, **endpoint_options)

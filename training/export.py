@@ -128,9 +128,14 @@ def model_of_checkpoint(directory: Path, *, dtype: torch.dtype, lora: Lora | Non
     """Opens a checkpoint to train on; its audio tower stays as it is.
 
     Raises:
-        CheckpointError: It cannot be opened.
+        CheckpointError: It cannot be opened, or its tags are plain text.
     """
     checkpoint = open_checkpoint(directory)
+    if not checkpoint.tokenizer.tag_ids:
+        raise CheckpointError(
+            f"{directory} writes its tags as plain text, and training wants a token for each: adopt its source with "
+            "--tag-style token"
+        )
     policy: Any = open_policy(checkpoint, dtype=dtype)
     freeze_encoder(policy)
     fields = checkpoint.manifest.model_dump(mode="json", exclude={"files", "format_version", "recipe"})
@@ -195,7 +200,6 @@ def model_from_scratch(
     fields = {
         "name": "hyper-mini",
         "base_model": f"Whisper tiny.en encoder (frozen) + Qwen2 decoder {origin}",
-        "data_card": "README.md",
         "environment_labels": [*sounds.labels(), sounds.QUIET, sounds.BACKGROUND_SPEECH],
         "max_model_len": MAX_MODEL_LEN,
         "trace": {"answer_style": "text"},

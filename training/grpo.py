@@ -166,7 +166,10 @@ class GrpoTrainer(PolicyTrainer):
         gate: GateSettings | None,
     ) -> None:
         self.tasks, self.backend, self.gate = tasks, backend, gate
-        self.progress = Progress(TauTracker(gate.tau_pause if gate else 0.0, recipe.wanted_pauses))
+        tracker = TauTracker(0.0, recipe.wanted_pauses)
+        if gate is not None:
+            tracker = TauTracker(gate.tau_pause, recipe.wanted_pauses, lowest=gate.tau_abort)
+        self.progress = Progress(tracker)
         self.log_mel = LogMel(model.config["audio_config"]["num_mel_bins"])
         self.banned = torch.tensor(banned_ids(model.tokenizer, gate))
         self.groups: list[Group] = []
@@ -408,7 +411,7 @@ class GrpoTrainer(PolicyTrainer):
     def _weighed(self, group: Group) -> list[tuple[float, list[bool]]]:
         """Returns each rollout's advantage, and which of its tokens are scored."""
         recipe = self.recipe
-        gains = advantages([each.total for each in group.rewards], is_divided=recipe.loss != "dr_grpo")
+        gains = advantages([each.total for each in group.rewards], is_divided=recipe.divides_advantages)
         weights = [1.0] * len(gains)
         if recipe.lgc_weights:
             weights = confidence_weights(

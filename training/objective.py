@@ -150,15 +150,18 @@ class TauTracker:
         tau: The threshold of the next step.
         wanted: Pauses a rollout; 0 leaves the threshold where it is.
         rate: How far a step moves the logit, for each pause too few.
+        lowest: Where it ends: a gate that gives up at some threshold cannot pause below it.
     """
 
     tau: float
     wanted: float
     rate: float = 0.3
+    lowest: float = _LOWEST_TAU
 
     def update(self, pauses: float) -> None:
         """Looks at how often the rollouts of a step paused, on average."""
         if self.wanted:
-            held = min(_HIGHEST_TAU, max(_LOWEST_TAU, self.tau))
+            lowest = max(_LOWEST_TAU, self.lowest)
+            held = min(_HIGHEST_TAU, max(lowest, self.tau))
             logit = math.log(held / (1 - held)) + self.rate * (self.wanted - pauses)
-            self.tau = min(_HIGHEST_TAU, max(_LOWEST_TAU, 1 / (1 + math.exp(-logit))))
+            self.tau = min(_HIGHEST_TAU, max(lowest, 1 / (1 + math.exp(-logit))))

@@ -139,7 +139,7 @@ class GrpoRecipe(Run):
         wanted_pauses: Pauses a rollout that the threshold is moved towards while training; 0 keeps the checkpoint's.
         kl_weight: Beta of the KL divergence to the policy at the beginning.
         loss: How tokens are weighed: `grpo` (each rollout the same), `dapo` (each token the same), `dr_grpo` (each
-            token the same, by a constant; and advantages are not divided by their deviation).
+            token the same, by a constant).
         clip_low, clip_high: Bounds of the ratio to the policy that wrote the rollouts: 1 - low and 1 + high.
         updates_per_rollout: Optimizer steps that one set of rollouts is cut into.
         max_importance: Where the weight of sampler against trainer is cut off.
@@ -153,6 +153,9 @@ class GrpoRecipe(Run):
         weights: Of the parts of the reward.
         backend: What writes the rollouts.
         gpu_memory_utilization: Share of each GPU's memory that the engine may have; the trainer needs the rest.
+        scales_rewards: Whether what a rollout gained on its group is divided by the group's deviation (GRPO, Shao et
+            al. 2024), so that a group whose rewards hardly differ counts as much as one of right and wrong answers;
+            without, it is reward less mean, as the method has it. `dr_grpo` never divides.
     """
 
     group_size: int
@@ -175,6 +178,12 @@ class GrpoRecipe(Run):
     weights: Weights = field(default_factory=Weights)
     backend: Literal["vllm", "transformers"] = "vllm"
     gpu_memory_utilization: float = 0.3
+    scales_rewards: bool = True
+
+    @property
+    def divides_advantages(self) -> bool:
+        """Whether the gains of a group are divided by their deviation."""
+        return self.scales_rewards and self.loss != "dr_grpo"
 
 
 def mini_sft() -> SftRecipe:
@@ -326,6 +335,27 @@ def qwen2_audio_7b_grpo() -> GrpoRecipe:
         collapse_length=0.5,
         collapse_format=0.7,
         lgc_weights=True,
+        scales_rewards=False,
+    )
+
+
+def mini_finetune() -> SftRecipe:
+    """Stage I of a small checkpoint on a data set of one's own, on two cores or one GPU."""
+    return replace(
+        qwen2_audio_7b_sft(),
+        name="mini_finetune",
+        num_steps=300,
+        batch_size=16,
+        rows_at_once=16,
+        learning_rate=2e-4,
+        min_learning_rate=2e-5,
+        warmup_steps=20,
+        log_every_steps=1,
+        save_every_steps=50,
+        dtype=native_dtype(),
+        autocast=False,
+        gradient_checkpointing=False,
+        fsdp="",
     )
 
 
@@ -379,5 +409,13 @@ def debug_grpo() -> GrpoRecipe:
 
 RECIPES = {
     recipe.__name__: recipe
-    for recipe in (mini_sft, mini_grpo, qwen2_audio_7b_sft, qwen2_audio_7b_grpo, debug, debug_grpo)
+    for recipe in (
+        mini_sft,
+        mini_finetune,
+        mini_grpo,
+        qwen2_audio_7b_sft,
+        qwen2_audio_7b_grpo,
+        debug,
+        debug_grpo,
+    )
 }

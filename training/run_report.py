@@ -1,4 +1,4 @@
-"""Tells how a run went: its curves as a picture and a page of Markdown, from its log alone.
+"""Tells how a run went: its curves as a picture, a page and a card of Markdown, from its log and recipe alone.
 
 Knows nothing of models; a run that is still going on, or was cut off, can be reported too.
 """
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.trainer import read_log
+from hyper_model.manifest import MANIFEST_FILE, read_manifest
+from training.trainer import read_log, read_recipe
 
 CURVES_FILE, REPORT_FILE = "curves.png", "report.md"
 
@@ -45,29 +46,68 @@ def write_report(run_dir: Path, *, outcome: str) -> Path:
     Args:
         outcome: How the run ended, in a sentence.
     """
-    recipe = json.loads((run_dir / "recipe.json").read_text(encoding="utf-8"))
+    recipe = read_recipe(run_dir)
     rows = read_log(run_dir)
     draw_curves(rows, run_dir / CURVES_FILE, title=recipe["name"])
-    lines = [f"# Run of {recipe['name']}", "", outcome, "", f"![Curves]({CURVES_FILE})", ""]
-    if rows:
-        share = max(1, len(rows) // 10)
-        lines += [
-            f"Means over the first and the last tenth of the log ({share} of {len(rows)} lines each):",
-            "",
-            "| | first | last |",
-            "| --- | --- | --- |",
-        ]
-        for name in _TOLD:
-            first, last = _mean(rows[:share], name), _mean(rows[-share:], name)
-            if first is not None and last is not None:
-                lines.append(f"| {name} | {first:.4g} | {last:.4g} |")
-        seconds = _mean(rows, "step_s")
-        if seconds is not None:
-            lines += ["", f"{rows[-1]['step']} steps, {seconds:.2f} s each on average."]
+    lines = [f"# Run of {recipe['name']}", "", outcome, "", f"![Curves]({CURVES_FILE})", "", *_told(rows)]
     lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=2), "```", ""]
     page = run_dir / REPORT_FILE
     page.write_text("\n".join(lines), encoding="utf-8")
     return page
+
+
+def write_card(run_dir: Path, checkpoint: Path, *, outcome: str, data: str | None) -> Path:
+    """Writes the card of a checkpoint that a run has exported, and returns it.
+
+    It says what is known by then; how well the checkpoint hears is for whoever measures it to add.
+
+    Args:
+        data: The name of the file that it was trained on; None for synthetic scenes.
+    """
+    manifest = read_manifest((checkpoint / MANIFEST_FILE).read_bytes())
+    recipe = read_recipe(run_dir)
+    source = "Synthetic scenes (docs/data-card.md of the project that trained it)."
+    if data is not None:
+        source = f"{data} (sha256 {recipe['origin']['data'][:12]})."
+    lines = [
+        f"# {manifest.name}",
+        "",
+        f"A HyPeR checkpoint: {manifest.base_model}; recipe `{recipe['name']}`. {outcome} `hyper checkpoint info` "
+        "prints all settings.",
+        "",
+        f"- Data: {source}",
+        "- Pauses: by no threshold of these weights, until `hyper checkpoint calibrate` has found one.",
+        "- Not measured: `hyper eval --checkpoint` does that.",
+        "- Licence: what those of its base and of its data leave.",
+        "",
+        "## Its training",
+        "",
+        *_told(read_log(run_dir)),
+    ]
+    card = checkpoint / "README.md"
+    card.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return card
+
+
+def _told(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns how a run began and ended, as lines of a page."""
+    if not rows:
+        return ["No line was logged."]
+    share = max(1, len(rows) // 10)
+    lines = [
+        f"Means over the first and the last tenth of the log ({share} of {len(rows)} lines each):",
+        "",
+        "| | first | last |",
+        "| --- | --- | --- |",
+    ]
+    for name in _TOLD:
+        first, last = _mean(rows[:share], name), _mean(rows[-share:], name)
+        if first is not None and last is not None:
+            lines.append(f"| {name} | {first:.4g} | {last:.4g} |")
+    seconds = _mean(rows, "step_s")
+    if seconds is not None:
+        lines += ["", f"{rows[-1]['step']} steps, {seconds:.2f} s each on average."]
+    return lines
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:

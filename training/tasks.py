@@ -20,6 +20,8 @@ from training.scenes import SceneBuilder
 
 _FIRST_SEED = 5_000_000
 """First seed of Stage II's scenes, beyond those of the clips of Stage I."""
+_SEED_STRIDE, _NUM_SEEDS = 100_000, 40
+"""Scenes of one run's seed, and how many seeds there is room for before those of exported sets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +44,12 @@ class SceneTasks:
     """Draws scenes that nobody has asked about before, mixed when they are needed.
 
     Args:
-        first_seed: Of the scenes.
+        seed: Other scenes for each; runs of seeds 0 to 39 have none in common.
     """
 
-    def __init__(self, builder: SceneBuilder, tokenizer: TraceTokenizer, *, first_seed: int = _FIRST_SEED) -> None:
-        self.builder, self.tokenizer, self.first_seed = builder, tokenizer, first_seed
+    def __init__(self, builder: SceneBuilder, tokenizer: TraceTokenizer, *, seed: int) -> None:
+        self.builder, self.tokenizer = builder, tokenizer
+        self.first_seed = _FIRST_SEED + seed % _NUM_SEEDS * _SEED_STRIDE
 
     def draw(self, number: int) -> Task:
         """Mixes a scene and asks one question about it."""

@@ -36,7 +36,8 @@ SEED = 0
 @click.option(
     "--data",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Questions and clips, in any format that `hyper data check` reads.  [default: synthetic scenes under --work]",
+    help="Questions and clips, in any format that `hyper data check` reads; for Stage I with gold completions, which "
+    "PAQA and ShareGPT have. qwen2_audio_7b_sft and mini_finetune need it.  [default: synthetic scenes under --work]",
 )
 @click.option(
     "--audio-root",
@@ -45,8 +46,14 @@ SEED = 0
 )
 @work_option
 @click.option("--export", "export_to", type=click.Path(file_okay=False, path_type=Path), help="Export here at the end.")
-@click.option("--export-only", is_flag=True, help="Export the run's last checkpoint without training on.")
+@click.option(
+    "--export-only",
+    is_flag=True,
+    help="Export the last checkpoint of the run in RUN_DIR, which may be going on, by the settings that it was begun "
+    "with; --base and --data are named as then.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is at --export already.")
+@click.option("--name", help="What to call the exported checkpoint.  [default: the name of its folder]")
 @click.option(
     "--processes",
     type=click.IntRange(1),
@@ -54,7 +61,14 @@ SEED = 0
     show_default=True,
     help="Ranks on this machine, each with one thread on CPU. Across machines, start this command with torchrun.",
 )
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change a setting of the recipe.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a setting of the recipe, as JSON where it is no text; may be given several times. "
+    "training/recipes.py says what each is.",
+)
 @click.option(
     "--loader-workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read ahead."
 )
@@ -69,41 +83,56 @@ def train(
     export_to: Path | None,
     export_only: bool,
     overwrite: bool,
+    name: str | None,
     processes: int,
     settings: tuple[str, ...],
     loader_workers: int,
 ) -> None:
-    """Train RECIPE into RUN_DIR: Stage I (mini_sft, qwen2_audio_7b_sft) or Stage II (mini_grpo, qwen2_audio_7b_grpo).
+    """Train RECIPE into RUN_DIR.
 
-    RUN_DIR gets checkpoints that --resume goes on from bit for bit, log.jsonl, TensorBoard files, and at the end
-    curves.png, report.md and, with --export, a checkpoint to serve.
+    Stage I teaches the perceptual trace: mini_sft (the embedded checkpoint, from built clips), mini_finetune (a small
+    checkpoint, on a file of yours), qwen2_audio_7b_sft (sharded over GPUs). Stage II lets the checkpoint write and
+    rewards it: mini_grpo, qwen2_audio_7b_grpo. debug and debug_grpo take a few steps of a tiny model.
+
+    RUN_DIR gets the last two checkpoints, which --resume goes on from (bit for bit on CPU), log.jsonl, TensorBoard
+    files, and at the end curves.png, report.md and, with --export, a checkpoint to serve.
     """
     if processes > 1 and "RANK" not in os.environ:
         _launch(processes)
         return
     # One thread a process: on shared cores threads inside processes cost several times what they give.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from hyper_model.manifest import name_of
     from training.recipes import RECIPES, GrpoRecipe
 
     if recipe not in RECIPES:
         raise click.BadParameter(f"{recipe!r} is none of {', '.join(RECIPES)}", param_hint="RECIPE")
-    chosen: Any = _changed(RECIPES[recipe](), settings)
+    chosen: Any = _as_begun(recipe, run_dir, settings) if export_only else _changed(RECIPES[recipe](), settings)
     is_writer = os.environ.get("RANK", "0") == "0"
-    from training.trainer import last_checkpoint, prepare_run_dir
+    from training.trainer import check_run, last_checkpoint, prepare_run_dir
 
-    if export_only:
-        if last_checkpoint(run_dir) is None:
-            raise click.ClickException(f"{run_dir} holds no whole checkpoint to export")
-        resume = True
     origin = {"base": None if base is None else _sum(base / "hyper.json"), "data": None if data is None else _sum(data)}
     checkpoint = last_checkpoint(run_dir)
-    if is_writer:
-        checkpoint = prepare_run_dir(run_dir, chosen, is_resumed=resume, origin=origin)
+    if export_only:
+        if export_to is None:
+            raise click.UsageError("--export-only needs --export, the folder to export to")
+        if checkpoint is None:
+            raise click.ClickException(f"{run_dir} holds no whole checkpoint to export")
+        # Whoever is training there may be half-way through writing the next one: nothing is removed.
+        check_run(run_dir, chosen, origin)
+    else:
+        _check_recipe(chosen)
+        if is_writer:
+            checkpoint = prepare_run_dir(run_dir, chosen, is_resumed=resume, origin=origin)
     is_over = checkpoint is not None and _step_of(checkpoint) >= chosen.num_steps
+    if is_over and not export_only and export_to is not None and (export_to / "hyper.json").exists():
+        # It may have been calibrated since.
+        click.echo(f"{run_dir} is over and {export_to} is there; --export-only --overwrite would make it anew")
+        return
     if export_only or is_over:
         model = _model(chosen, run_dir, base, work)
     else:
-        examples = None if data is None else _examples(data, audio_root)
+        examples = None if data is None else _examples(data, audio_root, needs_answers=isinstance(chosen, GrpoRecipe))
         if isinstance(chosen, GrpoRecipe):
             trainer = _grpo(chosen, run_dir, base, examples, work)
         else:
@@ -114,7 +143,10 @@ def train(
     if is_writer:
         saved = last_checkpoint(run_dir)
         assert saved is not None
-        _finish(model or _model(chosen, run_dir, base, work), chosen, run_dir, saved, export_to, overwrite=overwrite)
+        model = model or _model(chosen, run_dir, base, work)
+        if export_to is not None:
+            model.manifest |= {"name": name or name_of(export_to), "data_card": "README.md"}
+        _finish(model, chosen, run_dir, saved, export_to, data, overwrite=overwrite)
 
 
 def _sum(file: Path) -> str:
@@ -122,6 +154,33 @@ def _sum(file: Path) -> str:
 
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _as_begun(recipe: str, run_dir: Path, settings: tuple[str, ...]) -> Any:
+    """Returns the recipe as the run in a directory was begun with."""
+    import json
+
+    from training.recipes import RECIPES
+    from training.trainer import read_recipe
+
+    said = read_recipe(run_dir)
+    if settings:
+        raise click.UsageError("--export-only takes the settings that the run was begun with: no --set")
+    if said["name"] != recipe:
+        raise click.BadParameter(f"{run_dir} holds a run of {said['name']}", param_hint="RECIPE")
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
+    return _changed(RECIPES[recipe](), tuple(f"{key}={text}" for key, text in texts.items() if key != "origin"))
+
+
+def _check_recipe(recipe: Any) -> None:
+    """Refuses what could not run: sharding over one process, and adapters on a decoder that is made anew."""
+    if recipe.lora is not None and getattr(recipe, "decoder", None) is not None:
+        raise click.UsageError(f"{recipe.name} trains a whole decoder: lora is for recipes that train a checkpoint")
+    if recipe.fsdp and "RANK" not in os.environ:
+        raise click.UsageError(
+            f"{recipe.name} shards the model over several processes: start it with --processes N or torchrun, or keep "
+            "the model whole with `--set fsdp=`"
+        )
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -157,8 +216,9 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
     hints = get_type_hints(type(recipe))
     for setting in settings:
         name, equals, text = setting.partition("=")
-        if not equals or name not in {field.name for field in dataclasses.fields(recipe)}:
-            raise click.BadParameter(f"{setting!r}: NAME must be a setting of the recipe", param_hint="--set")
+        known = [field.name for field in dataclasses.fields(recipe)]
+        if not equals or name not in known:
+            raise click.BadParameter(f"{setting!r}: NAME must be one of {', '.join(known)}", param_hint="--set")
         before = getattr(recipe, name)
         try:
             value = text if isinstance(before, str) else json.loads(text)
@@ -184,13 +244,24 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
     return recipe
 
 
-def _examples(data: Path, audio_root: Path | None) -> list[Example]:
+def _examples(data: Path, audio_root: Path | None, *, needs_answers: bool) -> list[Example]:
     from training.examples import ExampleError, read_examples
 
     faults: list[ExampleError] = []
     examples = list(read_examples(data, audio_root=audio_root, on_fault=faults.append))
     if faults:
         click.echo(f"{len(faults)} rows left out, the first: {faults[0]}", err=True)
+    # A clip is opened when its turn comes, which may be hours away.
+    missing = [example for example in examples if not os.path.isfile(example.audio)]
+    if missing:
+        raise click.ClickException(
+            f"{len(missing)} of {len(examples)} rows name a clip that is not there, the first: {missing[0].source}: "
+            f"{missing[0].audio} (--audio-root says where relative paths start)"
+        )
+    answered = [example for example in examples if example.answer]
+    if needs_answers and len(answered) < len(examples):
+        click.echo(f"{len(examples) - len(answered)} rows left out: they have no answer to reward by", err=True)
+        return answered
     return examples
 
 
@@ -322,7 +393,8 @@ def _grpo(
     if examples is not None:
         tasks: Any = ExampleTasks(examples, model.tokenizer, seed=recipe.seed)
     else:
-        tasks = SceneTasks(SceneBuilder(Bank(work / "bank"), work / "assets" / SOUNDS_FOLDER, "train"), model.tokenizer)
+        builder = SceneBuilder(Bank(work / "bank"), work / "assets" / SOUNDS_FOLDER, "train")
+        tasks = SceneTasks(builder, model.tokenizer, seed=recipe.seed)
     num_rollouts = recipe.batch_size * recipe.group_size
     if recipe.backend == "vllm":
         backend: Any = VllmBackend(
@@ -340,17 +412,26 @@ def _grpo(
 
 
 def _finish(
-    model: RunModel, recipe: Any, run_dir: Path, saved: Path, export_to: Path | None, *, overwrite: bool
+    model: RunModel,
+    recipe: Any,
+    run_dir: Path,
+    saved: Path,
+    export_to: Path | None,
+    data: Path | None,
+    *,
+    overwrite: bool,
 ) -> None:
     """Exports a run's last checkpoint, and reports on the run."""
     import json
 
     import torch
 
-    from training.run_report import write_report
+    from training.run_report import write_card, write_report
 
     num_steps = _step_of(saved)
     state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
+    stopped = state.get("stopped")
+    outcome = f"Ended at step {num_steps} of {recipe.num_steps}" + (f": {stopped}." if stopped else ".")
     if export_to is not None:
         model.load(saved)
         # Without a gate there is no threshold that was moved.
@@ -359,7 +440,7 @@ def _finish(
         dtype = getattr(torch, recipe.export_dtype)
         checkpoint = model.export(export_to, recipe=recipe, num_steps=num_steps, dtype=dtype, overwrite=overwrite)
         click.echo(f"exported {checkpoint.path} (manifest sha256 {checkpoint.manifest_sha256[:12]})")
-        click.echo(f"its thresholds are not calibrated for these weights: hyper checkpoint calibrate {export_to}")
-    stopped = state.get("stopped")
-    outcome = f"Ended at step {num_steps} of {recipe.num_steps}" + (f": {stopped}." if stopped else ".")
+        write_card(run_dir, checkpoint.path, outcome=outcome, data=None if data is None else data.name)
+        budget = "" if checkpoint.manifest.pause.max_pauses else " --max-pauses 3"
+        click.echo(f"no threshold is calibrated for these weights: hyper checkpoint calibrate {export_to}{budget}")
     click.echo(f"{outcome} {write_report(run_dir, outcome=outcome)}")

@@ -37,6 +37,7 @@ from training.recipes import GrpoRecipe, SftRecipe
 
 COMPLETE = "complete"
 LOG_FILE = "log.jsonl"
+RECIPE_FILE = "recipe.json"
 Recipe = SftRecipe | GrpoRecipe
 
 
@@ -343,6 +344,18 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_recipe(run_dir: Path) -> dict[str, Any]:
+    """Reads what a run was begun with: its recipe, and the sums of its base and its data as `origin`.
+
+    Raises:
+        TrainingError: There is no run.
+    """
+    try:
+        return json.loads((run_dir / RECIPE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TrainingError(f"{run_dir} holds no run") from error
+
+
 def last_checkpoint(run_dir: Path) -> Path | None:
     """Returns the newest whole checkpoint of a run."""
     whole = [path.parent for path in run_dir.glob(f"checkpoint-*/{COMPLETE}")]
@@ -361,12 +374,29 @@ def _with_defaults(said: Mapping[str, Any], recipe: Any) -> dict[str, Any]:
     return found
 
 
+def check_run(run_dir: Path, recipe: Recipe, origin: Mapping[str, str | None]) -> None:
+    """Checks that a run was begun by this recipe, from this base and on this data.
+
+    Raises:
+        TrainingError: It was not; the message names what differs.
+    """
+    before = _with_defaults(read_recipe(run_dir), recipe)
+    now = json.loads(_said(recipe, origin))
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if changed:
+        raise TrainingError(f"{run_dir} was begun otherwise: {', '.join(changed)} differ")
+
+
+def _said(recipe: Recipe, origin: Mapping[str, str | None]) -> str:
+    return json.dumps(asdict(recipe) | {"origin": dict(origin)}, indent=2) + "\n"
+
+
 def prepare_run_dir(
     run_dir: Path, recipe: Recipe, *, is_resumed: bool, origin: Mapping[str, str | None] | None = None
 ) -> Path | None:
     """Makes a run's directory, or checks that one can be gone on with; returns the checkpoint to resume from.
 
-    Half-written checkpoints of a run that is resumed are removed.
+    Half-written checkpoints of a run that is resumed are removed; what failed before it made anything begins anew.
 
     Args:
         origin: Sums of what the run stands on besides its recipe: its base and its data.
@@ -375,22 +405,19 @@ def prepare_run_dir(
         TrainingError: There is a run already and it is not to be resumed, or it was made by another recipe, or from
             something else.
     """
-    said = asdict(recipe) | {"origin": dict(origin or {})}
-    file, text = run_dir / "recipe.json", json.dumps(said, indent=2) + "\n"
-    if file.exists():
+    origin, file = origin or {}, run_dir / RECIPE_FILE
+    # What failed before it trained or made anything was not begun, and may be begun otherwise.
+    is_begun = file.exists() and any(path != file for path in run_dir.iterdir())
+    if is_begun:
         if not is_resumed:
             raise TrainingError(f"{run_dir} holds a run already: --resume goes on with it, or choose another folder")
-        before = _with_defaults(json.loads(file.read_text(encoding="utf-8")), recipe)
-        now = json.loads(text)
-        changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        if changed:
-            raise TrainingError(f"{run_dir} was begun otherwise: {', '.join(changed)} differ")
+        check_run(run_dir, recipe, origin)
         for folder in run_dir.glob("checkpoint-*"):
             if not (folder / COMPLETE).exists():
                 shutil.rmtree(folder)
         return last_checkpoint(run_dir)
-    if is_resumed:
+    if is_resumed and not file.exists():
         raise TrainingError(f"{run_dir} holds no run to resume")
     run_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    file.write_text(_said(recipe, origin), encoding="utf-8")
     return None
