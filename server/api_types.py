@@ -234,3 +234,65 @@ class Readiness(Wire):
 
     ready: bool
     reasons: list[str]
+
+
+class CheckpointInfo(Wire):
+    """Names the checkpoint that answers."""
+
+    name: str
+    manifest_sha256: str
+    base_model: str
+    max_model_len: int = Field(description="Tokens of prompt, clip, trace and pauses together.")
+
+
+class DecodingInfo(Wire):
+    """Says where clips are decoded."""
+
+    sandbox: list[str] = Field(description="What keeps a decoder in, strongest first; none, and nothing does.")
+    memory_mib: int = Field(description="What one decoder may take.")
+
+
+class PauseInfo(Wire):
+    """Says when the checkpoint pauses, and what a pause is made of."""
+
+    mode: Literal["parallel", "sampled", "off"]
+    latent_tokens: int = Field(description="Length of a pause.")
+    has_position_tokens: bool = Field(description="Whether each position of a pause has a token of its own.")
+    max_pauses: int = Field(description="Budget of a request.")
+    tau_pause: float = Field(description="A mean confidence below this opens a pause.")
+    tau_abort: float = Field(description="One below this ends the answer.")
+    window_tokens: int = Field(description="Tokens that the mean is over.")
+    sections: list[str] = Field(description="Where it may pause.")
+    is_calibrated: bool = Field(description="Whether the thresholds were measured on this checkpoint.")
+
+
+class LimitsInfo(Wire):
+    """Says what a request may ask for."""
+
+    window_s: float = Field(description="Seconds of sound that the model hears at once.")
+    min_audio_s: float
+    max_audio_s: float
+    max_audio_bytes: int
+    max_body_bytes: int
+    max_question_chars: int
+    max_choices: int
+    max_choice_chars: int
+    max_tokens: int
+    max_timeout_ms: int
+    max_in_flight: int
+    max_queue_wait_s: float
+
+
+class InfoReply(Wire):
+    """Says what this service is and takes."""
+
+    version: str
+    engine: str
+    checkpoint: CheckpointInfo
+    formats: list[str] = Field(description="Kinds of files that are read.")
+    decoding: DecodingInfo
+    sections: list[str] = Field(description="Sections of a trace, in their order.")
+    environment_labels: list[str] = Field(description="What the checkpoint can name as background; empty where any.")
+    pause: PauseInfo
+    long_audio: list[str] = Field(description="What `long_audio` may be.")
+    limits: LimitsInfo

@@ -23,7 +23,17 @@ from starlette.types import Receive, Scope, Send
 from hyper_model.audio import FORMATS, SAMPLE_RATE_HZ, Waveform, require_single_window
 from hyper_model.errors import AudioTooLongError
 from hyper_model.trace import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_QUESTION_CHARS, Section, build_prompt
-from server.api_types import QaBody, QaOptions, QaReply, Readiness
+from server.api_types import (
+    CheckpointInfo,
+    DecodingInfo,
+    InfoReply,
+    LimitsInfo,
+    PauseInfo,
+    QaBody,
+    QaOptions,
+    QaReply,
+    Readiness,
+)
 from server.exchange import Exchange, StageTime
 from server.faults import RequestError, as_fault
 from server.metrics import version
@@ -402,49 +412,50 @@ def sse(name: str, data: Mapping[str, Any]) -> bytes:
 
 
 @router.get("/v1/info", summary="What this service is and takes")
-async def info(request: Request) -> dict[str, Any]:
+async def info(request: Request) -> InfoReply:
     """Describes the checkpoint, the limits, the formats and the pause settings."""
     service: Service = request.app.state.service
-    settings, manifest = service.settings, service.checkpoint.manifest
-    return {
-        "version": version(),
-        "engine": settings.engine,
-        "checkpoint": {
-            "name": manifest.name,
-            "manifest_sha256": service.checkpoint.manifest_sha256,
-            "base_model": manifest.base_model,
-            "max_model_len": manifest.max_model_len,
-        },
-        "formats": list(FORMATS),
-        "decoding": {"sandbox": list(service.box.layers), "memory_mib": settings.decode_memory_mib},
-        "sections": [section.value for section in Section],
-        "environment_labels": list(manifest.environment_labels),
-        "pause": {
-            "mode": manifest.pause.mode if service.gate else "off",
-            "latent_tokens": manifest.pause.latent_tokens,
-            "max_pauses": service.max_pauses,
-            "tau_pause": manifest.pause.tau_pause,
-            "tau_abort": manifest.pause.tau_abort,
-            "window_tokens": manifest.pause.window_tokens,
-            "sections": list(manifest.pause.sections),
-            "is_calibrated": manifest.pause.calibration is not None,
-        },
-        "long_audio": ["error"],
-        "limits": {
-            "window_s": manifest.audio.window_s,
-            "min_audio_s": manifest.audio.min_duration_s,
-            "max_audio_s": settings.max_audio_s,
-            "max_audio_bytes": settings.max_audio_bytes,
-            "max_body_bytes": settings.max_body_bytes,
-            "max_question_chars": MAX_QUESTION_CHARS,
-            "max_choices": MAX_CHOICES,
-            "max_choice_chars": MAX_CHOICE_CHARS,
-            "max_tokens": settings.max_tokens,
-            "max_timeout_ms": settings.max_timeout_ms,
-            "max_in_flight": settings.max_in_flight,
-            "max_queue_wait_s": settings.max_queue_wait_s,
-        },
-    }
+    settings, manifest, pause = service.settings, service.checkpoint.manifest, service.checkpoint.manifest.pause
+    return InfoReply(
+        version=version(),
+        engine=settings.engine,
+        checkpoint=CheckpointInfo(
+            name=manifest.name,
+            manifest_sha256=service.checkpoint.manifest_sha256,
+            base_model=manifest.base_model,
+            max_model_len=manifest.max_model_len,
+        ),
+        formats=list(FORMATS),
+        decoding=DecodingInfo(sandbox=list(service.box.layers), memory_mib=settings.decode_memory_mib),
+        sections=[section.value for section in Section],
+        environment_labels=list(manifest.environment_labels),
+        pause=PauseInfo(
+            mode=pause.mode if service.gate else "off",
+            latent_tokens=pause.latent_tokens,
+            has_position_tokens=pause.position_ids is not None,
+            max_pauses=service.max_pauses,
+            tau_pause=pause.tau_pause,
+            tau_abort=pause.tau_abort,
+            window_tokens=pause.window_tokens,
+            sections=list(pause.sections),
+            is_calibrated=pause.calibration is not None,
+        ),
+        long_audio=["error"],
+        limits=LimitsInfo(
+            window_s=manifest.audio.window_s,
+            min_audio_s=manifest.audio.min_duration_s,
+            max_audio_s=settings.max_audio_s,
+            max_audio_bytes=settings.max_audio_bytes,
+            max_body_bytes=settings.max_body_bytes,
+            max_question_chars=MAX_QUESTION_CHARS,
+            max_choices=MAX_CHOICES,
+            max_choice_chars=MAX_CHOICE_CHARS,
+            max_tokens=settings.max_tokens,
+            max_timeout_ms=settings.max_timeout_ms,
+            max_in_flight=settings.max_in_flight,
+            max_queue_wait_s=settings.max_queue_wait_s,
+        ),
+    )
 
 
 # Probes may ask with HEAD. The lower route answers both methods and names both in `Allow`; the upper is for the page.

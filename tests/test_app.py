@@ -165,6 +165,11 @@ def test_info_says_what_is_served(live: Live) -> None:
     pause = info["pause"]
     assert (pause["mode"], pause["latent_tokens"], pause["max_pauses"]) == ("parallel", 64, 3)
     assert pause["tau_abort"] < pause["tau_pause"] and "REASONING" in pause["sections"] and not pause["is_calibrated"]
+    assert pause["has_position_tokens"] is False
+    document = live.client.get("/openapi.json").json()
+    reply = document["paths"]["/v1/info"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    described = document["components"]["schemas"][reply["$ref"].rpartition("/")[2]]
+    assert set(described["properties"]) == set(info)
 
 
 def test_the_api_page_shows_both_bodies_and_the_reply(live: Live) -> None:
