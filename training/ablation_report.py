@@ -21,11 +21,20 @@ from training.ablation import ARMS, SETTINGS_FILE, SUITES, Arm, arm_dir
 from training.evaluate import Judged, judged_of
 from training.recipes import TraceStyle
 from training.report import RESULT_FILE
-from training.statistics import Sums, compare, figure
+from training.statistics import Sums, compare, figure, shares
 
 PAGE_FILE, JSON_FILE, PICTURE_FILE = "ablation.md", "ablation.json", "ablation.png"
 REFERENCES = ("sft", "grpo-explicit", "hyper")
 """Arms that every other is compared with."""
+
+UNPAUSED = "grpo-explicit"
+"""What arms that pause are, but for their pauses."""
+PAUSE_GROUPS: Mapping[str, Callable[[Judged], bool]] = {
+    "no pause": lambda j: not j.is_aborted and not j.num_pauses,
+    "paused": lambda j: not j.is_aborted and bool(j.num_pauses),
+    "given up": lambda j: bool(j.is_aborted),
+}
+"""Completions of an arm that pauses, by what its gate did."""
 
 Value = Callable[[Judged], float | tuple[float, float] | None]
 
@@ -58,6 +67,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("consistency", "consistency, 10 dB", ("snr-10",), lambda j: j.is_consistent, ("explicit", "short")),
     Column("wer", "word error, 10 dB", ("snr-10",), _word_errors, ("explicit",)),
     Column("pauses", "pauses a sample", SUITES, lambda j: j.num_pauses),
+    Column("given_up", "given up", SUITES, lambda j: j.is_aborted),
     Column("strict", "strict form", SUITES, lambda j: j.is_strict, ("explicit",)),
 )
 _ALL_ACCURACY = Column("accuracy", "accuracy, all three", SUITES, lambda j: j.is_right)
@@ -161,6 +171,7 @@ def _arm_summary(arm: Arm, found: Mapping[str, Mapping[int, Rows]], steps: Seque
         "steps": list(steps),
         "num_items": sum(len(_main(items)) for rows in seeds.values() for items in rows.values()),
         "figures": figures,
+        "by_pauses": _by_pauses(arm, found) if arm.max_pauses and UNPAUSED in found else {},
         "less": {
             name: compared
             for name in REFERENCES
@@ -189,6 +200,36 @@ def _compared(arm: Arm, name: str, found: Mapping[str, Mapping[int, Rows]]) -> d
                 # The same question stands there more than once, which McNemar's test would take for so many questions.
                 difference["p_mcnemar"] = None
             compared[column.name] = {key: value for key, value in difference.items() if value is not None}
+    return compared
+
+
+def _by_pauses(arm: Arm, found: Mapping[str, Mapping[int, Rows]]) -> dict[str, Any]:
+    """Compares choices with those of the same arm without pauses, apart where its gate paused and where it did not.
+
+    A gate pauses where a model is unsure, so questions with pauses are the harder ones: how they fare is to be seen
+    beside the same questions without, and not beside the others.
+    """
+    groups: dict[str, list[tuple[bool, bool, str]]] = {name: [] for name in PAUSE_GROUPS}
+    for seed, rows in found[arm.name].items():
+        ours, theirs = _shared(rows, found[UNPAUSED].get(seed, {}))
+        for suite, items in ours.items():
+            for id, row in items.items():
+                judged, other = judged_of(row), judged_of(theirs[suite][id])
+                if id.startswith("main/") and judged.is_right is not None and other.is_right is not None:
+                    (name,) = (name for name, holds in PAUSE_GROUPS.items() if holds(judged))
+                    groups[name].append((judged.is_right, other.is_right, row["voice"]))
+    compared: dict[str, Any] = {}
+    for name, some in groups.items():
+        if some:
+            ours, theirs, voices = zip(*some, strict=True)
+            difference = compare(shares(ours, voices), shares(theirs, voices))
+            compared[name] = {
+                "num_items": len(some),
+                "value": round(sum(ours) / len(some), 4),
+                "other": round(sum(theirs) / len(some), 4),
+                "difference": difference.value,
+                "interval_95": list(difference.interval),
+            }
     return compared
 
 
@@ -239,6 +280,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
             "Difference (95 %); p by bootstrap of voices, and by McNemar's exact test, which takes items for "
             "independent: where they disagree, believe the former. There are as many tests as cells."
         )
+    if any(arm["by_pauses"] for arm in arms):
+        parts += [f"## Where it paused, beside `{UNPAUSED}` on the same questions", _pauses_table(arms), _PAUSES_NOTE]
     parts += ["## Beside the paper", _paper_table(arms), _PAPER_NOTE]
     return "\n\n".join(parts) + "\n"
 
@@ -295,6 +338,32 @@ def _difference(found: Mapping[str, Any] | None) -> str:
     low, high = found["interval"]
     tests = f"p {found['p_bootstrap']:.3g}" + (f", {found['p_mcnemar']:.3g}" if "p_mcnemar" in found else "")
     return f"{found['value']:+.3f} ({low:+.3f} to {high:+.3f}), {tests}"
+
+
+def _pauses_table(arms: Sequence[Mapping[str, Any]]) -> str:
+    rows: list[list[str]] = []
+    for arm in arms:
+        if arm["by_pauses"]:
+            cells: list[str] = []
+            for name in PAUSE_GROUPS:
+                found = arm["by_pauses"].get(name)
+                if found is None:
+                    cells.append("-")
+                    continue
+                low, high = found["interval_95"]
+                cells.append(
+                    f"{found['value']:.3f} / {found['other']:.3f} of {found['num_items']}: {found['difference']:+.3f} "
+                    f"({low:+.3f} to {high:+.3f})"
+                )
+            rows.append([f"`{arm['name']}`", *cells])
+    return _table(["arm", *PAUSE_GROUPS], rows)
+
+
+_PAUSES_NOTE = (
+    "Choices right with the gate / without it, of so many questions of all three sets: where the gate opened no pause, "
+    "where it opened one or more, and where it gave the completion up. A gate opens where the model is unsure, so the "
+    "questions of the second group are harder whether there are pauses or not."
+)
 
 
 def _paper_table(arms: Sequence[Mapping[str, Any]]) -> str:
