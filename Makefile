@@ -7,10 +7,9 @@ DEVICE ?= cpu
 VENV ?= $(if $(filter gpu,$(DEVICE)),.venv-gpu,.venv)
 INSTALL := requirements/install.sh $(VENV) $(DEVICE)
 BIN := $(VENV)/bin
-# Where training keeps its audio, features and runs, how many processes train (a divisor of the batch), and what is measured.
+# Where training keeps its audio, features and runs, and how many processes train (a divisor of the batch).
 WORK ?= build
 PROCESSES ?= 2
-CHECKPOINT ?= checkpoints/hyper-mini
 
 .PHONY: help serve test check bench torture bench-train sbom venv lock bank scenes train calibrate grpo eval clean
 
@@ -69,9 +68,9 @@ train: ## Train the embedded checkpoint's Stage I, going on where it stopped, an
 	@exec $(BIN)/hyper train mini_sft $(WORK)/runs/mini_sft --work $(WORK) --processes $(PROCESSES) $(if $(BASE),--base $(BASE)) \
 	  --export $(WORK)/hyper-mini --overwrite $(if $(wildcard $(WORK)/runs/mini_sft/recipe.json),--resume)
 
-calibrate: ## Give WORK/hyper-mini a gate as the embedded checkpoint has it
+calibrate: ## Give CHECKPOINT (WORK/hyper-mini if not named) a gate as the embedded checkpoint has it
 	@$(INSTALL) train data
-	@exec $(BIN)/hyper checkpoint calibrate $(WORK)/hyper-mini --work $(WORK) --max-pauses 3 --window-tokens 1 --rest-tokens 8 \
+	@exec $(BIN)/hyper checkpoint calibrate $(or $(CHECKPOINT),$(WORK)/hyper-mini) --work $(WORK) --max-pauses 3 --window-tokens 1 --rest-tokens 8 \
 	  --section ENV --wanted-aborts 0.04
 
 grpo: ## Train Stage II on WORK/hyper-mini, which must have been calibrated, and export to WORK/hyper-mini-grpo
@@ -81,7 +80,7 @@ grpo: ## Train Stage II on WORK/hyper-mini, which must have been calibrated, and
 
 eval: ## Print the model card's figures as one JSON line (CHECKPOINT=DIR: of another checkpoint)
 	@$(INSTALL) train data
-	@exec $(BIN)/hyper eval --suite held-out --json --work $(WORK) --checkpoint $(CHECKPOINT)
+	@exec $(BIN)/hyper eval --suite held-out --json --work $(WORK) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
 clean: ## Remove environments and caches; leaves built data and runs
 	rm -rf .venv .venv-gpu .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -248,7 +248,7 @@ class CheckpointInfo(Wire):
 class DecodingInfo(Wire):
     """Says where clips are decoded."""
 
-    sandbox: list[str] = Field(description="What keeps a decoder in, strongest first; none, and nothing does.")
+    sandbox: list[str] = Field(description="What confines a decoder, strongest first; empty: nothing does.")
     memory_mib: int = Field(description="What one decoder may take.")
 
 
@@ -292,7 +292,7 @@ class InfoReply(Wire):
     formats: list[str] = Field(description="Kinds of files that are read.")
     decoding: DecodingInfo
     sections: list[str] = Field(description="Sections of a trace, in their order.")
-    environment_labels: list[str] = Field(description="What the checkpoint can name as background; empty where any.")
+    environment_labels: list[str] = Field(description="What the checkpoint can name as background; empty: anything.")
     pause: PauseInfo
     long_audio: list[str] = Field(description="What `long_audio` may be.")
     limits: LimitsInfo

@@ -58,6 +58,7 @@ from training.trainer import (
     MasterAdamW,
     TrainingError,
     last_checkpoint,
+    leave_run_dir,
     prepare_run_dir,
     read_log,
     read_recipe,
@@ -399,12 +400,16 @@ def test_a_loss_that_is_no_number_ends_the_run(start: Callable[..., TinyRun], tm
 
 def test_a_run_is_not_begun_twice_nor_gone_on_with_by_another_recipe(tmp_path: Path) -> None:
     recipe = debug()
-    # What failed before it made anything may be begun otherwise, whether anybody calls that resuming or not.
+    # What failed before it made anything may be begun otherwise; what is being begun may not be begun beside.
     prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, seed=2), is_resumed=False, origin={"base": "other"})
-    prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, seed=3), is_resumed=True)
+    with pytest.raises(TrainingError, match="--resume"):
+        prepare_run_dir(tmp_path / "run", recipe, is_resumed=False)
+    assert prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, seed=3), is_resumed=True) is None
+    leave_run_dir(tmp_path / "run")
     assert prepare_run_dir(tmp_path / "run", recipe, is_resumed=False) is None
     assert read_recipe(tmp_path / "run")["seed"] == 0
     (tmp_path / "run/log.jsonl").write_text("{}\n")
+    leave_run_dir(tmp_path / "run")
     with pytest.raises(TrainingError, match="--resume"):
         prepare_run_dir(tmp_path / "run", recipe, is_resumed=False)
     with pytest.raises(TrainingError, match="learning_rate, seed differ"):

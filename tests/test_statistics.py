@@ -111,9 +111,9 @@ def test_eight_voices_are_no_more_sure_than_eight_can_be() -> None:
         false_alarms += compare(one, other).p_bootstrap < 0.05
         _, (low, high) = figure(one)
         covered += low <= 0.8 <= high
-    # Without the stretch: 0.11 and 0.88.
+    # Without the stretch: 0.10 and 0.90.
     assert false_alarms / 200 <= 0.075
-    assert covered / 200 >= 0.91
+    assert covered / 200 >= 0.93
 
 
 def test_one_cluster_is_no_certainty() -> None:

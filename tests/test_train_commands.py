@@ -45,7 +45,7 @@ def test_a_run_ends_with_a_checkpoint_that_has_a_card_and_a_name(work: Path, tmp
     manifest = open_checkpoint(out).manifest
     assert manifest.name == "my-model" and manifest.data_card == "README.md"
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("# my-model\n") and "recipe `debug`. Ended at step 6 of 6." in card and "| loss |" in card
+    assert card.startswith("# my-model\n") and "recipe `debug`, after step 6 of 6." in card and "| loss |" in card
     assert (tmp_path / "run/report.md").exists() and len(read_log(tmp_path / "run")) == 6
 
     # Thresholds that were found since are not lost by the same command.
@@ -55,6 +55,12 @@ def test_a_run_ends_with_a_checkpoint_that_has_a_card_and_a_name(work: Path, tmp
     again = run("debug", tmp_path / "run", "--work", work, "--export", out, "--overwrite", "--resume")
     assert again.exit_code == 0 and "is over" in again.output
     assert open_checkpoint(out).manifest.name == "calibrated"
+    # Of another run, or of an earlier step, it is written over as asked.
+    said["recipe"] = "{}"
+    (out / "hyper.json").write_text(json.dumps(said))
+    assert run("debug", tmp_path / "run", "--work", work, "--export", out, "--resume").exit_code != 0
+    over = run("debug", tmp_path / "run", "--work", work, "--export", out, "--overwrite", "--resume")
+    assert over.exit_code == 0 and open_checkpoint(out).manifest.name == "my-model"
 
 
 def test_only_exporting_goes_by_the_run_and_leaves_it_as_it_is(work: Path, tmp_path: Path) -> None:
@@ -74,7 +80,9 @@ def test_only_exporting_goes_by_the_run_and_leaves_it_as_it_is(work: Path, tmp_p
     ):
         refused = run("debug", run_dir, "--work", work, "--export-only", "--export", tmp_path / "other", *more)
         assert refused.exit_code != 0 and said in f"{refused.output} {refused.exception}"
-    assert "needs --export" in run("debug", run_dir, "--export-only").output
+    (run_dir / "report.md").unlink()
+    reported = run("debug", run_dir, "--export-only")
+    assert "At step 3 of 3." in reported.output and (run_dir / "report.md").exists()
     assert "holds a run of debug" in run("mini_sft", run_dir, "--export-only", "--export", tmp_path / "other").output
 
 
@@ -83,15 +91,19 @@ def test_what_cannot_be_trained_is_said_and_the_folder_stays_free(work: Path, ro
     for arguments, said in (
         (("qwen2_audio_7b_sft", "--base", MINI, "--data", rows), "--processes N or torchrun"),
         (("qwen2_audio_7b_grpo", "--base", MINI), "--set fsdp="),
-        (("mini_finetune", "--base", MINI, "--data", rows), "1 of 1 rows name a clip that is not there"),
+        (("debug_grpo", "--base", MINI, "--data", rows), "1 of 1 rows name a clip that is not there"),
+        (("mini_finetune", "--base", MINI, "--data", rows), "no example with a gold completion"),
         (("mini_finetune", "--base", MINI), "name it with --data"),
         (("mini_grpo",), "name it with --base"),
-        (("mini_grpo", "--base", MINI, "--set", "wanted_pause=1"), "NAME must be one of name, seed, num_steps"),
+        (("mini_grpo", "--base", MINI, "--set", "wanted_pause=1"), "NAME must be one of seed, num_steps"),
+        (("debug", "--name", "my model"), "letters, digits"),
+        (("debug", "--set", "name=other"), "NAME must be one of seed"),
         (("debug", "--set", 'lora={"rank": 4, "alpha": 8}'), "lora is for recipes that train a checkpoint"),
         (("nonsense",), "is none of mini_sft, mini_finetune"),
     ):
         recipe, *more = arguments
         ran = run(recipe, run_dir, "--work", work, *more)
         assert ran.exit_code != 0 and said in f"{ran.output} {ran.exception}", (arguments, ran.output, ran.exception)
+        assert not list(run_dir.glob("*")), arguments
     # Nothing of it stands in the way of what can be.
     assert run("debug", run_dir, "--work", work, "--set", "num_steps=1").exit_code == 0

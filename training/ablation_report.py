@@ -277,8 +277,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
             parts += [f"## Less `{name}`, item by item", _differences_table(name, arms)]
     if any(arm["less"] for arm in arms):
         parts.append(
-            "Difference (95 %); p by bootstrap of voices, and by McNemar's exact test, which takes items for "
-            "independent: where they disagree, believe the former. There are as many tests as cells."
+            "Difference (95 %); p by bootstrap of voices, and, where no question stands there twice, by McNemar's "
+            "exact test, which takes items for independent: where they disagree, believe the former. There are as many "
+            "tests as cells."
         )
     if any(arm["by_pauses"] for arm in arms):
         parts += [f"## Where it paused, beside `{UNPAUSED}` on the same questions", _pauses_table(arms), _PAUSES_NOTE]

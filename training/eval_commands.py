@@ -205,8 +205,9 @@ def evaluate(
         raise click.UsageError("ask either --url or --baseline")
     if data is not None and suite not in FILE_SUITES:
         raise click.UsageError(f"--suite {suite} has items of its own: --data is for {', '.join(FILE_SUITES)}")
-    if pauses is not None and (url is not None or baseline is not None):
-        raise click.UsageError("--pauses is for a --checkpoint; a service has a budget of its own")
+    asks_checkpoint = (url is None and baseline is None) or any((path / "hyper.json").is_file() for path in against)
+    if pauses is not None and not asks_checkpoint:
+        raise click.UsageError("--pauses is for a checkpoint; a service has a budget of its own")
     if probe and (url is not None or baseline is not None):
         raise click.UsageError("--probe looks into a --checkpoint; neither --url nor --baseline shows its states")
     endpoint = None if url is None else _endpoint(url, **endpoint_options)

@@ -210,7 +210,9 @@ class GrpoTrainer(PolicyTrainer):
         """Goes on from there."""
         # A run that was stopped and is resumed all the same is watched from where it stands now.
         watch = Watch() if state["stopped"] else Watch(**state["watch"])
-        self.progress = Progress(**{**state, "tau": TauTracker(**state["tau"]), "watch": watch, "stopped": None})
+        # A state of a release before may not say how low the threshold may go.
+        tau = TauTracker(**{"lowest": self.progress.tau.lowest, **state["tau"]})
+        self.progress = Progress(**{**state, "tau": tau, "watch": watch, "stopped": None})
 
     def micro_batches(self, prepared: int) -> list[dict[str, Any]]:
         """Samples when the last rollouts are used up, and packs this update's share of them."""

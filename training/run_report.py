@@ -56,12 +56,13 @@ def write_report(run_dir: Path, *, outcome: str) -> Path:
     return page
 
 
-def write_card(run_dir: Path, checkpoint: Path, *, outcome: str, data: str | None) -> Path:
+def write_card(run_dir: Path, checkpoint: Path, *, num_steps: int, data: str | None) -> Path:
     """Writes the card of a checkpoint that a run has exported, and returns it.
 
     It says what is known by then; how well the checkpoint hears is for whoever measures it to add.
 
     Args:
+        num_steps: That its weights have had.
         data: The name of the file that it was trained on; None for synthetic scenes.
     """
     manifest = read_manifest((checkpoint / MANIFEST_FILE).read_bytes())
@@ -72,17 +73,17 @@ def write_card(run_dir: Path, checkpoint: Path, *, outcome: str, data: str | Non
     lines = [
         f"# {manifest.name}",
         "",
-        f"A HyPeR checkpoint: {manifest.base_model}; recipe `{recipe['name']}`. {outcome} `hyper checkpoint info` "
-        "prints all settings.",
+        f"A HyPeR checkpoint: {manifest.base_model}; recipe `{recipe['name']}`, after step {num_steps} of "
+        f"{recipe['num_steps']}. `hyper checkpoint info` prints all settings.",
         "",
         f"- Data: {source}",
-        "- Pauses: by no threshold of these weights, until `hyper checkpoint calibrate` has found one.",
+        "- Pauses: its thresholds are not calibrated for these weights; `hyper checkpoint calibrate` does that.",
         "- Not measured: `hyper eval --checkpoint` does that.",
         "- Licence: what those of its base and of its data leave.",
         "",
         "## Its training",
         "",
-        *_told(read_log(run_dir)),
+        *_told([row for row in read_log(run_dir) if row["step"] <= num_steps]),
     ]
     card = checkpoint / "README.md"
     card.write_text("\n".join(lines) + "\n", encoding="utf-8")

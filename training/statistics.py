@@ -102,12 +102,9 @@ def figure(sums: Sums, statistic: Statistic = ratio) -> tuple[float, tuple[float
     value = float(statistic(sums.values_NK.sum(0)))
     low, high = _percentiles(_stretch(value, statistic(_draws(sums)), sums))
     # What cannot be below 0, or above 1, is not beyond that in another sample either.
-    values_NK = sums.values_NK
-    if (values_NK >= 0).all():
+    if (sums.values_NK >= 0).all():
         low = max(low, 0.0)
-        if statistic is not ratio or (values_NK[:, 0] <= values_NK[:, 1]).all():
-            high = min(high, 1.0)
-    return value, (low, high)
+    return value, (low, min(high, 1.0) if _is_share(sums, statistic) else high)
 
 
 def compare(one: Sums, other: Sums, statistic: Statistic = ratio) -> Difference:
@@ -123,6 +120,8 @@ def compare(one: Sums, other: Sums, statistic: Statistic = ratio) -> Difference:
     value = float(statistic(one.values_NK.sum(0)) - statistic(other.values_NK.sum(0)))
     # The same seed draws the same clusters for both.
     draws = _stretch(value, statistic(_draws(one)) - statistic(_draws(other)), one)
+    if _is_share(one, statistic) and _is_share(other, statistic):
+        draws = np.clip(draws, -1.0, 1.0)
     p_bootstrap = 2 * min(float((draws <= 0).mean()), float((draws >= 0).mean()))
     found = Difference(
         value,
@@ -168,11 +167,17 @@ def _draws(sums: Sums) -> np.ndarray:
     return counts_BC @ totals_CK
 
 
+def _is_share(sums: Sums, statistic: Statistic) -> bool:
+    """Tells whether a figure is between 0 and 1 by its nature."""
+    values_NK = sums.values_NK
+    return bool((values_NK >= 0).all() and (statistic is not ratio or (values_NK[:, 0] <= values_NK[:, 1]).all()))
+
+
 def _stretch(value: float, draws_B: np.ndarray, sums: Sums) -> np.ndarray:
     """Returns draws as far from the figure as those of as few clusters have to be.
 
     Resampling C clusters has the variance of C - 1 over C of what it stands for, and takes their spread for known: with
-    eight, a test at 5 % of two equal systems errs in 11 % of the cases. A normal deviate over the root of a chi-square
+    eight, a test at 5 % of two equal systems errs in 10 % of the cases. A normal deviate over the root of a chi-square
     of C - 1 degrees over its degrees is t-distributed (Student 1908), so that is what each distance is divided by.
     """
     num = len(set(sums.drawn))

@@ -49,8 +49,8 @@ SEED = 0
 @click.option(
     "--export-only",
     is_flag=True,
-    help="Export the last checkpoint of the run in RUN_DIR, which may be going on, by the settings that it was begun "
-    "with; --base and --data are named as then.",
+    help="Report on the run in RUN_DIR, which may be going on, and with --export export its last checkpoint, by the "
+    "settings that it was begun with; --base and --data are named as then.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is at --export already.")
 @click.option("--name", help="What to call the exported checkpoint.  [default: the name of its folder]")
@@ -107,15 +107,15 @@ def train(
 
     if recipe not in RECIPES:
         raise click.BadParameter(f"{recipe!r} is none of {', '.join(RECIPES)}", param_hint="RECIPE")
+    if name is not None and name != name_of(Path(name)):
+        raise click.BadParameter(f"{name!r}: letters, digits, dots, dashes and underscores", param_hint="--name")
     chosen: Any = _as_begun(recipe, run_dir, settings) if export_only else _changed(RECIPES[recipe](), settings)
     is_writer = os.environ.get("RANK", "0") == "0"
-    from training.trainer import check_run, last_checkpoint, prepare_run_dir
+    from training.trainer import check_run, last_checkpoint, leave_run_dir, prepare_run_dir
 
     origin = {"base": None if base is None else _sum(base / "hyper.json"), "data": None if data is None else _sum(data)}
     checkpoint = last_checkpoint(run_dir)
     if export_only:
-        if export_to is None:
-            raise click.UsageError("--export-only needs --export, the folder to export to")
         if checkpoint is None:
             raise click.ClickException(f"{run_dir} holds no whole checkpoint to export")
         # Whoever is training there may be half-way through writing the next one: nothing is removed.
@@ -125,28 +125,34 @@ def train(
         if is_writer:
             checkpoint = prepare_run_dir(run_dir, chosen, is_resumed=resume, origin=origin)
     is_over = checkpoint is not None and _step_of(checkpoint) >= chosen.num_steps
-    if is_over and not export_only and export_to is not None and (export_to / "hyper.json").exists():
+    if is_over and not export_only and export_to is not None and _is_exported(export_to, chosen):
         # It may have been calibrated since.
-        click.echo(f"{run_dir} is over and {export_to} is there; --export-only --overwrite would make it anew")
+        click.echo(f"{run_dir} is over and exported to {export_to}; --export-only --overwrite would make that anew")
         return
     if export_only or is_over:
-        model = _model(chosen, run_dir, base, work)
+        model = None
     else:
-        examples = None if data is None else _examples(data, audio_root, needs_answers=isinstance(chosen, GrpoRecipe))
-        if isinstance(chosen, GrpoRecipe):
-            trainer = _grpo(chosen, run_dir, base, examples, work)
-        else:
-            trainer = _sft(chosen, run_dir, base, examples, work, loader_workers)
+        try:
+            examples = None if data is None else _examples(data, audio_root, chosen)
+            if isinstance(chosen, GrpoRecipe):
+                trainer = _grpo(chosen, run_dir, base, examples, work)
+            else:
+                trainer = _sft(chosen, run_dir, base, examples, work, loader_workers)
+        except BaseException:
+            if is_writer and not resume:
+                leave_run_dir(run_dir)
+            raise
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # Shards are gathered by all ranks at once; this one alone reads what they saved together.
         model = trainer.run_model if is_writer and not chosen.fsdp else None
     if is_writer:
         saved = last_checkpoint(run_dir)
         assert saved is not None
-        model = model or _model(chosen, run_dir, base, work)
         if export_to is not None:
+            model = model or _model(chosen, run_dir, base, work)
             model.manifest |= {"name": name or name_of(export_to), "data_card": "README.md"}
-        _finish(model, chosen, run_dir, saved, export_to, data, overwrite=overwrite)
+            _export(model, chosen, run_dir, saved, export_to, data, overwrite=overwrite)
+        _report(chosen, run_dir, saved)
 
 
 def _sum(file: Path) -> str:
@@ -163,13 +169,28 @@ def _as_begun(recipe: str, run_dir: Path, settings: tuple[str, ...]) -> Any:
     from training.recipes import RECIPES
     from training.trainer import read_recipe
 
-    said = read_recipe(run_dir)
+    said = read_recipe(run_dir, RECIPES[recipe]())
     if settings:
         raise click.UsageError("--export-only takes the settings that the run was begun with: no --set")
     if said["name"] != recipe:
         raise click.BadParameter(f"{run_dir} holds a run of {said['name']}", param_hint="RECIPE")
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
-    return _changed(RECIPES[recipe](), tuple(f"{key}={text}" for key, text in texts.items() if key != "origin"))
+    others = (f"{key}={text}" for key, text in texts.items() if key not in ("name", "origin"))
+    return _changed(RECIPES[recipe](), tuple(others))
+
+
+def _is_exported(directory: Path, recipe: Any) -> bool:
+    """Tells whether a folder holds a checkpoint that this recipe made, trained to its end."""
+    import json
+    from dataclasses import asdict
+
+    from hyper_model.manifest import MANIFEST_FILE, read_manifest
+
+    if not (directory / MANIFEST_FILE).exists():
+        return False
+    said = read_manifest((directory / MANIFEST_FILE).read_bytes()).recipe
+    wanted = json.dumps(asdict(recipe) | {"trained_steps": recipe.num_steps}, sort_keys=True)
+    return said == wanted
 
 
 def _check_recipe(recipe: Any) -> None:
@@ -216,7 +237,7 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
     hints = get_type_hints(type(recipe))
     for setting in settings:
         name, equals, text = setting.partition("=")
-        known = [field.name for field in dataclasses.fields(recipe)]
+        known = [field.name for field in dataclasses.fields(recipe) if field.name != "name"]
         if not equals or name not in known:
             raise click.BadParameter(f"{setting!r}: NAME must be one of {', '.join(known)}", param_hint="--set")
         before = getattr(recipe, name)
@@ -244,25 +265,28 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
     return recipe
 
 
-def _examples(data: Path, audio_root: Path | None, *, needs_answers: bool) -> list[Example]:
+def _examples(data: Path, audio_root: Path | None, recipe: SftRecipe | GrpoRecipe) -> list[Example]:
+    """Reads the rows that a stage can use."""
     from training.examples import ExampleError, read_examples
+    from training.recipes import GrpoRecipe
 
     faults: list[ExampleError] = []
     examples = list(read_examples(data, audio_root=audio_root, on_fault=faults.append))
     if faults:
         click.echo(f"{len(faults)} rows left out, the first: {faults[0]}", err=True)
+    wants_answer = isinstance(recipe, GrpoRecipe)
+    usable = [example for example in examples if (example.answer if wants_answer else example.completion)]
+    if len(usable) < len(examples):
+        lacking = "answer to reward by" if wants_answer else "gold completion"
+        click.echo(f"{len(examples) - len(usable)} rows left out: they have no {lacking}", err=True)
     # A clip is opened when its turn comes, which may be hours away.
-    missing = [example for example in examples if not os.path.isfile(example.audio)]
+    missing = [example for example in usable if not os.path.isfile(example.audio)]
     if missing:
         raise click.ClickException(
-            f"{len(missing)} of {len(examples)} rows name a clip that is not there, the first: {missing[0].source}: "
+            f"{len(missing)} of {len(usable)} rows name a clip that is not there, the first: {missing[0].source}: "
             f"{missing[0].audio} (--audio-root says where relative paths start)"
         )
-    answered = [example for example in examples if example.answer]
-    if needs_answers and len(answered) < len(examples):
-        click.echo(f"{len(examples) - len(answered)} rows left out: they have no answer to reward by", err=True)
-        return answered
-    return examples
+    return usable
 
 
 def _model(recipe: Any, run_dir: Path, base: Path | None, work: Path) -> RunModel:
@@ -344,11 +368,8 @@ def _sft(
         if examples is None:
             raise click.UsageError(f"{recipe.name} trains on a data set: name it with --data")
         model = _model(recipe, run_dir, base, work)
-        with_trace = [example for example in examples if example.completion]
-        if len(with_trace) < len(examples):
-            click.echo(f"{len(examples) - len(with_trace)} rows left out: they have no gold completion", err=True)
         sequences = ExampleSequences(
-            with_trace,
+            examples,
             model.tokenizer,
             recipe,
             latent_tokens=model.manifest["pause"]["latent_tokens"],
@@ -411,36 +432,48 @@ def _grpo(
     return GrpoTrainer(model, recipe, run_dir, tasks, backend, gate=gate)
 
 
-def _finish(
+def _export(
     model: RunModel,
     recipe: Any,
     run_dir: Path,
     saved: Path,
-    export_to: Path | None,
+    export_to: Path,
     data: Path | None,
     *,
     overwrite: bool,
 ) -> None:
-    """Exports a run's last checkpoint, and reports on the run."""
-    import json
-
+    """Exports a run's last checkpoint, with a card."""
     import torch
 
-    from training.run_report import write_card, write_report
+    from training.run_report import write_card
 
-    num_steps = _step_of(saved)
-    state = json.loads((saved / "state.json").read_text(encoding="utf-8"))
-    stopped = state.get("stopped")
-    outcome = f"Ended at step {num_steps} of {recipe.num_steps}" + (f": {stopped}." if stopped else ".")
-    if export_to is not None:
-        model.load(saved)
-        # Without a gate there is no threshold that was moved.
-        if "tau" in state and recipe.max_pauses:
-            model.manifest["pause"]["tau_pause"] = state["tau"]["tau"]
-        dtype = getattr(torch, recipe.export_dtype)
-        checkpoint = model.export(export_to, recipe=recipe, num_steps=num_steps, dtype=dtype, overwrite=overwrite)
-        click.echo(f"exported {checkpoint.path} (manifest sha256 {checkpoint.manifest_sha256[:12]})")
-        write_card(run_dir, checkpoint.path, outcome=outcome, data=None if data is None else data.name)
-        budget = "" if checkpoint.manifest.pause.max_pauses else " --max-pauses 3"
-        click.echo(f"no threshold is calibrated for these weights: hyper checkpoint calibrate {export_to}{budget}")
+    num_steps, state = _step_of(saved), _state_of(saved)
+    model.load(saved)
+    pause = model.manifest["pause"]
+    # Without a gate there is no threshold that was moved.
+    if "tau" in state and recipe.max_pauses:
+        pause["tau_pause"] = max(state["tau"]["tau"], pause["tau_abort"])
+    dtype = getattr(torch, recipe.export_dtype)
+    checkpoint = model.export(export_to, recipe=recipe, num_steps=num_steps, dtype=dtype, overwrite=overwrite)
+    click.echo(f"exported {checkpoint.path} (manifest sha256 {checkpoint.manifest_sha256[:12]})")
+    write_card(run_dir, checkpoint.path, num_steps=num_steps, data=None if data is None else data.name)
+    budget = "" if checkpoint.manifest.pause.max_pauses else " --max-pauses 3"
+    click.echo(
+        f"no threshold is calibrated for these weights: hyper checkpoint calibrate {export_to}{budget} "
+        "(docs/training.md, Calibration, has the settings for small ones)"
+    )
+
+
+def _report(recipe: Any, run_dir: Path, saved: Path) -> None:
+    """Reports on a run, which may be going on."""
+    from training.run_report import write_report
+
+    stopped = _state_of(saved).get("stopped")
+    outcome = f"At step {_step_of(saved)} of {recipe.num_steps}" + (f": {stopped}." if stopped else ".")
     click.echo(f"{outcome} {write_report(run_dir, outcome=outcome)}")
+
+
+def _state_of(checkpoint: Path) -> dict[str, Any]:
+    import json
+
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

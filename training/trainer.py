@@ -344,16 +344,20 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_recipe(run_dir: Path) -> dict[str, Any]:
+def read_recipe(run_dir: Path, recipe: Recipe | None = None) -> dict[str, Any]:
     """Reads what a run was begun with: its recipe, and the sums of its base and its data as `origin`.
+
+    Args:
+        recipe: Completes what was begun by a release whose recipes had fewer settings.
 
     Raises:
         TrainingError: There is no run.
     """
     try:
-        return json.loads((run_dir / RECIPE_FILE).read_text(encoding="utf-8"))
+        said = json.loads((run_dir / RECIPE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TrainingError(f"{run_dir} holds no run") from error
+    return said if recipe is None else _with_defaults(said, recipe)
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
@@ -380,7 +384,7 @@ def check_run(run_dir: Path, recipe: Recipe, origin: Mapping[str, str | None]) -
     Raises:
         TrainingError: It was not; the message names what differs.
     """
-    before = _with_defaults(read_recipe(run_dir), recipe)
+    before = read_recipe(run_dir, recipe)
     now = json.loads(_said(recipe, origin))
     changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if changed:
@@ -396,7 +400,8 @@ def prepare_run_dir(
 ) -> Path | None:
     """Makes a run's directory, or checks that one can be gone on with; returns the checkpoint to resume from.
 
-    Half-written checkpoints of a run that is resumed are removed; what failed before it made anything begins anew.
+    Half-written checkpoints of a run that is resumed are removed; one that has made nothing yet may be resumed by
+    another recipe.
 
     Args:
         origin: Sums of what the run stands on besides its recipe: its base and its data.
@@ -406,11 +411,9 @@ def prepare_run_dir(
             something else.
     """
     origin, file = origin or {}, run_dir / RECIPE_FILE
-    # What failed before it trained or made anything was not begun, and may be begun otherwise.
-    is_begun = file.exists() and any(path != file for path in run_dir.iterdir())
-    if is_begun:
-        if not is_resumed:
-            raise TrainingError(f"{run_dir} holds a run already: --resume goes on with it, or choose another folder")
+    if file.exists() and not is_resumed:
+        raise TrainingError(f"{run_dir} holds a run already: --resume goes on with it, or choose another folder")
+    if file.exists() and not _is_bare(run_dir):
         check_run(run_dir, recipe, origin)
         for folder in run_dir.glob("checkpoint-*"):
             if not (folder / COMPLETE).exists():
@@ -421,3 +424,13 @@ def prepare_run_dir(
     run_dir.mkdir(parents=True, exist_ok=True)
     file.write_text(_said(recipe, origin), encoding="utf-8")
     return None
+
+
+def leave_run_dir(run_dir: Path) -> None:
+    """Takes back what `prepare_run_dir` wrote for a run that could not be begun, so that another can."""
+    if _is_bare(run_dir):
+        (run_dir / RECIPE_FILE).unlink(missing_ok=True)
+
+
+def _is_bare(run_dir: Path) -> bool:
+    return all(path.name == RECIPE_FILE for path in run_dir.iterdir())
