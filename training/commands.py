@@ -6,6 +6,7 @@ Everything lives under one work folder: `assets/`, `bank/`, `clips/SPLIT/`, `run
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -308,6 +309,9 @@ def calibrate(
 
     if not 0 <= wanted[0] < wanted[1]:
         raise click.BadParameter("the least must be below the most", param_hint="--wanted")
+    if png is not None:
+        # What draws the curve is missed before the work, and not after it.
+        import_module("matplotlib")
     opened = open_checkpoint(checkpoint)
     if examples is None:
         prompts = _prompts_of_scenes(opened, items, work, workers)
