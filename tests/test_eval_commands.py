@@ -62,7 +62,7 @@ def test_a_checkpoint_is_measured_by_the_engine_that_serves_it(tmp_path: Path) -
         (["--suite", "snr-N"], "is not one of 'held-out'"),
         (["--suite", "mmau"], "--data"),
         (["--data", str(TRUTH)], "--suite held-out has items of its own: --data is for paqa, mmau, mmar, own"),
-        ([*OWN, "--url", "http://127.0.0.1:9", "--pauses", "0"], "--pauses is for a --checkpoint"),
+        ([*OWN, "--url", "http://127.0.0.1:9", "--pauses", "0"], "--pauses is for a checkpoint"),
         ([*OWN, "--url", "http://127.0.0.1:9", "--baseline", "cascade"], "either"),
         ([*OWN, "--url", "http://127.0.0.1:9", "--probe"], "--checkpoint"),
         ([*OWN, "--url", "http://127.0.0.1:9", "--extra-body", "["], "no JSON"),
