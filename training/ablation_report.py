@@ -404,6 +404,6 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
         axes.bar(at, values, width, yerr=errors if known else None, capsize=2, label=titles[name])
     axes.set_xticks(range(len(arms)), [arm["name"] for arm in arms], rotation=30, ha="right")
     axes.set_ylim(0, 1)
-    axes.legend(frameon=False)
+    canvas.legend(loc="outside upper center", ncols=len(_DRAWN), frameon=False)
     canvas.savefig(path, dpi=150)
     pyplot.close(canvas)
