@@ -312,6 +312,9 @@ def calibrate(
     if png is not None:
         # What draws the curve is missed before the work, and not after it.
         import_module("matplotlib")
+    changes: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
+    if sections:
+        changes["sections"] = _gated(sections)
     opened = open_checkpoint(checkpoint)
     if examples is None:
         prompts = _prompts_of_scenes(opened, items, work, workers)
@@ -322,9 +325,6 @@ def calibrate(
         if examples is None
         else f"{len(prompts)} questions of {examples.name}"
     )
-    changes: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-    if sections:
-        changes["sections"] = _gated(sections)
     updated, calibration = run(opened, prompts, source=source, wanted=Wanted(wanted, wanted_aborts), fields=changes)
     pause = updated.manifest.pause
     click.echo(f"tau_pause {pause.tau_pause:.4f}, tau_abort {pause.tau_abort:.4f}, budget {pause.max_pauses}")
