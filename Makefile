@@ -41,7 +41,7 @@ torture: ## Do to the service all that it promises to withstand (ARGS="--quick";
 
 bench-train: ## Measure a step of Stage II beside a plain trainer's, and resume, sync and masks (5 minutes)
 	@$(INSTALL) train
-	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m training.bench tests/assets/clips $(ARGS)
+	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m training.cli.bench tests/assets/clips $(ARGS)
 
 sbom: ## Write what the service is made of, libraries inside wheels included, to WORK/sbom-DEVICE.cdx.json (CycloneDX)
 	@$(INSTALL) dev

@@ -4,7 +4,7 @@ Serving and training hear through this module alone, so a clip sounds the same t
 
 The bytes are hostile until they are samples. No header is believed: length is counted in decoded samples, and a header
 can only make us refuse. WAV and FLAC are read by libsndfile, everything else by FFmpeg's libraries, both in the calling
-process: training calls `decode` directly, the service has it called in one that may do nothing else (`server.box`).
+process: training calls `decode` directly, the service calls it in a sandboxed process (`server.decoding.pool`).
 What a decoder prints is never read. A clip that breaks off is refused: a shorter one would be answered wrongly, and
 nobody would notice.
 

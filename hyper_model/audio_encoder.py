@@ -2,8 +2,8 @@
 
 transformers and vLLM fill every clip to 30 s, run the tower on 3000 mel frames and mask the padding away. A masked
 state never reaches a valid one, so it need not be computed: only the convolutions look past the end of the clip, and by
-no more than a frame of the silence there. Serving (`hyper_model.vllm_plugin`) and training (`training.encoder`) share
-this module, so that a model hears the same in both.
+no more than a frame of the silence there. Serving (`hyper_model.vllm_plugin`) and training (`training.data.encoder`)
+share this module, so both give a model the same states.
 
 Knows no vLLM, no prompt and no file format: float32 samples in, one row per audio token out.
 

@@ -5,7 +5,7 @@ reads from the bytes it is given and may use no protocol; and only the codecs be
 is never read.
 
 Their code is C that meets hostile bytes: whoever decodes for strangers does it in a process that may do nothing else
-(`server.box`). Knows nothing of clients, windows or models.
+(`server.decoding.pool`). Knows nothing of clients, windows or models.
 
 Axes: S samples, C channels.
 """

@@ -130,7 +130,7 @@ class DecodePeer:
 
     def __init__(self, clips: Path) -> None:
         from hyper_model.audio import AudioLimits
-        from server.box import Box
+        from server.decoding.pool import Box
 
         self.clips = [path.read_bytes() for path in find_clips(clips)]
         self.box = Box(AudioLimits(), memory_bytes=DECODE_MEMORY_BYTES)
@@ -167,7 +167,7 @@ class EnginePeer:
 
     def __init__(self, checkpoint: Path, fresh: FreshClips, max_num_seqs: int, *, is_stock: bool) -> None:
         from hyper_model.checkpoint import open_checkpoint
-        from server.engine_vllm import VllmEngine
+        from server.engines.vllm import VllmEngine
         from server.settings import Settings
 
         self.checkpoint = open_checkpoint(checkpoint, verify=False)
@@ -194,7 +194,7 @@ class EnginePeer:
         """Asks about a clip; the answer goes on to its limit unless there are stop tokens."""
         from hyper_model.audio import Waveform
         from hyper_model.trace import build_prompt
-        from server.engine import GenerationRequest
+        from server.engines.protocol import GenerationRequest
 
         key = Waveform(clip).sha256
         prompt = build_prompt(self.tokenizer, question)
@@ -295,7 +295,7 @@ class StockEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from server.engine_vllm import cpu_fields
+        from server.engines.vllm import cpu_fields
 
         args = AsyncEngineArgs(
             model=str(self.checkpoint.path),
@@ -317,8 +317,8 @@ class StockEngine:
 
     async def generate(self, request: Any) -> Any:
         """Yields the completion as chunks of the service's own kind."""
-        from server.engine import TokenChunk
-        from server.engine_vllm import sampling_params
+        from server.engines.protocol import TokenChunk
+        from server.engines.vllm import sampling_params
 
         prompt = {
             "prompt_token_ids": list(request.prompt_token_ids),

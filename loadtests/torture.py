@@ -46,7 +46,7 @@ Engine = Literal["scripted", "vllm"]
 NUM_CLIENTS = 4
 FILE_TIMEOUT_S = 120.0
 MIN_FOR_SILENCES = 1_000
-DECODER = "server.decoder"
+DECODER = "server.decoding.worker"
 """What stands in the command line of the processes that decode."""
 
 WATCH_INTERVAL_S = 0.2

@@ -16,17 +16,18 @@ from hyper_model.audio import SAMPLE_RATE_HZ, WINDOW_S, Waveform
 from hyper_model.checkpoint import Checkpoint, open_checkpoint
 from hyper_model.errors import CheckpointError
 from hyper_model.trace import build_prompt
-from server import faults, routes
-from server.edge import Edge
-from server.engine import Engine, ScriptedEngine
-from server.exchange import Exchange
-from server.metrics import Metrics, version
-from server.openapi import document
-from server.qa import QaRun, Question
-from server.scripted import scripted_checkpoint
+from server import errors as faults
+from server.answering import QaRun, Question
+from server.api import qa as routes
+from server.api.openapi import document
+from server.engines.protocol import Engine, ScriptedEngine
+from server.engines.scripted import scripted_checkpoint
+from server.middleware import Edge
+from server.request_context import Exchange
 from server.service import Service
 from server.settings import Settings
-from server.tracing import tracer_from
+from server.telemetry.metrics import Metrics, version
+from server.telemetry.tracing import tracer_from
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints/hyper-mini"
 
@@ -88,7 +89,7 @@ def build_engine(settings: Settings, checkpoint: Checkpoint) -> Engine:
             audio_tokens_per_s=checkpoint.manifest.audio.tokens_per_s,
             token_interval_s=settings.scripted_token_interval_s,
         )
-    from server.engine_vllm import VllmEngine
+    from server.engines.vllm import VllmEngine
 
     return VllmEngine(settings, checkpoint)
 

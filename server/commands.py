@@ -115,7 +115,7 @@ def add(name: str, path: Path, scopes: tuple[str, ...], days: int | None, **limi
     """Make a key for NAME and print it, this once: the file keeps only its hash."""
     from datetime import UTC, datetime, timedelta
 
-    from server import keys
+    from server import api_keys as keys
 
     expires = None if days is None else datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
     click.echo(keys.add(path, name=name, scopes=scopes or ("ask",), expires=expires, **limits))
@@ -125,7 +125,7 @@ def add(name: str, path: Path, scopes: tuple[str, ...], days: int | None, **limi
 @KEY_FILE_OPTION
 def list_keys(path: Path) -> None:
     """Print the names of the keys, and what each allows."""
-    from server import keys
+    from server import api_keys as keys
 
     for key in keys.read(path).keys:
         limits = {
@@ -144,7 +144,7 @@ def list_keys(path: Path) -> None:
 @KEY_FILE_OPTION
 def revoke(name: str, path: Path) -> None:
     """End the key of NAME."""
-    from server import keys
+    from server import api_keys as keys
 
     keys.revoke(path, name)
 

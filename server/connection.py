@@ -15,9 +15,9 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from server.faults import RequestError
-from server.metrics import Metrics
+from server.errors import RequestError
 from server.settings import Settings
+from server.telemetry.metrics import Metrics
 
 
 class Connection(H11Protocol):

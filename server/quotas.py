@@ -11,8 +11,8 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
-from server.faults import RequestError
-from server.keys import Key
+from server.api_keys import Key
+from server.errors import RequestError
 
 DAY_S = 86_400.0
 MINUTE_S = 60.0

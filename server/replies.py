@@ -13,7 +13,7 @@ from hyper_model.audio import Waveform
 from hyper_model.pause import GateReport
 from hyper_model.trace import Section, Trace, environment_labels, render_choice
 from hyper_model.trace_parser import ParsedTrace, TraceFormat
-from server.api_types import (
+from server.api.types import (
     Answer,
     AudioReply,
     PauseAt,
@@ -29,11 +29,11 @@ from server.api_types import (
     Usage,
     WarningReply,
 )
-from server.exchange import Exchange, SectionTime, Stage, StageTime
-from server.metrics import Failure
+from server.request_context import Exchange, SectionTime, Stage, StageTime
+from server.telemetry.metrics import Failure
 
 if TYPE_CHECKING:
-    from server.qa import QaRun
+    from server.answering import QaRun
     from server.service import Service
 
 SILENT_RATIO = 0.98

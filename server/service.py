@@ -26,18 +26,18 @@ from hyper_model.audio import SAMPLE_RATE_HZ, AudioLimits, Waveform
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.errors import HyperError
 from hyper_model.pause import GateSettings
-from server.admission import RANKS, Line
-from server.box import Box
-from server.engine import Engine
-from server.exchange import By, Exchange
-from server.faults import RequestError
-from server.keys import KeyRing
-from server.metrics import Metrics, version
-from server.pacing import Budget, Pace
+from server.api_keys import KeyRing
+from server.decoding.pool import Box
+from server.engines.protocol import Engine
+from server.engines.supervisor import EngineFailedError, Quarantine, Supervisor
+from server.errors import RequestError
+from server.limiter import RANKS, Line
+from server.pause_budget import Budget, Pace
 from server.quotas import Quotas
+from server.request_context import By, Exchange
 from server.settings import MEBIBYTE, Settings
-from server.supervisor import EngineFailedError, Quarantine, Supervisor
-from server.tracing import Tracer
+from server.telemetry.metrics import Metrics, version
+from server.telemetry.tracing import Tracer
 
 logger = logging.getLogger("hyper.server")
 

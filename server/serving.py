@@ -12,11 +12,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from hyper_model.errors import HyperError
-from server import logs
 from server.app import create_app
 from server.connection import connection_type
 from server.service import Service
 from server.settings import Settings
+from server.telemetry import logs
 
 EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
 CLOSE_TIMEOUT_S = 5

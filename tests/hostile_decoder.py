@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from hyper_model.audio import AudioLimits
-from server.decoder import serve
+from server.decoding.worker import serve
 
 NOT_STOPPED = 0
 SECRET = b"HYPER-CANARY"

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
 
+from tests.paths import ROOT
 from tests.serving import tone
 
-ROOT = Path(__file__).resolve().parent.parent
 # The root command finds its sub-commands by entry points, which only an installed project has.
 SCRIPT = """
 from hyper_model.cli import hyper, main

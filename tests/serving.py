@@ -21,7 +21,7 @@ import soundfile
 
 from hyper_model.audio import SAMPLE_RATE_HZ
 from server.app import create_app
-from server.engine import Engine
+from server.engines.protocol import Engine, ScriptedEngine
 from server.service import Service
 from server.serving import DrainingServer, uvicorn_config
 from server.settings import Settings
@@ -168,3 +168,9 @@ def wait_for(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
     while not holds():
         assert time.monotonic() < deadline_s, "waited in vain"
         time.sleep(0.01)
+
+
+def slow_down(service: Live, token_interval_s: float) -> None:
+    """Makes the engine slow, once its canary is answered."""
+    assert isinstance(service.service.engine, ScriptedEngine)
+    service.service.engine.token_interval_s = token_interval_s

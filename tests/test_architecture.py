@@ -10,7 +10,8 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -29,10 +30,10 @@ MAY_IMPORT = {
 """Which of our packages each may import besides itself; loadtests speaks HTTP."""
 
 VLLM_MODULES = {
-    "server.engine_vllm",
+    "server.engines.vllm",
     "hyper_model.pause_vllm",
     "hyper_model.vllm_plugin",
-    "training.rollout",
+    "training.rl.rollout",
     "loadtests.peers",
 }
 """The adapters, which alone may import vLLM: the engine changes most of all that we use."""
@@ -40,12 +41,41 @@ VLLM_MODULES = {
 MEASURED_WITHOUT_HTTP = "loadtests.peers"
 """Runs what the benchmark compares the service with, in processes of its own: engines and models that have no HTTP."""
 
-PURE_MODULES = ("hyper_model.errors", "hyper_model.trace", "hyper_model.pause", "training.rewards")
+PURE_MODULES = ("hyper_model.errors", "hyper_model.trace", "hyper_model.pause", "training.rl.rewards")
 """Modules that, with all that they import at any depth, are free of torch, transformers and vLLM."""
 
 HEAVY = {"torch", "transformers", "vllm"}
 
 HTTP_LIBRARIES = {"fastapi", "starlette", "uvicorn", "httpx"}
+
+LAYERS: Mapping[str, tuple[str, ...]] = {
+    "server": (
+        "settings",
+        "api_keys telemetry",
+        "errors",
+        "engines decoding quotas",
+        "pause_budget request_context",
+        "limiter",
+        "service",
+        "answering replies middleware connection",
+        "api",
+        "app",
+        "serving",
+        "commands",
+    ),
+    "training": (
+        "text_metrics",
+        "recipes",
+        "data policy",
+        "export",
+        "trainer",
+        "sft rl run_report",
+        "evaluation",
+        "ablation",
+        "cli",
+    ),
+}
+"""The units of a package (modules and sub-packages), lowest first: each imports only units of lower rows."""
 
 VAGUE_NAMES = re.compile(r"^(utils?|common|helpers?|misc|core|services?_?layer|base_.*|managers?|.*_v\d+|.*_utils)$")
 """Names that say nobody decided where the thing belongs."""
@@ -118,6 +148,45 @@ def top(name: str) -> str:
     return name.partition(".")[0]
 
 
+def test_of(module: str) -> str:
+    """Return the name of the test module that mirrors a module."""
+    package, _, name = module.rpartition(".")
+    return f"tests.{package}.test_{name}"
+
+
+def unit(module: str) -> str:
+    """Return the sub-package that holds a module, or the module itself where it stands directly in its package."""
+    return ".".join(module.split(".")[:2])
+
+
+def unit_arrows(package: str) -> set[tuple[str, str]]:
+    """Return the imports between the units of a package, as (importer, imported)."""
+    return {
+        (unit(module), unit(name))
+        for module in modules()
+        if top(module) == package
+        for name in imports(module)
+        if top(name) == package and name in modules() and unit(name) not in (package, unit(module))
+    }
+
+
+def cycles(graph: Mapping[str, set[str]]) -> list[set[str]]:
+    """Return the groups of nodes that reach one another."""
+    reach = {node: _reached(node, graph) for node in graph}
+    loops = {frozenset({node, *(other for other in reach[node] if node in reach.get(other, ()))}) for node in graph}
+    return [set(loop) for loop in loops if len(loop) > 1]
+
+
+def _reached(start: str, graph: Mapping[str, set[str]]) -> set[str]:
+    seen: set[str] = set()
+    todo = [start]
+    while todo:
+        for other in graph.get(todo.pop(), set()) - seen:
+            seen.add(other)
+            todo.append(other)
+    return seen
+
+
 def reachable(module: str) -> set[str]:
     """Returns all that importing a module brings in, through our own modules, by name."""
     seen: set[str] = set()
@@ -151,8 +220,7 @@ def test_each_package_imports_only_what_it_may() -> None:
 
 
 def test_only_the_adapters_import_vllm() -> None:
-    allowed = {*VLLM_MODULES, *(f"tests.test_{name.replace('.', '_')}" for name in VLLM_MODULES)}
-    allowed |= {f"tests.test_{name.rpartition('.')[2]}" for name in VLLM_MODULES}
+    allowed = VLLM_MODULES | {test_of(module) for module in VLLM_MODULES}
     assert not [
         module for module in modules() if module not in allowed and "vllm" in {top(name) for name in imports(module)}
     ]
@@ -170,7 +238,7 @@ def test_in_the_service_only_the_engine_adapter_touches_tensors() -> None:
         module
         for module in modules()
         if top(module) == "server"
-        and module != "server.engine_vllm"
+        and module != "server.engines.vllm"
         and HEAVY & {top(name) for name in imports(module)}
     ]
 
@@ -211,14 +279,27 @@ def test_help_and_import_stay_light(code: str) -> None:
     assert (run.returncode, run.stderr.strip().splitlines()[-1:]) == (0, ["[]"]), run.stderr
 
 
-@pytest.mark.parametrize("module", sorted(name for name in modules() if not name.startswith("tests.test_")))
+@pytest.mark.parametrize("module", sorted(name for name in modules() if ".test_" not in name))
 def test_a_module_says_what_it_is_for(module: str) -> None:
     assert ast.get_docstring(tree(module)), f"{module} has no docstring"
 
 
-def test_a_package_is_one_level_deep() -> None:
-    deep = [module for module in modules() if module.count(".") > 1]
-    assert not deep
+@pytest.mark.parametrize("package", LAYERS)
+def test_units_import_only_lower_layers(package: str) -> None:
+    layer = {f"{package}.{name}": number for number, names in enumerate(LAYERS[package]) for name in names.split()}
+    units = {unit(module) for module in modules() if top(module) == package and module != package}
+    assert units == set(layer), "LAYERS must name each unit once"
+    assert not sorted(f"{one} -> {other}" for one, other in unit_arrows(package) if layer[one] <= layer[other])
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    graph = {module: {name for name in imports(module) if name in modules()} - {module} for module in modules()}
+    assert not cycles(graph)
+
+
+def test_a_folder_fits_in_one_view() -> None:
+    sizes = Counter(module.rpartition(".")[0] for module, path in modules().items() if path.name != "__init__.py")
+    assert not {folder: size for folder, size in sizes.items() if folder.startswith("training.") and size > 14}
 
 
 def test_no_module_has_a_name_that_says_nothing() -> None:

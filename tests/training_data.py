@@ -14,19 +14,19 @@ import soundfile
 import torch
 
 from hyper_model.audio import SAMPLE_RATE_HZ
-from training.assets import ENCODER_FILE, SOUNDS_FOLDER
-from training.clips import scene_to_json
-from training.encoder import num_audio_tokens
+from training.data.clips import scene_to_json
+from training.data.encoder import num_audio_tokens
+from training.data.scenes import SceneBuilder
+from training.data.sources.downloads import ENCODER_FILE, SOUNDS_FOLDER
+from training.data.sources.open_text import split_of
+from training.data.sources.recordings import list_recordings
+from training.data.sources.sentences import SLOTS, draw_line
+from training.data.sources.voices import TARGET_RMS, Bank, Split, Utterance, list_voices
+from training.data.text_scenes import SceneWriter
 from training.export import model_from_scratch
-from training.lines import SLOTS, draw_line
-from training.reading import SceneWriter
 from training.recipes import SftRecipe
-from training.scenes import SceneBuilder
-from training.sft import ENCODER_WIDTH, ClipSequences, SftTrainer, read_clips, train_tokenizer_on
-from training.sounds import list_recordings
-from training.texts import split_of
+from training.sft.trainer import ENCODER_WIDTH, ClipSequences, SftTrainer, read_clips, train_tokenizer_on
 from training.trainer import prepare_run_dir
-from training.voices import TARGET_RMS, Bank, Split, Utterance, list_voices
 
 
 def write_bank(folder: Path, *, lines_per_voice: int = 3) -> Path:

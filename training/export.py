@@ -17,8 +17,8 @@ from hyper_model.checkpoint import Checkpoint, export, open_checkpoint
 from hyper_model.errors import CheckpointError
 from hyper_model.trace import TraceTokenizer
 from hyper_model.weights import StoredTensors, canonical_name, read_entries, weight_files
-from training import sounds
-from training.encoder import load_encoder
+from training.data.encoder import load_encoder
+from training.data.sources import recordings as sounds
 from training.policy import (
     HyperPolicy,
     build_policy,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from hyper_model.engine_environment import native_dtype
-from training.rewards import Weights
+from training.rl.rewards import Weights
 
 TraceStyle = Literal["explicit", "short", "direct"]
 """What traces say (`tokens.in_style`): all of it, reasoning without perception, or the answer alone."""
@@ -38,7 +38,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Spelling:
-    """Sets how the projector learns to spell before the decoder trains (`training/spelling.py`)."""
+    """Sets how the projector learns to spell before the decoder trains (`training/sft/projector_ctc.py`)."""
 
     num_steps: int
     batch_size: int
@@ -111,8 +111,9 @@ class SftRecipe(Run):
         wrong_words: Share of the tokens in SPEAKER and ASR that stand wrong where built clips' traces are read, while
             what is to be written stays right: so that one misheard word does not make a decoder lose its place in the
             clip (as scheduled sampling, Bengio et al. 2015, without a second pass).
-        read_size: Sequences of a step, besides the others, that have no clip (`training/reading.py`): their CAPTION
-            stands there, and what follows from it is to be written. Of explicit traces alone: others have no CAPTION.
+        read_size: Sequences of a step without a clip (`training/data/text_scenes.py`), besides the others: their
+            CAPTION is given, and what follows from it is to be written. Of explicit traces alone: others have no
+            CAPTION.
     """
 
     decoder: Decoder | None

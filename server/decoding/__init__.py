@@ -1,0 +1,1 @@
+"""Decodes clips in sandboxed processes."""

@@ -1,0 +1,384 @@
+"""Decodes clips in processes that can do nothing else, and keeps them to their time.
+
+One helper (`server.decoding.worker`) starts with the service, loads its libraries, locks itself down and then forks
+one worker per clip, in a few milliseconds. Each clip has a socket of its own, on which we send the bytes and get back
+either an error's fields or figures and samples. What comes back is checked like anything from outside: a worker may have been
+taken over by its clip. Orders (begin this one, kill that one) go over the control socket, which workers do not have.
+
+Knows neither HTTP nor requests; a caller that is cancelled takes its worker with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+import hyper_model
+import server
+from hyper_model.audio import FORMATS, SAMPLE_RATE_HZ, AudioLimits, Waveform, identify
+from hyper_model.audio_limits import MAX_SOURCE_CHANNELS, MAX_SOURCE_RATE_HZ, refuse_damaged, refuse_late
+from hyper_model.errors import (
+    AudioCode,
+    AudioError,
+    AudioTooLargeError,
+    HyperError,
+    InvalidAudioError,
+    UnsupportedAudioError,
+)
+from hyper_model.libav import CODECS
+from server.decoding.worker import CONTROL_FD_VARIABLE, MAX_MESSAGE_BYTES, MEMORY_VARIABLE
+
+logger = logging.getLogger("hyper.server")
+
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 5.0
+# A decoder looks at the clock itself and says so; only one that no longer does is killed.
+GRACE_S = 1.0
+SPARE_SAMPLES = 2 * SAMPLE_RATE_HZ
+
+ERRORS: Mapping[str, type[AudioError]] = {
+    kind.__name__: kind for kind in (UnsupportedAudioError, InvalidAudioError, AudioTooLargeError)
+}
+CODEC_NAMES = CODECS | set(FORMATS) | {"amr_nb", "amr_wb"}
+
+Death = Literal["late", "died", "lied", "helper"]
+"""Why a decoder ended without an answer: it was late and killed, it ran out of something or its clip broke it, or it
+said what no decoder of ours says; or the helper that makes them is gone."""
+
+Words = Annotated[str, Field(max_length=400, pattern=r"^[ -~]*$")]
+Code = Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9_]+$")]
+
+
+class Said(BaseModel):
+    """What a worker says in any case."""
+
+    peak_kib: int = Field(ge=0, le=2**40)
+
+
+class Refused(Said):
+    """What a worker says about a clip that it could not decode."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    error: str
+    # A label of metrics: a worker that was taken over must not make up new ones.
+    code: AudioCode
+    message: Words
+    limit: float | None
+    actual: int | float | Code | None
+    hint: Words | None
+
+
+class Heard(Said):
+    """What a worker says before it sends samples."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    num_samples: int = Field(ge=0)
+    codec: str
+    sample_rate_hz: int = Field(ge=0, le=MAX_SOURCE_RATE_HZ)
+    channels: int = Field(ge=0, le=MAX_SOURCE_CHANNELS)
+
+
+class DecoderUnavailableError(HyperError):
+    """Says that the decoder's process is gone and could not be started again."""
+
+
+class WorkerDiedError(HyperError):
+    """Says that a worker ran out of memory, or was broken by its clip, or lies."""
+
+
+class Box:
+    """Starts the helper, hands clips in and takes samples out.
+
+    Attributes:
+        layers: What keeps the decoder in, strongest first: "bubblewrap", "uid", "landlock", "seccomp".
+        peak_bytes: The most memory that a worker has had, by its own word.
+        on_death: Called with the reason for each worker that ended without a word, and for each lost helper.
+    """
+
+    def __init__(
+        self,
+        limits: AudioLimits,
+        *,
+        memory_bytes: int,
+        on_death: Callable[[Death], object] = bool,
+        program: str = "server.decoding.worker",
+    ) -> None:
+        self.limits = limits
+        self.memory_bytes = memory_bytes
+        self.program = program
+        self.layers: tuple[str, ...] = ()
+        self.peak_bytes = 0
+        self.on_death = on_death
+        self.process: subprocess.Popen[bytes] | None = None
+        self.control: socket.socket | None = None
+        self.is_stopped = False
+        self.jobs = itertools.count()
+        self.starting = asyncio.Lock()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the decoder can reach neither files nor the network: any one of these layers sees to that."""
+        return bool({"bubblewrap", "landlock", "seccomp"} & set(self.layers))
+
+    async def start(self) -> None:
+        """Starts the helper, inside bubblewrap where that is installed and works.
+
+        Raises:
+            DecoderUnavailableError: It did not start.
+        """
+        bubblewrap = shutil.which("bwrap")
+        for prefix, layers in (*(((bubblewrap_command(bubblewrap), ("bubblewrap",)),) if bubblewrap else ()), ([], ())):
+            if (found := await self.launch(prefix)) is not None:
+                self.layers = (*layers, *found)
+                return
+        raise DecoderUnavailableError("The decoder did not start; the log says why.")
+
+    async def launch(self, prefix: list[str]) -> list[str] | None:
+        """Starts the helper behind a prefix and returns what it locked itself in with; None where it did not start."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with theirs:
+            self.process = subprocess.Popen(
+                [*prefix, python(), "-B", "-s", "-P", "-m", self.program],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                # Keys and proxies in our environment are not the decoder's business.
+                env={
+                    "PATH": os.defpath,
+                    "LC_ALL": "C.UTF-8",
+                    "PYTHONPATH": os.pathsep.join(import_paths()),
+                    "OMP_NUM_THREADS": "1",
+                    "OPENBLAS_NUM_THREADS": "1",
+                    "MALLOC_ARENA_MAX": "1",
+                    CONTROL_FD_VARIABLE: str(theirs.fileno()),
+                    MEMORY_VARIABLE: str(self.memory_bytes),
+                },
+                cwd="/",
+                # Ctrl-C is for the service, which lets its clips finish.
+                start_new_session=True,
+            )
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                hello = await asyncio.get_running_loop().sock_recv(ours, MAX_MESSAGE_BYTES)
+        except (TimeoutError, ConnectionError):
+            hello = b""
+        except BaseException:
+            ours.close()
+            raise
+        if not hello:
+            ours.close()
+            await self.end_process()
+            return None
+        self.control = ours
+        return json.loads(hello)["layers"]
+
+    async def stop(self) -> None:
+        """Ends the helper and every worker, for good."""
+        self.is_stopped = True
+        await self.end()
+
+    async def end(self) -> None:
+        """Ends the helper, which ends its workers."""
+        if self.control is not None:
+            self.control.close()
+            self.control = None
+        await self.end_process()
+
+    async def end_process(self) -> None:
+        """Waits for the helper to end, and makes it."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        try:
+            await asyncio.to_thread(process.wait, STOP_TIMEOUT_S if process.poll() is None else 0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+
+    async def decode(self, data: bytes) -> Waveform:
+        """Decodes one clip in a worker of its own; cancelling this kills the worker.
+
+        Raises:
+            AudioError: As `hyper_model.audio.decode`.
+            DecoderUnavailableError: The helper is gone and cannot be started again.
+        """
+        identify(data, self.limits)
+        process = self.process
+        try:
+            return await self.attempt(data)
+        except WorkerDiedError:
+            if process is None or (process is self.process and process.poll() is None):
+                refuse_damaged()
+        # The whole helper has gone, which is not the clip's doing, or only once.
+        try:
+            return await self.attempt(data)
+        except WorkerDiedError:
+            refuse_damaged()
+
+    async def attempt(self, data: bytes) -> Waveform:
+        """Decodes one clip in one worker.
+
+        Raises:
+            WorkerDiedError: It ended without an answer, or with one that no decoder of ours gives.
+        """
+        job = next(self.jobs)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        is_answered = False
+        with ours:
+            with theirs:
+                await self.order({"job": job, "limits": dataclasses.asdict(self.limits)}, theirs.fileno())
+            try:
+                async with asyncio.timeout(self.limits.decode_timeout_s + GRACE_S):
+                    waveform = await self.exchange(ours, data)
+                is_answered = True
+            except TimeoutError:
+                self.on_death("late")
+                refuse_late(self.limits.decode_timeout_s)
+            except AudioError:
+                is_answered = True
+                raise
+            except (OSError, EOFError, ValueError) as error:
+                self.on_death("lied" if isinstance(error, ValueError) else "died")
+                raise WorkerDiedError("The decoder died.") from None
+            finally:
+                if not is_answered:
+                    self.kill(job)
+        return waveform
+
+    async def exchange(self, connection: socket.socket, data: bytes) -> Waveform:
+        """Sends a clip to its worker and reads what it says."""
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(connection, len(data).to_bytes(8))
+        await loop.sock_sendall(connection, data)
+        num_header_bytes = int.from_bytes(await receive(connection, bytearray(4)))
+        if num_header_bytes > MAX_MESSAGE_BYTES:
+            raise ValueError
+        header = json.loads(bytes(await receive(connection, bytearray(num_header_bytes))))
+        if "error" in header:
+            refused = Refused.model_validate(header)
+            self.note(refused)
+            raise ERRORS.get(refused.error, InvalidAudioError)(
+                refused.message, code=refused.code, limit=refused.limit, actual=refused.actual, hint=refused.hint
+            )
+        heard = Heard.model_validate(header)
+        self.note(heard)
+        if heard.num_samples > self.limits.max_duration_s * SAMPLE_RATE_HZ + SPARE_SAMPLES:
+            raise ValueError
+        if heard.codec not in CODEC_NAMES:
+            raise ValueError
+        samples_S = np.empty(heard.num_samples, np.float32)
+        await receive(connection, samples_S.data.cast("B"))
+        # In the order in which they fail for numbers that are none.
+        if heard.num_samples and not (samples_S.min() >= -1.0 and samples_S.max() <= 1.0):
+            raise ValueError
+        return Waveform(samples_S, heard.codec, heard.sample_rate_hz, heard.channels)
+
+    def note(self, said: Said) -> None:
+        """Remembers the most memory."""
+        self.peak_bytes = max(self.peak_bytes, said.peak_kib * 1024)
+
+    async def order(self, message: Mapping[str, object], descriptor: int) -> None:
+        """Sends an order to the helper; starts it anew where it has gone."""
+        for _ in range(2):
+            control = self.control
+            if control is not None:
+                try:
+                    send(control, message, [descriptor])
+                    return
+                except BlockingIOError:
+                    # A hundred orders wait to be read: the machine is busy, and a moment later there is room.
+                    await asyncio.sleep(0.01)
+                    continue
+                except OSError:
+                    pass
+            await self.restart(control)
+        raise DecoderUnavailableError("The decoder is not running.")
+
+    async def restart(self, gone: socket.socket | None) -> None:
+        """Starts the helper again, once however many callers find it gone."""
+        async with self.starting:
+            if self.is_stopped:
+                raise DecoderUnavailableError("The service shuts down.")
+            if self.control is gone:
+                self.on_death("helper")
+                logger.error("the decoder is gone; starting it again")
+                await self.end()
+                await self.start()
+
+    def kill(self, job: int) -> None:
+        """Has a worker killed that did not answer."""
+        if self.control is not None:
+            try:
+                send(self.control, {"kill": job}, [])
+            except OSError:
+                logger.warning("a decoder could not be killed; its processor time is limited")
+
+
+def send(control: socket.socket, message: Mapping[str, object], descriptors: list[int]) -> None:
+    """Sends one order and the descriptors that belong to it."""
+    socket.send_fds(control, [json.dumps(message).encode()], descriptors)
+
+
+async def receive(connection: socket.socket, buffer: bytearray | memoryview) -> bytearray | memoryview:
+    """Fills a buffer.
+
+    Raises:
+        EOFError: The worker ended first.
+    """
+    loop = asyncio.get_running_loop()
+    view = memoryview(buffer)
+    while view:
+        num_bytes = await loop.sock_recv_into(connection, view)
+        if not num_bytes:
+            raise EOFError
+        view = view[num_bytes:]
+    return buffer
+
+
+def python() -> str:
+    """Returns this interpreter without links on the way to its environment: links may lead out of what is bound."""
+    folder, name = os.path.split(sys.executable)
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def import_paths() -> list[str]:
+    """Returns where this process imports from, without links."""
+    return [os.path.realpath(path) for path in sys.path if os.path.isabs(path)]
+
+
+def bubblewrap_command(bubblewrap: str) -> list[str]:
+    """Returns the prefix that gives the helper namespaces of its own, and of the file system its libraries alone."""
+    places = {"/usr", sys.prefix, sys.base_prefix, os.path.dirname(sys.executable), *import_paths()}
+    places |= {os.path.dirname(os.path.realpath(sys.executable))}
+    # An editable install finds our packages by a hook, not by a folder of sys.path.
+    places |= {*hyper_model.__path__, *server.__path__}
+    binds: list[str] = []
+    for place in sorted(map(os.path.realpath, places), key=len):
+        binds += ["--ro-bind-try", place, place]
+    for place in ("/lib", "/lib64"):
+        if os.path.islink(place):
+            binds += ["--symlink", os.readlink(place), place]
+        else:
+            binds += ["--ro-bind-try", place, place]
+    return [
+        *(bubblewrap, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"),
+        *("--uid", "65534", "--gid", "65534", *binds, "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"),
+        *("--proc", "/proc", "--dev", "/dev", "--chdir", "/"),
+    ]

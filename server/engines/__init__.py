@@ -1,0 +1,1 @@
+"""The engine protocol, its implementations and their supervisor."""

@@ -1,0 +1,254 @@
+"""The one table of errors that a client can see, and the handlers that write them.
+
+Every error is `{"error": {...}}` with a `code` from `FAULTS`; the status stands here and nowhere else. A handler says
+which field is wrong and never repeats what was in it: inputs may be 30 MB long, hostile, or private.
+This module knows neither audio nor the engine beyond the names of their errors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from hyper_model.errors import (
+    AudioError,
+    AudioTooLargeError,
+    AudioTooLongError,
+    HyperError,
+    InvalidAudioError,
+    PromptError,
+    UnsupportedAudioError,
+)
+from server.decoding.pool import DecoderUnavailableError
+from server.engines.protocol import EngineUnavailableError
+from server.engines.supervisor import PoisonedClipError
+from server.request_context import Exchange
+
+logger = logging.getLogger("hyper.server")
+
+INVALID_REQUEST = "invalid_request_error"
+UNAVAILABLE = "service_unavailable_error"
+RATE_LIMIT = "rate_limit_error"
+
+
+@dataclass(frozen=True)
+class FaultKind:
+    """What every error with one code has in common."""
+
+    status: int
+    type: str
+    retryable: bool = False
+    retry_after_s: int | None = None
+
+
+FAULTS: Mapping[str, FaultKind] = {
+    "invalid_request": FaultKind(400, INVALID_REQUEST),
+    "invalid_json": FaultKind(400, INVALID_REQUEST),
+    "invalid_multipart": FaultKind(400, INVALID_REQUEST),
+    "invalid_parameter": FaultKind(400, INVALID_REQUEST),
+    "unknown_parameter": FaultKind(400, INVALID_REQUEST),
+    "missing_parameter": FaultKind(400, INVALID_REQUEST),
+    "invalid_prompt": FaultKind(400, INVALID_REQUEST),
+    "invalid_audio": FaultKind(400, INVALID_REQUEST),
+    "invalid_http": FaultKind(400, INVALID_REQUEST),
+    "invalid_api_key": FaultKind(401, "authentication_error"),
+    "forbidden": FaultKind(403, "permission_error"),
+    "not_found": FaultKind(404, INVALID_REQUEST),
+    "method_not_allowed": FaultKind(405, INVALID_REQUEST),
+    "upload_timeout": FaultKind(408, "timeout_error", retryable=True),
+    "head_timeout": FaultKind(408, "timeout_error", retryable=True),
+    "body_too_large": FaultKind(413, INVALID_REQUEST),
+    "audio_too_large": FaultKind(413, INVALID_REQUEST),
+    "unsupported_media_type": FaultKind(415, INVALID_REQUEST),
+    "unsupported_audio": FaultKind(415, INVALID_REQUEST),
+    "audio_too_long": FaultKind(422, INVALID_REQUEST),
+    "poisoned_clip": FaultKind(422, INVALID_REQUEST),
+    "rate_limit_exceeded": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
+    "too_many_in_flight": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
+    "audio_quota_exceeded": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=60),
+    "headers_too_large": FaultKind(431, INVALID_REQUEST),
+    "client_closed_request": FaultKind(499, INVALID_REQUEST),
+    "internal_error": FaultKind(500, "server_error", retryable=True),
+    "overloaded": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=1),
+    "starting": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
+    "shutting_down": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
+    "engine_unavailable": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
+    "decoder_unavailable": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
+    "storage_full": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
+    "deadline_exceeded": FaultKind(504, "timeout_error", retryable=True),
+}
+"""Every code that a reply may carry. An `AudioError` keeps its own, finer code with the status of its class."""
+
+AUDIO_FAULTS: Mapping[type[AudioError], str] = {
+    UnsupportedAudioError: "unsupported_audio",
+    InvalidAudioError: "invalid_audio",
+    AudioTooLargeError: "audio_too_large",
+    AudioTooLongError: "audio_too_long",
+}
+
+HTTP_FAULTS: Mapping[int, tuple[str, str]] = {
+    404: ("not_found", "There is nothing at this address; /docs lists what there is."),
+    405: ("method_not_allowed", "This address does not take that method; /docs lists what it takes."),
+}
+
+MAX_EXACT = 2**53
+"""Beyond this JSON's readers disagree on a number, and a client may have sent hundreds of digits."""
+
+
+class RequestError(HyperError):
+    """Refuses or ends a request with a code of the table.
+
+    Attributes:
+        code: A key of `FAULTS`, or a finer code when `kind` says which row it belongs to.
+        param: The request field at fault.
+        partial: What had been produced when the request ended, for a 504.
+        retry_after_s: When to come again; that of the table where the one who refuses knows no better.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        kind: str | None = None,
+        param: str | None = None,
+        limit: float | None = None,
+        actual: float | str | None = None,
+        hint: str | None = None,
+        partial: dict[str, Any] | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.kind = FAULTS[kind or code]
+        self.param = param
+        self.limit = limit
+        is_number = isinstance(actual, (int, float))
+        self.actual = None if is_number and abs(actual) > MAX_EXACT else actual
+        self.hint = hint
+        self.partial = partial
+        self.retry_after_s = retry_after_s or self.kind.retry_after_s
+
+    @property
+    def status(self) -> int:
+        """The HTTP status of this error."""
+        return self.kind.status
+
+    def body(self, request_id: str) -> dict[str, Any]:
+        """Returns the error object, the same in a reply and in a stream's `error` event."""
+        error = {
+            "type": self.kind.type,
+            "code": self.code,
+            "message": self.message,
+            "param": self.param,
+            "request_id": request_id,
+            "retryable": self.kind.retryable,
+            "limit": self.limit,
+            "actual": self.actual,
+            "hint": self.hint,
+        }
+        return {"error": error} if self.partial is None else {"error": error, "partial": self.partial}
+
+
+def as_fault(error: BaseException) -> RequestError:
+    """Translates any exception to the fault that a client may see; unknown ones become `internal_error`."""
+    match error:
+        case RequestError():
+            return error
+        case AudioError():
+            kind = next((name for type_, name in AUDIO_FAULTS.items() if isinstance(error, type_)), "invalid_audio")
+            limit, actual, hint = error.limit, error.actual, error.hint
+            return RequestError(
+                error.code, error.message, kind=kind, param="file", limit=limit, actual=actual, hint=hint
+            )
+        case PromptError():
+            return RequestError("invalid_prompt", error.message, param=error.param)
+        case EngineUnavailableError():
+            return RequestError("engine_unavailable", error.message, hint="Try again after the Retry-After time.")
+        case PoisonedClipError():
+            return RequestError("poisoned_clip", error.message, param="file", hint="Ask about another clip.")
+        case DecoderUnavailableError():
+            return RequestError("decoder_unavailable", error.message, hint="Try again after the Retry-After time.")
+        case ClientDisconnect():
+            return RequestError("client_closed_request", "The client closed the connection.")
+        case HTTPException() if error.status_code in HTTP_FAULTS:
+            return RequestError(*HTTP_FAULTS[error.status_code])
+        case HTTPException() if error.status_code < 500:
+            return RequestError("invalid_request", "The request cannot be read.")
+        case ValidationError() | RequestValidationError():
+            return validation_fault(error)
+        case _:
+            return RequestError(
+                "internal_error", "The service failed on this request; the request id finds it in our logs."
+            )
+
+
+def validation_fault(error: ValidationError | RequestValidationError) -> RequestError:
+    """Names the first field that breaks the schema, and pydantic's reason, without the value."""
+    if isinstance(error, ValidationError):
+        details = error.errors(include_url=False, include_context=False, include_input=False)
+    else:
+        details = error.errors()
+    first = details[0]
+    param = param_of(first["loc"])
+    match first["type"]:
+        case "missing":
+            return RequestError("missing_parameter", f"`{param}` is required.", param=param)
+        case "extra_forbidden":
+            return RequestError("unknown_parameter", "The request has a field that this service does not know.")
+        case _ if param is None:
+            # The name itself is none that a field could have.
+            return RequestError("invalid_parameter", "A field of the request is not valid.")
+        case "string_unicode":
+            return RequestError("invalid_parameter", f"`{param}` is not valid Unicode text.", param=param)
+        case _:
+            # A union has a reason for each of its members: what the field takes is all of them.
+            reasons = [detail["msg"] for detail in details if param_of(detail["loc"]) == param]
+            others = [f", or {reason.removeprefix('Input should be ')}" for reason in reasons[1:]]
+            return RequestError("invalid_parameter", f"`{param}`: {reasons[0]}{''.join(others)}.", param=param)
+
+
+def param_of(location: Sequence[int | str]) -> str | None:
+    """Names the field; a union adds the name of the member that it tried, which the caller does not know."""
+    return ".".join(part for part in location if isinstance(part, str) and part.isidentifier()) or None
+
+
+def fault_response(fault: RequestError, exchange: Exchange) -> JSONResponse:
+    """Writes the fault as a reply and notes it on the exchange for the log and the metrics."""
+    exchange.outcome = fault.code
+    headers: dict[str, str] = {}
+    if fault.retry_after_s is not None:
+        headers["retry-after"] = str(fault.retry_after_s)
+    if fault.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if not exchange.is_body_complete:
+        # The rest of the body is still on its way: the connection cannot carry another request.
+        headers["connection"] = "close"
+    return JSONResponse(fault.body(exchange.request_id), status_code=fault.status, headers=headers)
+
+
+async def handle(request: Request, error: Exception) -> JSONResponse:
+    """Answers a request that ended in an exception."""
+    fault = as_fault(error)
+    exchange = Exchange.of(request.scope)
+    if fault.code == "internal_error":
+        logger.error("request failed", exc_info=error, extra={"request_id": exchange.request_id})
+    response = fault_response(fault, exchange)
+    if isinstance(error, HTTPException) and error.status_code == 405 and error.headers:
+        response.headers["allow"] = error.headers["Allow"]
+    return response
+
+
+def install(app: FastAPI) -> None:
+    """Makes every exception of the application end as an error object."""
+    for kind in (HyperError, HTTPException, ClientDisconnect, ValidationError, RequestValidationError):
+        app.add_exception_handler(kind, handle)

@@ -1,0 +1,263 @@
+"""The outermost ASGI layer: request id, who may pass, limits of head and body, last-resort 500, log line and metrics.
+
+Plain ASGI rather than Starlette's BaseHTTPMiddleware, which would hide a client's disconnect from the handlers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from ipaddress import ip_address
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import RequestError, as_fault, fault_response
+from server.request_context import SCOPE_KEY, Exchange
+from server.service import Service
+from server.settings import Settings
+from server.telemetry.tracing import trace_id_of
+
+access_logger = logging.getLogger("hyper.access")
+logger = logging.getLogger("hyper.server")
+
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{1,5})?")
+CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+# A server that closes while the client still sends makes the kernel drop the reply it has not read yet. So the reply to
+# a refused upload is followed by this much reading and throwing away before the connection closes.
+LINGER_S = 1.0
+
+MAX_HEADERS = 100
+
+PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
+"""What needs no key. Whoever adds an address adds one that needs a key of the scope `ask`."""
+
+METRICS_PATH = "/metrics"
+OPERATOR_PATHS = PUBLIC_PATHS | {METRICS_PATH}
+"""What the metrics port answers, without a key."""
+
+PRIORITY_HEADER = "x-hyper-priority"
+
+
+class Edge:
+    """Wraps the application; see the module's first line for what it adds."""
+
+    def __init__(self, app: ASGIApp, *, service: Service) -> None:
+        self.app = app
+        self.service = service
+        self.settings = service.settings
+        self.metrics = service.metrics
+        self.tracer = service.tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        exchange = Exchange(
+            request_id=request_id_from(headers),
+            is_body_complete=headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers,
+        )
+        scope[SCOPE_KEY] = exchange
+        if self.tracer is None:
+            exchange.trace_id = trace_id_of(headers.get("traceparent", ""))
+        elif scope["path"] not in OPERATOR_PATHS:
+            self.tracer.begin(exchange, headers)
+        reply = Reply(exchange, receive, send)
+        body = Body(exchange, receive, self.settings)
+        try:
+            self.check_head(scope, headers, exchange)
+            announced = int(headers.get("content-length", "0"))
+            if announced > self.settings.max_body_bytes:
+                raise body.too_large(announced)
+            await self.app(scope, body.receive, reply.send)
+        except RequestError as fault:
+            if reply.status is None:
+                await fault_response(fault, exchange)(scope, receive, reply.send)
+        except Exception as error:
+            fault = as_fault(error)
+            logger.error("request failed", exc_info=error, extra={"request_id": exchange.request_id})
+            if reply.status is None:
+                await fault_response(fault, exchange)(scope, receive, reply.send)
+            # Once a reply has begun there is no honest way to end it but to drop the connection, which is what the
+            # server does when the application returns before the last byte.
+        finally:
+            self.account(scope, exchange, reply.status)
+
+    def check_head(self, scope: Scope, headers: Headers, exchange: Exchange) -> None:
+        """Decides by path and headers alone whether the request may go on, and as whose.
+
+        By the path that is routed, never by a URL put together from what the client says.
+
+        Raises:
+            RequestError: 400, 401, 403, 404 or 431.
+        """
+        if len(scope["headers"]) > MAX_HEADERS:
+            message = f"A request may have {MAX_HEADERS} headers."
+            raise RequestError("headers_too_large", message, limit=MAX_HEADERS, actual=len(scope["headers"]))
+        path = scope["path"]
+        _, port = scope.get("server") or (None, None)
+        if port is not None and port == self.settings.metrics_port:
+            if path not in OPERATOR_PATHS:
+                raise RequestError("not_found", "This port has /metrics, /livez and /readyz.")
+            return
+        keys = self.service.keys
+        if keys is None and not self.settings.open_to_all and is_domain(headers.get("host", "")):
+            hint = "Use 127.0.0.1 or localhost, or give the service a key file."
+            raise RequestError("forbidden", "Without keys this service answers only to this machine's name.", hint=hint)
+        if keys is not None and path not in PUBLIC_PATHS:
+            key = keys.find(bearer_of(headers))
+            if key is None:
+                reason = "wrong_key" if "authorization" in headers else "no_key"
+                self.metrics.auth_failures.labels(reason).inc()
+                raise RequestError("invalid_api_key", "Send a valid API key: `Authorization: Bearer hyp_...`.")
+            scope_of_path = "metrics" if path == METRICS_PATH else "ask"
+            if scope_of_path not in key.scopes:
+                self.metrics.auth_failures.labels("wrong_scope").inc()
+                raise RequestError("forbidden", f"This key does not have the scope `{scope_of_path}`.")
+            exchange.tenant = self.service.quotas.of(key)
+            exchange.facts["key"] = key.name
+            exchange.priority = key.priority
+        match headers.get(PRIORITY_HEADER, "").strip().lower():
+            case "batch":
+                exchange.priority = "batch"
+            case "" | "interactive":
+                # A key of the class batch stays one.
+                pass
+            case _:
+                message = f"`{PRIORITY_HEADER}` is interactive or batch."
+                raise RequestError("invalid_parameter", message, param=PRIORITY_HEADER)
+
+    def account(self, scope: Scope, exchange: Exchange, status: int | None) -> None:
+        """Writes the access line and the request's metrics."""
+        endpoint = getattr(scope.get("route"), "path", "other")
+        seconds = exchange.elapsed_ms() / 1000
+        if exchange.outcome == "client_closed_request":
+            status = 499
+        self.metrics.request_seconds.labels(endpoint, exchange.outcome).observe(seconds)
+        self.metrics.requests.labels(endpoint, str(status or "none")).inc()
+        stages_ms: dict[str, float] = {}
+        for stage, stage_s, _ in exchange.stages:
+            self.metrics.stage_seconds.labels(stage).observe(stage_s)
+            stages_ms[stage] = round(stages_ms.get(stage, 0.0) + stage_s * 1000, 1)
+        # A probe that is told 503 is answered, not refused.
+        if status is not None and status >= 400 and status != 499 and exchange.outcome != "ok":
+            self.metrics.rejected.labels(str(status), exchange.outcome).inc()
+        if self.tracer is not None:
+            self.tracer.end(exchange, method=scope["method"], endpoint=endpoint, status=status)
+        facts = {
+            "request_id": exchange.request_id,
+            **({} if exchange.trace_id is None else {"trace_id": exchange.trace_id}),
+            "method": scope["method"],
+            "endpoint": endpoint,
+            "status": status,
+            "outcome": exchange.outcome,
+            "duration_ms": round(seconds * 1000, 1),
+            "body_bytes": exchange.num_body_bytes,
+            **({"stages_ms": stages_ms} if stages_ms else {}),
+            **exchange.facts,
+        }
+        access_logger.info("request", extra=facts)
+
+
+class Body:
+    """Counts and times the request's body while somebody reads it."""
+
+    def __init__(self, exchange: Exchange, receive: Receive, settings: Settings) -> None:
+        self.exchange = exchange
+        self.inner = receive
+        self.settings = settings
+
+    async def receive(self) -> Message:
+        """Passes on the next message; raises `RequestError` for a body that is too large or too slow."""
+        exchange = self.exchange
+        if exchange.is_body_complete:
+            return await self.inner()
+        left_s = exchange.started_s + self.settings.upload_timeout_s - time.monotonic()
+        try:
+            async with asyncio.timeout(min(left_s, self.settings.upload_idle_timeout_s)):
+                message = await self.inner()
+        except TimeoutError:
+            limit = self.settings.upload_timeout_s
+            message = f"The upload took longer than {limit:g} s, or stood still."
+            raise RequestError("upload_timeout", message, limit=limit) from None
+        if message["type"] == "http.request":
+            exchange.num_body_bytes += len(message.get("body", b""))
+            if exchange.num_body_bytes > self.settings.max_body_bytes:
+                raise self.too_large(exchange.num_body_bytes)
+            if not message.get("more_body", False):
+                exchange.is_body_complete = True
+                exchange.received_s = time.monotonic()
+        return message
+
+    def too_large(self, num_bytes: int) -> RequestError:
+        """Names the limit and how much came or was announced."""
+        limit = self.settings.max_body_bytes
+        message = f"The request body is larger than {limit} bytes."
+        hint = "Send a shorter or compressed clip."
+        return RequestError("body_too_large", message, limit=limit, actual=num_bytes, hint=hint)
+
+
+class Reply:
+    """Stamps the reply with the request id and, where an upload was cut short, lingers before the connection closes."""
+
+    def __init__(self, exchange: Exchange, receive: Receive, send: Send) -> None:
+        self.exchange = exchange
+        self.receive = receive
+        self.inner = send
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        """Sends one ASGI message."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.exchange.request_id
+            if self.exchange.traceparent is not None:
+                headers["traceparent"] = self.exchange.traceparent
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if is_last and not self.exchange.is_body_complete:
+            await self.inner({**message, "more_body": True})
+            await self.linger()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self.inner(message)
+
+    async def linger(self) -> None:
+        """Reads and drops what the client still sends, for a moment."""
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while True:
+                    message = await self.receive()
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            return
+
+
+def bearer_of(headers: Headers) -> str:
+    """Returns the key that a request presents; empty where it presents none."""
+    scheme, _, secret = headers.get("authorization", "").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else ""
+
+
+def is_domain(host: str) -> bool:
+    """Whether a Host header is a name in the DNS, which a stranger may have pointed to this machine's own address."""
+    found = HOST.fullmatch(host)
+    name = found[1] if found else host
+    if "." not in name.rstrip("."):
+        return False
+    try:
+        ip_address(name.strip("[]"))
+    except ValueError:
+        return not name.endswith(".localhost")
+    return False
+
+
+def request_id_from(headers: Headers) -> str:
+    """Takes the client's request id where it is a short plain token, else makes one."""
+    offered = headers.get("x-request-id", "")
+    return offered if CLIENT_REQUEST_ID.fullmatch(offered) else f"req_{uuid.uuid4().hex}"

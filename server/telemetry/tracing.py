@@ -1,0 +1,168 @@
+"""Traces: a span a request and below it one a stage, sent by OTLP to where the standard OTEL_* variables say.
+
+Where they name no endpoint there is no tracer, and OpenTelemetry is not even imported. Otherwise a request's span
+begins with it, so that its ids can be told to whoever asked; those of its stages are made when it is over, from the
+times that it noted anyway (`Exchange.stages`). Spans hold names, numbers and codes: no audio, questions, answers, keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from hyper_model.errors import HyperError
+from server.request_context import Exchange, SectionTime
+from server.telemetry.metrics import version
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+PROTOCOL = "http/protobuf"
+STOP_TIMEOUT_S = 5.0
+
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+PARENTS = {"features": "first_token", "engine_queue": "first_token", "prefill": "first_token"}
+"""The stages that lie inside another."""
+
+
+def trace_id_of(traceparent: str) -> str | None:
+    """Returns the trace that a caller says its request belongs to; None where that is no W3C `traceparent`."""
+    found = TRACEPARENT.fullmatch(traceparent)
+    return found[1] if found else None
+
+
+def tracer_from(environment: Mapping[str, str]) -> Tracer | None:
+    """Builds the tracer that the OTEL_* variables ask for; None where they ask for none.
+
+    Raises:
+        HyperError: They ask for a protocol that is not spoken here, or the packages are not installed.
+    """
+    is_off = (
+        not any(environment.get(name) for name in ENDPOINTS)
+        or environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+        or environment.get("OTEL_TRACES_EXPORTER", "otlp").strip().lower() == "none"
+    )
+    if is_off:
+        return None
+    protocol = next((environment[name] for name in PROTOCOLS if environment.get(name)), PROTOCOL)
+    if protocol != PROTOCOL:
+        raise HyperError(f"Traces are sent by {PROTOCOL} (port 4318 of a collector); {protocol} is not spoken here.")
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise HyperError(f"OTEL_EXPORTER_OTLP_ENDPOINT is set, but {error.name} is not installed.") from None
+    attributes = {"service.version": version()}
+    if not environment.get("OTEL_SERVICE_NAME") and "service.name=" not in environment.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    ):
+        attributes["service.name"] = "hyper"
+    provider = TracerProvider(resource=Resource.create(attributes), shutdown_on_exit=False)
+    # In a thread of its own; where the collector does not keep up, or is away, spans are dropped.
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return Tracer(provider)
+
+
+class Tracer:
+    """Makes the spans of requests."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self.provider = provider
+        self.tracer = provider.get_tracer("hyper", version())
+        self.propagator = TraceContextTextMapPropagator()
+
+    def begin(self, exchange: Exchange, headers: Mapping[str, str]) -> None:
+        """Begins a request's span, below the caller's where it named one, and writes its ids into the exchange."""
+        from opentelemetry.trace import SpanKind, set_span_in_context
+
+        carrier = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
+        exchange.span = self.tracer.start_span(
+            "request",
+            context=self.propagator.extract(carrier),
+            kind=SpanKind.SERVER,
+            start_time=exchange.wall_ns(exchange.started_s),
+        )
+        told: dict[str, str] = {}
+        self.propagator.inject(told, set_span_in_context(exchange.span))
+        exchange.traceparent = told.get("traceparent")
+        exchange.trace_id = trace_id_of(exchange.traceparent or "")
+
+    def end(self, exchange: Exchange, *, method: str, endpoint: str, status: int | None) -> None:
+        """Ends a request's span, with a span for each stage and each section of its trace below it."""
+        from opentelemetry.trace import StatusCode
+
+        span = exchange.span
+        if span is None or not span.is_recording():
+            return
+        method = method if method in METHODS else "_OTHER"
+        span.update_name(f"{method} {endpoint}")
+        span.set_attributes(
+            {
+                "http.request.method": method,
+                "http.route": endpoint,
+                "hyper.request_id": exchange.request_id,
+                "hyper.outcome": exchange.outcome,
+                "hyper.phase": exchange.phase,
+                "hyper.priority": exchange.priority,
+                "hyper.body_bytes": exchange.num_body_bytes,
+                **{f"hyper.{name}": exchange.facts[name] for name in TOLD if name in exchange.facts},
+            }
+        )
+        if status is not None:
+            span.set_attribute("http.response.status_code", status)
+        # A stream that fails has answered 200 before.
+        if exchange.outcome != "ok" and (status is None or status >= 500 or status == 200):
+            span.set_attribute("error.type", exchange.outcome)
+            span.set_status(StatusCode.ERROR)
+        stages: dict[str, Span] = {}
+        ends_s: dict[str, float] = {}
+        # By when they began; those that began together, the longer first, as the other lies inside it.
+        in_order = sorted(exchange.stages, key=lambda each: (each.started_s or 0.0, -each.seconds))
+        for stage, seconds, started_s in in_order:
+            if started_s is None:
+                span.set_attribute(f"hyper.{stage}_ms", round(seconds * 1000, 3))
+                continue
+            parent = stages.get(PARENTS.get(stage, ""), span)
+            stages[stage] = self.child(exchange, parent, stage, started_s, started_s + seconds)
+            ends_s[stage] = started_s + seconds
+        for section in exchange.sections:
+            # An answer that is chosen is written when the model has done its part.
+            is_generated = section.started_s <= ends_s.get("generate", 0.0)
+            self.child(exchange, stages["generate"] if is_generated else span, *named(section))
+        span.end()
+
+    def child(self, exchange: Exchange, parent: Span, name: str, started_s: float, ended_s: float) -> Span:
+        """Makes a span that is over."""
+        from opentelemetry.trace import set_span_in_context
+
+        start_time = exchange.wall_ns(started_s)
+        span = self.tracer.start_span(name, context=set_span_in_context(parent), start_time=start_time)
+        span.end(exchange.wall_ns(ended_s))
+        return span
+
+    async def stop(self) -> None:
+        """Sends what is left, for a few seconds at most: a collector that is away must not hold up the end."""
+        # A daemon, unlike the event loop's own threads, may be left behind.
+        thread = threading.Thread(target=self.provider.shutdown, name="hyper-traces", daemon=True)
+        thread.start()
+        await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
+
+
+TOLD = ("termination", "format", "audio_s", "completion_tokens", "pauses")
+"""What the log line says of an answer; the key's name, which may be a person's, stays here."""
+
+
+def named(section: SectionTime) -> tuple[str, float, float]:
+    """Returns a section's span."""
+    return f"section {section.section}", section.started_s, section.ended_s

@@ -1,0 +1,314 @@
+"""The door: clips, fields and bodies that are refused, by name, quickly, and without a word of what was sent."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hyper_model.audio import SAMPLE_RATE_HZ, Waveform
+from hyper_model.checkpoint import Checkpoint
+from hyper_model.trace import MAX_CHOICE_CHARS
+from server.answering import CLOSING_TOKENS
+from server.api import qa as routes
+from server.api.types import QaBody, QaOptions
+from server.engines.protocol import ScriptedEngine
+from server.engines.scripted import scripted_checkpoint
+from server.errors import RequestError
+from server.service import Service
+from server.telemetry.metrics import Metrics
+from tests.serving import QUESTION, Live, assert_error, json_question, mp3, post_json, scripted, tone
+
+BAD_CLIPS: dict[str, tuple[Callable[[], bytes], int, set[str]]] = {
+    "text": (lambda: b"this is not audio at all, it is a sentence\n" * 10, 415, {"unsupported_audio"}),
+    "zip": (lambda: b"PK\x03\x04" + bytes(200), 415, {"unsupported_audio"}),
+    "empty": (lambda: b"", 400, {"audio_empty", "empty_audio", "invalid_audio"}),
+    "10 ms": (lambda: tone(0.01), 400, {"audio_too_short"}),
+    "40 s": (lambda: tone(40.0), 422, {"audio_too_long"}),
+    "playlist": (lambda: b"#EXTM3U\n#EXT-X-VERSION:3\nhttp://127.0.0.1:1/x.ts\n", 415, {"unsupported_audio"}),
+    "playlist in RIFF": (
+        lambda: b"RIFF\x40\x00\x00\x00WAVE#EXTM3U\nhttp://127.0.0.1:1/x.ts\n",
+        400,
+        {"damaged_audio"},
+    ),
+    "truncated MP3": (lambda: mp3()[:200], 400, {"damaged_audio"}),
+    "liar WAV": (
+        lambda: tone()[:40] + struct.pack("<I", 2**31) + tone()[44:100],
+        400,
+        {"damaged_audio", "audio_too_short"},
+    ),
+}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("name", BAD_CLIPS)
+def test_a_bad_clip_is_refused_quickly_and_the_next_is_answered(live: Live, name: str, is_stream: bool) -> None:
+    """Streaming makes no difference: what is wrong before the first event has a status."""
+    make, status, codes = BAD_CLIPS[name]
+    files = {"file": ("clip.wav", make())}
+    started_s = time.monotonic()
+    fields = {"question": QUESTION, "stream": str(is_stream).lower()}
+    reply = live.client.post("/v1/audio/qa", data=fields, files=files)
+    assert time.monotonic() - started_s < 1
+    code = reply.json()["error"]["code"]
+    assert code in codes
+    assert_error(reply, status, code, "file")
+    assert live.ask().status_code == 200
+
+
+def test_a_long_clip_is_refused_with_the_window_and_what_will_come(live: Live) -> None:
+    error = assert_error(live.ask(tone(40.0)), 422, "audio_too_long", "file")
+    assert (error["limit"], error["actual"]) == (30.0, 40.0)
+    assert "30 s" in error["message"] and "`window`" in error["hint"] and "`chunk`" in error["hint"]
+    assert live.ask(tone(30.0)).status_code == 200
+
+
+BAD_FIELDS: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "blank question": ({"question": "  "}, "invalid_prompt", "question"),
+    "long question": ({"question": "x" * 2001}, "invalid_prompt", "question"),
+    "question with NUL": ({"question": "a\0b"}, "invalid_prompt", "question"),
+    "one choice": ({"choices": ["only"]}, "invalid_prompt", "choices"),
+    "a hundred choices": ({"choices": [f"choice {number}" for number in range(100)]}, "invalid_prompt", "choices"),
+    "equal choices": ({"choices": ["same", " same "]}, "invalid_prompt", "choices"),
+    "unknown field": ({"quesiton": "typo"}, "unknown_parameter", None),
+    "seed below zero": ({"seed": -1}, "invalid_parameter", "seed"),
+    "seed of 5000 digits": ({"seed": "9" * 5000}, "invalid_parameter", "seed"),
+    "hot": ({"temperature": 2.5}, "invalid_parameter", "temperature"),
+    "temperature NaN": ({"temperature": "nan"}, "invalid_parameter", "temperature"),
+    "temperature infinite": ({"temperature": "1e999"}, "invalid_parameter", "temperature"),
+    "no tokens": ({"max_tokens": 0}, "invalid_parameter", "max_tokens"),
+    "too many tokens": ({"max_tokens": 5000}, "invalid_parameter", "max_tokens"),
+    "endless": ({"timeout_ms": 10**9}, "invalid_parameter", "timeout_ms"),
+    "pauses beyond the checkpoint's": ({"pause": 4}, "invalid_parameter", "pause"),
+    "pause of another name": ({"pause": "often"}, "invalid_parameter", "pause"),
+    "long audio to come": ({"long_audio": "window"}, "invalid_parameter", "long_audio"),
+    "stream of another name": ({"stream": "maybe"}, "invalid_parameter", "stream"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_a_bad_field_is_named_and_not_repeated(live: Live, name: str) -> None:
+    fields, code, param = BAD_FIELDS[name]
+    started_s = time.monotonic()
+    reply = live.ask(**fields)
+    assert time.monotonic() - started_s < 1
+    assert_error(reply, 400, code, param)
+    # The request's id is random, and may hold any digits.
+    said = reply.text.replace(reply.headers["x-request-id"], "")
+    assert "xxxx" not in said and "9999" not in said and "quesiton" not in said
+    assert live.ask().status_code == 200
+
+
+def test_a_form_needs_a_question_and_one_file(live: Live) -> None:
+    def post(*parts: tuple[str, Any]) -> Any:
+        return live.client.post("/v1/audio/qa", files=list(parts))
+
+    question = ("question", (None, QUESTION))
+    clip = ("file", ("clip", tone()))
+    assert_error(post(clip), 400, "missing_parameter", "question")
+    assert_error(post(question), 400, "missing_parameter", "file")
+    assert_error(post(question, ("file", (None, "clip.wav"))), 400, "invalid_parameter", "file")
+    assert_error(post(question, clip, clip), 400, "invalid_parameter", "file")
+    assert_error(post(question, clip, ("image", ("b", tone()))), 400, "unknown_parameter", "file")
+    assert_error(post(question, question, clip), 400, "invalid_parameter")
+    assert_error(post(*[("file", ("a", b""))] * 50), 400, "invalid_multipart")
+
+
+def test_a_hostile_form_is_a_bad_request(live: Live) -> None:
+    for content_type, body in (
+        ("multipart/form-data", b"--x"),
+        ("multipart/form-data; boundary=x", b"no boundary at all"),
+        ("multipart/form-data; boundary=x", b"--x\r\ncontent-disposition: form-data\r\n\r\n1\r\n--x--"),
+    ):
+        reply = live.client.post("/v1/audio/qa", content=body, headers={"content-type": content_type})
+        assert_error(reply, 400, "invalid_multipart")
+    for charset in (
+        "undefined",
+        "punycode",
+        "idna",
+        "utf-16",
+        "latin-1",
+        "hex",
+        "no-such",
+        "",
+        "utf-8; charset=punycode",
+    ):
+        content_type = f"multipart/form-data; boundary=x; charset={charset}"
+        body = b'--x\r\ncontent-disposition: form-data; name="question"\r\n\r\n' + b"a" * 60_000 + b"\r\n--x--"
+        started_s = time.monotonic()
+        reply = live.client.post("/v1/audio/qa", content=body, headers={"content-type": content_type})
+        assert time.monotonic() - started_s < 1
+        assert_error(reply, 400, "invalid_multipart")
+    fields = [(f"field{number}", (None, "1")) for number in range(1000)]
+    assert_error(live.client.post("/v1/audio/qa", files=fields), 400, "invalid_multipart")
+    big = live.client.post("/v1/audio/qa", files={"question": (None, "x" * 2_000_000)})
+    assert_error(big, 400, "invalid_multipart")
+
+
+def test_other_content_types_are_refused(live: Live) -> None:
+    assert_error(live.client.post("/v1/audio/qa", data={"question": QUESTION}), 415, "unsupported_media_type")
+    assert_error(live.client.post("/v1/audio/qa", content=tone()), 415, "unsupported_media_type")
+
+
+GOOD_AUDIO = b'"audio":{"data":"' + base64.b64encode(tone(0.2)) + b'"}'
+
+
+def with_audio(fields: bytes) -> bytes:
+    """Writes a body of these fields and a good clip."""
+    return b"{" + fields + b", " + GOOD_AUDIO + b"}"
+
+
+BAD_JSON: dict[str, tuple[bytes, str, str | None]] = {
+    "empty": (b"", "invalid_json", None),
+    "cut": (b'{"question": "a"', "invalid_json", None),
+    "a list": (b"[]", "invalid_request", None),
+    "a number": (b"1", "invalid_request", None),
+    "not UTF-8": (b'{"question": "\xff"}', "invalid_json", None),
+    "NaN": (with_audio(b'"question": NaN'), "invalid_json", None),
+    "infinity": (with_audio(b'"question": "a", "temperature": -Infinity'), "invalid_json", None),
+    "1e999": (with_audio(b'"question": "a", "temperature": 1e999'), "invalid_parameter", "temperature"),
+    "1e999 as a count": (with_audio(b'"question": "a", "max_tokens": 1e999'), "invalid_parameter", "max_tokens"),
+    "5000 digits": (with_audio(b'"question": "a", "seed": ' + b"9" * 5000), "invalid_json", None),
+    "lone surrogate": (with_audio(b'"question": "\\ud800"'), "invalid_prompt", "question"),
+    "lone surrogate in a choice": (
+        with_audio(b'"question": "a", "choices": ["\\udfff", "b"]'),
+        "invalid_prompt",
+        "choices",
+    ),
+    "lone surrogate as a name": (with_audio(b'"\\ud800": 1, "question": "a"'), "invalid_parameter", None),
+    "deep": (b'{"question": ' + b"[" * 100_000, "invalid_json", None),
+    "deep but closed": (b'{"question": ' + b"[" * 900 + b"]" * 900 + b"}", "invalid_parameter", "question"),
+    "no question": (b"{" + GOOD_AUDIO + b"}", "missing_parameter", "question"),
+    "no audio": (b'{"question": "a"}', "missing_parameter", "audio"),
+    "audio by name": (b'{"question": "a", "audio": {"url": "http://127.0.0.1:1"}}', "missing_parameter", "audio.data"),
+    "audio and more": (b'{"question": "a", "audio": {"data": "", "path": "/x"}}', "unknown_parameter", None),
+    "not base64": (b'{"question": "a", "audio": {"data": "****"}}', "invalid_parameter", "audio.data"),
+    "base64 with surrogate": (b'{"question": "a", "audio": {"data": "\\ud800"}}', "invalid_parameter", "audio.data"),
+    "no bytes": (b'{"question": "a", "audio": {"data": ""}}', "", "file"),
+    "a string for a count": (with_audio(b'"question": "a", "max_tokens": "9"'), "invalid_parameter", "max_tokens"),
+    "a truth for a count": (with_audio(b'"question": "a", "max_tokens": true'), "invalid_parameter", "max_tokens"),
+    "a string for choices": (with_audio(b'"question": "a", "choices": "bc"'), "invalid_parameter", "choices"),
+    "unknown": (with_audio(b'"question": "a", "top_k": 1'), "unknown_parameter", None),
+    "one choice of many is no string": (
+        with_audio(b'"question": "a", "choices": [' + b"1, " * 100 + b'"b"]'),
+        "invalid_parameter",
+        "choices",
+    ),
+    "half a million choices": (
+        with_audio(b'"question": "a", "choices": [1' + b",1" * 500_000 + b"]"),
+        "invalid_prompt",
+        "choices",
+    ),
+    "100,000 unknown names": (
+        b"{" + b",".join(b'"k%d":1' % number for number in range(100_000)) + b"}",
+        "unknown_parameter",
+        None,
+    ),
+    "100,000 unknown names beside the clip": (
+        b'{"question": "a", "audio": {' + b",".join(b'"k%d":1' % number for number in range(100_000)) + b"}}",
+        "unknown_parameter",
+        "audio",
+    ),
+    "400 digits": (with_audio(b'"question": "a", "max_tokens": ' + b"9" * 400), "invalid_parameter", "max_tokens"),
+    "400 digits of pauses": (with_audio(b'"question": "a", "pause": ' + b"9" * 400), "invalid_parameter", "pause"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_bad_json_is_a_bad_request(live: Live, name: str) -> None:
+    body, code, param = BAD_JSON[name]
+    started_s = time.monotonic()
+    reply = post_json(live, body)
+    assert time.monotonic() - started_s < 1
+    assert_error(reply, 400, code or reply.json()["error"]["code"], param)
+    assert len(reply.content) < 1000 and "9" * 20 not in reply.text
+    assert post_json(live, json_question()).status_code == 200
+
+
+def test_a_million_bad_items_are_refused_in_a_moment() -> None:
+    """Without building an error for each: 0.2 s is a hundredth of what that took."""
+    body = b'{"question": "a", "choices": [1' + b",1" * 500_000 + b"]}"
+    fields = routes.parse_json(body)
+    started_s = time.process_time()
+    with pytest.raises(RequestError, match="choices"):
+        routes.validate(QaBody, fields, strict=True)
+    assert time.process_time() - started_s < 0.2
+
+
+def test_the_clip_may_be_written_in_lines(live: Live) -> None:
+    lines = base64.encodebytes(tone()).decode()
+    for data in (lines, lines.replace("\n", "\r\n"), f"  {lines}\t"):
+        reply = post_json(live, json_question(audio={"data": data}))
+        assert reply.status_code == 200, reply.text
+    assert_error(
+        post_json(live, json_question(audio={"data": "UklGRg==\u00a0"})), 400, "invalid_parameter", "audio.data"
+    )
+
+
+def test_a_field_of_two_kinds_is_told_both(live: Live) -> None:
+    for pause in (1.0, "often", True):
+        message = assert_error(post_json(live, json_question(pause=pause)), 400, "invalid_parameter", "pause")[
+            "message"
+        ]
+        assert "'auto' or 'off'" in message and "integer" in message, message
+    message = assert_error(live.ask(pause="-1"), 400, "invalid_parameter", "pause")["message"]
+    assert "'auto' or 'off'" in message and "greater than or equal to 0" in message
+
+
+def test_an_unknown_charset_is_refused_but_utf_8_by_its_names_is_not(live: Live) -> None:
+    parts = b'--x\r\ncontent-disposition: form-data; name="question"\r\n\r\nWer h\xc3\xb6rt?\r\n--x--'
+    for charset in ("utf-8", "UTF-8", "utf8", '"utf-8"'):
+        headers = {"content-type": f"multipart/form-data; boundary=x; charset={charset}"}
+        assert_error(live.client.post("/v1/audio/qa", content=parts, headers=headers), 400, "missing_parameter", "file")
+
+
+def test_choices_answered_by_their_words_have_room_to_be_scored() -> None:
+    """A choice is scored as it is written, escaped and closed, plus the token that the engine must write behind it."""
+    given = scripted_checkpoint()
+    trace = given.manifest.trace.model_copy(update={"answer_style": "text"})
+    manifest = given.manifest.model_copy(update={"trace": trace})
+    tokenizer = given.tokenizer
+    checkpoint = Checkpoint(given.path, manifest, tokenizer, given.manifest_sha256)
+    service = Service(scripted(default_max_tokens=10**6), checkpoint, ScriptedEngine(tokenizer), Metrics())
+    choices = ["<THINK>" * (MAX_CHOICE_CHARS // len("<THINK>")), "plain"]
+    waveform = Waveform(np.zeros(SAMPLE_RATE_HZ, dtype=np.float32))
+    question = routes.make_question(service, QaOptions(question="a", choices=choices), [1] * 10, waveform, 60.0)
+    longest = max(map(len, tokenizer.choice_ids(choices, by_letter=False)))
+    assert longest > max(map(len, map(tokenizer.encode_text, choices)))
+    assert question.max_pauses is not None
+    pauses = question.max_pauses * manifest.pause.latent_tokens
+    used = 10 + round(manifest.audio.tokens_per_s) + pauses + question.max_tokens + CLOSING_TOKENS + longest + 1
+    assert used == manifest.max_model_len
+    service.pool.shutdown()
+
+
+def test_no_value_anywhere_is_a_server_error(live: Live) -> None:
+    """Every kind of JSON value where every field stands: wrong types, nesting, extremes."""
+    values = [None, True, -1, 0, 1.5, 10**400, "", "x" * 70_000, "\0", [], [[]], {}, {"a": []}, [1, 2], "\U0001f600"]
+    for field in ("question", "choices", "stream", "pause", "reasoning", "long_audio", "max_tokens", "seed", "audio"):
+        for value in values:
+            assert post_json(live, json_question(**{field: value})).status_code < 500, (field, value)
+
+
+def test_unknown_addresses_and_methods_get_error_objects(live: Live) -> None:
+    assert_error(live.client.get("/v1/nothing"), 404, "not_found")
+    assert_error(live.client.get("/v1/audio/qa"), 405, "method_not_allowed")
+    assert_error(live.client.delete("/livez"), 405, "method_not_allowed")
+
+
+def test_a_refused_method_is_told_those_that_there_are(live: Live) -> None:
+    for path, methods in (("/v1/audio/qa", {"POST"}), ("/v1/info", {"GET"}), ("/livez", {"GET", "HEAD"})):
+        assert set(live.client.delete(path).headers["allow"].split(", ")) == methods
+
+
+def test_probes_answer_head(live: Live) -> None:
+    for path in ("/livez", "/readyz"):
+        reply = live.client.head(path)
+        assert (reply.status_code, reply.content) == (200, b"")
+        assert live.client.get(path).status_code == 200
+        assert set(live.client.get("/openapi.json").json()["paths"][path]) == {"get"}

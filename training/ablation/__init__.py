@@ -1,0 +1,1 @@
+"""Trains variants of the embedded model from one base and compares them."""

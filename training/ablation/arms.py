@@ -1,0 +1,551 @@
+"""`hyper ablation`: trains the embedded model's arms from one Stage I checkpoint, and asks all of them the same.
+
+An arm is the rival, or: further steps of Stage I on traces of the arm's own form, which the base need never have
+written; a gate calibrated on these weights, where the arm pauses; Stage II, but for the arm that shows what Stage I
+alone is worth; the gate calibrated again, since Stage II moves its threshold for rollouts, which are drawn and so less
+sure than what is served; an evaluation. Each step is one of this project's commands in a process of its own, and is
+skipped where its result is there. Knows nothing of models: what it makes are command lines, and what it looks at are
+files.
+
+RUN_DIR holds `stage-1/FORM/seed-N`, which arms of one form share, `ARM/seed-N`, and the report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from hyper_model.errors import HyperError
+from training.cli.data import work_option
+
+if TYPE_CHECKING:
+    from training.recipes import TraceStyle
+
+SUITES = ("snr-10", "snr-5", "hard-multi-speaker")
+SETTINGS_FILE = "settings.json"
+
+_PERCEPTION: Mapping[str, object] = {"fidelity": 0.0, "environment": 0.0, "speakers": 0.0, "transcript": 0.0}
+STYLE_WEIGHTS: Mapping[TraceStyle, Mapping[str, object]] = {
+    "explicit": {},
+    "short": _PERCEPTION | {"min_tokens": 8, "max_tokens": 120},
+    "direct": _PERCEPTION | {"alignment": 0.0, "min_tokens": 1, "max_tokens": 60},
+}
+"""What a style's reward weighs otherwise than the recipe.
+
+A section that a style has not is not asked for; without SUMMARY there is no conclusion to agree with. The length that
+earns everything is that of nearly all gold traces of the style (first to 99th percentile: 10 to 117 and 2 to 54
+tokens). Every whole trace of these styles is weak and earns the same for its form, which advantages, differences
+within a group, leave out.
+"""
+
+_COLLAPSE_LENGTH: Mapping[TraceStyle, float] = {"explicit": 0.5, "short": 0.25, "direct": 0.1}
+"""Where a run ends for short traces: an answer of one word or of a sentence is no collapse."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One variant of the model, and how it is made of the base.
+
+    Attributes:
+        meaning: In words, for the report.
+        style: What its traces say.
+        pause_mode: What its pauses look like; None, and it has none.
+        max_pauses: Its budget.
+        wanted_pauses: Pauses a rollout that Stage II moves the threshold towards.
+        weights: Of the reward, besides those of its style.
+        has_stage_2: Whether Stage II comes after Stage I.
+        baseline: The rival that is asked instead of a checkpoint (`hyper eval --baseline`); it comes from no base.
+        has_position_ids: Whether each position of a span has an embedding of its own.
+    """
+
+    name: str
+    meaning: str
+    style: TraceStyle = "explicit"
+    pause_mode: Literal["parallel", "sampled"] | None = None
+    max_pauses: int = 0
+    wanted_pauses: float = 0.0
+    weights: Mapping[str, object] = field(default_factory=dict[str, object])
+    has_stage_2: bool = True
+    baseline: Literal["cascade"] | None = None
+    has_position_ids: bool = False
+
+    @property
+    def form(self) -> str:
+        """Names what Stage I shows it; arms of one form share that."""
+        parts = [self.style, self.pause_mode, "positions" if self.has_position_ids else None]
+        return "-".join(part for part in parts if part)
+
+
+WANTED_PAUSES = 0.75
+"""Pauses a rollout that arms are steered to; who is steered to twice as many is served by a gate of twice as many."""
+
+
+def _pausing(name: str, meaning: str, **changes: Any) -> Arm:
+    return Arm(name, meaning, **{"pause_mode": "parallel", "max_pauses": 3, "wanted_pauses": WANTED_PAUSES} | changes)
+
+
+ARMS: tuple[Arm, ...] = (
+    Arm(
+        "cascade",
+        "the rival: recogniser, speaker clustering, sound tagger and rules; nothing of it is trained here",
+        has_stage_2=False,
+        baseline="cascade",
+    ),
+    Arm("sft", "Stage I alone, on explicit traces", has_stage_2=False),
+    Arm("grpo-direct", "Stage II; the answer alone", style="direct"),
+    Arm("grpo-short", "Stage II; planning, reasoning and summary without a caption", style="short"),
+    Arm("grpo-explicit", "Stage II; the explicit trace"),
+    _pausing("hyper", "Stage II; the explicit trace and at most 3 pauses"),
+    _pausing(
+        "hyper-no-consistency",
+        "as hyper, without the reward for consistency",
+        # The background gate takes from these two alone, so it goes with them.
+        weights={"fidelity": 0.0, "alignment": 0.0},
+    ),
+    _pausing("hyper-sampled", "as hyper, with sampled spans", pause_mode="sampled"),
+    _pausing("hyper-positions", "as hyper, one learned embedding a latent position", has_position_ids=True),
+    _pausing("hyper-1", "as hyper, at most 1 pause", max_pauses=1),
+    # Twice the budget is of use to a threshold alone that lets it be spent.
+    _pausing("hyper-6", "as hyper, at most 6 pauses", max_pauses=6, wanted_pauses=1.5),
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """Says what the arms take from the checkpoint that they begin from.
+
+    Attributes:
+        decoder: Fields of `recipes.Decoder`.
+        wanted: The least and the most pauses a completion that its gate was calibrated for; None where it was not.
+        wanted_aborts: The most completions given up, as a share, that it was calibrated for.
+    """
+
+    path: Path
+    name: str
+    sha256: str
+    decoder: Mapping[str, int]
+    window_tokens: int
+    rest_tokens: int
+    sections: tuple[str, ...]
+    wanted: tuple[float, float] | None
+    wanted_aborts: float | None
+
+    @classmethod
+    def read(cls, path: Path) -> Base:
+        """Reads a checkpoint's manifest and its configuration.
+
+        Raises:
+            CheckpointError: There is none, or it is not valid.
+        """
+        from hyper_model.checkpoint import open_checkpoint
+
+        opened = open_checkpoint(path, verify=False)
+        pause = opened.manifest.pause
+        text = json.loads((path / "config.json").read_text(encoding="utf-8"))["text_config"]
+        decoder = {
+            "vocab_size": 0,
+            "hidden_size": text["hidden_size"],
+            "num_layers": text["num_hidden_layers"],
+            "num_heads": text["num_attention_heads"],
+            "ffn_size": text["intermediate_size"],
+            "latent_tokens": pause.latent_tokens,
+        }
+        calibration = pause.calibration if pause.max_pauses else None
+        return cls(
+            path,
+            opened.manifest.name,
+            opened.manifest_sha256,
+            decoder,
+            pause.window_tokens,
+            pause.rest_tokens,
+            tuple(section.value for section in pause.sections),
+            None if calibration is None else calibration.wanted_pauses,
+            None if calibration is None else calibration.wanted_abort_rate,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Says how much is done for each arm.
+
+    Attributes:
+        num_steps, num_sft_steps: Of Stage II, and of Stage I before it.
+        num_items: Questions to each arm, over all suites.
+        sections: Sections in which gates work; none, and those of the base.
+        wanted_aborts: The most completions given up, as a share, that gates are calibrated for; None: as the base's.
+        sft_set, grpo_set: Further settings of all arms' recipes, as `--set` takes them.
+    """
+
+    num_steps: int
+    num_sft_steps: int
+    num_items: int
+    sections: tuple[str, ...] = ()
+    wanted_aborts: float | None = None
+    sft_set: tuple[str, ...] = ()
+    grpo_set: tuple[str, ...] = ()
+
+    def items_of(self, suite: str) -> int:
+        """Returns a suite's share of the questions."""
+        share, rest = divmod(self.num_items, len(SUITES))
+        return share + (SUITES.index(suite) < rest)
+
+    def said(self, base: Base) -> dict[str, Any]:
+        """Returns what results of one directory must have in common, as JSON would give it back."""
+        said = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return said | {"base": base.name, "base_sha256": base.sha256}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, and what is there when it has been run.
+
+    Attributes:
+        arguments: Of `hyper`.
+        result: A folder or a file that appears whole, or not at all.
+        run_dir: A training run that is gone on with where it was begun; None for other commands.
+        copied: A checkpoint that the command changes in place: it works on a copy, which becomes the result.
+    """
+
+    title: str
+    arguments: tuple[str, ...]
+    result: Path
+    log: Path
+    run_dir: Path | None = None
+    copied: Path | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.result.exists()
+
+
+def num_seeds_of(arm: Arm, num_seeds: int) -> int:
+    """Returns how often an arm is made: a rival is there once."""
+    return 1 if arm.baseline else num_seeds
+
+
+def arm_dir(run_dir: Path, arm: Arm, seed: int) -> Path:
+    """Returns where an arm's runs, checkpoint and results are."""
+    return run_dir / arm.name / f"seed-{seed}"
+
+
+def steps_of(arm: Arm, seed: int, *, plan: Plan, base: Base, run_dir: Path, work: Path) -> list[Step]:
+    """Lists the steps of an arm, in their order."""
+    folder, shared = arm_dir(run_dir, arm, seed), run_dir / "stage-1" / arm.form / f"seed-{seed}"
+    asked = base.path
+    steps: list[Step] = []
+    if not arm.baseline:
+        begun_from = base.path
+        if arm.has_position_ids:
+            steps.append(_positions(base, shared.parent))
+            begun_from = steps[-1].result
+        steps.append(_stage_1(arm, seed, plan, base, begun_from, shared, work))
+        start = steps[-1].result
+        if arm.max_pauses:
+            steps.append(_calibration(arm, plan, base, start, shared / f"gated-{arm.max_pauses}", work))
+            start = steps[-1].result
+        if arm.has_stage_2:
+            steps.append(_stage_2(arm, seed, plan, base, start, folder, work))
+            if arm.max_pauses:
+                steps.append(_calibration(arm, plan, base, steps[-1].result, folder / "gated", work, is_served=True))
+        asked = steps[-1].result
+    return [*steps, *(_evaluation(arm, suite, plan, asked, folder, work) for suite in SUITES)]
+
+
+def _positions(base: Base, folder: Path) -> Step:
+    arguments = ("checkpoint", "positions", base.path, folder / "base")
+    return Step("a token for each position", _texts(arguments), folder / "base", folder / "base.log")
+
+
+def _stage_1(arm: Arm, seed: int, plan: Plan, base: Base, begun_from: Path, folder: Path, work: Path) -> Step:
+    settings: dict[str, object] = {
+        "num_steps": plan.num_sft_steps,
+        "seed": seed,
+        # A fifth of the recipe's: the base has come to the end of its own decline.
+        "learning_rate": 2e-4,
+        "min_learning_rate": 2e-5,
+        "warmup_steps": min(20, plan.num_sft_steps),
+        "save_every_steps": 100,
+        "speech_share": [0.25, 0.25],
+        "cut_share": [0.0, 0.0],
+        # Not every form has something to read.
+        "read_size": 0,
+        # The base's projector spells already.
+        "spelling": None,
+        "decoder": {**base.decoder, **({"has_position_tokens": True} if arm.has_position_ids else {})},
+        "trace_style": arm.style,
+        "pause_share": 0.25 if arm.pause_mode else 0.0,
+        "pause_mode": arm.pause_mode or "parallel",
+    }
+    arguments = ("train", "mini_sft", folder / "run", "--base", begun_from, "--work", work)
+    arguments += ("--name", f"{base.name}-{arm.form}")
+    arguments += ("--export", folder / "checkpoint", "--overwrite", *_set(settings, plan.sft_set))
+    return Step(
+        f"Stage I, {arm.form}", _texts(arguments), folder / "checkpoint", folder / "stage-1.log", folder / "run"
+    )
+
+
+def _calibration(
+    arm: Arm, plan: Plan, base: Base, checkpoint: Path, result: Path, work: Path, *, is_served: bool = False
+) -> Step:
+    assert base.wanted is not None
+    # The rate that Stage II steered to must not be taken back by the gate that is served.
+    share = arm.wanted_pauses / WANTED_PAUSES if is_served else 1.0
+    wanted = [round(share * pauses, 4) for pauses in base.wanted]
+    wanted_aborts = base.wanted_aborts if plan.wanted_aborts is None else plan.wanted_aborts
+    arguments = ("checkpoint", "calibrate", _partial(result), "--work", work, "--workers", 1)
+    arguments += ("--wanted", *wanted, "--wanted-aborts", wanted_aborts, "--max-pauses", arm.max_pauses)
+    arguments += ("--window-tokens", base.window_tokens, "--rest-tokens", base.rest_tokens)
+    for section in plan.sections or base.sections:
+        arguments += ("--section", section)
+    log = result.with_name(f"{result.name}.log")
+    return Step(f"gate of {arm.max_pauses} pauses", _texts(arguments), result, log, copied=checkpoint)
+
+
+def _stage_2(arm: Arm, seed: int, plan: Plan, base: Base, start: Path, folder: Path, work: Path) -> Step:
+    settings: dict[str, object] = {
+        "num_steps": plan.num_steps,
+        "seed": seed,
+        "max_pauses": arm.max_pauses,
+        "wanted_pauses": arm.wanted_pauses,
+        "collapse_length": _COLLAPSE_LENGTH[arm.style],
+        "weights": {**STYLE_WEIGHTS[arm.style], **arm.weights},
+    }
+    arguments = ("train", "mini_grpo", folder / "run", "--base", start, "--work", work)
+    arguments += ("--name", f"{base.name}-{arm.name}")
+    arguments += ("--export", folder / "checkpoint", "--overwrite", *_set(settings, plan.grpo_set))
+    return Step("Stage II", _texts(arguments), folder / "checkpoint", folder / "stage-2.log", folder / "run")
+
+
+def _evaluation(arm: Arm, suite: str, plan: Plan, asked: Path, folder: Path, work: Path) -> Step:
+    from training.evaluation.report import RESULT_FILE
+
+    arguments = ("eval", "--suite", suite, "--items", plan.items_of(suite))
+    arguments += ("--out", folder / suite, "--work", work, "--workers", 1)
+    if arm.baseline:
+        arguments += ("--baseline", arm.baseline)
+    else:
+        arguments += ("--checkpoint", asked)
+        if not arm.max_pauses:
+            arguments += ("--pauses", 0)
+    return Step(suite, _texts(arguments), folder / suite / RESULT_FILE, folder / f"{suite}.log")
+
+
+def _set(settings: Mapping[str, object], more: Sequence[str]) -> Iterator[str]:
+    texts = (
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in settings.items()
+        if value != {}
+    )
+    for text in (*texts, *more):
+        yield from ("--set", text)
+
+
+def _texts(arguments: Sequence[object]) -> tuple[str, ...]:
+    return tuple(map(str, arguments))
+
+
+def _partial(result: Path) -> Path:
+    return result.with_name(f"{result.name}.partial")
+
+
+def run_step(step: Step) -> None:
+    """Runs a step, or waits until another process that runs it has come to an end.
+
+    Raises:
+        HyperError: The command failed; the message names its log and the end of it.
+    """
+    import fcntl
+    import shutil
+    import time
+
+    step.log.parent.mkdir(parents=True, exist_ok=True)
+    with step.log.open("ab") as log:
+        # The command inherits the lock with the file, and so holds it as long as it lives, whoever started it.
+        fcntl.flock(log, fcntl.LOCK_EX)
+        if step.is_done:
+            return
+        arguments = [*step.arguments]
+        if step.run_dir is not None and (step.run_dir / "recipe.json").exists():
+            arguments.append("--resume")
+        if step.copied is not None:
+            shutil.rmtree(_partial(step.result), ignore_errors=True)
+            shutil.copytree(step.copied, _partial(step.result))
+        log.write(f"\n$ hyper {' '.join(arguments)}\n".encode())
+        log.flush()
+        command = [sys.executable, "-m", "hyper_model.cli", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        started_s = time.monotonic()
+        # In a session of its own, so that it can be ended with the workers that it starts.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        try:
+            _wait(process, step.log)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+        if process.returncode:
+            raise HyperError(f"{step.title} ended with {process.returncode}: {_last_line(step.log)} (see {step.log})")
+        if step.copied is not None:
+            _partial(step.result).rename(step.result)
+        if not step.is_done:
+            raise HyperError(f"{step.title} left no {step.result} (see {step.log})")
+        click.echo(f"    {step.title}: done in {(time.monotonic() - started_s) / 60:.1f} min", err=True)
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits for a command's end; on a terminal its last line is shown."""
+    is_shown = sys.stderr.isatty()
+    while True:
+        try:
+            process.wait(timeout=1)
+            break
+        except subprocess.TimeoutExpired:
+            if is_shown:
+                click.echo(f"\r\033[K{_last_line(log)[:110]}", err=True, nl=False)
+    if is_shown:
+        click.echo("\r\033[K", err=True, nl=False)
+
+
+def _last_line(log: Path) -> str:
+    """Returns the last line of a log that says anything; a progress bar's last state is one."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4_096))
+        lines = file.read().decode("utf-8", errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def run_arms(
+    arms: Sequence[Arm], *, plan: Plan, base: Base, run_dir: Path, work: Path, num_seeds: int
+) -> dict[str, str]:
+    """Makes and measures arms, one after the other; returns what failed, which holds up no other arm."""
+    failed: dict[str, str] = {}
+    broken: set[Path] = set()
+    todo = [(arm, seed) for seed in range(num_seeds) for arm in arms if seed < num_seeds_of(arm, num_seeds)]
+    for place, (arm, seed) in enumerate(todo, 1):
+        name = f"{arm.name}, seed {seed}"
+        steps = steps_of(arm, seed, plan=plan, base=base, run_dir=run_dir, work=work)
+        missing = [step for step in steps if not step.is_done]
+        click.echo(f"[{place}/{len(todo)}] {name}: {len(missing)} of {len(steps)} steps to do", err=True)
+        for step in missing:
+            # Arms of one form share what failed once.
+            if step.result in broken:
+                failed[name] = f"{step.title} failed for another arm"
+                break
+            click.echo(f"    {step.title} ({step.log})", err=True)
+            try:
+                run_step(step)
+            except HyperError as error:
+                broken.add(step.result)
+                failed[name] = str(error)
+                click.echo(f"    failed: {error}", err=True)
+                break
+    return failed
+
+
+def check_settings(run_dir: Path, said: Mapping[str, Any]) -> None:
+    """Writes what a directory's results have in common, or compares it with what is there.
+
+    Raises:
+        HyperError: The directory was begun otherwise.
+    """
+    file = run_dir / SETTINGS_FILE
+    if not file.exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        partial.rename(file)
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    changed = sorted(name for name in {*before, *said} if before.get(name) != said.get(name))
+    if changed:
+        raise HyperError(f"{run_dir} was begun otherwise: {', '.join(changed)} differ")
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--base",
+    "base_dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The Stage I checkpoint that every arm begins from, calibrated.",
+)
+@work_option
+@click.option("--steps", type=click.IntRange(1), default=300, show_default=True, help="Steps of Stage II.")
+@click.option("--sft-steps", type=click.IntRange(1), default=400, show_default=True, help="Steps of Stage I before it.")
+@click.option(
+    "--items",
+    type=click.IntRange(6),
+    default=1_200,
+    show_default=True,
+    help=f"Questions to each arm, over {', '.join(SUITES)}.",
+)
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How often each arm is trained.")
+@click.option(
+    "--arm",
+    "names",
+    multiple=True,
+    type=click.Choice([arm.name for arm in ARMS]),
+    help="Make this one; may be given more than once.  [default: all]",
+)
+@click.option("--section", "sections", multiple=True, help="A section that may pause.  [default: the base's]")
+@click.option(
+    "--wanted-aborts",
+    type=click.FloatRange(0.0, 1.0),
+    help="The most given up, as a share, that gates are calibrated for.  [default: as the base's]",
+)
+@click.option("--sft-set", multiple=True, metavar="NAME=VALUE", help="Change a setting of every arm's Stage I.")
+@click.option("--grpo-set", multiple=True, metavar="NAME=VALUE", help="Change a setting of every arm's Stage II.")
+@click.option("--report", "only_reports", is_flag=True, help="Write the report of what is there, and nothing else.")
+def ablation(
+    run_dir: Path,
+    base_dir: Path | None,
+    work: Path,
+    steps: int,
+    sft_steps: int,
+    items: int,
+    seeds: int,
+    names: tuple[str, ...],
+    sections: tuple[str, ...],
+    wanted_aborts: float | None,
+    sft_set: tuple[str, ...],
+    grpo_set: tuple[str, ...],
+    only_reports: bool,
+) -> None:
+    """Train variants of the embedded model from one base, ask all of them the same, and compare them in RUN_DIR.
+
+    What is there already is not made again: the same command goes on where it stopped. Several may share RUN_DIR, each
+    with arms of its own. RUN_DIR gets ablation.md, ablation.json and ablation.png.
+    """
+    from training.ablation.report import write_report
+
+    if only_reports:
+        click.echo(write_report(run_dir))
+        return
+    if base_dir is None:
+        raise click.UsageError("name the checkpoint that every arm begins from with --base")
+    chosen = [arm for arm in ARMS if not names or arm.name in names]
+    base = Base.read(base_dir)
+    if base.wanted is None and any(arm.max_pauses for arm in chosen):
+        raise click.UsageError(
+            f"{base_dir} has no calibrated gate: `hyper checkpoint calibrate {base_dir} --max-pauses 3` gives it one"
+        )
+    plan = Plan(steps, sft_steps, items, sections, wanted_aborts, sft_set, grpo_set)
+    check_settings(run_dir, plan.said(base))
+    # So that whoever ends this process ends the command that it waits for, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    failed = run_arms(chosen, plan=plan, base=base, run_dir=run_dir, work=work, num_seeds=seeds)
+    click.echo(write_report(run_dir))
+    if failed:
+        raise HyperError("; ".join(f"{name}: {why}" for name, why in failed.items()))

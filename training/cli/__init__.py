@@ -1,0 +1,1 @@
+"""The training side of the `hyper` command. Only this package parses command lines."""

@@ -1,0 +1,364 @@
+"""`hyper eval`: asks a suite of a checkpoint, a service or a rival, and writes figures, tables and pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from training.evaluation.hard_sets import HARD_SETS
+
+if TYPE_CHECKING:
+    from training.data.examples import Format
+    from training.data.sources.voices import Bank, Split
+    from training.evaluation.runners.http import Endpoint
+    from training.evaluation.suites import Item
+
+KEPT_FILE = "replies.jsonl"
+FITTED_FILE = "cascade.npz"
+
+SEED = 0
+"""Of the bank, which training and evaluation share."""
+
+FILE_SUITES = ("paqa", "mmau", "mmar", "own")
+NAMED_SUITES = ("held-out", "validation", *HARD_SETS, "human", *FILE_SUITES)
+
+
+def bank_of(split: Split, work: Path, workers: int) -> Bank:
+    """Opens the bank of a split's voices, and builds what is missing of it."""
+    from training.data.sources.downloads import fetch, require_speech_programs
+    from training.data.sources.voices import Bank, build_bank, list_voices, missing_rounds, trained_lines
+
+    fetch(work / "assets")
+    voices = [voice for voice in list_voices() if voice.split == split]
+    if missing_rounds(work / "bank", voices):
+        require_speech_programs()
+        build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers, voices=voices)
+    # A sentence that some training voice spoke word for word would measure memory.
+    return Bank(work / "bank", without=trained_lines(seed=SEED))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Says what is asked, in a form that another process can be given."""
+
+    suite: str
+    work: Path
+    workers: int
+    num_items: int | None
+    data: Path | None
+    audio_root: Path | None
+    cuts_long: bool
+    pauses: int | None
+    probe: bool
+    use_tqdm: bool
+
+    def items(self) -> list[Item]:
+        """Draws or reads the items."""
+        from training.data.sources.downloads import SOUNDS_FOLDER
+        from training.evaluation.suites import (
+            DATA_SUITES,
+            data_items,
+            human_items,
+            is_scene_suite,
+            scene_items,
+            split_of,
+        )
+
+        if is_scene_suite(self.suite):
+            bank = bank_of(split_of(self.suite), self.work, self.workers)
+            return scene_items(
+                self.suite, bank, self.work / "assets" / SOUNDS_FOLDER, num_items=self.num_items or 1_400
+            )
+        if self.suite == "human":
+            return human_items()[: self.num_items]
+        if self.data is None:
+            raise click.UsageError(f"--suite {self.suite} reads a data set: give its file with --data")
+        named: Format | None = next((name for name in DATA_SUITES if name == self.suite), None)
+        items, faults = data_items(self.data, format=named, audio_root=self.audio_root, num_items=self.num_items)
+        if faults:
+            click.echo(f"{len(faults)} rows cannot be asked and are left out, the first: {faults[0]}", err=True)
+        return items
+
+
+@click.command("eval")
+@click.option(
+    "--suite",
+    type=click.Choice(NAMED_SUITES),
+    default="held-out",
+    show_default=True,
+    help="held-out: scenes of voices and recordings that nothing was trained or tuned on. validation: for choosing "
+    "settings. hard-multi-speaker, snr-20 to snr-0, overlap, contradicting-background: hard scenes. human: ten "
+    "recorded clips (needs apt-get install pocketsphinx-testdata). paqa, mmau, mmar, own: a data set's file, see "
+    "--data.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("checkpoints/hyper-mini"),
+    show_default=True,
+    help="The checkpoint to measure.",
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The questions of --suite paqa, mmau, mmar or own, in any format that `hyper data check` reads.",
+)
+@click.option(
+    "--audio-root",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where relative audio paths of --data start.  [default: the file's folder]",
+)
+@click.option(
+    "--cut-long",
+    "cuts_long",
+    is_flag=True,
+    help="Ask clips beyond 30 s by their beginning.  [default: such a clip is refused, and its item wrong]",
+)
+@click.option(
+    "--url",
+    help="Ask a running service instead of a checkpoint: a HyPeR service, or with --api openai any server that takes "
+    "input_audio in chat requests.",
+)
+@click.option(
+    "--baseline",
+    type=click.Choice(["cascade"]),
+    help="Ask the rival instead: recogniser, voice activity, speaker clustering, sound tagger and rules "
+    "(needs `requirements/install.sh .venv cpu train data baseline`).",
+)
+@click.option("--api", type=click.Choice(["hyper", "openai"]), default="hyper", show_default=True, help="Its API.")
+@click.option("--model", help="The model's name there (openai).  [default: the first that the server lists]")
+@click.option("--api-key-env", help="Name of the environment variable that holds the key.")
+@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Requests at a time.")
+@click.option("--timeout", "timeout_s", type=float, default=120.0, show_default=True, help="Seconds for one request.")
+@click.option("--tries", "num_tries", type=click.IntRange(1), default=6, show_default=True, help="Of each item.")
+@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of a reply (openai).")
+@click.option(
+    "--instruction", help="What follows the choices (openai).  [default: Answer with the letter and the words ...]"
+)
+@click.option(
+    "--extra-body",
+    help="JSON object of fields laid over each request (openai), such as '{\"skip_special_tokens\": false}' for a "
+    "HyPeR checkpoint on vLLM's own server; null leaves a field out.",
+)
+@click.option(
+    "--probe",
+    is_flag=True,
+    help="Look at the hidden states of 300 completions as well: what pauses do on the way to the answer.",
+)
+@click.option("--pauses", type=click.IntRange(0), help="Lower the budget of pauses.  [default: the checkpoint's]")
+@click.option(
+    "--items",
+    "num_items",
+    type=click.IntRange(2),
+    help="Questions to ask.  [default: 1400 of scenes, all of a data set]",
+)
+@click.option(
+    "--against",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Compare with this, item by item: the result.json of an earlier run, its folder, or another checkpoint, which "
+    "is then asked first. May be given more than once.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write result.json (with each item's outcome), report.md and pictures there; replies from --url are kept "
+    "there too, and an interrupted run goes on from them.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON line instead of a table.")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build"),
+    show_default=True,
+    help="Folder of assets and voices; a suite of scenes builds what it lacks.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    show_default="one a core",
+    help="Processes that build missing voices.",
+)
+def evaluate(
+    suite: str,
+    checkpoint: Path,
+    data: Path | None,
+    audio_root: Path | None,
+    cuts_long: bool,
+    url: str | None,
+    baseline: str | None,
+    probe: bool,
+    pauses: int | None,
+    num_items: int | None,
+    against: tuple[Path, ...],
+    out: Path | None,
+    as_json: bool,
+    work: Path,
+    workers: int,
+    **endpoint_options: Any,
+) -> None:
+    """Ask a suite of questions and measure the replies: of a checkpoint through vLLM, of a service, or of a rival.
+
+    Builds the voices of a suite of scenes first if they are missing. docs/evaluation.md says what each figure is.
+    """
+    asked = Asked(suite, work, workers, num_items, data, audio_root, cuts_long, pauses, probe, not as_json)
+    if url is not None and baseline is not None:
+        raise click.UsageError("ask either --url or --baseline")
+    if data is not None and suite not in FILE_SUITES:
+        raise click.UsageError(f"--suite {suite} has items of its own: --data is for {', '.join(FILE_SUITES)}")
+    asks_checkpoint = (url is None and baseline is None) or any((path / "hyper.json").is_file() for path in against)
+    if pauses is not None and not asks_checkpoint:
+        raise click.UsageError("--pauses is for a checkpoint; a service has a budget of its own")
+    if probe and (url is not None or baseline is not None):
+        raise click.UsageError("--probe looks into a --checkpoint; neither --url nor --baseline shows its states")
+    endpoint = None if url is None else _endpoint(url, **endpoint_options)
+    others = [_other_result(path, asked) for path in against]
+    items = asked.items()
+    if endpoint is not None:
+        result = ask_endpoint(endpoint, asked, items, None if out is None else out / KEPT_FILE)
+    elif baseline is not None:
+        result = ask_cascade(asked, items)
+    else:
+        result = ask_checkpoint(checkpoint, asked, items)
+    _finish(result, others, items, out=out, as_json=as_json)
+
+
+def ask_checkpoint(checkpoint: Path, asked: Asked, items: list[Item] | None = None) -> dict[str, Any]:
+    """Asks a checkpoint in this process; draws the items anew where none are given."""
+    from hyper_model.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    from training.evaluation.runners.checkpoint import answer, time_alone
+    from training.evaluation.score import judge, latency, summarize
+    from training.rl.rollout import VllmBackend
+
+    items = asked.items() if items is None else items
+    backend = VllmBackend(opened)
+    gate = backend.gate
+    if gate is not None and asked.pauses is not None:
+        gate = gate.lowered(asked.pauses) if asked.pauses else None
+    seconds = time_alone(backend, items, gate=gate, cuts_long=asked.cuts_long)
+    replies = answer(backend, items, gate=gate, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
+    result = summarize(items, [judge(item, reply) for item, reply in zip(items, replies, strict=True)])
+    result |= latency("e2e", seconds)
+    if asked.probe:
+        from training.evaluation.latent_probe import probe
+        from training.evaluation.runners.checkpoint import complete_for_probe
+
+        main = [item for item in items if item.part == "main"]
+        completed = complete_for_probe(backend, main, gate=gate, cuts_long=asked.cuts_long)
+        result["probe"] = probe(opened, *completed, use_tqdm=asked.use_tqdm)
+    result |= {"system": opened.manifest.name, "checkpoint": opened.manifest.name}
+    return result | {"manifest_sha256": opened.manifest_sha256, **_about(asked)}
+
+
+def _endpoint(
+    url: str, *, api_key_env: str | None, instruction: str | None, extra_body: str | None, **fields: Any
+) -> Endpoint:
+    """Checks the options about a service."""
+    from training.evaluation.runners.http import INSTRUCTION, Endpoint
+
+    try:
+        extra = json.loads(extra_body or "{}")
+    except ValueError as error:
+        raise click.BadParameter(f"no JSON ({error})", param_hint="--extra-body") from error
+    if not isinstance(extra, dict):
+        raise click.BadParameter("no JSON object", param_hint="--extra-body")
+    api_key = os.environ.get(api_key_env) if api_key_env else None
+    if api_key_env and not api_key:
+        raise click.BadParameter(f"the environment has no {api_key_env}", param_hint="--api-key-env")
+    instruction = INSTRUCTION if instruction is None else instruction
+    return Endpoint(url, api_key=api_key, instruction=instruction, extra=extra, **fields)
+
+
+def ask_endpoint(endpoint: Endpoint, asked: Asked, items: list[Item], kept: Path | None) -> dict[str, Any]:
+    """Asks a service; of one that never writes a trace only the answers are judged."""
+    from training.evaluation.runners.http import ask
+    from training.evaluation.score import judge, summarize
+
+    replies, model = ask(endpoint, items, kept=kept, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
+    reads = "trace" if endpoint.api == "hyper" or any(reply.parsed.texts for reply in replies) else "answer"
+    judged = [judge(item, reply, reads=reads) for item, reply in zip(items, replies, strict=True)]
+    return summarize(items, judged) | {"system": model, "url": endpoint.base, **_about(asked)}
+
+
+def ask_cascade(asked: Asked, items: list[Item]) -> dict[str, Any]:
+    """Asks the cascade, which is fitted first where it was not before."""
+    from training.data.sources.downloads import SOUNDS_FOLDER
+    from training.evaluation.runners.cascade import Cascade, Fitted, Parts, answer_all, fit
+    from training.evaluation.score import judge, summarize
+
+    folder = asked.work / "baseline"
+    parts = Parts(folder)
+    fitted = Fitted.load(folder / FITTED_FILE)
+    if fitted is None:
+        bank = bank_of("validation", asked.work, asked.workers)
+        fitted = fit(parts, bank, asked.work / "assets" / SOUNDS_FOLDER, use_tqdm=asked.use_tqdm)
+        fitted.save(folder / FITTED_FILE)
+    replies = answer_all(Cascade(parts, fitted), items, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
+    judged = [judge(item, reply, reads="perception") for item, reply in zip(items, replies, strict=True)]
+    return summarize(items, judged) | {"system": "cascade", "fitted": fitted.measured, **_about(asked)}
+
+
+def _about(asked: Asked) -> dict[str, Any]:
+    from training.evaluation.suites import is_scene_suite, split_of
+
+    return {"suite": asked.suite} | ({"split": split_of(asked.suite)} if is_scene_suite(asked.suite) else {})
+
+
+def _other_result(path: Path, asked: Asked) -> dict[str, Any]:
+    """Reads an earlier result, or asks another checkpoint in a process of its own: an engine cannot be unloaded."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from hyper_model.errors import HyperError
+    from training.evaluation.report import RESULT_FILE
+    from training.evaluation.score import RESULT_VERSION
+
+    if (path / "hyper.json").is_file():
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(ask_checkpoint, path, asked).result()
+    file = path / RESULT_FILE if path.is_dir() else path
+    try:
+        result = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise HyperError(f"--against {path}: neither a checkpoint nor a result ({error})") from error
+    if not isinstance(result, dict) or result.get("version") != RESULT_VERSION or "items" not in result:
+        raise HyperError(f"--against {path}: no result of this version with its items; write one with --out")
+    return result
+
+
+def _finish(
+    result: dict[str, Any], others: list[dict[str, Any]], items: list[Item], *, out: Path | None, as_json: bool
+) -> None:
+    """Compares, writes and prints."""
+    from hyper_model.errors import HyperError
+    from training.evaluation.report import markdown, write
+    from training.evaluation.score import differences
+
+    taken = [result["system"]]
+    for other in others:
+        # Two runs of one checkpoint are told apart in the tables.
+        if other["system"] in taken:
+            other["system"] += f" ({len(taken) + 1})"
+        taken.append(other["system"])
+    compared: list[dict[str, Any]] = []
+    for other in others:
+        try:
+            compared.append({"system": other["system"], **differences(items, result, other)})
+        except ValueError as error:
+            raise HyperError(f"--against {other['system']}: {error}") from error
+    if compared:
+        result["compared"] = compared
+    if out is not None:
+        write([result, *others], out)
+    if as_json:
+        click.echo(json.dumps({name: value for name, value in result.items() if name != "items"}))
+    else:
+        click.echo(markdown([result, *others]))

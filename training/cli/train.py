@@ -1,0 +1,479 @@
+"""`hyper train`: runs a recipe into a run directory, on one process or several."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+
+from training.cli.data import work_option
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from training.data.examples import Example
+    from training.export import RunModel
+    from training.recipes import GrpoRecipe, SftRecipe
+    from training.trainer import PolicyTrainer
+
+SEED = 0
+
+
+@click.command()
+@click.argument("recipe")
+@click.argument("run_dir", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--resume", is_flag=True, help="Go on with the run in RUN_DIR from its last whole checkpoint.")
+@click.option(
+    "--base",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The HyPeR checkpoint to train on. Recipes that make a decoder of their own begin from its decoder, which "
+    "must have their shape; its vocabulary may be another.",
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Questions and clips, in any format that `hyper data check` reads; for Stage I with gold completions, which "
+    "PAQA and ShareGPT have. qwen2_audio_7b_sft and mini_finetune need it.  [default: synthetic scenes under --work]",
+)
+@click.option(
+    "--audio-root",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where relative audio paths of --data start.  [default: its folder]",
+)
+@work_option
+@click.option("--export", "export_to", type=click.Path(file_okay=False, path_type=Path), help="Export here at the end.")
+@click.option(
+    "--export-only",
+    is_flag=True,
+    help="Report on the run in RUN_DIR, which may be going on, and with --export export its last checkpoint, by the "
+    "settings that it was begun with; --base and --data are named as then.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is at --export already.")
+@click.option("--name", help="What to call the exported checkpoint.  [default: the name of its folder]")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Ranks on this machine, each with one thread on CPU. Across machines, start this command with torchrun.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Change a setting of the recipe, as JSON where it is no text; may be given several times. "
+    "training/recipes.py says what each is.",
+)
+@click.option(
+    "--loader-workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read ahead."
+)
+def train(
+    recipe: str,
+    run_dir: Path,
+    resume: bool,
+    base: Path | None,
+    data: Path | None,
+    audio_root: Path | None,
+    work: Path,
+    export_to: Path | None,
+    export_only: bool,
+    overwrite: bool,
+    name: str | None,
+    processes: int,
+    settings: tuple[str, ...],
+    loader_workers: int,
+) -> None:
+    """Train RECIPE into RUN_DIR.
+
+    Stage I teaches the perceptual trace: mini_sft (the embedded checkpoint, from built clips), mini_finetune (a small
+    checkpoint, on a file of yours), qwen2_audio_7b_sft (sharded over GPUs). Stage II lets the checkpoint write and
+    rewards it: mini_grpo, qwen2_audio_7b_grpo. debug and debug_grpo take a few steps of a tiny model.
+
+    RUN_DIR gets the last two checkpoints, which --resume goes on from (bit for bit on CPU), log.jsonl, TensorBoard
+    files, and at the end curves.png, report.md and, with --export, a checkpoint to serve.
+    """
+    if processes > 1 and "RANK" not in os.environ:
+        _launch(processes)
+        return
+    # One thread a process: on shared cores threads inside processes cost several times what they give.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from hyper_model.manifest import name_of
+    from training.recipes import RECIPES, GrpoRecipe
+
+    if recipe not in RECIPES:
+        raise click.BadParameter(f"{recipe!r} is none of {', '.join(RECIPES)}", param_hint="RECIPE")
+    if name is not None and name != name_of(Path(name)):
+        raise click.BadParameter(f"{name!r}: letters, digits, dots, dashes and underscores", param_hint="--name")
+    chosen: Any = _as_begun(recipe, run_dir, settings) if export_only else _changed(RECIPES[recipe](), settings)
+    is_writer = os.environ.get("RANK", "0") == "0"
+    from training.trainer import check_run, last_checkpoint, leave_run_dir, prepare_run_dir
+
+    origin = {"base": None if base is None else _sum(base / "hyper.json"), "data": None if data is None else _sum(data)}
+    checkpoint = last_checkpoint(run_dir)
+    if export_only:
+        if checkpoint is None:
+            raise click.ClickException(f"{run_dir} holds no whole checkpoint to export")
+        # Whoever is training there may be half-way through writing the next one: nothing is removed.
+        check_run(run_dir, chosen, origin)
+    else:
+        _check_recipe(chosen)
+        if is_writer:
+            checkpoint = prepare_run_dir(run_dir, chosen, is_resumed=resume, origin=origin)
+    is_over = checkpoint is not None and _step_of(checkpoint) >= chosen.num_steps
+    if is_over and not export_only and export_to is not None and _is_exported(export_to, chosen):
+        # It may have been calibrated since.
+        click.echo(f"{run_dir} is over and exported to {export_to}; --export-only --overwrite would make that anew")
+        return
+    if export_only or is_over:
+        model = None
+    else:
+        try:
+            examples = None if data is None else _examples(data, audio_root, chosen)
+            if isinstance(chosen, GrpoRecipe):
+                trainer = _grpo(chosen, run_dir, base, examples, work)
+            else:
+                trainer = _sft(chosen, run_dir, base, examples, work, loader_workers)
+        except BaseException:
+            if is_writer and not resume:
+                leave_run_dir(run_dir)
+            raise
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # Shards are gathered by all ranks at once; this one alone reads what they saved together.
+        model = trainer.run_model if is_writer and not chosen.fsdp else None
+    if is_writer:
+        saved = last_checkpoint(run_dir)
+        assert saved is not None
+        if export_to is not None:
+            model = model or _model(chosen, run_dir, base, work)
+            model.manifest |= {"name": name or name_of(export_to), "data_card": "README.md"}
+            _export(model, chosen, run_dir, saved, export_to, data, overwrite=overwrite)
+        _report(chosen, run_dir, saved)
+
+
+def _sum(file: Path) -> str:
+    import hashlib
+
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _as_begun(recipe: str, run_dir: Path, settings: tuple[str, ...]) -> Any:
+    """Returns the recipe as the run in a directory was begun with."""
+    import json
+
+    from training.recipes import RECIPES
+    from training.trainer import read_recipe
+
+    said = read_recipe(run_dir, RECIPES[recipe]())
+    if settings:
+        raise click.UsageError("--export-only takes the settings that the run was begun with: no --set")
+    if said["name"] != recipe:
+        raise click.BadParameter(f"{run_dir} holds a run of {said['name']}", param_hint="RECIPE")
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
+    others = (f"{key}={text}" for key, text in texts.items() if key not in ("name", "origin"))
+    return _changed(RECIPES[recipe](), tuple(others))
+
+
+def _is_exported(directory: Path, recipe: Any) -> bool:
+    """Tells whether a folder holds a checkpoint that this recipe made, trained to its end."""
+    import json
+    from dataclasses import asdict
+
+    from hyper_model.manifest import MANIFEST_FILE, read_manifest
+
+    if not (directory / MANIFEST_FILE).exists():
+        return False
+    said = read_manifest((directory / MANIFEST_FILE).read_bytes()).recipe
+    wanted = json.dumps(asdict(recipe) | {"trained_steps": recipe.num_steps}, sort_keys=True)
+    return said == wanted
+
+
+def _check_recipe(recipe: Any) -> None:
+    """Refuses what could not run: sharding over one process, and adapters on a decoder that is made anew."""
+    if recipe.lora is not None and getattr(recipe, "decoder", None) is not None:
+        raise click.UsageError(f"{recipe.name} trains a whole decoder: lora is for recipes that train a checkpoint")
+    if recipe.fsdp and "RANK" not in os.environ:
+        raise click.UsageError(
+            f"{recipe.name} shards the model over several processes: start it with --processes N or torchrun, or keep "
+            "the model whole with `--set fsdp=`"
+        )
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _launch(processes: int) -> None:
+    """Starts this command again, once a rank."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Who dies takes the others along, and none is started again: the run is resumed from its last checkpoint.
+    ranks = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", "0"]
+    try:
+        main([*ranks, "-m", "hyper_model.cli", *sys.argv[1:]])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise click.ClickException(
+            f"rank {rank} ended with exit code {failure.exitcode}, and the others with it; what it said stands above, "
+            "and --resume goes on from the last checkpoint"
+        ) from error
+
+
+def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
+    """Returns the recipe with settings changed; each is read as the type that it has."""
+    import dataclasses
+    import json
+
+    from training.recipes import Decoder, Lora, Spelling
+    from training.rl.rewards import Weights
+
+    hints = get_type_hints(type(recipe))
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        known = [field.name for field in dataclasses.fields(recipe) if field.name != "name"]
+        if not equals or name not in known:
+            raise click.BadParameter(f"{setting!r}: NAME must be one of {', '.join(known)}", param_hint="--set")
+        before = getattr(recipe, name)
+        try:
+            value = text if isinstance(before, str) else json.loads(text)
+        except ValueError as error:
+            raise click.BadParameter(f"{setting!r}: {text!r} is no JSON value", param_hint="--set") from error
+        if isinstance(before, tuple) and isinstance(value, list):
+            value = tuple(value)
+        try:
+            if isinstance(before, Weights | Decoder | Spelling) and isinstance(value, dict):
+                value = dataclasses.replace(before, **value)
+            if name == "lora" and isinstance(value, dict):
+                before = value = Lora(**value)
+        except TypeError as error:
+            raise click.BadParameter(f"{setting!r}: {error}", param_hint="--set") from error
+        allowed = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+        if allowed and value not in allowed:
+            raise click.BadParameter(f"{setting!r}: one of {', '.join(allowed)} is wanted", param_hint="--set")
+        is_number = type(before) is float and type(value) is int
+        is_left_out = value is None and type(None) in get_args(hints[name])
+        if type(value) is not type(before) and not is_number and not is_left_out:
+            raise click.BadParameter(f"{setting!r}: a {type(before).__name__} is wanted", param_hint="--set")
+        recipe = dataclasses.replace(recipe, **{name: value})
+    return recipe
+
+
+def _examples(data: Path, audio_root: Path | None, recipe: SftRecipe | GrpoRecipe) -> list[Example]:
+    """Reads the rows that a stage can use."""
+    from training.data.examples import ExampleError, read_examples
+    from training.recipes import GrpoRecipe
+
+    faults: list[ExampleError] = []
+    examples = list(read_examples(data, audio_root=audio_root, on_fault=faults.append))
+    if faults:
+        click.echo(f"{len(faults)} rows left out, the first: {faults[0]}", err=True)
+    wants_answer = isinstance(recipe, GrpoRecipe)
+    usable = [example for example in examples if (example.answer if wants_answer else example.completion)]
+    if len(usable) < len(examples):
+        lacking = "answer to reward by" if wants_answer else "gold completion"
+        click.echo(f"{len(examples) - len(usable)} rows left out: they have no {lacking}", err=True)
+    # A clip is opened when its turn comes, which may be hours away.
+    missing = [example for example in usable if not os.path.isfile(example.audio)]
+    if missing:
+        raise click.ClickException(
+            f"{len(missing)} of {len(usable)} rows name a clip that is not there, the first: {missing[0].source}: "
+            f"{missing[0].audio} (--audio-root says where relative paths start)"
+        )
+    return usable
+
+
+def _model(recipe: Any, run_dir: Path, base: Path | None, work: Path) -> RunModel:
+    """Makes the model that a run begins with."""
+    import torch
+
+    from training.data.sources.downloads import ENCODER_FILE
+    from training.export import model_from_scratch, model_of_checkpoint
+
+    torch.manual_seed(recipe.seed)
+    dtype = getattr(torch, recipe.dtype)
+    decoder = getattr(recipe, "decoder", None)
+    if decoder is not None:
+        encoder_file = work / "assets" / ENCODER_FILE
+        return model_from_scratch(
+            decoder,
+            run_dir / "tokenizer.json",
+            encoder_file,
+            dtype=dtype,
+            base=base,
+            pause_mode=recipe.pause_mode,
+        )
+    if base is None:
+        raise click.UsageError(f"{recipe.name} trains a checkpoint: name it with --base")
+    return model_of_checkpoint(base, dtype=dtype, lora=recipe.lora)
+
+
+def _ranks() -> PartialState:
+    """Joins the other ranks, if there are any."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _sft(
+    recipe: SftRecipe, run_dir: Path, base: Path | None, examples: list[Example] | None, work: Path, num_workers: int
+) -> PolicyTrainer:
+    from hyper_model.audio_encoder import LogMel
+    from hyper_model.trace import PauseMode
+    from training.data.sources.downloads import TEXTS_FOLDER
+    from training.data.sources.open_text import iter_texts
+    from training.data.sources.voices import held_out_lines
+    from training.data.text_scenes import SceneWriter
+    from training.sft.projector_ctc import teach_spelling
+    from training.sft.trainer import ClipSequences, ExampleSequences, SftTrainer, read_clips, train_tokenizer_on
+
+    if recipe.decoder is not None:
+        if examples is not None:
+            raise click.UsageError(f"{recipe.name} makes a decoder of its own, on scenes: no --data")
+        folder = work / "clips/train"
+        scenes, speech = read_clips(folder, "scene", "noise"), read_clips(folder, "speech")
+        # Open texts too, where speech was built from them: a vocabulary of scenes alone would spell other words out.
+        texts = iter_texts(work / "assets" / TEXTS_FOLDER) if speech else ()
+        with _ranks().main_process_first():
+            if recipe.decoder.vocab_size:
+                train_tokenizer_on([*scenes, *speech], recipe, run_dir / "tokenizer.json", texts)
+            elif base is not None:
+                shutil.copyfile(base / "tokenizer.json", run_dir / "tokenizer.json")
+            else:
+                raise click.UsageError("vocab_size 0 takes the vocabulary of a checkpoint: name it with --base")
+        model = _model(recipe, run_dir, base, work)
+        if recipe.spelling is not None:
+            # Learnt by the first rank; the others get its weights when the trainer wraps the policy.
+            with _ranks().main_process_first():
+                file, clips = run_dir / "spelling.safetensors", speech or scenes
+                spelled = teach_spelling(model.core, model.tokenizer, clips, recipe.spelling, file, seed=recipe.seed)
+            if spelled is not None:
+                click.echo(
+                    f"the projector alone spells {spelled.num_clips} clips with word error {spelled.word_error:.3f}"
+                )
+        writer = None
+        if recipe.read_size:
+            turns = (turn for clip in (*scenes, *speech) for turn in clip.scene.turns)
+            open_texts = dict.fromkeys(turn.line.text for turn in turns if turn.line.is_open)
+            writer = SceneWriter([*open_texts], held_out_lines(seed=SEED))
+        sequences: Any = ClipSequences(scenes, speech, model.tokenizer, recipe, writer)
+    else:
+        if examples is None:
+            raise click.UsageError(f"{recipe.name} trains on a data set: name it with --data")
+        model = _model(recipe, run_dir, base, work)
+        sequences = ExampleSequences(
+            examples,
+            model.tokenizer,
+            recipe,
+            latent_tokens=model.manifest["pause"]["latent_tokens"],
+            pause_mode=PauseMode(model.manifest["pause"]["mode"]),
+            answers_by_letter=model.manifest["trace"]["answer_style"] == "letter",
+            max_model_len=model.manifest["max_model_len"],
+            log_mel=LogMel(model.config["audio_config"]["num_mel_bins"]),
+        )
+    return SftTrainer(model, recipe, run_dir, sequences, num_workers=num_workers)
+
+
+def _grpo(
+    recipe: GrpoRecipe, run_dir: Path, base: Path | None, examples: list[Example] | None, work: Path
+) -> PolicyTrainer:
+    import torch
+
+    from hyper_model.checkpoint import open_checkpoint
+    from hyper_model.pause import GateSettings
+    from training.data.scenes import SceneBuilder
+    from training.data.sources.downloads import SOUNDS_FOLDER
+    from training.data.sources.voices import Bank
+    from training.rl.rollout import VllmBackend
+    from training.rl.rollout_transformers import TransformersBackend
+    from training.rl.tasks import ExampleTasks, SceneTasks
+    from training.rl.trainer import GrpoTrainer
+
+    if "RANK" in os.environ:
+        # Before the engine, which would make a process group of one rank.
+        _ranks()
+    model = _model(recipe, run_dir, base, work)
+    assert base is not None
+    checkpoint = open_checkpoint(base, verify=False)
+    gate = GateSettings.of(checkpoint.manifest, checkpoint.tokenizer) if recipe.max_pauses else None
+    if recipe.max_pauses and gate is None:
+        raise click.UsageError(
+            f"{base} has no gate to pause by: `hyper checkpoint calibrate {base} --max-pauses {recipe.max_pauses}` "
+            "gives it one, and `--set max_pauses=0` trains without"
+        )
+    if gate is not None and gate.max_pauses < recipe.max_pauses:
+        click.echo(f"{base} allows {gate.max_pauses} pauses, fewer than the recipe's {recipe.max_pauses}", err=True)
+    gate = None if gate is None else gate.lowered(recipe.max_pauses)
+    if examples is not None:
+        tasks: Any = ExampleTasks(examples, model.tokenizer, seed=recipe.seed)
+    else:
+        builder = SceneBuilder(Bank(work / "bank"), work / "assets" / SOUNDS_FOLDER, "train")
+        tasks = SceneTasks(builder, model.tokenizer, seed=recipe.seed)
+    num_rollouts = recipe.batch_size * recipe.group_size
+    if recipe.backend == "vllm":
+        backend: Any = VllmBackend(
+            checkpoint,
+            # The policy's own, so that the two agree; under autocast what it computes in.
+            dtype=recipe.export_dtype if recipe.autocast else recipe.dtype,
+            max_num_seqs=min(256, num_rollouts),
+            is_sampler=True,
+            # The trainer's weights, gradients and optimizer share the device with the engine.
+            gpu_memory_utilization=recipe.gpu_memory_utilization if torch.cuda.is_available() else None,
+        )
+    else:
+        backend = TransformersBackend(model, rows_at_once=recipe.rows_at_once)
+    return GrpoTrainer(model, recipe, run_dir, tasks, backend, gate=gate)
+
+
+def _export(
+    model: RunModel,
+    recipe: Any,
+    run_dir: Path,
+    saved: Path,
+    export_to: Path,
+    data: Path | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Exports a run's last checkpoint, with a card."""
+    import torch
+
+    from training.run_report import write_card
+
+    num_steps, state = _step_of(saved), _state_of(saved)
+    model.load(saved)
+    pause = model.manifest["pause"]
+    # Without a gate there is no threshold that was moved.
+    if "tau" in state and recipe.max_pauses:
+        pause["tau_pause"] = max(state["tau"]["tau"], pause["tau_abort"])
+    dtype = getattr(torch, recipe.export_dtype)
+    checkpoint = model.export(export_to, recipe=recipe, num_steps=num_steps, dtype=dtype, overwrite=overwrite)
+    click.echo(f"exported {checkpoint.path} (manifest sha256 {checkpoint.manifest_sha256[:12]})")
+    write_card(run_dir, checkpoint.path, num_steps=num_steps, data=None if data is None else data.name)
+    budget = "" if checkpoint.manifest.pause.max_pauses else " --max-pauses 3"
+    click.echo(
+        f"no threshold is calibrated for these weights: hyper checkpoint calibrate {export_to}{budget} "
+        "(docs/training.md, Calibration, has the settings for small ones)"
+    )
+
+
+def _report(recipe: Any, run_dir: Path, saved: Path) -> None:
+    """Reports on a run, which may be going on."""
+    from training.run_report import write_report
+
+    stopped = _state_of(saved).get("stopped")
+    outcome = f"At step {_step_of(saved)} of {recipe.num_steps}" + (f": {stopped}." if stopped else ".")
+    click.echo(f"{outcome} {write_report(run_dir, outcome=outcome)}")
+
+
+def _state_of(checkpoint: Path) -> dict[str, Any]:
+    import json
+
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

@@ -1,0 +1,136 @@
+"""Renders scenes once and keeps the frozen encoder's states of each clip: what Stage I trains on.
+
+Axes: A audio tokens (40 ms), D encoder width. A shard is `KIND-NNNN.bf16` (the clips' states, one after the other) and
+`KIND-NNNN.jsonl` (the truth, a line a clip); KIND is `speech` (one voice, open text, short), `scene`, or `noise`
+(scenes over recordings of one's own). Shards are made in parallel, resumed where they stopped, and usable at once.
+Knows nothing of questions or prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hyper_model.engine_environment import native_dtype
+from training.data.encoder import ClipEncoder, load_encoder
+from training.data.scenes import Scene, SceneBuilder, SceneSpeaker, Turn
+from training.data.sources.downloads import ENCODER_FILE, SOUNDS_FOLDER
+from training.data.sources.noise import NoiseFolder
+from training.data.sources.sentences import line_from_text
+from training.data.sources.voices import Bank, Split
+from training.data.speech import SpeechBuilder
+
+ClipKind = Literal["speech", "scene", "noise"]
+
+CLIPS_PER_SHARD = 500
+SEED_STRIDE = {"train": 0, "validation": 10_000_000, "test": 20_000_000}
+"""First scene seed of each split: no clip of one split shares a seed with another's."""
+_KIND_STRIDE: dict[ClipKind, int] = {"scene": 0, "noise": 2_500_000, "speech": 5_000_000}
+
+
+def scene_to_json(scene: Scene) -> dict[str, Any]:
+    """Return the truth as plain data; a line is its text, from which its questions follow."""
+    row = asdict(scene)
+    row["turns"] = [{**turn, "line": turn["line"]["text"]} for turn in row["turns"]]
+    return row
+
+
+def scene_from_json(row: dict[str, Any]) -> Scene:
+    """Invert `scene_to_json`."""
+    speakers = tuple(SceneSpeaker(**speaker) for speaker in row["speakers"])
+    turns = tuple(Turn(**{**turn, "line": line_from_text(turn["line"])}) for turn in row["turns"])
+    other_lines = tuple(row.get("other_lines", ()))
+    return Scene(**{**row, "speakers": speakers, "turns": turns, "other_lines": other_lines})
+
+
+def _stem(kind: ClipKind, shard: int) -> str:
+    return f"{kind}-{shard:04d}"
+
+
+def _build_shard(job: tuple[ClipKind, int, int, Split, Path, Path, Path, tuple[Path, ...]]) -> str:
+    kind, shard, num_clips, split, assets, bank_folder, folder, noise = job
+    torch.set_num_threads(1)
+    bank, sounds_folder = Bank(bank_folder), assets / SOUNDS_FOLDER
+    if kind == "speech":
+        builder = SpeechBuilder(bank, sounds_folder, split)
+    else:
+        own = NoiseFolder(noise, split) if kind == "noise" else None
+        builder = SceneBuilder(bank, sounds_folder, split, noise=own)
+    encode = ClipEncoder(load_encoder(assets / ENCODER_FILE), getattr(torch, native_dtype()))
+    first = SEED_STRIDE[split] + _KIND_STRIDE[kind] + shard * num_clips
+    stem = _stem(kind, shard)
+    rows: list[str] = []
+    with (folder / f"{stem}.bf16").open("wb") as states:
+        for seed in range(first, first + num_clips):
+            scene, samples_S = builder.draw(seed)
+            states_AD = encode(samples_S)
+            rows.append(json.dumps({"num_tokens": len(states_AD), "scene": scene_to_json(scene)}))
+            states.write(states_AD.bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+    # The index is written last and renamed into place: a shard without one is made again.
+    partial = folder / f"{stem}.jsonl.partial"
+    partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    partial.rename(folder / f"{stem}.jsonl")
+    return stem
+
+
+def build_clips(
+    assets: Path,
+    bank: Path,
+    folder: Path,
+    split: Split,
+    *,
+    kind: ClipKind,
+    num_shards: int,
+    num_workers: int,
+    noise: tuple[Path, ...] = (),
+    clips_per_shard: int = CLIPS_PER_SHARD,
+) -> None:
+    """Make every missing shard of a kind and split, of the voices that the bank holds by then.
+
+    Args:
+        noise: MUSAN or FSD50K folders, for the kind `noise`; `noise-licences.json` gets what their files ask for.
+        clips_per_shard: the same for all shards of a kind: a clip's seed follows from its place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "noise":
+        licences = json.dumps(NoiseFolder(noise, split).licences(), indent=1)
+        (folder / "noise-licences.json").write_text(licences + "\n", encoding="utf-8")
+    missing = [shard for shard in range(num_shards) if not (folder / f"{_stem(kind, shard)}.jsonl").exists()]
+    jobs = [(kind, shard, clips_per_shard, split, assets, bank, folder, noise) for shard in missing]
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        for _ in tqdm(pool.map(_build_shard, jobs), total=len(jobs), desc=f"{split} {kind} clips", unit="shard"):
+            pass
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A scene and where its encoder states lie."""
+
+    scene: Scene
+    path: Path
+    offset_bytes: int
+    num_tokens: int
+
+    def states(self, width: int) -> torch.Tensor:
+        """Read the encoder states: bfloat16 [A, D]."""
+        raw = np.fromfile(self.path, np.int16, self.num_tokens * width, offset=self.offset_bytes)
+        return torch.from_numpy(raw).view(torch.bfloat16).reshape(self.num_tokens, width)
+
+
+def open_clips(folder: Path, width: int, *, kind: ClipKind | None = None) -> Iterator[Clip]:
+    """Yield the clips of every finished shard, in order; of one kind only where it is named."""
+    for index in sorted(folder.glob(f"{kind}-*.jsonl" if kind else "*.jsonl")):
+        offset = 0
+        for line in index.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            yield Clip(scene_from_json(row["scene"]), index.with_suffix(".bf16"), offset, row["num_tokens"])
+            offset += 2 * width * row["num_tokens"]

@@ -1,0 +1,1 @@
+"""Asks suites of questions, scores the replies and reports figures."""

@@ -1,0 +1,434 @@
+"""Judges replies and turns them into figures, whoever replied: a checkpoint, a service, another model, a rival.
+
+Every figure is over all items it is defined on, with a 95 % bootstrap interval of fixed seed. Items are not
+independent: a few voices and recordings make them all, so whole voices or recordings are resampled, not items.
+What was not answered (an endpoint's fault, a clip that is refused) is wrong, and counted apart as well.
+
+Knows nothing of how scenes sound, of HTTP, or of training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from hyper_model.trace_parser import ParsedTrace, TraceFormat, parse_text
+from training.evaluation.choices import matches_words
+from training.evaluation.hard_sets import SNR_LEVELS_DB
+from training.evaluation.statistics import Difference, Statistic, Sums, compare, figure, mean_average_precision, ratio
+from training.evaluation.suites import Item
+from training.rl.rewards import Truth, Weights, accuracy, edit_distance, label_set, reward, words
+
+RESULT_VERSION = 1
+
+Reads = Literal["trace", "perception", "answer"]
+
+_OF_THE_TRACE = frozenset({"is_strict", "is_consistent", "fidelity", "reward"})
+"""Outcomes that say how a trace was written, and not what was heard."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Holds what somebody replied to an item.
+
+    Attributes:
+        parsed: The trace; of a reply in prose, its words without any section.
+        choice: The index of the choice it means; None where it means none, or there are none.
+        prediction: The answer in words, as rules by words read it.
+        has_tokens: Whether the trace's tokens were counted, which its reward needs.
+        ttft_s, e2e_s: Seconds to the first token and to the end; None where they were not measured.
+        error: Why there is no reply; None where there is one.
+    """
+
+    parsed: ParsedTrace
+    choice: int | None = None
+    prediction: str = ""
+    has_tokens: bool = False
+    num_pauses: int | None = None
+    is_aborted: bool | None = None
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    error: str | None = None
+
+    @classmethod
+    def failed(cls, error: str) -> Reply:
+        """Returns what stands for a reply that did not come."""
+        return cls(parse_text(""), error=error)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One item's outcomes; None where a figure does not apply to it."""
+
+    is_right: bool | None = None
+    matches_words: bool | None = None
+    """By the string match of MMAU and MMAR."""
+
+    names_choice: bool | None = None
+    free_is_right: bool | None = None
+    environment_is_right: bool | None = None
+    environment_named: tuple[str, ...] | None = None
+    count_is_right: bool | None = None
+    word_errors: int | None = None
+    num_words: int | None = None
+    char_errors: int | None = None
+    num_chars: int | None = None
+    is_strict: bool | None = None
+    is_silent: bool | None = None
+    """In a clip without speech: whether no word and no speaker was named."""
+
+    invents_speech: bool | None = None
+    """In a clip without speech: whether any word was transcribed."""
+
+    is_consistent: bool | None = None
+    """Whether the conclusion of the trace names what it then answers, and takes no background sound for words."""
+
+    fidelity: float | None = None
+    """How well the quotes of the speakers are backed by the trace's own transcript."""
+
+    reward: float | None = None
+    """What Stage II would give for it, with the weights that it begins with."""
+
+    num_pauses: int | None = None
+    is_aborted: bool | None = None
+    ttft_s: float | None = None
+    e2e_s: float | None = None
+    error: str | None = None
+
+
+def judge(item: Item, reply: Reply, *, reads: Reads = "trace") -> Judged:
+    """Compares one reply with the truth.
+
+    Args:
+        reads: What whoever replied is one to give. Of one that writes a trace, a missing section is a wrong one; of a
+            cascade, which hears and does not reason, the perception is judged and the trace's form is not; of a model
+            that answers in prose, only the answer.
+    """
+    truth = item.truth
+    judged = Judged(
+        is_right=reply.choice == truth.choices.index(truth.answer) if truth.choices else None,
+        matches_words=matches_words(reply.prediction, truth.answer, truth.choices) if truth.choices else None,
+        names_choice=reply.choice is not None if truth.choices else None,
+        free_is_right=_free_is_right(reply, truth),
+        num_pauses=reply.num_pauses,
+        is_aborted=reply.is_aborted,
+        ttft_s=reply.ttft_s,
+        e2e_s=reply.e2e_s,
+        error=reply.error,
+    )
+    if reads == "answer":
+        return judged
+    outcomes = _judge_trace(truth, reply)
+    if reads == "perception":
+        outcomes = {name: value for name, value in outcomes.items() if name not in _OF_THE_TRACE}
+    return Judged(**{**vars(judged), **outcomes})
+
+
+def _free_is_right(reply: Reply, truth: Truth) -> bool | None:
+    if truth.choices or not truth.answer:
+        return None
+    if reply.parsed.answer_text is not None:
+        return accuracy(reply.parsed, truth) == 1
+    return bool(words(reply.prediction)) and words(reply.prediction) == words(truth.answer)
+
+
+def _judge_trace(truth: Truth, reply: Reply) -> dict[str, Any]:
+    parsed, trace = reply.parsed, reply.parsed.trace
+    worth = reward(parsed, truth, Weights())
+    outcomes: dict[str, Any] = {
+        "is_strict": parsed.format is TraceFormat.STRICT,
+        "is_consistent": worth.alignment * worth.background_gate == 1,
+        "reward": worth.total if reply.has_tokens else None,
+    }
+    if truth.environment is not None:
+        named = label_set(trace.environment or "")
+        outcomes["environment_named"] = tuple(sorted(named))
+        outcomes["environment_is_right"] = named == label_set(truth.environment)
+    if truth.num_speakers:
+        outcomes["count_is_right"] = len(trace.speakers) == truth.num_speakers
+        outcomes["fidelity"] = worth.fidelity
+    if truth.transcript is not None:
+        reference, heard = words(truth.transcript), words(trace.transcript or "")
+        outcomes |= {
+            "word_errors": edit_distance(reference, heard),
+            "num_words": len(reference),
+            "char_errors": edit_distance(" ".join(reference), " ".join(heard)),
+            "num_chars": len(" ".join(reference)),
+        }
+        if not reference:
+            # No reply is no silence.
+            outcomes["invents_speech"] = bool(heard) or reply.error is not None
+            outcomes["is_silent"] = not trace.speakers and not outcomes["invents_speech"]
+    return outcomes
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Says how a figure is made: of which part's items, of which outcome, and what is drawn together.
+
+    Attributes:
+        value: What an item adds: a number, or a pair of which the second is what the first is a share of; None where
+            the figure does not apply to it.
+    """
+
+    name: str
+    value: Callable[[Item, Judged], float | tuple[float, float] | None]
+    cluster: Literal["voice", "background"] = "voice"
+    part: str = "main"
+    meaning: str = ""
+
+
+def _errors(kind: Literal["word", "char"]) -> Callable[[Item, Judged], tuple[float, float] | None]:
+    def value(_: Item, judged: Judged) -> tuple[float, float] | None:
+        errors, num = (
+            (judged.word_errors, judged.num_words) if kind == "word" else (judged.char_errors, judged.num_chars)
+        )
+        return None if not num or errors is None else (errors, num)
+
+    return value
+
+
+FIGURES: tuple[Figure, ...] = (
+    Figure("choice_accuracy", lambda _, j: j.is_right, meaning="right choice"),
+    Figure("string_match_accuracy", lambda _, j: j.matches_words, meaning="right by the string match of MMAU and MMAR"),
+    Figure("environment_accuracy", lambda _, j: j.environment_is_right, "background", meaning="ENV names what is true"),
+    Figure(
+        "environment_accuracy_recorded",
+        lambda i, j: j.environment_is_right if i.is_recorded else None,
+        "background",
+        meaning="the same, recorded backgrounds only",
+    ),
+    Figure("speaker_count_accuracy", lambda _, j: j.count_is_right, meaning="SPEAKER has the right number of people"),
+    Figure(
+        "one_voice_counted_as_one",
+        lambda _, j: j.count_is_right,
+        part="one_voice",
+        meaning="one voice that speaks four turns is one person",
+    ),
+    Figure("wer", _errors("word"), meaning="word errors of ASR"),
+    Figure("cer", _errors("char"), meaning="character errors of ASR"),
+    Figure(
+        "speech_free_is_silent_rate",
+        lambda _, j: j.is_silent,
+        "background",
+        meaning="clips without speech: no word, no speaker",
+    ),
+    Figure(
+        "invented_speech_rate",
+        lambda _, j: j.invents_speech,
+        "background",
+        part="speech_free",
+        meaning="clips without speech: any word transcribed",
+    ),
+    Figure("strict_format_rate", lambda _, j: j.is_strict, meaning="traces with every section in order"),
+    Figure("free_answer_accuracy", lambda _, j: j.free_is_right, meaning="questions without choices: the exact words"),
+    Figure("consistency", lambda _, j: j.is_consistent, meaning="the trace concludes what it answers"),
+    Figure("quote_fidelity", lambda _, j: j.fidelity, meaning="quotes are backed by the trace's transcript"),
+    Figure("reward", lambda _, j: j.reward, meaning="what Stage II gives"),
+    Figure("pauses_per_sample", lambda _, j: j.num_pauses, meaning="pauses a completion"),
+    Figure("aborted_rate", lambda _, j: j.is_aborted, meaning="completions given up by the gate"),
+    Figure("unread_answer_rate", lambda _, j: _no(j.names_choice), meaning="replies that name no choice"),
+    Figure("failed_rate", lambda _, j: j.error is not None, meaning="items without a reply"),
+    Figure(
+        "swapped_clip_accuracy", lambda _, j: j.is_right, part="swapped", meaning="right choice, of another item's clip"
+    ),
+    *(
+        figure
+        for level in SNR_LEVELS_DB
+        for figure in (
+            Figure(f"accuracy_snr_{level}", lambda _, j: j.is_right, part=f"snr_{level}", meaning=f"at {level} dB"),
+            Figure(
+                f"environment_accuracy_snr_{level}",
+                lambda _, j: j.environment_is_right,
+                "background",
+                f"snr_{level}",
+                f"at {level} dB",
+            ),
+            Figure(f"wer_snr_{level}", _errors("word"), part=f"snr_{level}", meaning=f"at {level} dB"),
+        )
+    ),
+)
+"""Every figure but the mean average precision, in the order in which they are shown; all are shares of sums."""
+
+MAP = "environment_map"
+
+BREAKDOWNS: tuple[tuple[str, str, Callable[[Judged], bool | None]], ...] = (
+    ("choice_accuracy_by_kind", "kind", lambda j: j.is_right),
+    ("choice_accuracy_by_task", "task", lambda j: j.is_right),
+    ("choice_accuracy_by_category", "category", lambda j: j.is_right),
+    ("choice_accuracy_by_difficulty", "difficulty", lambda j: j.is_right),
+    ("string_match_accuracy_by_task", "task", lambda j: j.matches_words),
+    ("environment_accuracy_by_class", "class", lambda j: j.environment_is_right),
+    ("speaker_count_accuracy_by_count", "people", lambda j: j.count_is_right),
+)
+"""(name, group, outcome) of every breakdown of the part `main`."""
+
+
+def _no(outcome: bool | None) -> bool | None:
+    return None if outcome is None else not outcome
+
+
+def summarize(items: Sequence[Item], judged: Sequence[Judged]) -> dict[str, Any]:
+    """Returns the figures, their intervals and breakdowns, and each item's outcomes, as plain data.
+
+    A figure that no item of the suite defines is left out.
+    """
+    result: dict[str, Any] = {}
+    intervals: dict[str, list[float]] = {}
+    pairs = list(zip(items, judged, strict=True))
+
+    def add(name: str, sums: Sums, statistic: Statistic = ratio) -> None:
+        value, interval = figure(sums, statistic)
+        result[name] = round(value, 4)
+        intervals[name] = [round(each, 4) for each in interval]
+
+    for each in FIGURES:
+        sums = _sums(each, pairs)
+        if sums.clusters:
+            add(each.name, sums)
+    labels = sorted({label for item in items for label in label_set(item.truth.environment or "")})
+    sums = _label_sums(pairs, labels)
+    if sums.clusters:
+        add(MAP, sums, mean_average_precision)
+    main = [(item, verdict) for item, verdict in pairs if item.part == "main"]
+    for name in ("ttft", "e2e"):
+        result |= latency(name, [value for _, j in main if (value := getattr(j, f"{name}_s")) is not None])
+    counts = Counter(j.num_pauses for _, j in main if j.num_pauses is not None)
+    if counts:
+        result["pause_shares"] = {str(k): round(counts[k] / counts.total(), 4) for k in sorted(counts)}
+    for name, group, outcome in BREAKDOWNS:
+        if broken := _by(main, group, outcome):
+            result[name] = broken
+    with_choices = [item for item, _ in main if item.truth.choices]
+    if with_choices:
+        result["chance_accuracy"] = round(chance_accuracy([item.truth.choices for item in with_choices]), 4)
+    if any(item.num_turns is not None for item, _ in main):
+        result["count_from_turns_accuracy"] = round(count_from_turns_accuracy([item for item, _ in main]), 4)
+    result["interval_95"] = intervals
+    result["num_items"] = len(main)
+    result["num_choice_items"] = len(with_choices)
+    result["num_environment_classes"] = len(labels)
+    result["items"] = {item.id: _row(item, verdict) for item, verdict in pairs}
+    result["version"] = RESULT_VERSION
+    return result
+
+
+def latency(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    """Returns the median and the 95th percentile of a latency; nothing where it was not measured."""
+    if not seconds:
+        return {}
+    return {f"{name}_p{percent}_s": round(float(np.percentile(seconds, percent)), 4) for percent in (50, 95)}
+
+
+def _sums(each: Figure, pairs: Sequence[tuple[Item, Judged]]) -> Sums:
+    rows: list[tuple[float, float]] = []
+    clusters: list[str] = []
+    for item, verdict in pairs:
+        if item.part != each.part:
+            continue
+        value = each.value(item, verdict)
+        if value is not None:
+            rows.append(value if isinstance(value, tuple) else (float(value), 1.0))
+            clusters.append(getattr(item, each.cluster))
+    return Sums(np.asarray(rows, np.float64).reshape(-1, 2), tuple(clusters))
+
+
+def _label_sums(pairs: Sequence[tuple[Item, Judged]], labels: Sequence[str]) -> Sums:
+    rows: list[list[float]] = []
+    clusters: list[str] = []
+    for item, verdict in pairs:
+        if item.part == "main" and verdict.environment_named is not None:
+            named, true = set(verdict.environment_named), label_set(item.truth.environment or "")
+            rows.append([1.0, *(float(x) for label in labels for x in _membership(label, named, true))])
+            clusters.append(item.background)
+    return Sums(np.asarray(rows, np.float64).reshape(-1, 1 + 3 * len(labels)), tuple(clusters))
+
+
+def _membership(label: str, named: set[str], true: set[str]) -> tuple[bool, bool, bool]:
+    return label in named and label in true, label in named, label in true
+
+
+def _by(pairs: Sequence[tuple[Item, Judged]], group: str, outcome: Callable[[Judged], bool | None]) -> dict[str, float]:
+    found: defaultdict[str, list[bool]] = defaultdict(list)
+    for item, verdict in pairs:
+        value = outcome(verdict)
+        if value is not None and group in item.groups:
+            found[item.groups[group]].append(value)
+    return {name: round(_mean(values), 3) for name, values in sorted(found.items())}
+
+
+def chance_accuracy(choices: Sequence[Sequence[str]]) -> float:
+    """Returns the accuracy of guessing uniformly among the choices of each item."""
+    return _mean([1 / len(each) for each in choices])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def count_from_turns_accuracy(items: Sequence[Item]) -> float:
+    """Returns what counting turns alone could reach: for each number of turns, the best fixed guess of head count."""
+    counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
+    for item in items:
+        if item.truth.num_speakers and item.num_turns is not None:
+            counts[item.num_turns][item.truth.num_speakers] += 1
+    total = sum(counter.total() for counter in counts.values())
+    return sum(max(counter.values()) for counter in counts.values()) / max(1, total)
+
+
+def _row(item: Item, verdict: Judged) -> dict[str, Any]:
+    """Returns what a later comparison needs of an item: what was asked, and every outcome that applies."""
+    outcomes = {name: value for name, value in asdict(verdict).items() if value is not None}
+    return {"digest": item.digest(), "voice": item.voice, "background": item.background, **outcomes}
+
+
+def differences(items: Sequence[Item], result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Compares two results figure by figure on the items that both answered: the first less the other.
+
+    Raises:
+        ValueError: The other result holds no item that was asked here, with the same question and sound.
+    """
+    rows, other_rows = result["items"], other.get("items") or {}
+    shared = [
+        item for item in items if item.id in other_rows and other_rows[item.id]["digest"] == rows[item.id]["digest"]
+    ]
+    if not shared:
+        raise ValueError("the two results have no item in common: not the same suite, voices or number of items")
+    ours = [(item, judged_of(rows[item.id])) for item in shared]
+    theirs = [(item, judged_of(other_rows[item.id])) for item in shared]
+    found: dict[str, Any] = {}
+    for each in FIGURES:
+        both = [
+            (one, two)
+            for one, two in zip(ours, theirs, strict=True)
+            if each.value(*one) is not None and each.value(*two) is not None
+        ]
+        sums = _sums(each, [one for one, _ in both]), _sums(each, [two for _, two in both])
+        if sums[0].clusters:
+            found[each.name] = _plain(compare(*sums))
+    labels = sorted({label for item in shared for label in label_set(item.truth.environment or "")})
+    sums = _label_sums(ours, labels), _label_sums(theirs, labels)
+    if sums[0].clusters and sums[0].clusters == sums[1].clusters:
+        found[MAP] = _plain(compare(*sums, mean_average_precision))
+    return {"num_shared": len(shared), "num_left_out": len(items) - len(shared), "figures": found}
+
+
+def judged_of(row: Mapping[str, Any]) -> Judged:
+    """Reads an item's outcomes back from a result."""
+    fields = {name: value for name, value in row.items() if name in Judged.__dataclass_fields__}
+    if "environment_named" in fields:
+        fields["environment_named"] = tuple(fields["environment_named"])
+    return Judged(**fields)
+
+
+def _plain(difference: Difference) -> dict[str, Any]:
+    def rounded(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [rounded(each) for each in value]
+        return round(value, 6) if isinstance(value, float) else value
+
+    return {name: rounded(value) for name, value in asdict(difference).items() if value is not None}

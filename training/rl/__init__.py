@@ -1,0 +1,1 @@
+"""Stage II: GRPO with pauses (method, section 6)."""

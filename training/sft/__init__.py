@@ -1,0 +1,1 @@
+"""Stage I: supervised training on perceptual traces (method, section 5)."""
