@@ -148,7 +148,7 @@ def top(name: str) -> str:
     return name.partition(".")[0]
 
 
-def test_of(module: str) -> str:
+def mirror_of(module: str) -> str:
     """Return the name of the test module that mirrors a module."""
     package, _, name = module.rpartition(".")
     return f"tests.{package}.test_{name}"
@@ -220,7 +220,7 @@ def test_each_package_imports_only_what_it_may() -> None:
 
 
 def test_only_the_adapters_import_vllm() -> None:
-    allowed = VLLM_MODULES | {test_of(module) for module in VLLM_MODULES}
+    allowed = VLLM_MODULES | {mirror_of(module) for module in VLLM_MODULES}
     assert not [
         module for module in modules() if module not in allowed and "vllm" in {top(name) for name in imports(module)}
     ]
