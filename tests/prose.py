@@ -20,7 +20,7 @@ CODE_SPAN = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)")
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 LIST_ITEM = re.compile(r"^\s*(?:[-*+]|\d+\.)\s+")
 TABLE_RULE = re.compile(r"^\s*\|?[\s:|-]+\|?\s*$")
-SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]*]*\s+(?=[A-Z0-9\"'(\[*])")
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\.\.)[\"')\]*]*\s+(?=\S)")
 ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|al|vs|cf|approx|no)\.$", re.IGNORECASE)
 
 
