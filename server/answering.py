@@ -22,7 +22,8 @@ from hyper_model.trace import PauseMode, Section, Termination, escape_markup, re
 from hyper_model.trace_parser import Event, PauseSeen, SectionDelta, SectionEnd, SectionStart, TraceParser
 from server import replies
 from server.api.types import Answer, QaReply
-from server.engines.protocol import EngineUnavailableError, GenerationRequest, TokenChunk
+from server.engines.protocol import GenerationRequest, TokenChunk
+from server.errors import EngineUnavailableError
 from server.pause_budget import LoweredBy
 from server.request_context import Exchange
 from server.service import Service

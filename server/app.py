@@ -16,7 +16,7 @@ from hyper_model.audio import SAMPLE_RATE_HZ, WINDOW_S, Waveform
 from hyper_model.checkpoint import Checkpoint, open_checkpoint
 from hyper_model.errors import CheckpointError
 from hyper_model.trace import build_prompt
-from server import errors as faults
+from server import error_handlers
 from server.answering import QaRun, Question
 from server.api import qa as routes
 from server.api.openapi import document
@@ -64,7 +64,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.state.service = service
     app.include_router(routes.router)
     app.openapi = lambda: document(app, settings, max_pauses=service.max_pauses, asks_for_keys=service.keys is not None)
-    faults.install(app)
+    error_handlers.install(app)
     app.add_middleware(Edge, service=service)
     return app
 

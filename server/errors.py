@@ -1,20 +1,17 @@
-"""The one table of errors that a client can see, and the handlers that write them.
+"""The one table of errors that a client can see, and the translation of exceptions to it.
 
 Every error is `{"error": {...}}` with a `code` from `FAULTS`; the status stands here and nowhere else. A handler says
 which field is wrong and never repeats what was in it: inputs may be 30 MB long, hostile, or private.
-This module knows neither audio nor the engine beyond the names of their errors.
+Lowest layer of the service: imports nothing else of it.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -28,12 +25,6 @@ from hyper_model.errors import (
     PromptError,
     UnsupportedAudioError,
 )
-from server.decoding.pool import DecoderUnavailableError
-from server.engines.protocol import EngineUnavailableError
-from server.engines.supervisor import PoisonedClipError
-from server.request_context import Exchange
-
-logger = logging.getLogger("hyper.server")
 
 INVALID_REQUEST = "invalid_request_error"
 UNAVAILABLE = "service_unavailable_error"
@@ -102,6 +93,18 @@ HTTP_FAULTS: Mapping[int, tuple[str, str]] = {
 
 MAX_EXACT = 2**53
 """Beyond this JSON's readers disagree on a number, and a client may have sent hundreds of digits."""
+
+
+class EngineUnavailableError(HyperError):
+    """The engine is not running, or died while it worked on the request."""
+
+
+class PoisonedClipError(HyperError):
+    """A clip is refused because the engine failed on it twice, the second time with nothing else in flight."""
+
+
+class DecoderUnavailableError(HyperError):
+    """The decoder's process is gone and could not be started again."""
 
 
 class RequestError(HyperError):
@@ -220,35 +223,3 @@ def validation_fault(error: ValidationError | RequestValidationError) -> Request
 def param_of(location: Sequence[int | str]) -> str | None:
     """Names the field; a union adds the name of the member that it tried, which the caller does not know."""
     return ".".join(part for part in location if isinstance(part, str) and part.isidentifier()) or None
-
-
-def fault_response(fault: RequestError, exchange: Exchange) -> JSONResponse:
-    """Writes the fault as a reply and notes it on the exchange for the log and the metrics."""
-    exchange.outcome = fault.code
-    headers: dict[str, str] = {}
-    if fault.retry_after_s is not None:
-        headers["retry-after"] = str(fault.retry_after_s)
-    if fault.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if not exchange.is_body_complete:
-        # The rest of the body is still on its way: the connection cannot carry another request.
-        headers["connection"] = "close"
-    return JSONResponse(fault.body(exchange.request_id), status_code=fault.status, headers=headers)
-
-
-async def handle(request: Request, error: Exception) -> JSONResponse:
-    """Answers a request that ended in an exception."""
-    fault = as_fault(error)
-    exchange = Exchange.of(request.scope)
-    if fault.code == "internal_error":
-        logger.error("request failed", exc_info=error, extra={"request_id": exchange.request_id})
-    response = fault_response(fault, exchange)
-    if isinstance(error, HTTPException) and error.status_code == 405 and error.headers:
-        response.headers["allow"] = error.headers["Allow"]
-    return response
-
-
-def install(app: FastAPI) -> None:
-    """Makes every exception of the application end as an error object."""
-    for kind in (HyperError, HTTPException, ClientDisconnect, ValidationError, RequestValidationError):
-        app.add_exception_handler(kind, handle)

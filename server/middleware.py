@@ -15,7 +15,8 @@ from ipaddress import ip_address
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import RequestError, as_fault, fault_response
+from server.error_handlers import fault_response
+from server.errors import RequestError, as_fault
 from server.request_context import SCOPE_KEY, Exchange
 from server.service import Service
 from server.settings import Settings

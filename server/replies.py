@@ -29,8 +29,8 @@ from server.api.types import (
     Usage,
     WarningReply,
 )
-from server.request_context import Exchange, SectionTime, Stage, StageTime
-from server.telemetry.metrics import Failure
+from server.request_context import Exchange, SectionTime, StageTime
+from server.telemetry.labels import FormFailure, Stage
 
 if TYPE_CHECKING:
     from server.answering import QaRun
@@ -345,9 +345,9 @@ def account(service: Service, run: QaRun, reply: QaReply) -> None:
         metrics.key_audio.labels(digest[:NUM_KEY_DIGITS]).inc(duration_s)
 
 
-def failures(result: ParsedTrace) -> list[Failure]:
+def failures(result: ParsedTrace) -> list[FormFailure]:
     """Lists how a trace did not keep to the form."""
-    found: list[Failure] = []
+    found: list[FormFailure] = []
     if result.format is TraceFormat.MALFORMED:
         found.append("malformed")
     elif result.format is TraceFormat.WEAK:

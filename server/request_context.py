@@ -9,9 +9,10 @@ import contextlib
 import time
 from collections.abc import Generator, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from server.api_keys import Priority
+from server.telemetry.labels import Phase, Stage
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -21,19 +22,6 @@ if TYPE_CHECKING:
 SCOPE_KEY = "hyper.exchange"
 
 Fact = str | int | float | bool | None
-Phase = Literal["upload", "decode", "queue", "generate", "done"]
-
-Earlier = Literal["receive", "validate", "prompt", "decode_wait", "decode", "inspect"]
-Later = Literal["queue", "first_token", "generate", "score", "serialize"]
-Part = Literal["features", "engine_queue", "prefill", "parse"]
-Stage = Earlier | Later | Part
-"""Where the time of a request goes, in order. A part lies inside another stage: the first three in `first_token`, and
-`parse` in `generate`; so does `serialize` in a stream."""
-
-STAGES: tuple[str, ...] = (*get_args(Earlier), *get_args(Later), *get_args(Part))
-
-By = Literal["client", "deadline", "shutdown"]
-"""Who ended a request early."""
 
 
 class StageTime(NamedTuple):

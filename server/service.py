@@ -34,8 +34,9 @@ from server.errors import RequestError
 from server.limiter import RANKS, Line
 from server.pause_budget import Budget, Pace
 from server.quotas import Quotas
-from server.request_context import By, Exchange
+from server.request_context import Exchange
 from server.settings import MEBIBYTE, Settings
+from server.telemetry.labels import AbortedBy
 from server.telemetry.metrics import Metrics, version
 from server.telemetry.tracing import Tracer
 
@@ -381,7 +382,7 @@ class Service:
             done, _ = await asyncio.wait({task, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if task in done and not task.cancelled():
                 return task.result()
-            by: By = "shutdown" if task in done else "client" if gone in done else "deadline"
+            by: AbortedBy = "shutdown" if task in done else "client" if gone in done else "deadline"
             self.metrics.aborted.labels(exchange.phase, by).inc()
             match by:
                 case "client":

@@ -55,6 +55,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "errors",
         "engines decoding quotas",
         "pause_budget request_context",
+        "error_handlers",
         "limiter",
         "service",
         "answering replies middleware connection",

@@ -10,10 +10,32 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from hyper_model.engine_environment import native_dtype
-from training.rl.rewards import Weights
 
 TraceStyle = Literal["explicit", "short", "direct"]
 """What traces say (`tokens.in_style`): all of it, reasoning without perception, or the answer alone."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weighs the parts of a reward; the defaults of the first six are the paper's code, the last three are ours.
+
+    Attributes:
+        min_tokens, max_tokens: Visible tokens of a trace whose length earns everything.
+        ramp_tokens: Outside of these it falls to nothing over so many tokens, smoothly: the paper saw a collapse at the
+            sharp edge of its own.
+    """
+
+    accuracy: float = 1.0
+    format: float = 0.2
+    fidelity: float = 0.2
+    alignment: float = 0.5
+    length: float = 0.5
+    environment: float = 0.2
+    speakers: float = 0.2
+    transcript: float = 0.2
+    min_tokens: int = 60
+    max_tokens: int = 400
+    ramp_tokens: int = 60
 
 
 @dataclass(frozen=True)

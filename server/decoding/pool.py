@@ -2,8 +2,8 @@
 
 One helper (`server.decoding.worker`) starts with the service, loads its libraries, locks itself down and then forks
 one worker per clip, in a few milliseconds. Each clip has a socket of its own, on which we send the bytes and get back
-either an error's fields or figures and samples. What comes back is checked like anything from outside: a worker may have been
-taken over by its clip. Orders (begin this one, kill that one) go over the control socket, which workers do not have.
+either an error's fields or figures and samples. A reply is checked like anything from outside, since a clip may have
+taken over its worker. Orders (begin this one, kill that one) go over the control socket, which workers do not have.
 
 Knows neither HTTP nor requests; a caller that is cancelled takes its worker with it.
 """
@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,6 +40,8 @@ from hyper_model.errors import (
 )
 from hyper_model.libav import CODECS
 from server.decoding.worker import CONTROL_FD_VARIABLE, MAX_MESSAGE_BYTES, MEMORY_VARIABLE
+from server.errors import DecoderUnavailableError
+from server.telemetry.labels import WorkerFailure
 
 logger = logging.getLogger("hyper.server")
 
@@ -54,9 +56,6 @@ ERRORS: Mapping[str, type[AudioError]] = {
 }
 CODEC_NAMES = CODECS | set(FORMATS) | {"amr_nb", "amr_wb"}
 
-Death = Literal["late", "died", "lied", "helper"]
-"""Why a decoder ended without an answer: it was late and killed, it ran out of something or its clip broke it, or it
-said what no decoder of ours says; or the helper that makes them is gone."""
 
 Words = Annotated[str, Field(max_length=400, pattern=r"^[ -~]*$")]
 Code = Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9_]+$")]
@@ -93,10 +92,6 @@ class Heard(Said):
     channels: int = Field(ge=0, le=MAX_SOURCE_CHANNELS)
 
 
-class DecoderUnavailableError(HyperError):
-    """Says that the decoder's process is gone and could not be started again."""
-
-
 class WorkerDiedError(HyperError):
     """Says that a worker ran out of memory, or was broken by its clip, or lies."""
 
@@ -115,7 +110,7 @@ class Box:
         limits: AudioLimits,
         *,
         memory_bytes: int,
-        on_death: Callable[[Death], object] = bool,
+        on_death: Callable[[WorkerFailure], object] = bool,
         program: str = "server.decoding.worker",
     ) -> None:
         self.limits = limits

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyper_model.audio import SAMPLE_RATE_HZ, Waveform
-from hyper_model.errors import HyperError
 from hyper_model.pause import Gate, GateReport, GateSettings, Verdict
 from hyper_model.trace import PauseMode, Section, Trace, TraceTokenizer, render
+from server.errors import EngineUnavailableError
 
 Clip = NDArray[np.float32]  # [S] mono samples at SAMPLE_RATE_HZ
 FinishReason = Literal["stop", "length", "abort"]
@@ -27,10 +27,6 @@ Script = Callable[[Sequence[Clip], TraceTokenizer], list[int]]
 
 SCRIPTED_CONFIDENCE = 1.0
 """A script is sure of every token; it pauses where it says so."""
-
-
-class EngineUnavailableError(HyperError):
-    """Says that the engine is not running, or died while it worked on the request."""
 
 
 @dataclass(frozen=True, eq=False)

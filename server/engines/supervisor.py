@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from hyper_model.errors import HyperError
 from server.engines.protocol import Engine
+from server.errors import PoisonedClipError
 from server.telemetry.metrics import Metrics
 
 logger = logging.getLogger("hyper.server")
@@ -34,10 +35,6 @@ MAX_BACKOFF_S = 30.0
 SUSPECT_S = 3600.0
 BANNED_S = 24 * 3600.0
 MAX_REMEMBERED = 1_000
-
-
-class PoisonedClipError(HyperError):
-    """Says that a clip is refused: the engine failed on it twice, and the second time nothing else was in it."""
 
 
 class EngineFailedError(HyperError):

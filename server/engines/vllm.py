@@ -31,7 +31,8 @@ from hyper_model.checkpoint import Checkpoint
 from hyper_model.engine_environment import native_dtype, num_cores, prepare_environment
 from hyper_model.pause import Gate, GateReport, GateSettings
 from hyper_model.trace import PauseMode
-from server.engines.protocol import EngineUnavailableError, FinishReason, GenerationRequest, TokenChunk
+from server.engines.protocol import FinishReason, GenerationRequest, TokenChunk
+from server.errors import EngineUnavailableError
 from server.settings import Settings
 
 if TYPE_CHECKING:

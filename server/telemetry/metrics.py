@@ -8,15 +8,14 @@ Nothing here may be named `vllm:*`: vLLM unregisters every collector of that nam
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Literal, get_args
+from typing import get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
 from hyper_model.trace import REQUIRED_SECTIONS
 from server.api_keys import Priority
-from server.decoding.pool import Death
-from server.request_context import STAGES, By, Phase
+from server.telemetry.labels import STAGES, AbortedBy, FormFailure, Phase, WorkerFailure
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 4, 6, 10, 15, 30, 60, 120, 300)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000)
@@ -24,9 +23,6 @@ COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 BYTES = tuple(1024 * 4**power for power in range(9))
 FACTORS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 25)
-Failure = Literal["malformed", "weak", "trailing_text"]
-"""How a trace did not keep to the form: its format (`TraceFormat`), or words behind its end."""
-
 SHORT_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *SECONDS)
 
 
@@ -134,16 +130,16 @@ class Metrics:
             (self.stage_seconds, STAGES),
             *((each, get_args(Priority)) for each in (self.waiting, self.oldest_wait, self.queue_wait)),
             (self.sections_missing, tuple(section.value for section in REQUIRED_SECTIONS)),
-            (self.parse_failures, get_args(Failure)),
+            (self.parse_failures, get_args(FormFailure)),
             (self.reflections, ("false", "true")),
-            (self.decoder_deaths, get_args(Death)),
+            (self.decoder_deaths, get_args(WorkerFailure)),
             (self.auth_failures, ("no_key", "wrong_key", "wrong_scope")),
         )
         for metric, values in labelled:
             for value in values:
                 metric.labels(value)
         for phase in get_args(Phase):
-            for by in get_args(By):
+            for by in get_args(AbortedBy):
                 self.aborted.labels(phase, by)
 
     def render(self) -> bytes:

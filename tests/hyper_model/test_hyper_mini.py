@@ -21,7 +21,7 @@ from hyper_model.checkpoint import open_checkpoint
 from server.commands import ask
 from tests.process import ROOT, exit_code, serve_process
 from tests.serving import parse_events
-from training.rl.rewards import edit_distance, words
+from training.text_metrics import edit_distance, words
 
 CLIPS = ROOT / "tests/assets/clips"
 TRUTH: list[dict[str, Any]] = json.loads((CLIPS / "truth.json").read_text(encoding="utf-8"))

@@ -34,10 +34,10 @@ from hyper_model.audio_encoder import num_audio_tokens
 from hyper_model.checkpoint import open_checkpoint, update_pause
 from hyper_model.pause import GateSettings
 from hyper_model.trace import TraceTokenizer, build_prompt
+from training.data.truth import Truth
 from training.export import RunModel, model_of_checkpoint
 from training.policy import IGNORED, HyperPolicy, Row, Scores
 from training.recipes import GrpoRecipe, mini_grpo
-from training.rl.rewards import Truth
 from training.rl.rollout import Prompt, VllmBackend
 from training.rl.rollout_transformers import TransformersBackend
 from training.rl.tasks import Task

@@ -193,8 +193,8 @@ def export(
     """
     _single_threaded()
     from training.data.export import ExportPlan, export_scenes
+    from training.data.hard_sets import HARD_SETS
     from training.data.sources.downloads import SOUNDS_FOLDER
-    from training.evaluation.hard_sets import HARD_SETS
 
     if suite is not None and suite not in HARD_SETS:
         raise click.BadParameter(f"{suite!r} is none of {', '.join(HARD_SETS)}", param_hint="--suite")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from training.evaluation.hard_sets import HARD_SETS
+from training.data.hard_sets import HARD_SETS
 
 if TYPE_CHECKING:
     from training.data.examples import Format

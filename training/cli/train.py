@@ -231,8 +231,7 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
     import dataclasses
     import json
 
-    from training.recipes import Decoder, Lora, Spelling
-    from training.rl.rewards import Weights
+    from training.recipes import Decoder, Lora, Spelling, Weights
 
     hints = get_type_hints(type(recipe))
     for setting in settings:

@@ -27,7 +27,7 @@ from hyper_model.audio import Waveform, decode, require_single_window
 from hyper_model.errors import HyperError, PromptError
 from hyper_model.trace import check_question
 from hyper_model.trace_parser import parse_text
-from training.rl.rewards import Truth
+from training.data.truth import Truth
 
 Format = Literal["paqa", "sharegpt", "avqa", "mmau", "mmar", "csv", "plain"]
 FORMATS: tuple[Format, ...] = get_args(Format)

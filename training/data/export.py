@@ -22,13 +22,13 @@ from tqdm import tqdm
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.trace import render
 from training.data.clips import SEED_STRIDE
+from training.data.hard_sets import ASKED_KIND, builder_for
 from training.data.questions import SceneExample, draw_example
 from training.data.scenes import Rendered, SceneBuilder
 from training.data.sources.downloads import MissingDataError
 from training.data.sources.noise import NoiseFolder
 from training.data.sources.recordings import LICENCES
 from training.data.sources.voices import VOICE_LICENCES, Bank, Split, list_voices, trained_lines
-from training.evaluation.hard_sets import ASKED_KIND, builder_for
 
 ITEMS_PER_CHUNK = 100
 _FIRST_SEED = 9_000_000

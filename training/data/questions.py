@@ -16,7 +16,7 @@ from training.data.scenes import Scene
 from training.data.sources import recordings as sounds
 from training.data.sources.open_text import content_words
 from training.data.sources.sentences import SLOTS, Line, draw_line, line_from_text
-from training.rl.rewards import Truth
+from training.data.truth import Truth
 
 NUMBER_WORDS = ("nobody", "one", "two", "three", "four", "five", "six")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.evaluation.hard_sets import SNR_LEVELS_DB
+from training.data.hard_sets import SNR_LEVELS_DB
 from training.evaluation.score import BREAKDOWNS, FIGURES, MAP
 
 RESULT_FILE = "result.json"

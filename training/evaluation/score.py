@@ -17,11 +17,13 @@ from typing import Any, Literal
 import numpy as np
 
 from hyper_model.trace_parser import ParsedTrace, TraceFormat, parse_text
-from training.evaluation.choices import matches_words
-from training.evaluation.hard_sets import SNR_LEVELS_DB
+from training.data.hard_sets import SNR_LEVELS_DB
+from training.data.truth import Truth
 from training.evaluation.statistics import Difference, Statistic, Sums, compare, figure, mean_average_precision, ratio
 from training.evaluation.suites import Item
-from training.rl.rewards import Truth, Weights, accuracy, edit_distance, label_set, reward, words
+from training.recipes import Weights
+from training.rl.rewards import accuracy, reward
+from training.text_metrics import edit_distance, label_set, matches_words, words
 
 RESULT_VERSION = 1
 

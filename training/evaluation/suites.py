@@ -26,11 +26,11 @@ from hyper_model.audio import WINDOW_S, Waveform, decode, require_single_window
 from hyper_model.errors import HyperError
 from training.data.clips import SEED_STRIDE
 from training.data.examples import Example, ExampleError, Format, read_examples
+from training.data.hard_sets import ASKED_KIND, HARD_SETS, SNR_LEVELS_DB, builder_for
 from training.data.questions import KINDS, SceneExample, draw_example, possible_kinds, truth_of
 from training.data.scenes import SceneBuilder
 from training.data.sources.voices import Bank, Split
-from training.evaluation.hard_sets import ASKED_KIND, HARD_SETS, SNR_LEVELS_DB, builder_for
-from training.rl.rewards import Truth
+from training.data.truth import Truth
 
 MAX_SWAPPED = 500
 """Questions that are asked again of another clip."""

@@ -11,11 +11,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hyper_model.trace import Section, choice_label, environment_labels, render_choice
+from hyper_model.trace import Section
 from hyper_model.trace_parser import ParsedTrace, TraceFormat
+from training.data.truth import Truth
+from training.recipes import Weights
+from training.text_metrics import (
+    edit_distance,
+    holds_words,
+    label_set,
+    mentioned_choices,
+    named_choice,
+    sentences,
+    similarity,
+    words,
+)
 
 WEAK_FORMAT = 0.5
 """What a weak trace earns of the strict one's reward."""
@@ -27,50 +38,6 @@ _BACKGROUND = re.compile(r"\b(background|bgm|noises?|music|ambien\w+|sounds? of)
 _LINGUISTIC = re.compile(r"\b(says?|said|saying|speaks? of|talks? about|mentions?|tells?|asks?|words?|sentences?)\b")
 _CAUSE_FOLLOWS = re.compile(r"\b(because of|because|since|due to|judging by|from)\b")
 _CAUSE_PRECEDES = re.compile(r"\b(so|therefore|thus|hence|suggests?|implies|means|indicates?|shows?)\b")
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Says what is known about a question: its gold answer, and of its clip what the data set tells.
-
-    Attributes:
-        answer: With choices, exactly one of them.
-        environment, num_speakers, transcript: None where the data set does not say; "" is a clip without speech.
-    """
-
-    question: str
-    answer: str
-    choices: tuple[str, ...] = ()
-    environment: str | None = None
-    num_speakers: int | None = None
-    transcript: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.choices and self.answer not in self.choices:
-            raise ValueError(f"the answer {self.answer!r} is none of the choices")
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weighs the parts of a reward; the defaults of the first six are the paper's code, the last three are ours.
-
-    Attributes:
-        min_tokens, max_tokens: Visible tokens of a trace whose length earns everything.
-        ramp_tokens: Outside of these it falls to nothing over so many tokens, smoothly: the paper saw a collapse at the
-            sharp edge of its own.
-    """
-
-    accuracy: float = 1.0
-    format: float = 0.2
-    fidelity: float = 0.2
-    alignment: float = 0.5
-    length: float = 0.5
-    environment: float = 0.2
-    speakers: float = 0.2
-    transcript: float = 0.2
-    min_tokens: int = 60
-    max_tokens: int = 400
-    ramp_tokens: int = 60
 
 
 @dataclass(frozen=True)
@@ -140,13 +107,13 @@ def fidelity(parsed: ParsedTrace, truth: Truth) -> float:
     if not quotes:
         is_silent = truth.transcript == "" and not trace.speakers and not words(trace.transcript or "")
         return float(is_silent)
-    sentences = _sentences(trace.transcript or "")
+    transcribed = sentences(trace.transcript or "")
     asked = [truth.question, *truth.choices]
 
     def backing(quote: str) -> float:
         if any(_is_copied(quote, text) for text in asked) and not _is_copied(quote, truth.transcript or ""):
             return 0.0
-        return max((similarity(quote, sentence) for sentence in sentences), default=0.0)
+        return max((similarity(quote, sentence) for sentence in transcribed), default=0.0)
 
     return sum(map(backing, quotes)) / len(quotes)
 
@@ -154,10 +121,10 @@ def fidelity(parsed: ParsedTrace, truth: Truth) -> float:
 def alignment(parsed: ParsedTrace, truth: Truth) -> float:
     """Returns 1 where the conclusion inside THINK names what FINAL_ANSWER says, and no other choice beside it."""
     # Where THINK has no sections (`<think>`), all of it is reasoning.
-    conclusion = parsed.texts.get(Section.SUMMARY) or (_sentences(parsed.trace.reasoning or "") or [""])[-1]
+    conclusion = parsed.texts.get(Section.SUMMARY) or (sentences(parsed.trace.reasoning or "") or [""])[-1]
     answer = parsed.answer_text or ""
     if not truth.choices:
-        return float(bool(words(answer)) and _holds(words(conclusion), words(answer)))
+        return float(bool(words(answer)) and holds_words(words(conclusion), words(answer)))
     named = named_choice(answer, truth.choices)
     return float(named is not None and mentioned_choices(conclusion, truth.choices) == {named})
 
@@ -216,77 +183,6 @@ def transcript(parsed: ParsedTrace, truth: Truth) -> float | None:
     return max(0.0, 1 - edit_distance(reference, heard) / len(reference))
 
 
-def named_choice(text: str, choices: Sequence[str]) -> int | None:
-    """Returns the one choice that a text is: its words, its letter (`B`, `(b)`, `B.`), or both; None for anything else.
-
-    Where a text is one choice by its words and another by its letter, it names none. What stands there to the last mark
-    is that choice, whatever others have the same words ("C major" and "C# major", "5" and "-5").
-    """
-    exact = [index for index, choice in enumerate(choices) if text.strip().casefold() == choice.strip().casefold()]
-    if len(exact) == 1 and not _is_letter(text):
-        return exact[0]
-    said = words(text)
-    found = {index for index, choice in enumerate(choices) if said == words(choice)}
-    found |= {index for index, _ in enumerate(choices) if said == words(render_choice(index, choices))}
-    if _is_letter(text):
-        found |= {index for index, _ in enumerate(choices) if said == words(choice_label(index))}
-    return found.pop() if len(found) == 1 else None
-
-
-def _is_letter(text: str) -> bool:
-    return re.fullmatch(r"\s*\(?[A-Za-z]\)?[.:]?\s*", text) is not None
-
-
-def mentioned_choices(text: str, choices: Sequence[str]) -> set[int]:
-    """Returns the choices whose words stand in a text; of one inside a longer one that stands there, the longer."""
-    whole = named_choice(text, choices)
-    if whole is not None:
-        return {whole}
-    said = words(text)
-    found = {index for index, choice in enumerate(choices) if words(choice) and _holds(said, words(choice))}
-    return {
-        index
-        for index in found
-        if not any(other != index and _holds(words(choices[other]), words(choices[index])) for other in found)
-    }
-
-
-def label_set(environment: str) -> set[str]:
-    """Returns the labels that an environment lists, in plain words."""
-    return {" ".join(words(label)) for label in environment_labels(environment)}
-
-
-def words(text: str) -> list[str]:
-    """Returns the words of a text, lower case, without punctuation."""
-    return "".join(c if c.isalnum() or c.isspace() else " " for c in text.lower()).split()
-
-
-def edit_distance(reference: Sequence[object], hypothesis: Sequence[object]) -> int:
-    """Returns the Levenshtein distance (Levenshtein 1966, one row at a time)."""
-    row = list(range(len(hypothesis) + 1))
-    for i, item in enumerate(reference, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(hypothesis, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (item != other))
-    return row[-1]
-
-
-def similarity(one: str, other: str) -> float:
-    """Returns 1 less the edit distance over the longer length, by characters of the words alone."""
-    one, other = " ".join(words(one)), " ".join(words(other))
-    longest = max(len(one), len(other))
-    return 1 - edit_distance(one, other) / longest if one and other else 0.0
-
-
-def _sentences(text: str) -> list[str]:
-    return [part for part in re.split(r"[.!?]+\s*", text) if part.strip()]
-
-
-def _holds(text: Sequence[str], part: Sequence[str]) -> bool:
-    """Tells whether words stand in a text, one behind the other."""
-    return any(list(text[at : at + len(part)]) == list(part) for at in range(len(text) - len(part) + 1))
-
-
 def _is_copied(quote: str, text: str) -> bool:
     quoted = words(quote)
-    return bool(quoted) and (_holds(words(text), quoted) or similarity(quote, text) >= COPIED_SIMILARITY)
+    return bool(quoted) and (holds_words(words(text), quoted) or similarity(quote, text) >= COPIED_SIMILARITY)

@@ -15,7 +15,7 @@ from training.data.examples import Example, Order, read_clip
 from training.data.questions import draw_example, truth_of
 from training.data.scenes import SceneBuilder
 from training.data.sources.downloads import MissingDataError
-from training.rl.rewards import Truth
+from training.data.truth import Truth
 from training.rl.rollout import Prompt
 
 _FIRST_SEED = 5_000_000

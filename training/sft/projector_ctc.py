@@ -25,7 +25,7 @@ from hyper_model.trace import TraceTokenizer
 from training.data.clips import Clip
 from training.policy import HyperPolicy
 from training.recipes import Spelling
-from training.rl.rewards import edit_distance, words
+from training.text_metrics import edit_distance, words
 
 _BLANK = 0
 _MAX_CHECKED = 200

@@ -21,7 +21,8 @@ import pytest
 
 from hyper_model.audio import AudioLimits, Waveform, decode, find_ffmpeg
 from hyper_model.errors import AudioError, AudioTooLargeError, InvalidAudioError, UnsupportedAudioError
-from server.decoding.pool import Box, Death
+from server.decoding.pool import Box
+from server.telemetry.labels import WorkerFailure
 from tests import hostile_decoder
 from tests.hostile_decoder import ATTEMPTS, ENDLESS, FATAL, LIES, NOT_STOPPED
 from tests.paths import CLIPS as CLIP_FOLDER
@@ -32,9 +33,11 @@ MEMORY_BYTES = 256 * 2**20
 
 
 @asynccontextmanager
-async def boxed(program: str = "server.decoding.worker", **limits: Any) -> AsyncGenerator[tuple[Box, list[Death]]]:
+async def boxed(
+    program: str = "server.decoding.worker", **limits: Any
+) -> AsyncGenerator[tuple[Box, list[WorkerFailure]]]:
     """Starts a box, and notes why decoders die in it."""
-    deaths: list[Death] = []
+    deaths: list[WorkerFailure] = []
     box = Box(AudioLimits(**limits), memory_bytes=MEMORY_BYTES, on_death=deaths.append, program=program)
     await box.start()
     try:

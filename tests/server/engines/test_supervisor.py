@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from server.engines import supervisor as module
 from server.engines.protocol import GenerationRequest, ScriptedEngine, TokenChunk
 from server.engines.scripted import scripted_checkpoint
-from server.engines.supervisor import BANNED_S, MAX_REMEMBERED, SUSPECT_S, PoisonedClipError, Quarantine
+from server.engines.supervisor import BANNED_S, MAX_REMEMBERED, SUSPECT_S, Quarantine
+from server.errors import PoisonedClipError
 from tests.serving import Live, assert_error, running, scripted, slow_down, tone, wait_for
 
 

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hyper_model.errors import AudioCode
 from server import api_keys as keys
 from server.errors import FAULTS
-from server.request_context import Earlier, Later
+from server.telemetry.labels import StageBeforeEngine, StageInEngine
 from tests.serving import Live, running, scripted, tone, wait_for
 
 
@@ -137,7 +137,7 @@ def test_the_lag_of_the_event_loop_is_measured(fresh: Live) -> None:
 def test_the_stages_of_a_request_are_within_its_time(fresh: Live) -> None:
     found = samples(fresh)
     # Of a stream the making of JSON lies inside the other stages.
-    in_a_row = [stage for stage in (*get_args(Earlier), *get_args(Later)) if stage != "serialize"]
+    in_a_row = [stage for stage in (*get_args(StageBeforeEngine), *get_args(StageInEngine)) if stage != "serialize"]
     stages_s = sum(found[f"hyper_stage_seconds_sum{{stage={stage}}}"] for stage in in_a_row)
     requests_s = sum(value for name, value in found.items() if "hyper_request_seconds_sum{endpoint=/v1/audio" in name)
     assert 0 < stages_s < requests_s

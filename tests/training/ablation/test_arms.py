@@ -15,19 +15,8 @@ from hyper_model.errors import HyperError
 from tests.process import ROOT
 from tests.training_data import tiny_run, write_clips
 from training.ablation import arms as module
-from training.ablation.arms import (
-    ARMS,
-    STYLE_WEIGHTS,
-    SUITES,
-    Arm,
-    Base,
-    Plan,
-    Step,
-    ablation,
-    run_arms,
-    run_step,
-    steps_of,
-)
+from training.ablation.arms import ARMS, STYLE_WEIGHTS, SUITES, Arm, Base, Plan, Step, run_arms, run_step, steps_of
+from training.cli.ablation import ablation
 from training.cli.train import _changed
 from training.recipes import debug, mini_grpo, mini_sft
 

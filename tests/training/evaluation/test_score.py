@@ -13,10 +13,10 @@ import pytest
 from hyper_model.trace import Trace, render
 from hyper_model.trace_parser import parse_text
 from tests.training_data import write_bank, write_sounds
+from training.data.hard_sets import SNR_LEVELS_DB
 from training.data.questions import draw_example
 from training.data.scenes import SceneBuilder
 from training.data.sources.voices import Bank, trained_lines
-from training.evaluation.hard_sets import SNR_LEVELS_DB
 from training.evaluation.report import markdown, write
 from training.evaluation.score import (
     FIGURES,

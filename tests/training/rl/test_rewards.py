@@ -11,18 +11,10 @@ from hypothesis import strategies as st
 
 from hyper_model.trace import Section, Speaker, Trace, render
 from hyper_model.trace_parser import ParsedTrace, parse_text
-from training.rl.rewards import (
-    WEAK_FORMAT,
-    Reward,
-    Truth,
-    Weights,
-    background_gate,
-    edit_distance,
-    named_choice,
-    reward,
-    similarity,
-    words,
-)
+from training.data.truth import Truth
+from training.recipes import Weights
+from training.rl.rewards import WEAK_FORMAT, Reward, background_gate, reward
+from training.text_metrics import edit_distance, named_choice, similarity, words
 
 CHOICES = ("a dog", "a bell", "the sea", "music")
 TRUTH = Truth("What is heard?", "a bell", CHOICES, environment="bell", num_speakers=1, transcript="it rings at noon")

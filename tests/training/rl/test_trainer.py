@@ -27,10 +27,10 @@ from hyper_model.positions import give_positions
 from hyper_model.trace import build_prompt
 from tests.process import ROOT
 from training.data.examples import Example
+from training.data.truth import Truth
 from training.export import model_of_checkpoint
 from training.policy import IGNORED, merged, named_tensors
 from training.recipes import GrpoRecipe, Lora, debug_grpo
-from training.rl.rewards import Truth
 from training.rl.rollout import Prompt, VllmBackend, banned_ids, follow, num_kept
 from training.rl.rollout_transformers import TransformersBackend
 from training.rl.tasks import ExampleTasks, Task

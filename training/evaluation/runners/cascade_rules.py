@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from training.rl.rewards import similarity, words
+from training.text_metrics import similarity, words
 
 BACKGROUND_DB = 9.0
 """A turn this much below the loudest one is taken for a voice in the background."""

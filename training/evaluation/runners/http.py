@@ -31,10 +31,9 @@ from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.errors import HyperError
 from hyper_model.trace import render_choice
 from hyper_model.trace_parser import parse_text
-from training.evaluation.choices import chosen
 from training.evaluation.score import Reply
 from training.evaluation.suites import Item
-from training.rl.rewards import named_choice
+from training.text_metrics import chosen, named_choice
 
 Api = Literal["hyper", "openai"]
 
@@ -174,7 +173,7 @@ def read(item: Item, received: Received, api: Api) -> Reply:
     """Reads what came back: which choice it means, and the trace if it is one.
 
     A HyPeR service says itself which choice it took. Of any other reply the answer is what stands in FINAL_ANSWER,
-    RESPONSE or `<answer>`, else the whole text; `training.evaluation.choices.chosen` says how a choice is read from it.
+    RESPONSE or `<answer>`, else the whole text; `training.text_metrics.chosen` says how a choice is read from it.
     """
     if received.error is not None:
         return Reply.failed(received.error)

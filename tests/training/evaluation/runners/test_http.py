@@ -19,9 +19,9 @@ import pytest
 from hyper_model.trace_parser import parse_text
 from tests.paths import CLIPS
 from tests.serving import Live
+from training.data.truth import Truth
 from training.evaluation.runners.http import Endpoint, EndpointError, Received, ask, openai_body, read
 from training.evaluation.suites import Item, data_items
-from training.rl.rewards import Truth
 
 
 @pytest.fixture(scope="module")

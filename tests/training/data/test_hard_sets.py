@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from tests.training_data import write_bank, write_sounds
+from training.data.hard_sets import HARD_SETS, SNR_LEVELS_DB, builder_for
 from training.data.questions import draw_example, possible_kinds
 from training.data.scenes import Rendered
 from training.data.sources import recordings as sounds
 from training.data.sources.downloads import MissingDataError
 from training.data.sources.sentences import line_from_text
 from training.data.sources.voices import Bank, Utterance, same_speaker
-from training.evaluation.hard_sets import HARD_SETS, SNR_LEVELS_DB, builder_for
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.evaluation.choices import chosen, matches_words
+from training.text_metrics import chosen, matches_words
 
 DRINKS = ("tea", "coffee", "iced coffee", "water")
 

@@ -1,0 +1,151 @@
+"""Compares texts by their words, and reads which choice a text means.
+
+Readers of choices, strictest first: `named_choice` (the whole text is a choice), `mentioned_choices` (words of choices
+inside a text), `chosen` (prose of other models, by rules in a fixed order) and `matches_words` (the string match of
+MMAU and MMAR).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from hyper_model.trace import choice_label, environment_labels, render_choice
+
+_STATEMENT = re.compile(r"(?i)\b(?:final\s+)?(?:answer|choice|option)\b\s*(?:is|would be|:|=)\s*(?:option\s+)?[:\s]*")
+"""Opens a statement of the answer: "The answer is", "Final answer:", "The correct option is option"."""
+
+_LETTER_AHEAD = re.compile(r"\(?([A-Za-z])(?:\)|[.:](?=\s|\Z)|(?=\s*\Z)|(?=\s*[,;]))")
+"""A letter that stands for itself: "(b) ...", "B. ...", "B: ...", "B" and nothing more."""
+
+
+def words(text: str) -> list[str]:
+    """Returns the words of a text, lower case, without punctuation."""
+    return "".join(c if c.isalnum() or c.isspace() else " " for c in text.lower()).split()
+
+
+def edit_distance(reference: Sequence[object], hypothesis: Sequence[object]) -> int:
+    """Returns the Levenshtein distance (Levenshtein 1966, one row at a time)."""
+    row = list(range(len(hypothesis) + 1))
+    for i, item in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(hypothesis, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (item != other))
+    return row[-1]
+
+
+def similarity(one: str, other: str) -> float:
+    """Returns 1 less the edit distance over the longer length, by characters of the words alone."""
+    one, other = " ".join(words(one)), " ".join(words(other))
+    longest = max(len(one), len(other))
+    return 1 - edit_distance(one, other) / longest if one and other else 0.0
+
+
+def label_set(environment: str) -> set[str]:
+    """Returns the labels that an environment lists, in plain words."""
+    return {" ".join(words(label)) for label in environment_labels(environment)}
+
+
+def sentences(text: str) -> list[str]:
+    return [part for part in re.split(r"[.!?]+\s*", text) if part.strip()]
+
+
+def holds_words(text: Sequence[str], part: Sequence[str]) -> bool:
+    """Tells whether words stand in a text, one behind the other."""
+    return any(list(text[at : at + len(part)]) == list(part) for at in range(len(text) - len(part) + 1))
+
+
+def named_choice(text: str, choices: Sequence[str]) -> int | None:
+    """Returns the one choice that a text is: its words, its letter (`B`, `(b)`, `B.`), or both; None for anything else.
+
+    Where a text is one choice by its words and another by its letter, it names none. What stands there to the last mark
+    is that choice, whatever others have the same words ("C major" and "C# major", "5" and "-5").
+    """
+    exact = [index for index, choice in enumerate(choices) if text.strip().casefold() == choice.strip().casefold()]
+    if len(exact) == 1 and not _is_letter(text):
+        return exact[0]
+    said = words(text)
+    found = {index for index, choice in enumerate(choices) if said == words(choice)}
+    found |= {index for index, _ in enumerate(choices) if said == words(render_choice(index, choices))}
+    if _is_letter(text):
+        found |= {index for index, _ in enumerate(choices) if said == words(choice_label(index))}
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_letter(text: str) -> bool:
+    return re.fullmatch(r"\s*\(?[A-Za-z]\)?[.:]?\s*", text) is not None
+
+
+def mentioned_choices(text: str, choices: Sequence[str]) -> set[int]:
+    """Returns the choices whose words stand in a text; of one inside a longer one that stands there, the longer."""
+    whole = named_choice(text, choices)
+    if whole is not None:
+        return {whole}
+    said = words(text)
+    found = {index for index, choice in enumerate(choices) if words(choice) and holds_words(said, words(choice))}
+    return {
+        index
+        for index in found
+        if not any(other != index and holds_words(words(choices[other]), words(choices[index])) for other in found)
+    }
+
+
+def chosen(text: str, choices: Sequence[str]) -> int | None:
+    """Returns the index of the choice that a text means, None where it means none or more than one.
+
+    The first of these that finds exactly one choice decides:
+      1. the whole text is a choice: its words, its letter ("B", "(b)", "B."), or both;
+      2. what the last statement of an answer says ("The answer is ...", "Final answer: ...", to the end of its line):
+         a choice as in 1, else the letter that it begins with, else the one choice whose words stand in it;
+      3. the last line that is not empty, read as in 1;
+      4. the text begins with a letter and a mark behind it ("(b) because ...", "B. because ...");
+      5. the one choice whose words stand in the text (of one inside a longer one, the longer).
+    Marks of emphasis (`*`, `_`, backquotes) are left out first.
+    """
+    plain = re.sub(r"[*`]|(?<!\w)_+|_+(?!\w)", "", text).strip()
+    whole = named_choice(plain, choices)
+    if whole is not None:
+        return whole
+    stated = list(_STATEMENT.finditer(plain))
+    if stated:
+        statement = plain[stated[-1].end() :].strip().partition("\n")[0].strip(" \"'")
+        for read in (named_choice, _letter, _only_mentioned):
+            found = read(statement, choices)
+            if found is not None:
+                return found
+    lines = [line.strip(" \"'") for line in plain.splitlines() if line.strip()]
+    last = named_choice(lines[-1], choices) if lines else None
+    if last is not None:
+        return last
+    return _letter(plain, choices) if _letter(plain, choices) is not None else _only_mentioned(plain, choices)
+
+
+def matches_words(prediction: str, answer: str, choices: Sequence[str]) -> bool:
+    """Tells whether a prediction is right by the string match of MMAU and MMAR.
+
+    Texts are sets of words (runs of letters, digits and underscores, in lower case). Right is a prediction that holds
+    every word of the answer, and no word that stands in another choice and not in the answer. So "not a dog" is right
+    where "a dog" is; the rule is the benchmarks', and ours (`chosen`) is reported beside it.
+
+    From the `string_match` of `evaluation.py` in github.com/Sakshi113/MMAU (Sakshi et al. 2024) and of
+    `code/evaluation.py` in github.com/ddlBoJack/MMAR (Ma et al. 2025), which are the same.
+    """
+    said, wanted = _word_set(prediction), _word_set(answer)
+    exclusive = {word for choice in choices for word in _word_set(choice) - wanted}
+    return bool(said) and wanted <= said and not said & exclusive
+
+
+def _word_set(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _letter(text: str, choices: Sequence[str]) -> int | None:
+    match = _LETTER_AHEAD.match(text)
+    # "A dog barks" begins with no letter, and a choice beyond the last one is none.
+    index = ord(match[1].upper()) - ord("A") if match else len(choices)
+    return index if index < len(choices) else None
+
+
+def _only_mentioned(text: str, choices: Sequence[str]) -> int | None:
+    found = mentioned_choices(text, choices)
+    return found.pop() if len(found) == 1 else None
