@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 WORK ?= build
 PROCESSES ?= 2
 
-.PHONY: help serve test check bench torture bench-train sbom venv lock bank scenes train calibrate grpo eval clean
+.PHONY: help serve test check bench stress bench-train sbom venv lock bank scenes train calibrate grpo eval clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,9 +35,9 @@ bench: ## Measure the service beside vLLM's own server, bare engines and transfo
 	@$(INSTALL) train
 	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests bench $(ARGS)
 
-torture: ## Do to the service all that it promises to withstand (ARGS="--quick"; twenty minutes; goes on where it stopped)
+stress: ## Measure the documented limits under hostile input, overload and faults (ARGS="--quick"; 20 minutes; resumes)
 	@$(INSTALL) train dev
-	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests torture $(ARGS)
+	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests stress $(ARGS)
 
 bench-train: ## Measure a step of Stage II beside a plain trainer's, and resume, sync and masks (5 minutes)
 	@$(INSTALL) train

@@ -169,7 +169,7 @@ class GateSettings:
             position_ids=pause.position_ids or (),
         )
 
-    def lowered(self, max_pauses: int) -> Self:
+    def with_budget(self, max_pauses: int) -> Self:
         """Returns the same settings with a smaller budget; a larger one is cut to the checkpoint's."""
         return replace(self, max_pauses=min(max_pauses, self.max_pauses))
 

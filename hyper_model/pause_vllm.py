@@ -110,7 +110,7 @@ def armed_settings(settings: GateSettings | None, params: SamplingParams) -> Gat
     if settings is None or BUDGET not in extra:
         return None
     tau_pause, tau_abort = extra.get(TAU) or (settings.tau_pause, settings.tau_abort)
-    lowered = settings.lowered(extra[BUDGET])
+    lowered = settings.with_budget(extra[BUDGET])
     return replace(lowered, tau_pause=tau_pause, tau_abort=tau_abort, is_fed=bool(extra.get(FED)))
 
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m loadtests run`, `dashboard`, `bench` and `torture`. Knows only its own package."""
+"""The command line: `python -m loadtests run`, `dashboard`, `bench` and `stress`. Knows only its own package."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], lo
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    default=Path("build/torture"),
+    default=Path("build/stress"),
     show_default=True,
     help="Where results are kept; a part whose result is there is not carried out again.",
 )
@@ -184,7 +184,7 @@ def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], lo
     help="What is overloaded and soaked.",
 )
 @SEED_OPTION
-def torture(
+def stress(
     out: Path,
     clips: Path,
     num_files: int | None,
@@ -200,8 +200,8 @@ def torture(
     3 where a part came to no result; the next run takes that up again.
 
     \b
-    box       clips decoded in the sandbox and beside it
-    doors     every address and method without a key
+    sandbox   clips decoded in the sandbox and beside it
+    auth     every address and method without a key
     requests  requests generated from the service's own description
     files     hostile files: broken ones, bombs, liars, traps that call a port or read a file
     overload  0.8 and 3 times the peak
@@ -209,13 +209,13 @@ def torture(
     chaos     clients that leave, an engine that is killed and one that hangs, SIGTERM with 50 in flight
     """
     from loadtests.scenarios import figures_json, figures_table
-    from loadtests.torture import PARTS, Torture, run
+    from loadtests.stress import PARTS, StressRun, run
 
     if unknown := set(parts) - set(PARTS):
         raise click.BadParameter(
             f"there is no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}", param_hint="--part"
         )
-    setup = Torture(
+    setup = StressRun(
         out=out,
         clips=clips,
         num_files=num_files or (300 if is_quick else 10_000),
@@ -229,7 +229,7 @@ def torture(
     click.echo(figures_table(figures))
     for part, reason in failures.items():
         click.echo(f"{part}: no result: {reason}", err=True)
-    (out / "torture.json").write_text(json.dumps(figures_json(figures), indent=1) + "\n")
+    (out / "stress.json").write_text(json.dumps(figures_json(figures), indent=1) + "\n")
     click.echo(json.dumps({each.name: each.value for each in figures}))
     is_met = all(each.is_met for each in figures)
     sys.exit(3 if failures else int(not is_met))

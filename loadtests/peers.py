@@ -130,10 +130,10 @@ class DecodePeer:
 
     def __init__(self, clips: Path) -> None:
         from hyper_model.audio import AudioLimits
-        from server.decoding.pool import Box
+        from server.decoding.pool import DecoderPool
 
         self.clips = [path.read_bytes() for path in find_clips(clips)]
-        self.box = Box(AudioLimits(), memory_bytes=DECODE_MEMORY_BYTES)
+        self.box = DecoderPool(AudioLimits(), memory_bytes=DECODE_MEMORY_BYTES)
 
     async def start(self) -> None:
         """Starts the box."""

@@ -25,7 +25,7 @@ from server.api.types import Answer, QaReply
 from server.engines.protocol import GenerationRequest, TokenChunk
 from server.errors import EngineUnavailableError
 from server.pause_budget import LoweredBy
-from server.request_context import Exchange
+from server.request_context import RequestContext
 from server.service import Service
 
 ANSWER_TOKENS = 64
@@ -59,23 +59,23 @@ class Question:
 class QaRun:
     """Answers one question; `run` once."""
 
-    def __init__(self, service: Service, exchange: Exchange, question: Question, waveform: Waveform) -> None:
+    def __init__(self, service: Service, context: RequestContext, question: Question, waveform: Waveform) -> None:
         self.engine = service.engine
-        self.line = service.line
+        self.limiter = service.limiter
         self.quarantine = service.quarantine
-        self.queue_wait = service.metrics.queue_wait.labels(exchange.priority)
-        self.cache_salt = service.cache_salt(exchange)
+        self.queue_wait = service.metrics.queue_wait.labels(context.priority)
+        self.cache_salt = service.cache_salt(context)
         self.manifest = service.checkpoint.manifest
         self.tokenizer = service.checkpoint.tokenizer
-        self.exchange = exchange
+        self.context = context
         self.question = question
         self.waveform = waveform
         pause = self.manifest.pause
         budget = question.max_pauses
-        self.gate = None if service.gate is None or budget is None else service.gate.lowered(budget)
-        self.clip_keys = (service.clip_key(waveform, exchange),)
+        self.gate = None if service.gate is None or budget is None else service.gate.with_budget(budget)
+        self.clip_keys = (service.clip_key(waveform, context),)
         self.parser = TraceParser(self.tokenizer, pause_mode=PauseMode(pause.mode), latent_tokens=pause.latent_tokens)
-        self.tally = replies.Tally()
+        self.stats = replies.GenerationStats()
         self.written: list[int] = []
         self.num_parts = 0
 
@@ -86,27 +86,27 @@ class QaRun:
             EngineUnavailableError: The engine died.
             PoisonedClipError: It has died on this clip before.
         """
-        self.exchange.phase = "queue"
+        self.context.phase = "queue"
         started_s = time.monotonic()
         async with AsyncExitStack() as stack:
-            with self.exchange.timing("queue"):
-                await stack.enter_async_context(self.line.place(self.exchange.priority))
+            with self.context.timing("queue"):
+                await stack.enter_async_context(self.limiter.slot(self.context.priority))
                 await stack.enter_async_context(self.quarantine.enter(self.waveform.sha256))
-            self.tally.line_s = time.monotonic() - started_s
-            self.queue_wait.observe(self.tally.line_s)
+            self.stats.line_s = time.monotonic() - started_s
+            self.queue_wait.observe(self.stats.line_s)
             try:
                 return await self.answer(emit)
             except EngineUnavailableError:
                 if not self.engine.is_alive:
                     # At once, while all who were in it can be told.
-                    self.quarantine.note_failure()
+                    self.quarantine.record_failure()
                 raise
             finally:
-                self.tally.note_stages(self.exchange)
+                self.stats.record_stages(self.context)
 
     async def answer(self, emit: Emit) -> QaReply:
         """Writes trace and answer with a place in the engine."""
-        self.tally.asked_s = time.monotonic()
+        self.stats.asked_s = time.monotonic()
         end = await self.write_trace(emit)
         hint = {"length": Termination.TRUNCATED, "abort": Termination.ABORTED}.get(end, Termination.COMPLETE)
         has_answer = end == "answer" or self.parser.result.answer_text is not None
@@ -120,10 +120,10 @@ class QaRun:
         else:
             answer = None
         for event in self.parser.finish(hint):
-            await self.tell(event, emit)
+            await self.emit_event(event, emit)
         if answer is None:
             answer = await self.read_answer(emit)
-        self.exchange.phase = "done"
+        self.context.phase = "done"
         reply = replies.build(self, answer)
         await emit("answer.done", reply.answer.model_dump(mode="json"))
         await emit("usage", reply.usage.model_dump(mode="json"))
@@ -141,10 +141,10 @@ class QaRun:
         request = self.request(self.question.max_tokens, stop, banned, gate)
         async with aclosing(self.engine.generate(request)) as chunks:
             async for chunk in chunks:
-                self.note(chunk)
+                self.record(chunk)
                 await self.feed(chunk.span, emit)
                 for token_id in chunk.token_ids:
-                    self.tally.completion_tokens += 1
+                    self.stats.completion_tokens += 1
                     if token_id in ends:
                         return "stop"
                     await self.feed([token_id], emit)
@@ -163,8 +163,8 @@ class QaRun:
         request = self.request(ANSWER_TOKENS, stop, self.pause_tags)
         async with aclosing(self.engine.generate(request)) as chunks:
             async for chunk in chunks:
-                self.note(chunk)
-                self.tally.completion_tokens += len(chunk.token_ids)
+                self.record(chunk)
+                self.stats.completion_tokens += len(chunk.token_ids)
                 await self.feed([each for each in chunk.token_ids if each not in self.tokenizer.stop_ids], emit)
 
     async def choose(self, emit: Emit) -> Answer:
@@ -173,14 +173,14 @@ class QaRun:
         await self.feed(self.parser.ids_to_final_answer(), emit)
         by_letter = self.manifest.trace.answer_style == "letter"
         candidates = self.tokenizer.choice_ids(choices, by_letter=by_letter)
-        with self.exchange.timing("score"):
+        with self.context.timing("score"):
             logprobs = await self.engine.score(self.request(1, set(), set()), candidates)
         # Of the whole continuation, not its mean: the model has read the choices and is about to copy one of them.
         scores = softmax(logprobs)
         index = int(np.argmax(scores))
         words = escape_markup(render_choice(index, choices) if by_letter else " ".join(choices[index].split()))
         await self.feed([*self.tokenizer.encode_text(words), *self.tokenizer.close_ids(Section.FINAL_ANSWER)], emit)
-        self.tally.note_answer()
+        self.stats.record_first_answer()
         await emit("answer.delta", {"text": choices[index]})
         confidence = scores[index]
         return Answer(
@@ -193,7 +193,7 @@ class QaRun:
         text = result.answer_text or ""
         if not result.texts.get(Section.FINAL_ANSWER):
             # Nothing was told as it was written: the answer is what RESPONSE says, or nothing.
-            self.tally.note_answer()
+            self.stats.record_first_answer()
             await emit("answer.delta", {"text": text})
         return Answer(text=text)
 
@@ -203,23 +203,23 @@ class QaRun:
         for token_id in token_ids:
             started_s = time.perf_counter()
             events = self.parser.feed(token_id)
-            self.tally.parse_s += time.perf_counter() - started_s
+            self.stats.parse_s += time.perf_counter() - started_s
             for event in events:
-                await self.tell(event, emit)
+                await self.emit_event(event, emit)
 
-    async def tell(self, event: Event, emit: Emit) -> None:
+    async def emit_event(self, event: Event, emit: Emit) -> None:
         """Passes one event of the trace on, where it is to be shown."""
-        tally = self.tally
+        stats = self.stats
         match event:
             case SectionStart(section):
-                tally.section_started_s[section] = time.monotonic()
+                stats.section_started_s[section] = time.monotonic()
                 name, data = "section.start", {"section": section.value}
             case SectionEnd(section):
-                tally.section_ended_s[section] = time.monotonic()
+                stats.section_ended_s[section] = time.monotonic()
                 name, data = "section.end", {"section": section.value}
             case SectionDelta(Section.FINAL_ANSWER, text):
                 if not self.question.choices:
-                    tally.note_answer()
+                    stats.record_first_answer()
                     await emit("answer.delta", {"text": text})
                 return
             case SectionDelta(section, text):
@@ -238,7 +238,7 @@ class QaRun:
         question = self.question
         return GenerationRequest(
             # The client's request id may repeat; the engine's may not.
-            request_id=f"{self.tally.id}-{self.num_parts}",
+            request_id=f"{self.stats.id}-{self.num_parts}",
             prompt_token_ids=[*question.prompt_token_ids, *self.written],
             clips=(self.waveform.samples_S,),
             max_tokens=max_tokens,
@@ -263,31 +263,31 @@ class QaRun:
         tag_ids = self.tokenizer.tag_ids.get(Section.FINAL_ANSWER)
         return (set(), set()) if tag_ids is None else ({tag_ids[0]}, {tag_ids[1]})
 
-    def note(self, chunk: TokenChunk) -> None:
+    def record(self, chunk: TokenChunk) -> None:
         """Takes the engine's figures: those of the request from its first chunk, those of the gate from each."""
-        tally = self.tally
+        stats = self.stats
         now_s = time.monotonic()
-        if tally.first_token_s is None:
-            tally.first_token_s = now_s
-            tally.prompt_tokens = chunk.num_prompt_tokens
-            tally.audio_tokens = chunk.num_prompt_tokens - len(self.question.prompt_token_ids) + 1
-            tally.cached_tokens = chunk.num_cached_tokens
+        if stats.first_token_s is None:
+            stats.first_token_s = now_s
+            stats.prompt_tokens = chunk.num_prompt_tokens
+            stats.audio_tokens = chunk.num_prompt_tokens - len(self.question.prompt_token_ids) + 1
+            stats.cached_tokens = chunk.num_cached_tokens
             # In our line and in the engine's own.
-            tally.queue_s = None if chunk.queue_s is None else tally.line_s + chunk.queue_s
-            tally.engine_queue_s = chunk.queue_s
-            tally.prefill_s = chunk.prefill_s
-            tally.features_s = chunk.features_s
-            self.exchange.phase = "generate"
-        tally.last_token_s = now_s
-        if tally.paused_s is not None:
-            tally.pause_s.append(now_s - tally.paused_s)
-            tally.paused_s = None
+            stats.queue_s = None if chunk.queue_s is None else stats.line_s + chunk.queue_s
+            stats.engine_queue_s = chunk.queue_s
+            stats.prefill_s = chunk.prefill_s
+            stats.features_s = chunk.features_s
+            self.context.phase = "generate"
+        stats.last_token_s = now_s
+        if stats.paused_s is not None:
+            stats.pause_s.append(now_s - stats.paused_s)
+            stats.paused_s = None
         if chunk.span:
-            tally.paused_s = now_s
-            tally.num_pauses += 1
-            tally.pause_tokens += len(chunk.span)
+            stats.paused_s = now_s
+            stats.num_pauses += 1
+            stats.pause_tokens += len(chunk.span)
         if chunk.report is not None:
-            tally.report = chunk.report
+            stats.report = chunk.report
 
     def partial(self) -> dict[str, Any]:
         """Returns what stands so far, for a request that is cut short."""

@@ -22,8 +22,8 @@ from server.api import qa as routes
 from server.api.openapi import document
 from server.engines.protocol import Engine, ScriptedEngine
 from server.engines.scripted import scripted_checkpoint
-from server.middleware import Edge
-from server.request_context import Exchange
+from server.middleware import RequestMiddleware
+from server.request_context import RequestContext
 from server.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import Metrics, version
@@ -65,7 +65,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.include_router(routes.router)
     app.openapi = lambda: document(app, settings, max_pauses=service.max_pauses, asks_for_keys=service.keys is not None)
     error_handlers.install(app)
-    app.add_middleware(Edge, service=service)
+    app.add_middleware(RequestMiddleware, service=service)
     return app
 
 
@@ -107,9 +107,9 @@ async def canary(service: Service) -> float:
         choices = ("yes", "no")
         prompt_token_ids = build_prompt(service.checkpoint.tokenizer, "Is there a tone?", choices)
         question = Question(choices=choices, prompt_token_ids=tuple(prompt_token_ids), max_tokens=16)
-        exchange = Exchange(request_id="canary", is_body_complete=True)
+        context = RequestContext(request_id="canary", is_body_complete=True)
         # Past the line and the quarantine: nobody else is in the engine, and its own question is no suspect.
-        reply = await QaRun(service, exchange, question, waveform).answer(routes.drop)
+        reply = await QaRun(service, context, question, waveform).answer(routes.drop)
         json.dumps(reply.model_dump(mode="json"), allow_nan=False)
-        seconds = exchange.elapsed_ms() / 1000
+        seconds = context.elapsed_ms() / 1000
     return seconds

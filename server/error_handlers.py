@@ -12,33 +12,33 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from hyper_model.errors import HyperError
-from server.errors import RequestError, as_fault
-from server.request_context import Exchange
+from server.errors import RequestError, to_request_error
+from server.request_context import RequestContext
 
 logger = logging.getLogger("hyper.server")
 
 
-def fault_response(fault: RequestError, exchange: Exchange) -> JSONResponse:
-    """Writes the fault as a reply and notes it on the exchange for the log and the metrics."""
-    exchange.outcome = fault.code
+def error_response(fault: RequestError, context: RequestContext) -> JSONResponse:
+    """Writes the fault as a reply and notes it on the context for the log and the metrics."""
+    context.outcome = fault.code
     headers: dict[str, str] = {}
     if fault.retry_after_s is not None:
         headers["retry-after"] = str(fault.retry_after_s)
     if fault.status == 401:
         headers["www-authenticate"] = "Bearer"
-    if not exchange.is_body_complete:
+    if not context.is_body_complete:
         # The rest of the body is still on its way: the connection cannot carry another request.
         headers["connection"] = "close"
-    return JSONResponse(fault.body(exchange.request_id), status_code=fault.status, headers=headers)
+    return JSONResponse(fault.body(context.request_id), status_code=fault.status, headers=headers)
 
 
 async def handle(request: Request, error: Exception) -> JSONResponse:
     """Answers a request that ended in an exception."""
-    fault = as_fault(error)
-    exchange = Exchange.of(request.scope)
+    fault = to_request_error(error)
+    context = RequestContext.of(request.scope)
     if fault.code == "internal_error":
-        logger.error("request failed", exc_info=error, extra={"request_id": exchange.request_id})
-    response = fault_response(fault, exchange)
+        logger.error("request failed", exc_info=error, extra={"request_id": context.request_id})
+    response = error_response(fault, context)
     if isinstance(error, HTTPException) and error.status_code == 405 and error.headers:
         response.headers["allow"] = error.headers["Allow"]
     return response

@@ -1,6 +1,6 @@
 """The one table of errors that a client can see, and the translation of exceptions to it.
 
-Every error is `{"error": {...}}` with a `code` from `FAULTS`; the status stands here and nowhere else. A handler says
+Every error is `{"error": {...}}` with a `code` from `ERRORS`; the status stands here and nowhere else. A handler says
 which field is wrong and never repeats what was in it: inputs may be 30 MB long, hostile, or private.
 Lowest layer of the service: imports nothing else of it.
 """
@@ -32,7 +32,7 @@ RATE_LIMIT = "rate_limit_error"
 
 
 @dataclass(frozen=True)
-class FaultKind:
+class ErrorKind:
     """What every error with one code has in common."""
 
     status: int
@@ -41,52 +41,52 @@ class FaultKind:
     retry_after_s: int | None = None
 
 
-FAULTS: Mapping[str, FaultKind] = {
-    "invalid_request": FaultKind(400, INVALID_REQUEST),
-    "invalid_json": FaultKind(400, INVALID_REQUEST),
-    "invalid_multipart": FaultKind(400, INVALID_REQUEST),
-    "invalid_parameter": FaultKind(400, INVALID_REQUEST),
-    "unknown_parameter": FaultKind(400, INVALID_REQUEST),
-    "missing_parameter": FaultKind(400, INVALID_REQUEST),
-    "invalid_prompt": FaultKind(400, INVALID_REQUEST),
-    "invalid_audio": FaultKind(400, INVALID_REQUEST),
-    "invalid_http": FaultKind(400, INVALID_REQUEST),
-    "invalid_api_key": FaultKind(401, "authentication_error"),
-    "forbidden": FaultKind(403, "permission_error"),
-    "not_found": FaultKind(404, INVALID_REQUEST),
-    "method_not_allowed": FaultKind(405, INVALID_REQUEST),
-    "upload_timeout": FaultKind(408, "timeout_error", retryable=True),
-    "head_timeout": FaultKind(408, "timeout_error", retryable=True),
-    "body_too_large": FaultKind(413, INVALID_REQUEST),
-    "audio_too_large": FaultKind(413, INVALID_REQUEST),
-    "unsupported_media_type": FaultKind(415, INVALID_REQUEST),
-    "unsupported_audio": FaultKind(415, INVALID_REQUEST),
-    "audio_too_long": FaultKind(422, INVALID_REQUEST),
-    "poisoned_clip": FaultKind(422, INVALID_REQUEST),
-    "rate_limit_exceeded": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
-    "too_many_in_flight": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
-    "audio_quota_exceeded": FaultKind(429, RATE_LIMIT, retryable=True, retry_after_s=60),
-    "headers_too_large": FaultKind(431, INVALID_REQUEST),
-    "client_closed_request": FaultKind(499, INVALID_REQUEST),
-    "internal_error": FaultKind(500, "server_error", retryable=True),
-    "overloaded": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=1),
-    "starting": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
-    "shutting_down": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
-    "engine_unavailable": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
-    "decoder_unavailable": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
-    "storage_full": FaultKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
-    "deadline_exceeded": FaultKind(504, "timeout_error", retryable=True),
+ERRORS: Mapping[str, ErrorKind] = {
+    "invalid_request": ErrorKind(400, INVALID_REQUEST),
+    "invalid_json": ErrorKind(400, INVALID_REQUEST),
+    "invalid_multipart": ErrorKind(400, INVALID_REQUEST),
+    "invalid_parameter": ErrorKind(400, INVALID_REQUEST),
+    "unknown_parameter": ErrorKind(400, INVALID_REQUEST),
+    "missing_parameter": ErrorKind(400, INVALID_REQUEST),
+    "invalid_prompt": ErrorKind(400, INVALID_REQUEST),
+    "invalid_audio": ErrorKind(400, INVALID_REQUEST),
+    "invalid_http": ErrorKind(400, INVALID_REQUEST),
+    "invalid_api_key": ErrorKind(401, "authentication_error"),
+    "forbidden": ErrorKind(403, "permission_error"),
+    "not_found": ErrorKind(404, INVALID_REQUEST),
+    "method_not_allowed": ErrorKind(405, INVALID_REQUEST),
+    "upload_timeout": ErrorKind(408, "timeout_error", retryable=True),
+    "head_timeout": ErrorKind(408, "timeout_error", retryable=True),
+    "body_too_large": ErrorKind(413, INVALID_REQUEST),
+    "audio_too_large": ErrorKind(413, INVALID_REQUEST),
+    "unsupported_media_type": ErrorKind(415, INVALID_REQUEST),
+    "unsupported_audio": ErrorKind(415, INVALID_REQUEST),
+    "audio_too_long": ErrorKind(422, INVALID_REQUEST),
+    "poisoned_clip": ErrorKind(422, INVALID_REQUEST),
+    "rate_limit_exceeded": ErrorKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
+    "too_many_in_flight": ErrorKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
+    "audio_quota_exceeded": ErrorKind(429, RATE_LIMIT, retryable=True, retry_after_s=60),
+    "headers_too_large": ErrorKind(431, INVALID_REQUEST),
+    "client_closed_request": ErrorKind(499, INVALID_REQUEST),
+    "internal_error": ErrorKind(500, "server_error", retryable=True),
+    "overloaded": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=1),
+    "starting": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
+    "shutting_down": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
+    "engine_unavailable": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
+    "decoder_unavailable": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
+    "storage_full": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
+    "deadline_exceeded": ErrorKind(504, "timeout_error", retryable=True),
 }
 """Every code that a reply may carry. An `AudioError` keeps its own, finer code with the status of its class."""
 
-AUDIO_FAULTS: Mapping[type[AudioError], str] = {
+AUDIO_ERRORS: Mapping[type[AudioError], str] = {
     UnsupportedAudioError: "unsupported_audio",
     InvalidAudioError: "invalid_audio",
     AudioTooLargeError: "audio_too_large",
     AudioTooLongError: "audio_too_long",
 }
 
-HTTP_FAULTS: Mapping[int, tuple[str, str]] = {
+HTTP_ERRORS: Mapping[int, tuple[str, str]] = {
     404: ("not_found", "There is nothing at this address; /docs lists what there is."),
     405: ("method_not_allowed", "This address does not take that method; /docs lists what it takes."),
 }
@@ -111,7 +111,7 @@ class RequestError(HyperError):
     """Refuses or ends a request with a code of the table.
 
     Attributes:
-        code: A key of `FAULTS`, or a finer code when `kind` says which row it belongs to.
+        code: A key of `ERRORS`, or a finer code when `kind` says which row it belongs to.
         param: The request field at fault.
         partial: What had been produced when the request ended, for a 504.
         retry_after_s: When to come again; that of the table where the one who refuses knows no better.
@@ -132,7 +132,7 @@ class RequestError(HyperError):
     ) -> None:
         super().__init__(message)
         self.code = code
-        self.kind = FAULTS[kind or code]
+        self.kind = ERRORS[kind or code]
         self.param = param
         self.limit = limit
         is_number = isinstance(actual, (int, float))
@@ -162,13 +162,13 @@ class RequestError(HyperError):
         return {"error": error} if self.partial is None else {"error": error, "partial": self.partial}
 
 
-def as_fault(error: BaseException) -> RequestError:
+def to_request_error(error: BaseException) -> RequestError:
     """Translates any exception to the fault that a client may see; unknown ones become `internal_error`."""
     match error:
         case RequestError():
             return error
         case AudioError():
-            kind = next((name for type_, name in AUDIO_FAULTS.items() if isinstance(error, type_)), "invalid_audio")
+            kind = next((name for type_, name in AUDIO_ERRORS.items() if isinstance(error, type_)), "invalid_audio")
             limit, actual, hint = error.limit, error.actual, error.hint
             return RequestError(
                 error.code, error.message, kind=kind, param="file", limit=limit, actual=actual, hint=hint
@@ -183,19 +183,19 @@ def as_fault(error: BaseException) -> RequestError:
             return RequestError("decoder_unavailable", error.message, hint="Try again after the Retry-After time.")
         case ClientDisconnect():
             return RequestError("client_closed_request", "The client closed the connection.")
-        case HTTPException() if error.status_code in HTTP_FAULTS:
-            return RequestError(*HTTP_FAULTS[error.status_code])
+        case HTTPException() if error.status_code in HTTP_ERRORS:
+            return RequestError(*HTTP_ERRORS[error.status_code])
         case HTTPException() if error.status_code < 500:
             return RequestError("invalid_request", "The request cannot be read.")
         case ValidationError() | RequestValidationError():
-            return validation_fault(error)
+            return validation_error(error)
         case _:
             return RequestError(
                 "internal_error", "The service failed on this request; the request id finds it in our logs."
             )
 
 
-def validation_fault(error: ValidationError | RequestValidationError) -> RequestError:
+def validation_error(error: ValidationError | RequestValidationError) -> RequestError:
     """Names the first field that breaks the schema, and pydantic's reason, without the value."""
     if isinstance(error, ValidationError):
         details = error.errors(include_url=False, include_context=False, include_input=False)

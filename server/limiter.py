@@ -21,7 +21,7 @@ RANKS: dict[Priority, int] = {"interactive": 0, "batch": 1}
 
 
 @dataclass
-class Line:
+class PriorityLimiter:
     """Lets so many work at a time; those who wait go by class, and within a class in the order in which they came.
 
     Attributes:
@@ -50,7 +50,7 @@ class Line:
         return [now_s - since_s for of, _, since_s, future in self.waiting if of == rank and not future.done()]
 
     @contextlib.asynccontextmanager
-    async def place(self, priority: Priority) -> AsyncGenerator[None]:
+    async def slot(self, priority: Priority) -> AsyncGenerator[None]:
         """Waits for a place and holds it. Leaving early, by cancellation too, gives it to the next."""
         await self.take(priority)
         started_s = time.monotonic()

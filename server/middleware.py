@@ -15,9 +15,9 @@ from ipaddress import ip_address
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.error_handlers import fault_response
-from server.errors import RequestError, as_fault
-from server.request_context import SCOPE_KEY, Exchange
+from server.error_handlers import error_response
+from server.errors import RequestError, to_request_error
+from server.request_context import SCOPE_KEY, RequestContext
 from server.service import Service
 from server.settings import Settings
 from server.telemetry.tracing import trace_id_of
@@ -44,7 +44,7 @@ OPERATOR_PATHS = PUBLIC_PATHS | {METRICS_PATH}
 PRIORITY_HEADER = "x-hyper-priority"
 
 
-class Edge:
+class RequestMiddleware:
     """Wraps the application; see the module's first line for what it adds."""
 
     def __init__(self, app: ASGIApp, *, service: Service) -> None:
@@ -59,37 +59,37 @@ class Edge:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        exchange = Exchange(
+        context = RequestContext(
             request_id=request_id_from(headers),
             is_body_complete=headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers,
         )
-        scope[SCOPE_KEY] = exchange
+        scope[SCOPE_KEY] = context
         if self.tracer is None:
-            exchange.trace_id = trace_id_of(headers.get("traceparent", ""))
+            context.trace_id = trace_id_of(headers.get("traceparent", ""))
         elif scope["path"] not in OPERATOR_PATHS:
-            self.tracer.begin(exchange, headers)
-        reply = Reply(exchange, receive, send)
-        body = Body(exchange, receive, self.settings)
+            self.tracer.begin(context, headers)
+        reply = Reply(context, receive, send)
+        body = Body(context, receive, self.settings)
         try:
-            self.check_head(scope, headers, exchange)
+            self.check_head(scope, headers, context)
             announced = int(headers.get("content-length", "0"))
             if announced > self.settings.max_body_bytes:
                 raise body.too_large(announced)
             await self.app(scope, body.receive, reply.send)
         except RequestError as fault:
             if reply.status is None:
-                await fault_response(fault, exchange)(scope, receive, reply.send)
+                await error_response(fault, context)(scope, receive, reply.send)
         except Exception as error:
-            fault = as_fault(error)
-            logger.error("request failed", exc_info=error, extra={"request_id": exchange.request_id})
+            fault = to_request_error(error)
+            logger.error("request failed", exc_info=error, extra={"request_id": context.request_id})
             if reply.status is None:
-                await fault_response(fault, exchange)(scope, receive, reply.send)
+                await error_response(fault, context)(scope, receive, reply.send)
             # Once a reply has begun there is no honest way to end it but to drop the connection, which is what the
             # server does when the application returns before the last byte.
         finally:
-            self.account(scope, exchange, reply.status)
+            self.record_metrics(scope, context, reply.status)
 
-    def check_head(self, scope: Scope, headers: Headers, exchange: Exchange) -> None:
+    def check_head(self, scope: Scope, headers: Headers, context: RequestContext) -> None:
         """Decides by path and headers alone whether the request may go on, and as whose.
 
         By the path that is routed, never by a URL put together from what the client says.
@@ -120,12 +120,12 @@ class Edge:
             if scope_of_path not in key.scopes:
                 self.metrics.auth_failures.labels("wrong_scope").inc()
                 raise RequestError("forbidden", f"This key does not have the scope `{scope_of_path}`.")
-            exchange.tenant = self.service.quotas.of(key)
-            exchange.facts["key"] = key.name
-            exchange.priority = key.priority
+            context.tenant = self.service.quotas.of(key)
+            context.facts["key"] = key.name
+            context.priority = key.priority
         match headers.get(PRIORITY_HEADER, "").strip().lower():
             case "batch":
-                exchange.priority = "batch"
+                context.priority = "batch"
             case "" | "interactive":
                 # A key of the class batch stays one.
                 pass
@@ -133,34 +133,34 @@ class Edge:
                 message = f"`{PRIORITY_HEADER}` is interactive or batch."
                 raise RequestError("invalid_parameter", message, param=PRIORITY_HEADER)
 
-    def account(self, scope: Scope, exchange: Exchange, status: int | None) -> None:
+    def record_metrics(self, scope: Scope, context: RequestContext, status: int | None) -> None:
         """Writes the access line and the request's metrics."""
         endpoint = getattr(scope.get("route"), "path", "other")
-        seconds = exchange.elapsed_ms() / 1000
-        if exchange.outcome == "client_closed_request":
+        seconds = context.elapsed_ms() / 1000
+        if context.outcome == "client_closed_request":
             status = 499
-        self.metrics.request_seconds.labels(endpoint, exchange.outcome).observe(seconds)
+        self.metrics.request_seconds.labels(endpoint, context.outcome).observe(seconds)
         self.metrics.requests.labels(endpoint, str(status or "none")).inc()
         stages_ms: dict[str, float] = {}
-        for stage, stage_s, _ in exchange.stages:
+        for stage, stage_s, _ in context.stages:
             self.metrics.stage_seconds.labels(stage).observe(stage_s)
             stages_ms[stage] = round(stages_ms.get(stage, 0.0) + stage_s * 1000, 1)
         # A probe that is told 503 is answered, not refused.
-        if status is not None and status >= 400 and status != 499 and exchange.outcome != "ok":
-            self.metrics.rejected.labels(str(status), exchange.outcome).inc()
+        if status is not None and status >= 400 and status != 499 and context.outcome != "ok":
+            self.metrics.rejected.labels(str(status), context.outcome).inc()
         if self.tracer is not None:
-            self.tracer.end(exchange, method=scope["method"], endpoint=endpoint, status=status)
+            self.tracer.end(context, method=scope["method"], endpoint=endpoint, status=status)
         facts = {
-            "request_id": exchange.request_id,
-            **({} if exchange.trace_id is None else {"trace_id": exchange.trace_id}),
+            "request_id": context.request_id,
+            **({} if context.trace_id is None else {"trace_id": context.trace_id}),
             "method": scope["method"],
             "endpoint": endpoint,
             "status": status,
-            "outcome": exchange.outcome,
+            "outcome": context.outcome,
             "duration_ms": round(seconds * 1000, 1),
-            "body_bytes": exchange.num_body_bytes,
+            "body_bytes": context.num_body_bytes,
             **({"stages_ms": stages_ms} if stages_ms else {}),
-            **exchange.facts,
+            **context.facts,
         }
         access_logger.info("request", extra=facts)
 
@@ -168,17 +168,17 @@ class Edge:
 class Body:
     """Counts and times the request's body while somebody reads it."""
 
-    def __init__(self, exchange: Exchange, receive: Receive, settings: Settings) -> None:
-        self.exchange = exchange
+    def __init__(self, context: RequestContext, receive: Receive, settings: Settings) -> None:
+        self.context = context
         self.inner = receive
         self.settings = settings
 
     async def receive(self) -> Message:
         """Passes on the next message; raises `RequestError` for a body that is too large or too slow."""
-        exchange = self.exchange
-        if exchange.is_body_complete:
+        context = self.context
+        if context.is_body_complete:
             return await self.inner()
-        left_s = exchange.started_s + self.settings.upload_timeout_s - time.monotonic()
+        left_s = context.started_s + self.settings.upload_timeout_s - time.monotonic()
         try:
             async with asyncio.timeout(min(left_s, self.settings.upload_idle_timeout_s)):
                 message = await self.inner()
@@ -187,12 +187,12 @@ class Body:
             message = f"The upload took longer than {limit:g} s, or stood still."
             raise RequestError("upload_timeout", message, limit=limit) from None
         if message["type"] == "http.request":
-            exchange.num_body_bytes += len(message.get("body", b""))
-            if exchange.num_body_bytes > self.settings.max_body_bytes:
-                raise self.too_large(exchange.num_body_bytes)
+            context.num_body_bytes += len(message.get("body", b""))
+            if context.num_body_bytes > self.settings.max_body_bytes:
+                raise self.too_large(context.num_body_bytes)
             if not message.get("more_body", False):
-                exchange.is_body_complete = True
-                exchange.received_s = time.monotonic()
+                context.is_body_complete = True
+                context.received_s = time.monotonic()
         return message
 
     def too_large(self, num_bytes: int) -> RequestError:
@@ -206,8 +206,8 @@ class Body:
 class Reply:
     """Stamps the reply with the request id and, where an upload was cut short, lingers before the connection closes."""
 
-    def __init__(self, exchange: Exchange, receive: Receive, send: Send) -> None:
-        self.exchange = exchange
+    def __init__(self, context: RequestContext, receive: Receive, send: Send) -> None:
+        self.context = context
         self.receive = receive
         self.inner = send
         self.status: int | None = None
@@ -217,11 +217,11 @@ class Reply:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
-            headers["x-request-id"] = self.exchange.request_id
-            if self.exchange.traceparent is not None:
-                headers["traceparent"] = self.exchange.traceparent
+            headers["x-request-id"] = self.context.request_id
+            if self.context.traceparent is not None:
+                headers["traceparent"] = self.context.traceparent
         is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if is_last and not self.exchange.is_body_complete:
+        if is_last and not self.context.is_body_complete:
             await self.inner({**message, "more_body": True})
             await self.linger()
             message = {"type": "http.response.body", "body": b"", "more_body": False}

@@ -28,7 +28,7 @@ class Budget:
 
 
 @dataclass
-class Pace:
+class PauseBudgeter:
     """Keeps the running means of what answers take; None before the first.
 
     Attributes:
@@ -39,13 +39,13 @@ class Pace:
     trace_s: float | None = None
     pause_s: float | None = None
 
-    def note(self, trace_s: float, pause_s: Sequence[float]) -> None:
+    def record(self, trace_s: float, pause_s: Sequence[float]) -> None:
         """Takes the times of a finished answer and of each of its pauses."""
         self.trace_s = smooth(self.trace_s, max(0.0, trace_s - sum(pause_s)))
         for seconds in pause_s:
             self.pause_s = smooth(self.pause_s, seconds)
 
-    def note_late(self, trace_s: float, pause_s: Sequence[float]) -> None:
+    def record_late(self, trace_s: float, pause_s: Sequence[float]) -> None:
         """Takes the times of an answer that missed its deadline: a whole one takes that long or longer."""
         late = smooth(self.trace_s, max(0.0, trace_s - sum(pause_s)))
         self.trace_s = late if self.trace_s is None else max(self.trace_s, late)

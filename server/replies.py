@@ -29,7 +29,7 @@ from server.api.types import (
     Usage,
     WarningReply,
 )
-from server.request_context import Exchange, SectionTime, StageTime
+from server.request_context import RequestContext, SectionTime, StageTime
 from server.telemetry.labels import FormFailure, Stage
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ NUM_KEY_DIGITS = 12
 
 
 @dataclass
-class Tally:
+class GenerationStats:
     """Counts and times one answer while it is written; the clock is `time.monotonic()`."""
 
     id: str = field(default_factory=lambda: f"qa_{uuid.uuid4().hex}")
@@ -70,12 +70,12 @@ class Tally:
     section_started_s: dict[Section, float] = field(default_factory=dict[Section, float])
     section_ended_s: dict[Section, float] = field(default_factory=dict[Section, float])
 
-    def note_answer(self) -> None:
+    def record_first_answer(self) -> None:
         """Marks the moment of the first word of the answer."""
         if self.first_answer_s is None:
             self.first_answer_s = time.monotonic()
 
-    def note_stages(self, exchange: Exchange) -> None:
+    def record_stages(self, context: RequestContext) -> None:
         """Adds what the engine took to the request's stages, as far as it came.
 
         Its own figures are lengths of time. They end with the first token, so that is where they are put.
@@ -84,8 +84,8 @@ class Tally:
             return
         started = self.section_started_s
         for section, ended_s in self.section_ended_s.items():
-            exchange.sections.append(SectionTime(section.value, started[section], ended_s))
-        exchange.note("first_token", self.asked_s, self.first_token_s)
+            context.sections.append(SectionTime(section.value, started[section], ended_s))
+        context.record("first_token", self.asked_s, self.first_token_s)
         if self.first_token_s is None or self.last_token_s is None:
             return
         at_s = self.first_token_s
@@ -95,12 +95,12 @@ class Tally:
         )
         for stage, seconds in parts:
             if seconds is not None:
-                exchange.note(stage, at_s - seconds, at_s)
+                context.record(stage, at_s - seconds, at_s)
                 at_s -= seconds
         if self.features_s is not None:
-            exchange.note("features", self.asked_s, self.asked_s + self.features_s)
-        exchange.note("generate", self.first_token_s, self.last_token_s)
-        exchange.stages.append(StageTime("parse", self.parse_s))
+            context.record("features", self.asked_s, self.asked_s + self.features_s)
+        context.record("generate", self.first_token_s, self.last_token_s)
+        context.stages.append(StageTime("parse", self.parse_s))
 
     def section_seconds(self) -> dict[Section, float]:
         """Returns how long each finished section took to write."""
@@ -111,11 +111,11 @@ class Tally:
 def build(run: QaRun, answer: Answer) -> QaReply:
     """Writes the reply of a finished run."""
     result = run.parser.result
-    tally, exchange, waveform = run.tally, run.exchange, run.waveform
+    stats, context, waveform = run.stats, run.context, run.waveform
     shows_reasoning = run.question.shows_reasoning
     return QaReply(
-        id=tally.id,
-        created=tally.created_s,
+        id=stats.id,
+        created=stats.created_s,
         model=run.manifest.name,
         answer=answer,
         perception=perception(result.trace) if shows_reasoning else None,
@@ -126,24 +126,24 @@ def build(run: QaRun, answer: Answer) -> QaReply:
             mode=run.manifest.pause.mode if run.question.max_pauses else "off",
             budget=run.question.max_pauses or 0,
             lowered_by=run.question.lowered_by,
-            count=tally.num_pauses,
-            latent_tokens=tally.pause_tokens,
+            count=stats.num_pauses,
+            latent_tokens=stats.pause_tokens,
             at=[
                 PauseAt(section=pause.section, confidence=rounded(confidence))
                 for pause, confidence in zip(result.pauses, known_confidences(run), strict=True)
             ],
-            lowest_group_confidence=rounded(tally.report.lowest),
+            lowest_group_confidence=rounded(stats.report.lowest),
         ),
         audio=[audio_reply(waveform)],
         usage=Usage(
-            prompt_tokens=tally.prompt_tokens,
-            audio_tokens=tally.audio_tokens,
-            cached_tokens=tally.cached_tokens,
-            completion_tokens=tally.completion_tokens,
-            pause_tokens=tally.pause_tokens,
-            total_tokens=tally.prompt_tokens + tally.completion_tokens + tally.pause_tokens,
+            prompt_tokens=stats.prompt_tokens,
+            audio_tokens=stats.audio_tokens,
+            cached_tokens=stats.cached_tokens,
+            completion_tokens=stats.completion_tokens,
+            pause_tokens=stats.pause_tokens,
+            total_tokens=stats.prompt_tokens + stats.completion_tokens + stats.pause_tokens,
         ),
-        timings_ms=timings(tally, exchange),
+        timings_ms=timings(stats, context),
         warnings=warnings(result, waveform, answer),
     )
 
@@ -151,7 +151,7 @@ def build(run: QaRun, answer: Answer) -> QaReply:
 def known_confidences(run: QaRun) -> Sequence[float | None]:
     """Returns the confidence at each pause of the trace; None for the first ones where a report has been forgotten."""
     num_pauses = len(run.parser.result.pauses)
-    padded = (*[None] * num_pauses, *run.tally.report.confidences)
+    padded = (*[None] * num_pauses, *run.stats.report.confidences)
     return padded[len(padded) - num_pauses :]
 
 
@@ -230,24 +230,24 @@ def audio_reply(waveform: Waveform) -> AudioReply:
     )
 
 
-def timings(tally: Tally, exchange: Exchange) -> Timings:
+def timings(stats: GenerationStats, context: RequestContext) -> Timings:
     """Writes the clock readings as milliseconds."""
 
     def since_start(moment_s: float | None) -> float | None:
-        return None if moment_s is None else round(exchange.elapsed_ms(moment_s), 1)
+        return None if moment_s is None else round(context.elapsed_ms(moment_s), 1)
 
     def ms(seconds: float | None) -> float | None:
         return None if seconds is None else round(seconds * 1000, 1)
 
     return Timings(
-        receive=since_start(exchange.received_s) or 0.0,
-        decode=ms(exchange.decode_s) or 0.0,
-        queue=ms(tally.queue_s),
-        prefill=ms(tally.prefill_s),
-        first_token=since_start(tally.first_token_s),
-        first_answer_token=since_start(tally.first_answer_s),
-        sections={section.value: round(seconds * 1000, 1) for section, seconds in tally.section_seconds().items()},
-        total=round(exchange.elapsed_ms(), 1),
+        receive=since_start(context.received_s) or 0.0,
+        decode=ms(context.decode_s) or 0.0,
+        queue=ms(stats.queue_s),
+        prefill=ms(stats.prefill_s),
+        first_token=since_start(stats.first_token_s),
+        first_answer_token=since_start(stats.first_answer_s),
+        sections={section.value: round(seconds * 1000, 1) for section, seconds in stats.section_seconds().items()},
+        total=round(context.elapsed_ms(), 1),
     )
 
 
@@ -277,49 +277,49 @@ def warnings(result: ParsedTrace, waveform: Waveform, answer: Answer) -> list[Wa
     return found
 
 
-def account(service: Service, run: QaRun, reply: QaReply) -> None:
+def record_metrics(service: Service, run: QaRun, reply: QaReply) -> None:
     """Counts a finished answer that somebody asked for, and notes it for the request's log line."""
-    metrics, tally, exchange = service.metrics, run.tally, run.exchange
-    exchange.facts |= {
+    metrics, stats, context = service.metrics, run.stats, run.context
+    context.facts |= {
         "termination": reply.termination,
         "format": reply.trace.format,
         "audio_s": round(run.waveform.duration_s, 3),
         "completion_tokens": reply.usage.completion_tokens,
         "pauses": reply.pause.count,
     }
-    if tally.first_token_s is not None:
-        metrics.time_to_first_token.observe(exchange.elapsed_ms(tally.first_token_s) / 1000)
+    if stats.first_token_s is not None:
+        metrics.time_to_first_token.observe(context.elapsed_ms(stats.first_token_s) / 1000)
         # Most of it, as what the engine keeps is in blocks. The clip is what a prompt begins with, but for some words.
         before_clip = list(run.question.prompt_token_ids).index(run.tokenizer.audio_id)
-        is_cached = 2 * (tally.cached_tokens - before_clip) > tally.audio_tokens
+        is_cached = 2 * (stats.cached_tokens - before_clip) > stats.audio_tokens
         (metrics.audio_cache_hits if is_cached else metrics.audio_cache_misses).inc()
-    if tally.section_started_s:
-        metrics.time_to_first_section.observe(exchange.elapsed_ms(min(tally.section_started_s.values())) / 1000)
-    if tally.last_token_s is not None and reply.termination == "complete":
-        service.pace.note(tally.last_token_s - tally.started_s, tally.pause_s)
-    if tally.first_answer_s is not None:
-        metrics.time_to_first_answer_token.observe(exchange.elapsed_ms(tally.first_answer_s) / 1000)
-    for section, seconds in tally.section_seconds().items():
+    if stats.section_started_s:
+        metrics.time_to_first_section.observe(context.elapsed_ms(min(stats.section_started_s.values())) / 1000)
+    if stats.last_token_s is not None and reply.termination == "complete":
+        service.pause_budgeter.record(stats.last_token_s - stats.started_s, stats.pause_s)
+    if stats.first_answer_s is not None:
+        metrics.time_to_first_answer_token.observe(context.elapsed_ms(stats.first_answer_s) / 1000)
+    for section, seconds in stats.section_seconds().items():
         metrics.section_seconds.labels(section.value).observe(seconds)
     for section, count in run.parser.result.section_num_tokens.items():
         metrics.section_tokens.labels(section.value).observe(count)
     for pause in reply.pause.at:
         metrics.pauses.labels(pause.section or "none").inc()
-    metrics.pause_tokens.inc(tally.pause_tokens)
-    for seconds in tally.pause_s:
+    metrics.pause_tokens.inc(stats.pause_tokens)
+    for seconds in stats.pause_s:
         metrics.pause_seconds.observe(seconds)
-    for confidence in tally.report.confidences:
+    for confidence in stats.report.confidences:
         if confidence is not None:
             metrics.pause_confidence.observe(confidence)
-    if tally.num_pauses and tally.num_pauses >= (run.question.max_pauses or 0):
+    if stats.num_pauses and stats.num_pauses >= (run.question.max_pauses or 0):
         metrics.pause_budget_spent.inc()
     if run.question.lowered_by is not None:
         metrics.pause_budget_lowered.labels(run.question.lowered_by).inc()
     if run.question.max_pauses:
-        metrics.pauses_per_answer.observe(tally.num_pauses)
-        metrics.pause_tokens_per_answer.labels(reply.pause.mode).observe(tally.pause_tokens)
-    if tally.report.lowest is not None:
-        metrics.lowest_confidence.observe(tally.report.lowest)
+        metrics.pauses_per_answer.observe(stats.num_pauses)
+        metrics.pause_tokens_per_answer.labels(reply.pause.mode).observe(stats.pause_tokens)
+    if stats.report.lowest is not None:
+        metrics.lowest_confidence.observe(stats.report.lowest)
     metrics.traces.labels(reply.trace.format, reply.termination).inc()
     for kind in failures(run.parser.result):
         metrics.parse_failures.labels(kind).inc()
@@ -328,20 +328,20 @@ def account(service: Service, run: QaRun, reply: QaReply) -> None:
     reflection = reasoning(run.parser.result.trace, run.question.choices).reflection
     if reflection is not None:
         metrics.reflections.labels("true" if reflection.changed_answer else "false").inc()
-    metrics.prompt_tokens.inc(tally.prompt_tokens)
-    metrics.audio_tokens.inc(tally.audio_tokens)
-    metrics.cached_tokens.inc(tally.cached_tokens)
-    metrics.completion_tokens.inc(tally.completion_tokens)
+    metrics.prompt_tokens.inc(stats.prompt_tokens)
+    metrics.audio_tokens.inc(stats.audio_tokens)
+    metrics.cached_tokens.inc(stats.cached_tokens)
+    metrics.completion_tokens.inc(stats.completion_tokens)
     if reply.answer.confidence is not None:
         metrics.answer_confidence.observe(reply.answer.confidence)
     if not reply.answer.text:
         metrics.answer_empty.inc()
     duration_s = run.waveform.duration_s
     metrics.audio_processed.inc(duration_s)
-    metrics.audio_rtf.observe(exchange.elapsed_ms() / 1000 / duration_s)
-    if service.settings.metrics_by_key and exchange.tenant is not None:
+    metrics.audio_rtf.observe(context.elapsed_ms() / 1000 / duration_s)
+    if service.settings.metrics_by_key and context.tenant is not None:
         # As many as there are keys. Names may be those of people, and metrics are read by many.
-        digest = hashlib.sha256(exchange.tenant_name.encode()).hexdigest()
+        digest = hashlib.sha256(context.tenant_name.encode()).hexdigest()
         metrics.key_audio.labels(digest[:NUM_KEY_DIGITS]).inc(duration_s)
 
 

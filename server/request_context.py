@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from server.quotas import Tenant
 
-SCOPE_KEY = "hyper.exchange"
+SCOPE_KEY = "hyper.context"
 
 Fact = str | int | float | bool | None
 
@@ -41,7 +41,7 @@ class SectionTime(NamedTuple):
 
 
 @dataclass
-class Exchange:
+class RequestContext:
     """Carries one request's identity, phase and figures from the edge to the handlers and back.
 
     Attributes:
@@ -85,11 +85,11 @@ class Exchange:
         return "" if self.tenant is None else self.tenant.key.name
 
     @classmethod
-    def of(cls, scope: MutableMapping[str, Any]) -> Exchange:
-        """Returns the exchange that the edge put into an ASGI scope."""
-        exchange = scope[SCOPE_KEY]
-        assert isinstance(exchange, cls)
-        return exchange
+    def of(cls, scope: MutableMapping[str, Any]) -> RequestContext:
+        """Returns the context that the edge put into an ASGI scope."""
+        context = scope[SCOPE_KEY]
+        assert isinstance(context, cls)
+        return context
 
     def elapsed_ms(self, until_s: float | None = None) -> float:
         """Returns milliseconds since the first byte came in, until now or until a reading of the same clock."""
@@ -99,7 +99,7 @@ class Exchange:
         """Returns a reading of the clock as nanoseconds since 1970, by the wall clock when the request began."""
         return self.started_ns + round((moment_s - self.started_s) * 1e9)
 
-    def note(self, stage: Stage, started_s: float, ended_s: float | None = None) -> None:
+    def record(self, stage: Stage, started_s: float, ended_s: float | None = None) -> None:
         """Says that a stage took from then to then, or until now."""
         self.stages.append(StageTime(stage, (time.monotonic() if ended_s is None else ended_s) - started_s, started_s))
 
@@ -110,4 +110,4 @@ class Exchange:
         try:
             yield
         finally:
-            self.note(stage, started_s)
+            self.record(stage, started_s)

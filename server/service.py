@@ -27,14 +27,14 @@ from hyper_model.checkpoint import Checkpoint
 from hyper_model.errors import HyperError
 from hyper_model.pause import GateSettings
 from server.api_keys import KeyRing
-from server.decoding.pool import Box
+from server.decoding.pool import DecoderPool
 from server.engines.protocol import Engine
 from server.engines.supervisor import EngineFailedError, Quarantine, Supervisor
 from server.errors import RequestError
-from server.limiter import RANKS, Line
-from server.pause_budget import Budget, Pace
+from server.limiter import RANKS, PriorityLimiter
+from server.pause_budget import Budget, PauseBudgeter
 from server.quotas import Quotas
-from server.request_context import Exchange
+from server.request_context import RequestContext
 from server.settings import MEBIBYTE, Settings
 from server.telemetry.labels import AbortedBy
 from server.telemetry.metrics import Metrics, version
@@ -67,7 +67,7 @@ class Service:
         self.engine = engine
         self.metrics = metrics
         self.tracer = tracer
-        self.pace = Pace()
+        self.pause_budgeter = PauseBudgeter()
         self.state: State = "starting"
         self.failure: BaseException | None = None
         self.num_in_flight = 0
@@ -77,12 +77,12 @@ class Service:
             max_duration_s=settings.max_audio_s,
             decode_timeout_s=settings.decode_timeout_s,
         )
-        self.box = Box(
+        self.decoder_pool = DecoderPool(
             audio_limits,
             memory_bytes=settings.decode_memory_mib * MEBIBYTE,
             on_death=lambda reason: metrics.decoder_deaths.labels(reason).inc(),
         )
-        self.decoders = Line(settings.decode_workers)
+        self.decode_limiter = PriorityLimiter(settings.decode_workers)
         metrics.decoders.set(settings.decode_workers)
         metrics.max_in_flight.set(settings.max_in_flight)
         self.describe_build()
@@ -91,7 +91,7 @@ class Service:
         self.keys = key_ring(settings)
         self.quotas = Quotas()
         # Where the engine would take more than it works on together, whose turn it is would be for it to say.
-        self.line = Line(settings.max_num_seqs)
+        self.limiter = PriorityLimiter(settings.max_num_seqs)
         self.quarantine = Quarantine()
         self.supervisor: Supervisor | None = None
         self.pool = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="hyper-pool")
@@ -119,20 +119,22 @@ class Service:
         """Returns the pauses of a request that leaves them to the service and has so many seconds left."""
         settings = self.settings
         # Of the requests that want the engine, not of all: an upload waits for its client alone.
-        num_waiting = max(0, self.line.num_working + self.line.num_waiting + 1 - settings.max_num_seqs)
+        num_waiting = max(0, self.limiter.num_working + self.limiter.num_waiting + 1 - settings.max_num_seqs)
         num_places = max(0, settings.max_in_flight - settings.max_num_seqs)
-        return self.pace.budget(self.max_pauses, left_s=left_s, num_waiting=num_waiting, num_places=num_places)
+        return self.pause_budgeter.budget(
+            self.max_pauses, left_s=left_s, num_waiting=num_waiting, num_places=num_places
+        )
 
-    def cache_salt(self, exchange: Exchange) -> str:
+    def cache_salt(self, context: RequestContext) -> str:
         """Keeps what the engine has computed for one caller from the next: how soon a reply comes would tell of it."""
-        return hmac.new(self.secret, exchange.tenant_name.encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self.secret, context.tenant_name.encode(), hashlib.sha256).hexdigest()
 
-    def clip_key(self, waveform: Waveform, exchange: Exchange) -> str:
+    def clip_key(self, waveform: Waveform, context: RequestContext) -> str:
         """Names a clip for the engine's caches: the same for a caller's same sound, and nothing that can be guessed.
 
         The engine takes the name for the sound itself: whoever could choose it could be answered about another's clip.
         """
-        named = f"{self.cache_salt(exchange)} {SAMPLE_RATE_HZ} {waveform.sha256}"
+        named = f"{self.cache_salt(context)} {SAMPLE_RATE_HZ} {waveform.sha256}"
         return hashlib.sha256(named.encode()).hexdigest()
 
     async def start(self, canary: Callable[[Service], Coroutine[Any, Any, float]]) -> None:
@@ -189,13 +191,13 @@ class Service:
             metrics = self.metrics
             metrics.event_loop_lag.observe(max(0.0, time.monotonic() - before - WATCH_INTERVAL_S))
             for priority in RANKS:
-                waits_s = self.line.waits_s(priority)
+                waits_s = self.limiter.waits_s(priority)
                 metrics.waiting.labels(priority).set(len(waits_s))
                 metrics.oldest_wait.labels(priority).set(max(waits_s, default=0.0))
-            metrics.engine_in_flight.set(self.line.num_working)
-            metrics.decoders_busy.set(self.decoders.num_working)
-            metrics.decoders_queued.set(self.decoders.num_waiting)
-            metrics.decode_peak.set(self.box.peak_bytes)
+            metrics.engine_in_flight.set(self.limiter.num_working)
+            metrics.decoders_busy.set(self.decode_limiter.num_working)
+            metrics.decoders_queued.set(self.decode_limiter.num_waiting)
+            metrics.decode_peak.set(self.decoder_pool.peak_bytes)
             metrics.suspected_clips.set(len(self.quarantine.suspects))
             metrics.poisoned_clips.set(len(self.quarantine.banned))
             self.refresh_keys()
@@ -212,10 +214,10 @@ class Service:
         Raises:
             HyperError: Nothing does, and strangers can reach the service.
         """
-        await self.box.start()
-        layers = {"layers": list(self.box.layers)}
-        self.metrics.sandbox.info({"layers": "+".join(self.box.layers) or "none"})
-        if self.box.is_closed:
+        await self.decoder_pool.start()
+        layers = {"layers": list(self.decoder_pool.layers)}
+        self.metrics.sandbox.info({"layers": "+".join(self.decoder_pool.layers) or "none"})
+        if self.decoder_pool.is_closed:
             logger.info("clips are decoded in a sandbox", extra=layers)
             return
         if self.settings.decode_sandbox == "require" or not self.settings.is_local:
@@ -254,7 +256,7 @@ class Service:
             self.supervisor.is_over = True
         await self.engine.stop()
         self.metrics.engine_up.set(0)
-        await self.box.stop()
+        await self.decoder_pool.stop()
         if self.tracer is not None:
             await self.tracer.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -278,7 +280,7 @@ class Service:
         return reasons
 
     @contextlib.contextmanager
-    def admit(self, exchange: Exchange) -> Generator[None]:
+    def admit(self, context: RequestContext) -> Generator[None]:
         """Holds one of the places for requests; taken before the body is read, as uploads and decoding cost too.
 
         Raises:
@@ -291,20 +293,20 @@ class Service:
             "overloaded": f"The service is full: {self.settings.max_in_flight} requests are in flight.",
         }
         with contextlib.ExitStack() as stack:
-            if exchange.tenant is not None:
-                stack.enter_context(exchange.tenant.enter())
+            if context.tenant is not None:
+                stack.enter_context(context.tenant.enter())
             for reason in self.reasons_not_ready():
                 if reason == "overloaded":
                     raise self.overloaded(messages[reason])
                 raise RequestError(reason, messages[reason], hint=COME_AGAIN)
-            if exchange.priority == "batch" and self.num_in_flight >= self.max_batch_in_flight:
+            if context.priority == "batch" and self.num_in_flight >= self.max_batch_in_flight:
                 raise self.overloaded(
                     f"All {self.max_batch_in_flight} places for requests of the class batch are taken."
                 )
-            wait_s = self.line.wait_s(self.num_in_flight)
+            wait_s = self.limiter.wait_s(self.num_in_flight)
             if wait_s > self.settings.max_queue_wait_s:
                 raise self.overloaded(f"The wait would be about {math.ceil(wait_s)} s.")
-            gauges = [self.metrics.in_flight, *([self.metrics.batch_in_flight] * (exchange.priority == "batch"))]
+            gauges = [self.metrics.in_flight, *([self.metrics.batch_in_flight] * (context.priority == "batch"))]
             self.num_in_flight += 1
             for gauge in gauges:
                 stack.enter_context(gauge.track_inprogress())
@@ -320,21 +322,21 @@ class Service:
 
     def overloaded(self, message: str) -> RequestError:
         """Says that there is no room, and when there will be: after as long as a place takes to become free of late."""
-        excess_s = max(0.0, self.line.wait_s(self.num_in_flight) - self.settings.max_queue_wait_s)
-        free_s = (self.line.work_s or 0.0) / self.line.num_places
+        excess_s = max(0.0, self.limiter.wait_s(self.num_in_flight) - self.settings.max_queue_wait_s)
+        free_s = (self.limiter.work_s or 0.0) / self.limiter.num_places
         # Spread a little, so that those who are refused together do not come back together.
         wait_s = (excess_s + free_s) * random.uniform(1.0, 1.25)
         retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(wait_s)))
         return RequestError("overloaded", message, hint=COME_AGAIN, retry_after_s=retry_after_s)
 
-    def require_time(self, exchange: Exchange, deadline_s: float) -> None:
+    def require_time(self, context: RequestContext, deadline_s: float) -> None:
         """Refuses a request whose turn would come after its deadline; asked before its clip is decoded.
 
         Raises:
             RequestError: 503; nothing has been spent on it but its upload.
         """
-        num_ahead = self.line.num_working + (self.line.num_waiting if exchange.priority == "batch" else 0)
-        wait_s = self.line.wait_s(num_ahead)
+        num_ahead = self.limiter.num_working + (self.limiter.num_waiting if context.priority == "batch" else 0)
+        wait_s = self.limiter.wait_s(num_ahead)
         if wait_s > 0 and time.monotonic() + wait_s > deadline_s:
             raise self.overloaded("The wait would be longer than the request's deadline.")
 
@@ -342,7 +344,7 @@ class Service:
         """Runs a function that takes long in the bounded pool, off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, functools.partial(function, *args, **kwargs))
 
-    async def decode(self, data: bytes, exchange: Exchange) -> Waveform:
+    async def decode(self, data: bytes, context: RequestContext) -> Waveform:
         """Decodes a clip in the box, so many at a time, and charges its length; cancelling this kills the decoder.
 
         Raises:
@@ -351,18 +353,18 @@ class Service:
         """
         with self.metrics.decoding.track_inprogress():
             async with contextlib.AsyncExitStack() as stack:
-                with exchange.timing("decode_wait"):
-                    await stack.enter_async_context(self.decoders.place(exchange.priority))
-                with exchange.timing("decode"):
-                    waveform = await self.box.decode(data)
-            if exchange.tenant is not None:
-                exchange.tenant.charge(waveform.duration_s)
-            with exchange.timing("inspect"):
-                await self.in_pool(look_at, waveform)
+                with context.timing("decode_wait"):
+                    await stack.enter_async_context(self.decode_limiter.slot(context.priority))
+                with context.timing("decode"):
+                    waveform = await self.decoder_pool.decode(data)
+            if context.tenant is not None:
+                context.tenant.charge(waveform.duration_s)
+            with context.timing("inspect"):
+                await self.in_pool(precompute_quality, waveform)
             return waveform
 
-    async def carry(
-        self, work: Coroutine[Any, Any, Result], exchange: Exchange, receive: Receive, deadline_s: float
+    async def run_until_disconnect(
+        self, work: Coroutine[Any, Any, Result], context: RequestContext, receive: Receive, deadline_s: float
     ) -> Result:
         """Runs work until it ends, the client leaves, the deadline passes or the service shuts down.
 
@@ -383,14 +385,14 @@ class Service:
             if task in done and not task.cancelled():
                 return task.result()
             by: AbortedBy = "shutdown" if task in done else "client" if gone in done else "deadline"
-            self.metrics.aborted.labels(exchange.phase, by).inc()
+            self.metrics.aborted.labels(context.phase, by).inc()
             match by:
                 case "client":
                     raise ClientDisconnect
                 case "shutdown":
                     raise RequestError("shutting_down", "The service shut down before the answer was complete.")
                 case _:
-                    limit = round((deadline_s - exchange.started_s) * 1000)
+                    limit = round((deadline_s - context.started_s) * 1000)
                     raise RequestError(
                         "deadline_exceeded", f"The answer was not complete after {limit} ms.", limit=limit
                     )
@@ -401,7 +403,7 @@ class Service:
             await asyncio.gather(task, gone, return_exceptions=True)
 
 
-def look_at(waveform: Waveform) -> None:
+def precompute_quality(waveform: Waveform) -> None:
     """Computes what takes a look at every sample, which the waveform then remembers."""
     _ = waveform.quality, waveform.sha256
 

@@ -188,7 +188,7 @@ class PolicyTrainer(Trainer, ABC):
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Takes it back."""
 
-    def note(self, **figures: float) -> None:
+    def record(self, **figures: float) -> None:
         """Keeps figures of this step for the next line of the log, which has their mean."""
         for name, value in figures.items():
             self.measured[name].append(float(value))
@@ -233,7 +233,7 @@ class PolicyTrainer(Trainer, ABC):
             total += loss.detach()
         if not math.isfinite(float(total)):
             raise TrainingError(f"step {self.state.global_step + 1}: the loss is {float(total)}")
-        self.note(step_s=time.monotonic() - started_s)
+        self.record(step_s=time.monotonic() - started_s)
         return total * self.args.world_size
 
     def sum_over_ranks(self, value: float) -> float:

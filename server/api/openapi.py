@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from hyper_model.trace import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_QUESTION_CHARS
 from server.api.types import ErrorReply, LateReply, QaBody, QaOptions
-from server.errors import FAULTS
+from server.errors import ERRORS
 from server.middleware import CLIENT_REQUEST_ID, PRIORITY_HEADER, PUBLIC_PATHS
 from server.settings import Settings
 
@@ -45,11 +45,11 @@ def responses_of(codes: Iterable[str]) -> Responses:
     """Describes the replies that end with these codes of the error table, by status."""
     by_status: dict[int, list[str]] = {}
     for code in codes:
-        by_status.setdefault(FAULTS[code].status, []).append(code)
+        by_status.setdefault(ERRORS[code].status, []).append(code)
     found: Responses = {}
     for status, named in sorted(by_status.items()):
-        model: type[BaseModel] = LateReply if status == FAULTS["deadline_exceeded"].status else ErrorReply
-        is_retried = all(FAULTS[code].retry_after_s is not None for code in named)
+        model: type[BaseModel] = LateReply if status == ERRORS["deadline_exceeded"].status else ErrorReply
+        is_retried = all(ERRORS[code].retry_after_s is not None for code in named)
         found[status] = {
             "model": model,
             "description": ", ".join(f"`{code}`" for code in named),
@@ -81,7 +81,7 @@ QA_RESPONSES: Responses = {
         "headers": REQUEST_ID,
         "content": {"text/event-stream": {"schema": EVENT}},
     }
-} | responses_of(code for code in FAULTS if code not in ("client_closed_request", "not_found", "method_not_allowed"))
+} | responses_of(code for code in ERRORS if code not in ("client_closed_request", "not_found", "method_not_allowed"))
 METRICS_RESPONSES: Responses = {
     200: {"description": "An exposition.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 }

@@ -36,10 +36,10 @@ from server.api.types import (
     QaReply,
     Readiness,
 )
-from server.errors import RequestError, as_fault
+from server.errors import RequestError, to_request_error
 from server.pause_budget import Budget
-from server.replies import account
-from server.request_context import Exchange, StageTime
+from server.replies import record_metrics
+from server.request_context import RequestContext, StageTime
 from server.service import COME_AGAIN, Service
 from server.telemetry.metrics import version
 
@@ -73,32 +73,32 @@ async def audio_qa(request: Request) -> Response:
     `pause`, `answer.delta`, `answer.done`, `usage`, `done` (the whole reply), or `error`.
     """
     service: Service = request.app.state.service
-    exchange = Exchange.of(request.scope)
+    context = RequestContext.of(request.scope)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(service.admit(exchange))
+        stack.enter_context(service.admit(context))
         try:
             options, data = await read_question(request, service)
         except ClientDisconnect:
             service.metrics.aborted.labels("upload", "client").inc()
             raise
         finally:
-            exchange.note("receive", exchange.started_s, exchange.received_s)
-            if exchange.received_s is not None:
-                exchange.note("validate", exchange.received_s)
+            context.record("receive", context.started_s, context.received_s)
+            if context.received_s is not None:
+                context.record("validate", context.received_s)
         timeout_ms = options.timeout_ms or service.settings.default_timeout_ms
-        deadline_s = exchange.started_s + timeout_ms / 1000
-        service.require_time(exchange, deadline_s)
-        exchange.phase = "decode"
-        work = prepare(service, exchange, options, data, deadline_s)
-        run = await service.carry(work, exchange, request.receive, deadline_s)
+        deadline_s = context.started_s + timeout_ms / 1000
+        service.require_time(context, deadline_s)
+        context.phase = "decode"
+        work = prepare(service, context, options, data, deadline_s)
+        run = await service.run_until_disconnect(work, context, request.receive, deadline_s)
         if options.stream:
-            return EventStream(service, exchange, run, deadline_s, stack.pop_all())
+            return EventStream(service, context, run, deadline_s, stack.pop_all())
         try:
-            reply = await service.carry(run.run(drop), exchange, request.receive, deadline_s)
+            reply = await service.run_until_disconnect(run.run(drop), context, request.receive, deadline_s)
         except RequestError as fault:
             raise cut_short(fault, service, run) from None
-        account(service, run, reply)
-        with exchange.timing("serialize"):
+        record_metrics(service, run, reply)
+        with context.timing("serialize"):
             return JSONResponse(reply.model_dump(mode="json"))
 
 
@@ -239,23 +239,25 @@ def check_limits(options: QaOptions, service: Service) -> None:
         raise RequestError("invalid_parameter", message, param="long_audio")
 
 
-async def prepare(service: Service, exchange: Exchange, options: QaOptions, data: bytes, deadline_s: float) -> QaRun:
+async def prepare(
+    service: Service, context: RequestContext, options: QaOptions, data: bytes, deadline_s: float
+) -> QaRun:
     """Turns a request into a run: question before clip, as the cheaper to refuse."""
     metrics = service.metrics
-    with exchange.timing("prompt"):
+    with context.timing("prompt"):
         prompt_token_ids: list[int] = await service.in_pool(
             build_prompt, service.checkpoint.tokenizer, options.question, options.choices
         )
     started_s = time.monotonic()
-    waveform = await service.decode(data, exchange)
-    exchange.decode_s = time.monotonic() - started_s
+    waveform = await service.decode(data, context)
+    context.decode_s = time.monotonic() - started_s
     metrics.audio_bytes.observe(len(data))
     metrics.audio_duration.observe(waveform.duration_s)
     metrics.audio_codec.labels(waveform.codec).inc()
     metrics.audio_silence_ratio.observe(waveform.quality.silence_ratio)
     require_window(waveform)
     left_s = deadline_s - time.monotonic()
-    return QaRun(service, exchange, make_question(service, options, prompt_token_ids, waveform, left_s), waveform)
+    return QaRun(service, context, make_question(service, options, prompt_token_ids, waveform, left_s), waveform)
 
 
 def require_window(waveform: Waveform) -> None:
@@ -319,7 +321,7 @@ def cut_short(fault: RequestError, service: Service, run: QaRun) -> RequestError
     """Adds what had been written to the error of a deadline, and lets the pauses of other answers heed it."""
     if fault.code == "deadline_exceeded":
         fault.partial = run.partial()
-        service.pace.note_late(time.monotonic() - run.tally.started_s, run.tally.pause_s)
+        service.pause_budgeter.record_late(time.monotonic() - run.stats.started_s, run.stats.pause_s)
     return fault
 
 
@@ -333,12 +335,12 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, service: Service, exchange: Exchange, run: QaRun, deadline_s: float, stack: contextlib.ExitStack
+        self, service: Service, context: RequestContext, run: QaRun, deadline_s: float, stack: contextlib.ExitStack
     ) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.service = service
-        self.exchange = exchange
+        self.context = context
         self.run = run
         self.deadline_s = deadline_s
         self.stack = stack
@@ -349,17 +351,17 @@ class EventStream(Response):
         with self.stack:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                await self.service.carry(self.pump(send), self.exchange, receive, self.deadline_s)
+                await self.service.run_until_disconnect(self.pump(send), self.context, receive, self.deadline_s)
             except ClientDisconnect as error:
-                self.exchange.outcome = as_fault(error).code
+                self.context.outcome = to_request_error(error).code
                 return
             except Exception as error:
-                fault = cut_short(as_fault(error), self.service, self.run)
-                self.exchange.outcome = fault.code
+                fault = cut_short(to_request_error(error), self.service, self.run)
+                self.context.outcome = fault.code
                 self.service.metrics.stream_errors.labels(fault.code).inc()
                 if fault.code == "internal_error":
-                    logger.error("stream failed", exc_info=error, extra={"request_id": self.exchange.request_id})
-                await self.end(send, sse("error", fault.body(self.exchange.request_id)))
+                    logger.error("stream failed", exc_info=error, extra={"request_id": self.context.request_id})
+                await self.end(send, sse("error", fault.body(self.context.request_id)))
                 return
             await self.end(send)
 
@@ -385,9 +387,9 @@ class EventStream(Response):
 
         pings = asyncio.create_task(self.ping(send))
         try:
-            account(self.service, self.run, await self.run.run(emit))
+            record_metrics(self.service, self.run, await self.run.run(emit))
         finally:
-            self.exchange.stages.append(StageTime("serialize", serialize_s))
+            self.context.stages.append(StageTime("serialize", serialize_s))
             pings.cancel()
             await asyncio.gather(pings, return_exceptions=True)
 
@@ -426,7 +428,7 @@ async def info(request: Request) -> InfoReply:
             max_model_len=manifest.max_model_len,
         ),
         formats=list(FORMATS),
-        decoding=DecodingInfo(sandbox=list(service.box.layers), memory_mib=settings.decode_memory_mib),
+        decoding=DecodingInfo(sandbox=list(service.decoder_pool.layers), memory_mib=settings.decode_memory_mib),
         sections=[section.value for section in Section],
         environment_labels=list(manifest.environment_labels),
         pause=PauseInfo(

@@ -61,13 +61,13 @@ Words = Annotated[str, Field(max_length=400, pattern=r"^[ -~]*$")]
 Code = Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9_]+$")]
 
 
-class Said(BaseModel):
+class WorkerReply(BaseModel):
     """What a worker says in any case."""
 
     peak_kib: int = Field(ge=0, le=2**40)
 
 
-class Refused(Said):
+class WorkerError(WorkerReply):
     """What a worker says about a clip that it could not decode."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -81,7 +81,7 @@ class Refused(Said):
     hint: Words | None
 
 
-class Heard(Said):
+class WorkerResult(WorkerReply):
     """What a worker says before it sends samples."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -96,7 +96,7 @@ class WorkerDiedError(HyperError):
     """Says that a worker ran out of memory, or was broken by its clip, or lies."""
 
 
-class Box:
+class DecoderPool:
     """Starts the helper, hands clips in and takes samples out.
 
     Attributes:
@@ -241,7 +241,7 @@ class Box:
                 await self.order({"job": job, "limits": dataclasses.asdict(self.limits)}, theirs.fileno())
             try:
                 async with asyncio.timeout(self.limits.decode_timeout_s + GRACE_S):
-                    waveform = await self.exchange(ours, data)
+                    waveform = await self.context(ours, data)
                 is_answered = True
             except TimeoutError:
                 self.on_death("late")
@@ -250,14 +250,14 @@ class Box:
                 is_answered = True
                 raise
             except (OSError, EOFError, ValueError) as error:
-                self.on_death("lied" if isinstance(error, ValueError) else "died")
+                self.on_death("invalid_reply" if isinstance(error, ValueError) else "died")
                 raise WorkerDiedError("The decoder died.") from None
             finally:
                 if not is_answered:
                     self.kill(job)
         return waveform
 
-    async def exchange(self, connection: socket.socket, data: bytes) -> Waveform:
+    async def context(self, connection: socket.socket, data: bytes) -> Waveform:
         """Sends a clip to its worker and reads what it says."""
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(connection, len(data).to_bytes(8))
@@ -267,13 +267,13 @@ class Box:
             raise ValueError
         header = json.loads(bytes(await receive(connection, bytearray(num_header_bytes))))
         if "error" in header:
-            refused = Refused.model_validate(header)
-            self.note(refused)
+            refused = WorkerError.model_validate(header)
+            self.record(refused)
             raise ERRORS.get(refused.error, InvalidAudioError)(
                 refused.message, code=refused.code, limit=refused.limit, actual=refused.actual, hint=refused.hint
             )
-        heard = Heard.model_validate(header)
-        self.note(heard)
+        heard = WorkerResult.model_validate(header)
+        self.record(heard)
         if heard.num_samples > self.limits.max_duration_s * SAMPLE_RATE_HZ + SPARE_SAMPLES:
             raise ValueError
         if heard.codec not in CODEC_NAMES:
@@ -285,7 +285,7 @@ class Box:
             raise ValueError
         return Waveform(samples_S, heard.codec, heard.sample_rate_hz, heard.channels)
 
-    def note(self, said: Said) -> None:
+    def record(self, said: WorkerReply) -> None:
         """Remembers the most memory."""
         self.peak_bytes = max(self.peak_bytes, said.peak_kib * 1024)
 

@@ -103,7 +103,7 @@ class Quarantine:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    def note_failure(self) -> None:
+    def record_failure(self) -> None:
         """Suspects what is in the engine now; bans the clip that was suspected before and is in it alone.
 
         Counts once for a life of the engine (`renew`): those who were in it hear of its death one after the other.
@@ -192,7 +192,7 @@ class Supervisor:
             self.down()
             while not self.is_over:
                 # Before its processes are ended: of a hung engine nobody has heard yet.
-                self.quarantine.note_failure()
+                self.quarantine.record_failure()
                 await self.engine.kill()
                 if not self.may_restart():
                     raise EngineFailedError(f"the engine failed {len(self.restarts_s)} times in ten minutes: {reason}")

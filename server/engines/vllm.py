@@ -220,7 +220,7 @@ class VllmEngine:
                     chunks = session.read(output, features_s)
                     if session.is_waiting:
                         # Before anybody is told: a client that is slow to read must not hold up the engine.
-                        session.twin().feed_span()
+                        session.shadow_gate().feed_span()
                         session.feed(self.span_of(engine_input))
                     for chunk in chunks:
                         if chunk.finish_reason is not None:
@@ -243,7 +243,7 @@ class VllmEngine:
     async def report(self, session: Session) -> GateReport:
         """Asks what the gate inside the engine has seen; an empty report where it does not say so in time."""
         if session.is_following:
-            return session.twin().report()
+            return session.shadow_gate().report()
         llm: Any = self.llm
         try:
             async with asyncio.timeout(REPORT_TIMEOUT_S):
@@ -375,8 +375,8 @@ class Session:
     """Follows one completion that may pause through its chunks; see the module's first lines.
 
     Attributes:
-        gate: The twin of the gate inside the engine; `twin` brings it up to what has arrived.
-        is_following: Whether the twin hears the confidences as well.
+        gate: The shadow_gate of the gate inside the engine; `shadow_gate` brings it up to what has arrived.
+        is_following: Whether the shadow_gate hears the confidences as well.
         is_waiting: Whether the engine waits for a span.
     """
 
@@ -395,7 +395,7 @@ class Session:
         """Returns the sampling parameters of the next chunk."""
         from hyper_model.pause_vllm import arguments
 
-        request, gate, settings = self.request, self.twin(), self.gate.settings
+        request, gate, settings = self.request, self.shadow_gate(), self.gate.settings
         num_left = request.max_tokens - self.num_visible
         stop: tuple[int, ...] = request.stop_token_ids
         if settings.is_fed:
@@ -481,7 +481,7 @@ class Session:
         flush(finish_reason)
         return chunks
 
-    def twin(self) -> Gate:
+    def shadow_gate(self) -> Gate:
         """Returns the gate, told of every token that has arrived."""
         for token_ids, logprobs in self.unread:
             for place, token_id in enumerate(token_ids):

@@ -19,7 +19,7 @@ Stage = StageBeforeEngine | StageInEngine | StagePart
 
 STAGES: tuple[str, ...] = (*get_args(StageBeforeEngine), *get_args(StageInEngine), *get_args(StagePart))
 
-WorkerFailure = Literal["late", "died", "lied", "helper"]
+WorkerFailure = Literal["late", "died", "invalid_reply", "helper"]
 """Why a decoder worker returned nothing usable: time limit, death, an invalid reply, or the whole helper was lost."""
 
 FormFailure = Literal["malformed", "weak", "trailing_text"]

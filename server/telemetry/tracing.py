@@ -2,7 +2,7 @@
 
 Where they name no endpoint there is no tracer, and OpenTelemetry is not even imported. Otherwise a request's span
 begins with it, so that its ids can be told to whoever asked; those of its stages are made when it is over, from the
-times that it noted anyway (`Exchange.stages`). Spans hold names, numbers and codes: no audio, questions, answers, keys.
+recorded times (`RequestContext.stages`). Spans hold names, numbers and codes: no audio, questions, answers or keys.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hyper_model.errors import HyperError
-from server.request_context import Exchange, SectionTime
+from server.request_context import RequestContext, SectionTime
 from server.telemetry.metrics import version
 
 if TYPE_CHECKING:
@@ -82,27 +82,27 @@ class Tracer:
         self.tracer = provider.get_tracer("hyper", version())
         self.propagator = TraceContextTextMapPropagator()
 
-    def begin(self, exchange: Exchange, headers: Mapping[str, str]) -> None:
-        """Begins a request's span, below the caller's where it named one, and writes its ids into the exchange."""
+    def begin(self, context: RequestContext, headers: Mapping[str, str]) -> None:
+        """Begins a request's span, below the caller's where it named one, and writes its ids into the context."""
         from opentelemetry.trace import SpanKind, set_span_in_context
 
         carrier = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
-        exchange.span = self.tracer.start_span(
+        context.span = self.tracer.start_span(
             "request",
             context=self.propagator.extract(carrier),
             kind=SpanKind.SERVER,
-            start_time=exchange.wall_ns(exchange.started_s),
+            start_time=context.wall_ns(context.started_s),
         )
         told: dict[str, str] = {}
-        self.propagator.inject(told, set_span_in_context(exchange.span))
-        exchange.traceparent = told.get("traceparent")
-        exchange.trace_id = trace_id_of(exchange.traceparent or "")
+        self.propagator.inject(told, set_span_in_context(context.span))
+        context.traceparent = told.get("traceparent")
+        context.trace_id = trace_id_of(context.traceparent or "")
 
-    def end(self, exchange: Exchange, *, method: str, endpoint: str, status: int | None) -> None:
+    def end(self, context: RequestContext, *, method: str, endpoint: str, status: int | None) -> None:
         """Ends a request's span, with a span for each stage and each section of its trace below it."""
         from opentelemetry.trace import StatusCode
 
-        span = exchange.span
+        span = context.span
         if span is None or not span.is_recording():
             return
         method = method if method in METHODS else "_OTHER"
@@ -111,44 +111,44 @@ class Tracer:
             {
                 "http.request.method": method,
                 "http.route": endpoint,
-                "hyper.request_id": exchange.request_id,
-                "hyper.outcome": exchange.outcome,
-                "hyper.phase": exchange.phase,
-                "hyper.priority": exchange.priority,
-                "hyper.body_bytes": exchange.num_body_bytes,
-                **{f"hyper.{name}": exchange.facts[name] for name in TOLD if name in exchange.facts},
+                "hyper.request_id": context.request_id,
+                "hyper.outcome": context.outcome,
+                "hyper.phase": context.phase,
+                "hyper.priority": context.priority,
+                "hyper.body_bytes": context.num_body_bytes,
+                **{f"hyper.{name}": context.facts[name] for name in TOLD if name in context.facts},
             }
         )
         if status is not None:
             span.set_attribute("http.response.status_code", status)
         # A stream that fails has answered 200 before.
-        if exchange.outcome != "ok" and (status is None or status >= 500 or status == 200):
-            span.set_attribute("error.type", exchange.outcome)
+        if context.outcome != "ok" and (status is None or status >= 500 or status == 200):
+            span.set_attribute("error.type", context.outcome)
             span.set_status(StatusCode.ERROR)
         stages: dict[str, Span] = {}
         ends_s: dict[str, float] = {}
         # By when they began; those that began together, the longer first, as the other lies inside it.
-        in_order = sorted(exchange.stages, key=lambda each: (each.started_s or 0.0, -each.seconds))
+        in_order = sorted(context.stages, key=lambda each: (each.started_s or 0.0, -each.seconds))
         for stage, seconds, started_s in in_order:
             if started_s is None:
                 span.set_attribute(f"hyper.{stage}_ms", round(seconds * 1000, 3))
                 continue
             parent = stages.get(PARENTS.get(stage, ""), span)
-            stages[stage] = self.child(exchange, parent, stage, started_s, started_s + seconds)
+            stages[stage] = self.child(context, parent, stage, started_s, started_s + seconds)
             ends_s[stage] = started_s + seconds
-        for section in exchange.sections:
+        for section in context.sections:
             # An answer that is chosen is written when the model has done its part.
             is_generated = section.started_s <= ends_s.get("generate", 0.0)
-            self.child(exchange, stages["generate"] if is_generated else span, *named(section))
+            self.child(context, stages["generate"] if is_generated else span, *named(section))
         span.end()
 
-    def child(self, exchange: Exchange, parent: Span, name: str, started_s: float, ended_s: float) -> Span:
+    def child(self, context: RequestContext, parent: Span, name: str, started_s: float, ended_s: float) -> Span:
         """Makes a span that is over."""
         from opentelemetry.trace import set_span_in_context
 
-        start_time = exchange.wall_ns(started_s)
+        start_time = context.wall_ns(started_s)
         span = self.tracer.start_span(name, context=set_span_in_context(parent), start_time=start_time)
-        span.end(exchange.wall_ns(ended_s))
+        span.end(context.wall_ns(ended_s))
         return span
 
     async def stop(self) -> None:

@@ -27,7 +27,7 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.metrics import MetricWrapperBase
 
 from loadtests.__main__ import main
-from server.errors import FAULTS
+from server.errors import ERRORS
 from server.telemetry.metrics import Metrics
 from tests.process import ROOT
 from tests.serving import Live, tone, wait_for
@@ -163,7 +163,7 @@ def test_every_alert_says_what_it_is_and_what_to_do_and_has_a_test() -> None:
 
 
 def test_errors_of_ours_are_all_that_the_table_of_faults_has() -> None:
-    ours = {code for code, kind in FAULTS.items() if kind.status >= 500} - {"deadline_exceeded"}
+    ours = {code for code, kind in ERRORS.items() if kind.status >= 500} - {"deadline_exceeded"}
     found = [pattern for text in expressions() for pattern in re.findall(r'outcome=~"([^"]*)"', text)]
     assert found and all(set(pattern.split("|")) == ours for pattern in found)
 

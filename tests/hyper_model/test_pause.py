@@ -571,13 +571,13 @@ def assert_same_sections(gate: Gate, parser: TraceParser) -> None:
 @given(st.integers(1, 50))
 def test_a_request_can_lower_its_budget_and_never_raise_it(max_pauses: int) -> None:
     found = gate_settings(max_pauses=3)
-    assert found.lowered(max_pauses).max_pauses == min(3, max_pauses)
-    assert replace(found.lowered(max_pauses), max_pauses=3) == found
+    assert found.with_budget(max_pauses).max_pauses == min(3, max_pauses)
+    assert replace(found.with_budget(max_pauses), max_pauses=3) == found
 
 
 @pytest.mark.parametrize("budget", [1, 2])
 def test_a_lowered_budget_is_the_one_that_holds(budget: int) -> None:
-    found = gate_settings(max_pauses=3, tau_pause=1.0, tau_abort=0.0, rest_tokens=0).lowered(budget)
+    found = gate_settings(max_pauses=3, tau_pause=1.0, tau_abort=0.0, rest_tokens=0).with_budget(budget)
     run = write(found, [*((tag_id, 1.0) for tag_id in REASONING), *((word, 0.5) for word in WORDS * 20)])
     assert run.gate.num_pauses == budget
 

@@ -455,7 +455,7 @@ def test_whatever_happens_both_are_the_pure_gate_row_for_row(mode: str, is_fed: 
     def new() -> Request:
         if chance.random() < 0.25:
             return engine.make(None)
-        settings = replace(found.lowered(chance.randint(1, 3)), is_fed=is_fed)
+        settings = replace(found.with_budget(chance.randint(1, 3)), is_fed=is_fed)
         if chance.random() < 0.3:
             settings = replace(settings, tau_pause=chance.random(), tau_abort=0.01)
         gate = Gate(settings)

@@ -20,8 +20,8 @@ from server.answering import ANSWER_TOKENS, QaRun, Question, softmax
 from server.api.types import QaReply
 from server.engines.protocol import ScriptedEngine
 from server.engines.scripted import scripted_checkpoint
-from server.replies import account
-from server.request_context import Exchange
+from server.replies import record_metrics
+from server.request_context import RequestContext
 from server.service import Service
 from server.telemetry.metrics import Metrics
 from tests.serving import scripted
@@ -68,9 +68,9 @@ def ask(
 
     async def run() -> QaReply:
         await engine.start()
-        qa = QaRun(service, Exchange("test", is_body_complete=True), question, waveform)
+        qa = QaRun(service, RequestContext("test", is_body_complete=True), question, waveform)
         reply = await qa.run(emit)
-        account(service, qa, reply)
+        record_metrics(service, qa, reply)
         return reply
 
     reply = asyncio.run(run())

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from starlette.routing import Route
 
 from hyper_model.errors import HyperError
-from loadtests.strangers import DISGUISED_HEADERS, METHODS, STRAY_PATHS, bearer, disguises, wrong_headers
+from loadtests.fuzz_http import DISGUISED_HEADERS, METHODS, STRAY_PATHS, bearer, disguises, wrong_headers
 from server import api_keys as keys
 from server.api_keys import KeyFileError, KeyRing
 from server.app import create_app
@@ -27,7 +27,7 @@ from server.commands import ask as ask_command
 from server.commands import keys as command
 from server.middleware import OPERATOR_PATHS, PUBLIC_PATHS
 from server.quotas import Quotas
-from server.request_context import Exchange
+from server.request_context import RequestContext
 from server.serving import bind
 from tests.serving import QUESTION, Live, assert_error, running, scripted, tone, wait_for
 
@@ -162,18 +162,18 @@ def test_a_key_is_asked_for_before_the_body_is_read(guarded: Live) -> None:
 
 def test_a_class_can_be_lowered_and_not_raised(guarded: Live, secrets: dict[str, str]) -> None:
     seen: list[str] = []
-    enter = guarded.service.line.place
+    enter = guarded.service.limiter.slot
 
     def watch(priority: keys.Priority) -> object:
         seen.append(priority)
         return enter(priority)
 
-    guarded.service.line.place = watch  # pyright: ignore
+    guarded.service.limiter.slot = watch  # pyright: ignore
     try:
         for name, header in (("anna", None), ("anna", "batch"), ("night", None), ("night", "interactive")):
             assert ask(guarded, secrets[name], **({"x-hyper-priority": header} if header else {})).status_code == 200
     finally:
-        guarded.service.line.place = enter
+        guarded.service.limiter.slot = enter
     assert seen == ["interactive", "batch", "batch", "batch"]
     reply = ask(guarded, secrets["anna"], **{"x-hyper-priority": "first"})
     assert_error(reply, 400, "invalid_parameter", "x-hyper-priority")
@@ -183,11 +183,11 @@ def test_callers_share_nothing_that_the_engine_keeps(guarded: Live, secrets: dic
     service, quotas = guarded.service, Quotas()
     assert service.keys is not None
     exchanges = [
-        Exchange("x", is_body_complete=True, tenant=None if key is None else quotas.of(key))
+        RequestContext("x", is_body_complete=True, tenant=None if key is None else quotas.of(key))
         for key in (None, *(service.keys.find(secrets[name]) for name in ("anna", "ben")))
     ]
-    salts = [service.cache_salt(exchange) for exchange in exchanges]
-    assert len(set(salts)) == 3 and salts == [service.cache_salt(exchange) for exchange in exchanges]
+    salts = [service.cache_salt(context) for context in exchanges]
+    assert len(set(salts)) == 3 and salts == [service.cache_salt(context) for context in exchanges]
     assert not any("anna" in salt for salt in salts)
 
 

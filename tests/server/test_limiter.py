@@ -17,7 +17,7 @@ import pytest
 
 from server.api_keys import Priority
 from server.engines.protocol import ScriptedEngine
-from server.limiter import Line
+from server.limiter import PriorityLimiter
 from tests.serving import QUESTION, Live, assert_error, running, scripted, tone, wait_for
 
 
@@ -27,12 +27,12 @@ def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 def test_no_more_work_than_places_and_the_urgent_first() -> None:
     async def work() -> None:
-        line, order, most = Line(2), list[str](), 0
+        line, order, most = PriorityLimiter(2), list[str](), 0
         is_open = asyncio.Event()
 
         async def enter(name: str, priority: Priority) -> None:
             nonlocal most
-            async with line.place(priority):
+            async with line.slot(priority):
                 order.append(name)
                 most = max(most, line.num_working)
                 await is_open.wait()
@@ -53,10 +53,10 @@ def test_no_more_work_than_places_and_the_urgent_first() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_no_place_is_lost_whoever_leaves_when(seed: int) -> None:
     async def work() -> None:
-        rng, line = random.Random(seed), Line(3)
+        rng, line = random.Random(seed), PriorityLimiter(3)
 
         async def enter() -> None:
-            async with line.place(rng.choice(["interactive", "batch"])):
+            async with line.slot(rng.choice(["interactive", "batch"])):
                 assert line.num_working <= 3
                 await asyncio.sleep(rng.random() / 100)
                 if rng.random() < 0.2:
@@ -70,7 +70,7 @@ def test_no_place_is_lost_whoever_leaves_when(seed: int) -> None:
                     task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         assert (line.num_working, line.num_waiting) == (0, 0)
-        async with asyncio.timeout(1), line.place("batch"), line.place("batch"), line.place("batch"):
+        async with asyncio.timeout(1), line.slot("batch"), line.slot("batch"), line.slot("batch"):
             assert line.num_working == 3
 
     run(work)
@@ -78,7 +78,7 @@ def test_no_place_is_lost_whoever_leaves_when(seed: int) -> None:
 
 def test_a_place_that_is_given_to_somebody_who_leaves_goes_on() -> None:
     async def work() -> None:
-        line = Line(1)
+        line = PriorityLimiter(1)
         await line.take("interactive")
         first = asyncio.create_task(line.take("interactive"))
         second = asyncio.create_task(line.take("interactive"))
@@ -97,7 +97,7 @@ def test_a_place_that_is_given_to_somebody_who_leaves_goes_on() -> None:
 
 def test_a_wait_is_foretold_by_what_work_took() -> None:
     async def work() -> None:
-        line = Line(4)
+        line = PriorityLimiter(4)
         assert line.wait_s(100) == 0.0, "nothing is known yet"
         line.work_s = 2.0
         assert line.wait_s(3) == 0.0
@@ -109,12 +109,12 @@ def test_a_wait_is_foretold_by_what_work_took() -> None:
 
 def test_work_that_was_cut_short_teaches_nothing() -> None:
     async def work() -> None:
-        line = Line(1)
+        line = PriorityLimiter(1)
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05), line.place("batch"):
+            async with asyncio.timeout(0.05), line.slot("batch"):
                 await asyncio.sleep(1)
         assert line.work_s is None
-        async with line.place("batch"):
+        async with line.slot("batch"):
             await asyncio.sleep(0.05)
         assert line.work_s == pytest.approx(0.05, abs=0.04)
 
@@ -124,7 +124,7 @@ def test_work_that_was_cut_short_teaches_nothing() -> None:
 def test_a_request_that_would_wait_too_long_is_refused_before_its_body() -> None:
     with running(scripted(max_num_seqs=1, max_in_flight=32, max_queue_wait_s=5.0)) as service:
         with busy(service, 1):
-            service.service.line.work_s = 30.0
+            service.service.limiter.work_s = 30.0
             started_s = time.monotonic()
             with socket.create_connection(service.server.servers[0].sockets[0].getsockname(), timeout=10) as connection:
                 head = b"host: x\r\ncontent-type: application/json\r\ncontent-length: 9999\r\n\r\n"
@@ -135,13 +135,13 @@ def test_a_request_that_would_wait_too_long_is_refused_before_its_body() -> None
             # Thirty seconds of work less the five that it may wait, and a place's time, spread by a quarter.
             (retry_after,) = re.findall(r"retry-after: (\d+)\r", reply)
             assert 55 <= int(retry_after) <= 60
-        service.service.line.work_s = 0.1
+        service.service.limiter.work_s = 0.1
         assert ask(service).status_code == 200
 
 
 def test_a_deadline_before_its_turn_is_refused_before_decoding() -> None:
     with running(scripted(max_num_seqs=1)) as service, busy(service, 1):
-        service.service.line.work_s = 5.0
+        service.service.limiter.work_s = 5.0
         decoded = service.metric("hyper_stage_seconds_count", stage="decode")
         reply = ask(service, timeout_ms=2000)
         assert_error(reply, 503, "overloaded")
@@ -153,7 +153,7 @@ def test_a_deadline_before_its_turn_is_refused_before_decoding() -> None:
 
 def test_batch_leaves_room_for_the_interactive() -> None:
     with running(scripted(max_num_seqs=1, max_in_flight=4, max_batch_share=0.5)) as service, busy(service, 2):
-        service.service.line.work_s = None
+        service.service.limiter.work_s = None
         reply = ask(service, headers={"x-hyper-priority": "batch"})
         assert_error(reply, 503, "overloaded")
         assert "batch" in reply.json()["error"]["message"]
@@ -172,7 +172,7 @@ def test_the_interactive_overtake_batch_in_the_engines_line() -> None:
                 )
                 thread.start()
                 threads.append(thread)
-                wait_for(lambda number=number: service.service.line.num_waiting == number + 1)
+                wait_for(lambda number=number: service.service.limiter.num_waiting == number + 1)
             # Fast, but slow enough for the clients to see one after the other.
             service.service.engine.token_interval_s = 0.005  # pyright: ignore
             for thread in threads:
@@ -184,15 +184,15 @@ def test_the_interactive_overtake_batch_in_the_engines_line() -> None:
 
 def test_the_wait_counts_as_queue_and_against_the_deadline() -> None:
     with running(scripted(max_num_seqs=1)) as service, busy(service, 1):
-        service.service.line.work_s = None
+        service.service.limiter.work_s = None
         before = service.metric("hyper_aborted_total", phase="queue", by="deadline")
         assert_error(ask(service, timeout_ms=500), 504, "deadline_exceeded")
         assert service.metric("hyper_aborted_total", phase="queue", by="deadline") == before + 1
-        assert service.service.line.num_waiting == 0
+        assert service.service.limiter.num_waiting == 0
         replies: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: replies.append(ask(service)))
         thread.start()
-        wait_for(lambda: service.service.line.num_waiting == 1)
+        wait_for(lambda: service.service.limiter.num_waiting == 1)
         time.sleep(0.3)
         fast(service)
         thread.join()
@@ -201,13 +201,13 @@ def test_the_wait_counts_as_queue_and_against_the_deadline() -> None:
 
 def test_a_client_that_leaves_the_line_leaves_no_trace() -> None:
     with running(scripted(max_num_seqs=1)) as service, busy(service, 1):
-        service.service.line.work_s = None
+        service.service.limiter.work_s = None
         thread = threading.Thread(target=leave, args=(service,))
         thread.start()
-        wait_for(lambda: service.service.line.num_waiting == 1)
+        wait_for(lambda: service.service.limiter.num_waiting == 1)
         thread.join()
         wait_for(lambda: service.service.num_in_flight == 1)
-        assert service.service.line.num_waiting == 0
+        assert service.service.limiter.num_waiting == 0
         assert service.metric("hyper_aborted_total", phase="queue", by="client") == 1
 
 
@@ -254,7 +254,7 @@ def test_every_request_is_accounted_for_under_overload() -> None:
         # A client may leave just as its answer is on its way.
         assert sum(counted.values()) == len(statuses) == 72
         assert statuses.count(200) <= counted[200] and statuses.count(503) <= counted[503]
-        assert service.service.line.num_working == 0 and service.service.decoders.num_working == 0
+        assert service.service.limiter.num_working == 0 and service.service.decode_limiter.num_working == 0
         assert not [task for task in service.service.tasks if not task.done()]
 
 
@@ -273,7 +273,7 @@ class busy:  # noqa: N801
         slow(self.service)
         for thread in self.threads:
             thread.start()
-        line = self.service.service.line
+        line = self.service.service.limiter
         wait_for(lambda: line.num_working + line.num_waiting == len(self.threads))
 
     def __exit__(self, *_: object) -> None:

@@ -26,7 +26,7 @@ from hyper_model.trace_parser import TraceParser
 from server.answering import QaRun, Question, softmax
 from server.api.qa import drop
 from server.api.types import QaReply
-from server.request_context import Exchange
+from server.request_context import RequestContext
 from tests.conftest import PAUSING, VllmHost
 from tests.paths import CLIPS
 
@@ -142,7 +142,7 @@ def ask(host: VllmHost, waveform: Waveform, prompt: list[int], choices: tuple[st
     """Asks the running service's own path; HTTP adds nothing to tokens and scores."""
     live = host.live()
     question = Question(choices, tuple(prompt), max_tokens=MAX_TOKENS, max_pauses=PAUSING["max_pauses"])
-    run = QaRun(live.service, Exchange("parity", is_body_complete=True), question, waveform)
+    run = QaRun(live.service, RequestContext("parity", is_body_complete=True), question, waveform)
     return run, live.run(run.run(drop))
 
 

@@ -6,27 +6,27 @@ import pytest
 
 from server.app import create_app
 from server.engines.protocol import ScriptedEngine
-from server.pause_budget import Budget, Pace
+from server.pause_budget import Budget, PauseBudgeter
 from server.service import Service
 from tests.serving import Live, scripted
 
 NO_QUEUE = {"num_waiting": 0, "num_places": 16}
 
 
-def learned(trace_s: float = 1.0, pause_s: float = 0.2) -> Pace:
-    pace = Pace()
-    pace.note(trace_s + pause_s, [pause_s])
+def learned(trace_s: float = 1.0, pause_s: float = 0.2) -> PauseBudgeter:
+    pace = PauseBudgeter()
+    pace.record(trace_s + pause_s, [pause_s])
     return pace
 
 
 def test_before_the_first_answer_nothing_is_lowered() -> None:
-    assert Pace().budget(3, left_s=0.01, **NO_QUEUE) == Budget(3)
+    assert PauseBudgeter().budget(3, left_s=0.01, **NO_QUEUE) == Budget(3)
 
 
 def test_a_pace_learns_traces_without_their_pauses() -> None:
-    pace = Pace()
+    pace = PauseBudgeter()
     for _ in range(200):
-        pace.note(1.6, [0.2, 0.4])
+        pace.record(1.6, [0.2, 0.4])
     assert pace.trace_s == pytest.approx(1.0) and pace.pause_s == pytest.approx(0.3, abs=0.02)
 
 
@@ -38,7 +38,9 @@ def test_a_deadline_leaves_what_it_has_time_for() -> None:
 
 
 def test_a_queue_leaves_less_the_longer_it_is() -> None:
-    budgets = [Pace().budget(4, left_s=60, num_waiting=waiting, num_places=16) for waiting in (0, 1, 8, 15, 16, 99)]
+    budgets = [
+        PauseBudgeter().budget(4, left_s=60, num_waiting=waiting, num_places=16) for waiting in (0, 1, 8, 15, 16, 99)
+    ]
     assert [budget.max_pauses for budget in budgets] == [4, 3, 2, 0, 0, 0]
     assert [budget.lowered_by for budget in budgets] == [None, *["load"] * 5]
 
@@ -49,8 +51,8 @@ def test_a_budget_of_nothing_is_not_lowered() -> None:
 
 def test_a_request_says_what_became_of_auto_and_a_fixed_budget_stays(live: Live) -> None:
     service = live.service
-    before, lowered = service.pace, live.metric("hyper_pause_budget_lowered_total", by="deadline")
-    service.pace = learned(trace_s=100.0)
+    before, lowered = service.pause_budgeter, live.metric("hyper_pause_budget_lowered_total", by="deadline")
+    service.pause_budgeter = learned(trace_s=100.0)
     try:
         auto = live.ask(timeout_ms=30_000).json()["pause"]
         assert (auto["budget"], auto["lowered_by"], auto["mode"]) == (0, "deadline", "off")
@@ -58,40 +60,40 @@ def test_a_request_says_what_became_of_auto_and_a_fixed_budget_stays(live: Live)
         fixed = live.ask(timeout_ms=30_000, pause=2).json()["pause"]
         assert (fixed["budget"], fixed["lowered_by"], fixed["mode"]) == (2, None, "parallel")
     finally:
-        service.pace = before
+        service.pause_budgeter = before
     assert live.ask().json()["pause"]["budget"] == 3
 
 
 def test_an_answer_that_missed_its_deadline_is_remembered_as_long() -> None:
-    pace = Pace()
-    pace.note_late(2.0, [])
+    pace = PauseBudgeter()
+    pace.record_late(2.0, [])
     assert pace.budget(3, left_s=2.0, **NO_QUEUE) == Budget(0, "deadline")
     pace = learned(trace_s=5.0)
     # Cut short after a second it says nothing new: a whole one takes that long or longer.
-    pace.note_late(1.0, [])
+    pace.record_late(1.0, [])
     assert pace.trace_s == 5.0
     for _ in range(100):
-        pace.note_late(9.0, [1.0])
+        pace.record_late(9.0, [1.0])
     assert pace.trace_s == pytest.approx(8.0, abs=0.01)
 
 
 def test_deadlines_that_pass_lower_the_next_budget(slow: Live) -> None:
-    service, before = slow.service, slow.service.pace
-    service.pace = Pace()
+    service, before = slow.service, slow.service.pause_budgeter
+    service.pause_budgeter = PauseBudgeter()
     try:
         assert slow.ask(timeout_ms=700).status_code == 504
-        assert service.pace.trace_s is not None
+        assert service.pause_budgeter.trace_s is not None
         assert service.auto_budget(0.7) == Budget(0, "deadline")
     finally:
-        service.pace = before
+        service.pause_budgeter = before
 
 
 def test_a_full_engine_lowers_auto_and_uploads_do_not() -> None:
     service: Service = create_app(scripted(max_in_flight=20, max_num_seqs=16)).state.service
     assert isinstance(service.engine, ScriptedEngine)
     service.num_in_flight = 19
-    service.line.num_working = 15
+    service.limiter.num_working = 15
     assert service.auto_budget(60.0) == Budget(3)
-    service.line.num_working = 17
+    service.limiter.num_working = 17
     assert service.auto_budget(60.0) == Budget(1, "load")
     service.pool.shutdown()

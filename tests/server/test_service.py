@@ -15,7 +15,7 @@ import pytest
 
 from server.api import qa as routes
 from server.engines.protocol import ScriptedEngine
-from server.request_context import Exchange
+from server.request_context import RequestContext
 from tests.serving import QUESTION, Live, assert_error, mp3, parse_events, running, scripted, slow_down, tone, wait_for
 
 
@@ -60,7 +60,9 @@ def test_decoding_ends_with_its_request(live: Live) -> None:
     clip = mp3(500.0)
 
     async def give_up() -> float:
-        tasks = [asyncio.create_task(live.service.decode(clip, Exchange("x", is_body_complete=True))) for _ in range(8)]
+        tasks = [
+            asyncio.create_task(live.service.decode(clip, RequestContext("x", is_body_complete=True))) for _ in range(8)
+        ]
         await asyncio.sleep(0.1)
         assert not any(task.done() for task in tasks)
         for task in tasks:
@@ -68,7 +70,7 @@ def test_decoding_ends_with_its_request(live: Live) -> None:
         started_s = time.monotonic()
         await asyncio.gather(*tasks, return_exceptions=True)
         # The places of those that were decoding, and of those that waited, are free.
-        await live.service.decode(tone(), Exchange("x", is_body_complete=True))
+        await live.service.decode(tone(), RequestContext("x", is_body_complete=True))
         return time.monotonic() - started_s
 
     before = live.metric("hyper_decoder_deaths_total")

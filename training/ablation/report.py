@@ -19,7 +19,7 @@ from hyper_model.errors import HyperError
 from hyper_model.manifest import MANIFEST_FILE, read_manifest
 from training.ablation.arms import ARMS, SETTINGS_FILE, SUITES, Arm, arm_dir
 from training.evaluation.report import RESULT_FILE
-from training.evaluation.score import Judged, judged_of
+from training.evaluation.score import ItemScores, item_scores_of
 from training.evaluation.statistics import Sums, compare, figure, shares
 from training.recipes import TraceStyle
 
@@ -29,14 +29,14 @@ REFERENCES = ("sft", "grpo-explicit", "hyper")
 
 UNPAUSED = "grpo-explicit"
 """What arms that pause are, but for their pauses."""
-PAUSE_GROUPS: Mapping[str, Callable[[Judged], bool]] = {
+PAUSE_GROUPS: Mapping[str, Callable[[ItemScores], bool]] = {
     "no pause": lambda j: not j.is_aborted and not j.num_pauses,
     "paused": lambda j: not j.is_aborted and bool(j.num_pauses),
     "given up": lambda j: bool(j.is_aborted),
 }
 """Completions of an arm that pauses, by what its gate did."""
 
-Value = Callable[[Judged], float | tuple[float, float] | None]
+Value = Callable[[ItemScores], float | tuple[float, float] | None]
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Column:
     styles: tuple[TraceStyle, ...] = ("explicit", "short", "direct")
 
 
-def _word_errors(judged: Judged) -> tuple[float, float] | None:
-    if judged.word_errors is None or not judged.num_words:
+def _word_errors(item_scores: ItemScores) -> tuple[float, float] | None:
+    if item_scores.word_errors is None or not item_scores.num_words:
         return None
-    return judged.word_errors, judged.num_words
+    return item_scores.word_errors, item_scores.num_words
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -214,10 +214,10 @@ def _by_pauses(arm: Arm, found: Mapping[str, Mapping[int, Rows]]) -> dict[str, A
         ours, theirs = _shared(rows, found[UNPAUSED].get(seed, {}))
         for suite, items in ours.items():
             for id, row in items.items():
-                judged, other = judged_of(row), judged_of(theirs[suite][id])
-                if id.startswith("main/") and judged.is_right is not None and other.is_right is not None:
-                    (name,) = (name for name, holds in PAUSE_GROUPS.items() if holds(judged))
-                    groups[name].append((judged.is_right, other.is_right, row["voice"]))
+                item_scores, other = item_scores_of(row), item_scores_of(theirs[suite][id])
+                if id.startswith("main/") and item_scores.is_right is not None and other.is_right is not None:
+                    (name,) = (name for name, holds in PAUSE_GROUPS.items() if holds(item_scores))
+                    groups[name].append((item_scores.is_right, other.is_right, row["voice"]))
     compared: dict[str, Any] = {}
     for name, some in groups.items():
         if some:
@@ -252,7 +252,7 @@ def _sums(column: Column, seeds: Sequence[Rows]) -> Sums:
     for rows in seeds:
         for suite in column.suites:
             for row in _main(rows.get(suite, {})):
-                value = column.value(judged_of(row))
+                value = column.value(item_scores_of(row))
                 if value is not None:
                     values.append(value if isinstance(value, tuple) else (float(value), 1.0))
                     clusters.append(row["voice"])

@@ -242,7 +242,7 @@ def ask_checkpoint(checkpoint: Path, asked: Asked, items: list[Item] | None = No
     backend = VllmBackend(opened)
     gate = backend.gate
     if gate is not None and asked.pauses is not None:
-        gate = gate.lowered(asked.pauses) if asked.pauses else None
+        gate = gate.with_budget(asked.pauses) if asked.pauses else None
     seconds = time_alone(backend, items, gate=gate, cuts_long=asked.cuts_long)
     replies = answer(backend, items, gate=gate, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
     result = summarize(items, [judge(item, reply) for item, reply in zip(items, replies, strict=True)])
@@ -278,14 +278,14 @@ def _endpoint(
 
 
 def ask_endpoint(endpoint: Endpoint, asked: Asked, items: list[Item], kept: Path | None) -> dict[str, Any]:
-    """Asks a service; of one that never writes a trace only the answers are judged."""
+    """Asks a service; of one that never writes a trace only the answers are scored."""
     from training.evaluation.runners.http import ask
     from training.evaluation.score import judge, summarize
 
     replies, model = ask(endpoint, items, kept=kept, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
     reads = "trace" if endpoint.api == "hyper" or any(reply.parsed.texts for reply in replies) else "answer"
-    judged = [judge(item, reply, reads=reads) for item, reply in zip(items, replies, strict=True)]
-    return summarize(items, judged) | {"system": model, "url": endpoint.base, **_about(asked)}
+    item_scores = [judge(item, reply, reads=reads) for item, reply in zip(items, replies, strict=True)]
+    return summarize(items, item_scores) | {"system": model, "url": endpoint.base, **_about(asked)}
 
 
 def ask_cascade(asked: Asked, items: list[Item]) -> dict[str, Any]:
@@ -302,8 +302,8 @@ def ask_cascade(asked: Asked, items: list[Item]) -> dict[str, Any]:
         fitted = fit(parts, bank, asked.work / "assets" / SOUNDS_FOLDER, use_tqdm=asked.use_tqdm)
         fitted.save(folder / FITTED_FILE)
     replies = answer_all(Cascade(parts, fitted), items, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
-    judged = [judge(item, reply, reads="perception") for item, reply in zip(items, replies, strict=True)]
-    return summarize(items, judged) | {"system": "cascade", "fitted": fitted.measured, **_about(asked)}
+    item_scores = [judge(item, reply, reads="perception") for item, reply in zip(items, replies, strict=True)]
+    return summarize(items, item_scores) | {"system": "cascade", "fitted": fitted.measured, **_about(asked)}
 
 
 def _about(asked: Asked) -> dict[str, Any]:

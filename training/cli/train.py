@@ -409,7 +409,7 @@ def _grpo(
         )
     if gate is not None and gate.max_pauses < recipe.max_pauses:
         click.echo(f"{base} allows {gate.max_pauses} pauses, fewer than the recipe's {recipe.max_pauses}", err=True)
-    gate = None if gate is None else gate.lowered(recipe.max_pauses)
+    gate = None if gate is None else gate.with_budget(recipe.max_pauses)
     if examples is not None:
         tasks: Any = ExampleTasks(examples, model.tokenizer, seed=recipe.seed)
     else:

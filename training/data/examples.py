@@ -77,7 +77,7 @@ class Example:
 
     @property
     def truth(self) -> Truth:
-        """What completions about it are judged by."""
+        """What completions about it are scored by."""
         return Truth(
             self.question,
             self.answer,

@@ -1,7 +1,7 @@
 """Names the hard sets: scenes of one known difficulty each, for measuring where a model stops hearing.
 
 A hard set is a name and what its builder is told; the scenes follow from seeds as all scenes do. Knows nothing of
-models or of how answers are judged.
+models or of how answers are item_scores.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Judged:
+class ItemScores:
     """One item's outcomes; None where a figure does not apply to it."""
 
     is_right: bool | None = None
@@ -102,16 +102,16 @@ class Judged:
     error: str | None = None
 
 
-def judge(item: Item, reply: Reply, *, reads: Reads = "trace") -> Judged:
+def judge(item: Item, reply: Reply, *, reads: Reads = "trace") -> ItemScores:
     """Compares one reply with the truth.
 
     Args:
         reads: What whoever replied is one to give. Of one that writes a trace, a missing section is a wrong one; of a
-            cascade, which hears and does not reason, the perception is judged and the trace's form is not; of a model
-            that answers in prose, only the answer.
+            cascade, the perception is scored and the form of the trace is not; of a model that answers in prose, only
+            the answer.
     """
     truth = item.truth
-    judged = Judged(
+    item_scores = ItemScores(
         is_right=reply.choice == truth.choices.index(truth.answer) if truth.choices else None,
         matches_words=matches_words(reply.prediction, truth.answer, truth.choices) if truth.choices else None,
         names_choice=reply.choice is not None if truth.choices else None,
@@ -123,11 +123,11 @@ def judge(item: Item, reply: Reply, *, reads: Reads = "trace") -> Judged:
         error=reply.error,
     )
     if reads == "answer":
-        return judged
+        return item_scores
     outcomes = _judge_trace(truth, reply)
     if reads == "perception":
         outcomes = {name: value for name, value in outcomes.items() if name not in _OF_THE_TRACE}
-    return Judged(**{**vars(judged), **outcomes})
+    return ItemScores(**{**vars(item_scores), **outcomes})
 
 
 def _free_is_right(reply: Reply, truth: Truth) -> bool | None:
@@ -178,16 +178,18 @@ class Figure:
     """
 
     name: str
-    value: Callable[[Item, Judged], float | tuple[float, float] | None]
+    value: Callable[[Item, ItemScores], float | tuple[float, float] | None]
     cluster: Literal["voice", "background"] = "voice"
     part: str = "main"
     meaning: str = ""
 
 
-def _errors(kind: Literal["word", "char"]) -> Callable[[Item, Judged], tuple[float, float] | None]:
-    def value(_: Item, judged: Judged) -> tuple[float, float] | None:
+def _errors(kind: Literal["word", "char"]) -> Callable[[Item, ItemScores], tuple[float, float] | None]:
+    def value(_: Item, item_scores: ItemScores) -> tuple[float, float] | None:
         errors, num = (
-            (judged.word_errors, judged.num_words) if kind == "word" else (judged.char_errors, judged.num_chars)
+            (item_scores.word_errors, item_scores.num_words)
+            if kind == "word"
+            else (item_scores.char_errors, item_scores.num_chars)
         )
         return None if not num or errors is None else (errors, num)
 
@@ -258,7 +260,7 @@ FIGURES: tuple[Figure, ...] = (
 
 MAP = "environment_map"
 
-BREAKDOWNS: tuple[tuple[str, str, Callable[[Judged], bool | None]], ...] = (
+BREAKDOWNS: tuple[tuple[str, str, Callable[[ItemScores], bool | None]], ...] = (
     ("choice_accuracy_by_kind", "kind", lambda j: j.is_right),
     ("choice_accuracy_by_task", "task", lambda j: j.is_right),
     ("choice_accuracy_by_category", "category", lambda j: j.is_right),
@@ -274,14 +276,14 @@ def _no(outcome: bool | None) -> bool | None:
     return None if outcome is None else not outcome
 
 
-def summarize(items: Sequence[Item], judged: Sequence[Judged]) -> dict[str, Any]:
+def summarize(items: Sequence[Item], item_scores: Sequence[ItemScores]) -> dict[str, Any]:
     """Returns the figures, their intervals and breakdowns, and each item's outcomes, as plain data.
 
     A figure that no item of the suite defines is left out.
     """
     result: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
-    pairs = list(zip(items, judged, strict=True))
+    pairs = list(zip(items, item_scores, strict=True))
 
     def add(name: str, sums: Sums, statistic: Statistic = ratio) -> None:
         value, interval = figure(sums, statistic)
@@ -326,7 +328,7 @@ def latency(name: str, seconds: Sequence[float]) -> dict[str, float]:
     return {f"{name}_p{percent}_s": round(float(np.percentile(seconds, percent)), 4) for percent in (50, 95)}
 
 
-def _sums(each: Figure, pairs: Sequence[tuple[Item, Judged]]) -> Sums:
+def _sums(each: Figure, pairs: Sequence[tuple[Item, ItemScores]]) -> Sums:
     rows: list[tuple[float, float]] = []
     clusters: list[str] = []
     for item, verdict in pairs:
@@ -339,7 +341,7 @@ def _sums(each: Figure, pairs: Sequence[tuple[Item, Judged]]) -> Sums:
     return Sums(np.asarray(rows, np.float64).reshape(-1, 2), tuple(clusters))
 
 
-def _label_sums(pairs: Sequence[tuple[Item, Judged]], labels: Sequence[str]) -> Sums:
+def _label_sums(pairs: Sequence[tuple[Item, ItemScores]], labels: Sequence[str]) -> Sums:
     rows: list[list[float]] = []
     clusters: list[str] = []
     for item, verdict in pairs:
@@ -354,7 +356,9 @@ def _membership(label: str, named: set[str], true: set[str]) -> tuple[bool, bool
     return label in named and label in true, label in named, label in true
 
 
-def _by(pairs: Sequence[tuple[Item, Judged]], group: str, outcome: Callable[[Judged], bool | None]) -> dict[str, float]:
+def _by(
+    pairs: Sequence[tuple[Item, ItemScores]], group: str, outcome: Callable[[ItemScores], bool | None]
+) -> dict[str, float]:
     found: defaultdict[str, list[bool]] = defaultdict(list)
     for item, verdict in pairs:
         value = outcome(verdict)
@@ -382,7 +386,7 @@ def count_from_turns_accuracy(items: Sequence[Item]) -> float:
     return sum(max(counter.values()) for counter in counts.values()) / max(1, total)
 
 
-def _row(item: Item, verdict: Judged) -> dict[str, Any]:
+def _row(item: Item, verdict: ItemScores) -> dict[str, Any]:
     """Returns what a later comparison needs of an item: what was asked, and every outcome that applies."""
     outcomes = {name: value for name, value in asdict(verdict).items() if value is not None}
     return {"digest": item.digest(), "voice": item.voice, "background": item.background, **outcomes}
@@ -400,8 +404,8 @@ def differences(items: Sequence[Item], result: Mapping[str, Any], other: Mapping
     ]
     if not shared:
         raise ValueError("the two results have no item in common: not the same suite, voices or number of items")
-    ours = [(item, judged_of(rows[item.id])) for item in shared]
-    theirs = [(item, judged_of(other_rows[item.id])) for item in shared]
+    ours = [(item, item_scores_of(rows[item.id])) for item in shared]
+    theirs = [(item, item_scores_of(other_rows[item.id])) for item in shared]
     found: dict[str, Any] = {}
     for each in FIGURES:
         both = [
@@ -419,12 +423,12 @@ def differences(items: Sequence[Item], result: Mapping[str, Any], other: Mapping
     return {"num_shared": len(shared), "num_left_out": len(items) - len(shared), "figures": found}
 
 
-def judged_of(row: Mapping[str, Any]) -> Judged:
+def item_scores_of(row: Mapping[str, Any]) -> ItemScores:
     """Reads an item's outcomes back from a result."""
-    fields = {name: value for name, value in row.items() if name in Judged.__dataclass_fields__}
+    fields = {name: value for name, value in row.items() if name in ItemScores.__dataclass_fields__}
     if "environment_named" in fields:
         fields["environment_named"] = tuple(fields["environment_named"])
-    return Judged(**fields)
+    return ItemScores(**fields)
 
 
 def _plain(difference: Difference) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Every part is between 0 and 1 and says one thing; `reward` weighs them and keeps them apart in its breakdown. Nothing is
 read out of prose by searching: a letter inside a word, a list of all choices, a quote copied from the question or words
-behind the answer earn nothing. What cannot be judged raises: a reward that fails must stop training, not lower it.
+behind the answer earn nothing. What cannot be item_scores raises: a reward that fails must stop training, not lower it.
 
 Knows neither tokens' probabilities, nor models, nor groups; imports no torch.
 """

@@ -26,7 +26,7 @@ _SEED_STRIDE, _NUM_SEEDS = 100_000, 40
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One prompt and what its completions are judged by."""
+    """One prompt and what its completions are scored by."""
 
     prompt: Prompt
     truth: Truth

@@ -97,7 +97,7 @@ class _Chunk:
 
 
 @dataclass
-class Watch:
+class CollapseDetector:
     """Notices when traces become much shorter, or lose their form: the collapse that the paper saw near step 200.
 
     Attributes:
@@ -142,7 +142,7 @@ class Progress:
     tau: TauTracker
     next_task: int = 0
     num_gaps: int = 0
-    watch: Watch = field(default_factory=Watch)
+    watch: CollapseDetector = field(default_factory=CollapseDetector)
     stopped: str | None = None
 
 
@@ -209,7 +209,7 @@ class GrpoTrainer(PolicyTrainer):
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from there."""
         # A run that was stopped and is resumed all the same is watched from where it stands now.
-        watch = Watch() if state["stopped"] else Watch(**state["watch"])
+        watch = CollapseDetector() if state["stopped"] else CollapseDetector(**state["watch"])
         # A state of a release before may not say how low the threshold may go.
         tau = TauTracker(**{"lowest": self.progress.tau.lowest, **state["tau"]})
         self.progress = Progress(**{**state, "tau": tau, "watch": watch, "stopped": None})
@@ -252,7 +252,7 @@ class GrpoTrainer(PolicyTrainer):
             for name in ("gap", "importance_ess", "clipped", "entropy", *(["kl"] if self.recipe.kl_weight else []))
         }
         gap_max = max((found["gap_max"] for _, found in self.found), default=0.0)
-        self.note(gap_max=self.max_over_ranks(gap_max), **means)
+        self.record(gap_max=self.max_over_ranks(gap_max), **means)
         gap = means["gap"]
         self.progress.num_gaps = self.progress.num_gaps + 1 if gap > self.recipe.max_gap else 0
         if self.progress.num_gaps >= MAX_GAPS:
@@ -298,7 +298,7 @@ class GrpoTrainer(PolicyTrainer):
         # Of all that was sampled: prompts that are always solved, or always lost, must not vanish from the figures.
         self._note_groups([*useful, *flat], len(flat))
         self._write_completions(groups[0])
-        self.note(sync_s=synced_s - started_s, rollout_s=time.monotonic() - synced_s)
+        self.record(sync_s=synced_s - started_s, rollout_s=time.monotonic() - synced_s)
         return groups
 
     def sample(self, numbers: Iterable[int], gate: GateSettings | None) -> list[Group]:
@@ -342,7 +342,7 @@ class GrpoTrainer(PolicyTrainer):
         length = mean(sum(each.section_num_tokens.values()) for each in parsed)
         strict = mean(each.format is TraceFormat.STRICT for each in parsed)
         pauses = mean(rollout.gate.num_pauses if rollout.gate else 0 for rollout in rollouts)
-        self.note(
+        self.record(
             reward=mean(each.total for each in earned),
             reward_accuracy=mean(each.accuracy for each in earned),
             reward_format=mean(each.format for each in earned),
@@ -363,7 +363,7 @@ class GrpoTrainer(PolicyTrainer):
             num_known = self.sum_over_ranks(len(known))
             total = self.sum_over_ranks(sum(known))
             if num_known:
-                self.note(**{f"reward_{name}": total / num_known})
+                self.record(**{f"reward_{name}": total / num_known})
         self.progress.tau.update(pauses)
         self.progress.stopped = self.progress.watch.update(length, strict, self.recipe)
 
@@ -404,7 +404,7 @@ class GrpoTrainer(PolicyTrainer):
             started_s = time.monotonic()
             for micro in found:
                 micro["tokens"]["reference_logprobs_N"] = self._reference_logprobs(micro["batch"])
-            self.note(reference_s=time.monotonic() - started_s)
+            self.record(reference_s=time.monotonic() - started_s)
         if recipe.updates_per_rollout > 1:
             for micro in found:
                 micro["tokens"]["old_logprobs_N"] = self._logprobs(self.model, micro["batch"])

@@ -21,7 +21,7 @@ import pytest
 
 from hyper_model.audio import AudioLimits, Waveform, decode, find_ffmpeg
 from hyper_model.errors import AudioError, AudioTooLargeError, InvalidAudioError, UnsupportedAudioError
-from server.decoding.pool import Box
+from server.decoding.pool import DecoderPool
 from server.telemetry.labels import WorkerFailure
 from tests import hostile_decoder
 from tests.hostile_decoder import ATTEMPTS, ENDLESS, FATAL, LIES, NOT_STOPPED
@@ -35,10 +35,10 @@ MEMORY_BYTES = 256 * 2**20
 @asynccontextmanager
 async def boxed(
     program: str = "server.decoding.worker", **limits: Any
-) -> AsyncGenerator[tuple[Box, list[WorkerFailure]]]:
+) -> AsyncGenerator[tuple[DecoderPool, list[WorkerFailure]]]:
     """Starts a box, and notes why decoders die in it."""
     deaths: list[WorkerFailure] = []
-    box = Box(AudioLimits(**limits), memory_bytes=MEMORY_BYTES, on_death=deaths.append, program=program)
+    box = DecoderPool(AudioLimits(**limits), memory_bytes=MEMORY_BYTES, on_death=deaths.append, program=program)
     await box.start()
     try:
         yield box, deaths
@@ -103,7 +103,7 @@ def test_refusals_come_out_as_they_went_in() -> None:
 
 def test_a_clip_over_the_limit_or_no_clip_at_all_is_refused_without_a_worker() -> None:
     async def work() -> None:
-        box = Box(AudioLimits(max_bytes=100), memory_bytes=MEMORY_BYTES)
+        box = DecoderPool(AudioLimits(max_bytes=100), memory_bytes=MEMORY_BYTES)
         with pytest.raises(AudioTooLargeError):
             await box.decode(bytes(101))
         with pytest.raises(UnsupportedAudioError):
@@ -218,10 +218,10 @@ def test_descriptors_do_not_pile_up() -> None:
 START_ELSEWHERE = """
 import asyncio
 from hyper_model.audio import AudioLimits
-from server.decoding.pool import Box
+from server.decoding.pool import DecoderPool
 
 async def work():
-    box = Box(AudioLimits(), memory_bytes=2**28)
+    box = DecoderPool(AudioLimits(), memory_bytes=2**28)
     await box.start()
     print(*box.layers)
     await box.stop()
@@ -255,7 +255,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def helper(box: Box) -> int:
+def helper(box: DecoderPool) -> int:
     """Returns the helper's process id; bubblewrap, where it is installed, stands two processes before it."""
     assert box.process is not None
     pid = box.process.pid
@@ -264,12 +264,12 @@ def helper(box: Box) -> int:
     return pid
 
 
-def workers(box: Box) -> list[int]:
+def workers(box: DecoderPool) -> list[int]:
     """Lists the helper's workers."""
     return children(helper(box))
 
 
-async def no_worker_is_left(box: Box) -> None:
+async def no_worker_is_left(box: DecoderPool) -> None:
     """Waits for the last worker to be gone."""
     for _ in range(100):
         if not workers(box):

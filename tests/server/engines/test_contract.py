@@ -240,7 +240,7 @@ def test_a_pause_is_a_span_of_its_own_and_never_among_the_visible_tokens(pausing
 def test_a_budget_is_kept(pausing: Live) -> None:
     wanted = len(spans(collect(pausing, ask_pausing(pausing))))
     for budget in range(1, wanted + 1):
-        assert len(spans(collect(pausing, ask_pausing(pausing, gate=gate_of(pausing).lowered(budget))))) == budget
+        assert len(spans(collect(pausing, ask_pausing(pausing, gate=gate_of(pausing).with_budget(budget))))) == budget
 
 
 def test_pauses_do_not_count_against_max_tokens(pausing: Live) -> None:
@@ -259,7 +259,7 @@ def test_without_a_gate_nothing_pauses(pausing: Live) -> None:
 
 
 def test_a_gate_without_a_budget_takes_no_pause_and_still_gives_up(pausing: Live) -> None:
-    gate = gate_of(pausing).lowered(0)
+    gate = gate_of(pausing).with_budget(0)
     chunks = collect(pausing, ask_pausing(pausing, gate=gate))
     assert not spans(chunks) and chunks[-1].finish_reason == "stop" and chunks[-1].report is not None
     strict = dataclasses.replace(gate, tau_abort=1.0)

@@ -182,8 +182,8 @@ def test_suspects_go_in_alone_and_come_out_innocent() -> None:
         leave = {clip: asyncio.Event() for clip in "abcd"}
         tasks = {clip: asyncio.create_task(stay(quarantine, clip, leave[clip], inside)) for clip in "ab"}
         await settle()
-        quarantine.note_failure()
-        quarantine.note_failure()
+        quarantine.record_failure()
+        quarantine.record_failure()
         assert set(quarantine.suspects) == {"a", "b"} and not quarantine.banned, "one failure counts once"
         for event in leave.values():
             event.set()
@@ -215,7 +215,7 @@ def test_a_ban_ends_and_memory_is_bounded() -> None:
         for _ in range(2):
             quarantine.renew()
             async with quarantine.enter("a"):
-                quarantine.note_failure()
+                quarantine.record_failure()
                 # As in the service: the clip that was in there does not come out well.
                 held = dict(quarantine.suspects)
             quarantine.suspects.update(held)
@@ -230,7 +230,7 @@ def test_a_ban_ends_and_memory_is_bounded() -> None:
             clock.now_s += SUSPECT_S / MAX_REMEMBERED / 2
             async with contextlib.AsyncExitStack() as stack:
                 await stack.enter_async_context(quarantine.enter(f"{number}"))
-                quarantine.note_failure()
+                quarantine.record_failure()
         assert len(quarantine.suspects) == MAX_REMEMBERED
 
     asyncio.run(scene())

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hyper_model.errors import AudioCode
 from server import api_keys as keys
-from server.errors import FAULTS
+from server.errors import ERRORS
 from server.telemetry.labels import StageBeforeEngine, StageInEngine
 from tests.serving import Live, running, scripted, tone, wait_for
 
@@ -147,14 +147,14 @@ def test_the_stages_of_a_request_are_within_its_time(fresh: Live) -> None:
 
 
 def test_reasons_are_from_a_closed_set(fresh: Live) -> None:
-    assert len(set(get_args(AudioCode)) | set(FAULTS)) < 60
+    assert len(set(get_args(AudioCode)) | set(ERRORS)) < 60
     reasons = {
         sample.labels["reason"]
         for family in fresh.service.metrics.registry.collect()
         for sample in family.samples
         if sample.name == "hyper_rejected_total"
     }
-    assert reasons and reasons <= set(get_args(AudioCode)) | set(FAULTS)
+    assert reasons and reasons <= set(get_args(AudioCode)) | set(ERRORS)
 
 
 def test_what_waits_and_what_is_cut_short_is_seen() -> None:

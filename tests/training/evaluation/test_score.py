@@ -21,7 +21,7 @@ from training.evaluation.report import markdown, write
 from training.evaluation.score import (
     FIGURES,
     MAP,
-    Judged,
+    ItemScores,
     Reply,
     count_from_turns_accuracy,
     differences,
@@ -67,8 +67,8 @@ def gold(item: Item) -> Reply:
 
 
 def result_of(items: list[Item], replies: list[Reply], system: str = "a") -> dict[str, Any]:
-    judged = [judge(item, reply) for item, reply in zip(items, replies, strict=True)]
-    return {**summarize(items, judged), "system": system, "suite": "held-out"}
+    item_scores = [judge(item, reply) for item, reply in zip(items, replies, strict=True)]
+    return {**summarize(items, item_scores), "system": system, "suite": "held-out"}
 
 
 def test_the_gold_trace_is_judged_right_in_every_figure(builder: SceneBuilder) -> None:
@@ -202,13 +202,13 @@ def test_two_results_are_compared_item_by_item(suite: list[Item], tmp_path: Path
 
 
 def test_outcomes_outlive_the_file(suite: list[Item]) -> None:
-    from training.evaluation.score import judged_of
+    from training.evaluation.score import item_scores_of
 
     for item in suite[:20]:
         verdict = judge(item, gold(item))
         row = json.loads(json.dumps(result_of([item], [gold(item)])["items"][item.id]))
-        assert judged_of(row) == verdict
-    assert judged_of({"digest": "x", "voice": "v"}) == Judged()
+        assert item_scores_of(row) == verdict
+    assert item_scores_of({"digest": "x", "voice": "v"}) == ItemScores()
 
 
 def test_latency_is_left_out_where_it_was_not_measured() -> None:

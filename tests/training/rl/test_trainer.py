@@ -34,7 +34,7 @@ from training.recipes import GrpoRecipe, Lora, debug_grpo
 from training.rl.rollout import Prompt, VllmBackend, banned_ids, follow, num_kept
 from training.rl.rollout_transformers import TransformersBackend
 from training.rl.tasks import ExampleTasks, Task
-from training.rl.trainer import COMPLETIONS_FILE, GrpoTrainer, Watch
+from training.rl.trainer import COMPLETIONS_FILE, CollapseDetector, GrpoTrainer
 from training.trainer import TrainingError, prepare_run_dir, read_log
 
 CLIPS = ROOT / "tests/assets/clips"
@@ -264,7 +264,7 @@ def test_a_reward_that_fails_ends_the_run(
 
 def test_a_collapse_ends_the_run_and_says_why(start: Callable[..., GrpoTrainer], tmp_path: Path) -> None:
     trainer = start(tmp_path / "run", collapse_length=100.0, num_steps=40, save_every_steps=1000, group_size=2)
-    trainer.progress.watch = Watch(num_steps=10, length=90.0, form=1.0, first_length=90.0, first_form=1.0)
+    trainer.progress.watch = CollapseDetector(num_steps=10, length=90.0, form=1.0, first_length=90.0, first_form=1.0)
     trainer.train()
     assert trainer.state.global_step == 1 and (tmp_path / "run/checkpoint-1/complete").exists()
     assert "tokens" in trainer.own_state()["stopped"]
@@ -286,7 +286,7 @@ def test_two_ranks_train_with_an_engine_each(base: Path, tmp_path: Path) -> None
 
 
 def test_a_watch_lets_noise_pass_and_sees_a_fall() -> None:
-    recipe, watch = debug_grpo(), Watch()
+    recipe, watch = debug_grpo(), CollapseDetector()
     recipe = dataclasses.replace(recipe, collapse_length=0.5, collapse_format=0.7)
     told = [watch.update(100 + 30 * (step % 2), 1.0, recipe) for step in range(40)]
     assert told == [None] * 40

@@ -2,7 +2,7 @@
 
 So newer audio models can be put beside ours by whoever runs them. Every model hears the same: 16 kHz, 16 bit, one
 channel, WAV. What came back is kept in a file, a line an item, as it came: a run that was interrupted goes on where it
-stopped, and replies can be judged anew without asking again. What failed for a moment (no connection, a timeout, 408,
+stopped, and replies can be scored again without asking again. What failed for a moment (no connection, a timeout, 408,
 429, 5xx) is tried again, later each time; what the server says it will never take is an item without a reply; what
 would fail for every item (an address where nobody answers, a wrong key or model) ends the run.
 

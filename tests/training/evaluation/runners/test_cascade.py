@@ -71,15 +71,15 @@ def test_clips_are_heard_and_answered_and_fitting_keeps_its_promises(
     cascade = Cascade(parts, replace(loaded, threshold=0.32, pitch_hz=165.0))
     spoken = [item for item in items if item.truth.num_speakers]
     replies = [cascade.answer(item) for item in items]
-    judged = [judge(item, reply, reads="perception") for item, reply in zip(items, replies, strict=True)]
-    errors = sum(j.word_errors or 0 for j in judged) / sum(j.num_words or 0 for j in judged)
-    counts = sum(j.count_is_right is True for j in judged)
+    item_scores = [judge(item, reply, reads="perception") for item, reply in zip(items, replies, strict=True)]
+    errors = sum(j.word_errors or 0 for j in item_scores) / sum(j.num_words or 0 for j in item_scores)
+    counts = sum(j.count_is_right is True for j in item_scores)
     print(f"cascade: word error {errors:.3f}, counts {counts} of {len(spoken)}")
     assert errors <= 0.25
     assert counts >= 5
     assert all(reply.e2e_s and reply.choice is not None for reply in replies)
-    assert all(j.is_strict is None and j.is_consistent is None for j in judged)
-    (silent,) = (j for item, j in zip(items, judged, strict=True) if item.truth.num_speakers == 0)
+    assert all(j.is_strict is None and j.is_consistent is None for j in item_scores)
+    (silent,) = (j for item, j in zip(items, item_scores, strict=True) if item.truth.num_speakers == 0)
     assert silent.invents_speech is False
     again = cascade.answer(items[0])
     assert again.prediction == replies[0].prediction and len(cascade.heard) == len(items)

@@ -1,4 +1,4 @@
-"""The torture command: its figures, what it keeps, and that its instruments would notice what must not happen."""
+"""The stress command: its figures, what it keeps, and that its instruments would notice what must not happen."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from loadtests import hostile
 from loadtests.__main__ import main
 from loadtests.scenarios import AIMS, Figure
-from loadtests.torture import PARTS, Canary, Listener, Torture, read_part, reading_is_noted, run
+from loadtests.stress import PARTS, Canary, Listener, StressRun, read_part, reading_is_noted, run
 from tests.paths import CLIPS as ASSETS
 from tests.serving import wait_for
 
 
-def torture(*arguments: str) -> tuple[int, dict[str, float], str]:
-    result = CliRunner().invoke(main, ["torture", "--quick", "--clips", str(ASSETS), *arguments])
+def stress(*arguments: str) -> tuple[int, dict[str, float], str]:
+    result = CliRunner().invoke(main, ["stress", "--quick", "--clips", str(ASSETS), *arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
     return result.exit_code, json.loads(lines[-1]) if lines else {}, result.output
@@ -28,42 +28,42 @@ def torture(*arguments: str) -> tuple[int, dict[str, float], str]:
 
 def test_hostile_files_reach_nothing_and_what_was_found_is_kept(tmp_path: Path) -> None:
     arguments = ["--part", "files", "--files", "80", "--out", str(tmp_path)]
-    code, figures, output = torture(*arguments)
+    code, figures, output = stress(*arguments)
     assert code == 0, output
     assert (figures["audio_5xx"], figures["decoder_outbound"], figures["foreign_reads"]) == (0, 0, 0)
     assert 20 < figures["decode_peak_mib"] <= 256 and figures["traps_sprung_unboxed"] >= 1
     kept = json.loads((tmp_path / "files.json").read_text())
     assert kept["figures"]["audio_5xx"] == {"value": 0, "of": 80, "aim": "<= 0"}
     assert sum(kept["details"]["statuses"].values()) == 80 and kept["details"]["decoder_state"]["Seccomp"] == "2"
-    assert json.loads((tmp_path / "torture.json").read_text())["audio_5xx"]["of"] == 80
-    again = torture(*arguments)
+    assert json.loads((tmp_path / "stress.json").read_text())["audio_5xx"]["of"] == 80
+    again = stress(*arguments)
     assert again[:2] == (code, figures) and "files: kept from" in again[2]
 
 
 def test_a_part_that_there_is_not_is_a_usage_error(tmp_path: Path) -> None:
-    code, _, output = torture("--part", "nothing", "--out", str(tmp_path))
+    code, _, output = stress("--part", "nothing", "--out", str(tmp_path))
     assert code == 2 and "overload" in output
-    assert all(f"\n  {name} " in CliRunner().invoke(main, ["torture", "--help"]).output for name in PARTS)
+    assert all(f"\n  {name} " in CliRunner().invoke(main, ["stress", "--help"]).output for name in PARTS)
 
 
 def test_a_missed_aim_and_a_part_without_a_result_show_in_the_exit_code(tmp_path: Path) -> None:
-    setup = Torture(tmp_path, ASSETS, 10, 10, 1, True, "scripted", say=lambda text: None)
-    (tmp_path / "doors.json").write_text(
+    setup = StressRun(tmp_path, ASSETS, 10, 10, 1, True, "scripted", say=lambda text: None)
+    (tmp_path / "auth.json").write_text(
         json.dumps(
             {
-                "asked": setup.asked_of("doors"),
+                "asked": setup.asked_of("auth"),
                 "figures": {"unauthenticated_reached": {"value": 2, "of": 9, "aim": "<= 0"}},
                 "machine": {"time": "then"},
             }
         )
     )
-    assert run(setup, ["doors"]) == ([Figure("unauthenticated_reached", 2, 9)], {})
-    code, _, output = torture("--seed", "1", "--part", "doors", "--out", str(tmp_path))
+    assert run(setup, ["auth"]) == ([Figure("unauthenticated_reached", 2, 9)], {})
+    code, _, output = stress("--seed", "1", "--part", "auth", "--out", str(tmp_path))
     assert code == 1 and "MISSED" in output
     assert read_part(setup, "files") is None
     # A result of another seed is none of this run.
-    other = Torture(tmp_path, ASSETS, 10, 10, 2, True, "scripted", say=lambda text: None)
-    assert read_part(other, "doors") is None
+    other = StressRun(tmp_path, ASSETS, 10, 10, 2, True, "scripted", say=lambda text: None)
+    assert read_part(other, "auth") is None
 
 
 def test_every_aim_of_torture_is_known() -> None:

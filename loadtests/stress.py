@@ -35,9 +35,9 @@ from loadtests.bench import Bench
 from loadtests.client import QA_PATH
 from loadtests.driver import DriverLateError
 from loadtests.experiment import Experiment, machine, write
+from loadtests.fuzz_http import Findings, generate, probe_without_key
 from loadtests.report import percentile, table
 from loadtests.scenarios import SCENARIOS, Figure, Scenario, figures_json
-from loadtests.strangers import Findings, generate, knock
 from loadtests.target import MEBIBYTE, Target, environment, target_of
 from loadtests.workload import Clips
 
@@ -69,7 +69,7 @@ UNBOXED_TRAPS = ("hls as nothing", "hls of a file as nothing", "ffconcat of a fi
 
 
 @dataclass(frozen=True)
-class Torture:
+class StressRun:
     """Holds what every part goes by.
 
     Attributes:
@@ -118,7 +118,7 @@ class Torture:
         """Starts a service that asks for keys; yields it and a key that opens everything."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "keys.json"
-            command = [sys.executable, "-m", "hyper_model.cli", "keys", "add", "torture"]
+            command = [sys.executable, "-m", "hyper_model.cli", "keys", "add", "stress"]
             command += ["--scope", "ask", "--scope", "metrics"]
             env = environment(HYPER_KEY_FILE=str(path))
             said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
@@ -192,7 +192,7 @@ class Canary:
         return self.word in reply.text or f'"sample_rate_hz":{CANARY_RATE_HZ},' in reply.text.replace(" ", "")
 
 
-def files(torture: Torture) -> Result:
+def files(stress: StressRun) -> Result:
     """Sends hostile files, and watches the port that they call and the file that they point at."""
     statuses: collections.Counter[int] = collections.Counter()
     seconds: list[float] = []
@@ -205,9 +205,9 @@ def files(torture: Torture) -> Result:
         listener = stack.enter_context(Listener())
         is_noted = reading_is_noted(folder)
         num_sprung = spring(folder)
-        torture.say(f"files: outside of the box {num_sprung} of {len(UNBOXED_TRAPS)} traps call or read")
+        stress.say(f"files: outside of the box {num_sprung} of {len(UNBOXED_TRAPS)} traps call or read")
         good = hostile.clips(folder)
-        target = stack.enter_context(torture.service(SHORT_TRACES))
+        target = stack.enter_context(stress.service(SHORT_TRACES))
         watch = stack.enter_context(DecoderWatch(target))
         client = stack.enter_context(httpx.Client(base_url=target.url, timeout=FILE_TIMEOUT_S))
 
@@ -233,16 +233,16 @@ def files(torture: Torture) -> Result:
                 if (is_ours or is_betrayed) and len(wrong) < KEPT:
                     wrong.append(f"{name}: {reply.status_code} after {took_s:.1f} s: {reply.text[:200]}")
                 if len(seconds) % 500 == 0:
-                    torture.say(f"files: {len(seconds)} sent, {num_ours} server errors, {dict(statuses)}")
+                    stress.say(f"files: {len(seconds)} sent, {num_ours} server errors, {dict(statuses)}")
 
         sent = hostile.files(
             good,
             folder,
             listener.port,
             canary.path,
-            torture.num_files,
-            torture.seed,
-            has_silences=torture.num_files >= MIN_FOR_SILENCES,
+            stress.num_files,
+            stress.seed,
+            has_silences=stress.num_files >= MIN_FOR_SILENCES,
         )
         with ThreadPoolExecutor(NUM_CLIENTS) as clients:
             for _ in each_with_a_bound(clients, send, sent):
@@ -369,20 +369,20 @@ def metrics_of(target: Target) -> dict[str, float]:
     return found
 
 
-def requests(torture: Torture) -> Result:
+def requests(stress: StressRun) -> Result:
     """Sends generated requests: most to an open service, some with a key and some without to one that asks for it."""
-    num_guarded = torture.num_requests // 4
+    num_guarded = stress.num_requests // 4
     found: dict[str, Findings] = {}
 
     def told(kind: str) -> Callable[[int], None]:
-        return lambda num: torture.say(f"requests, {kind}: {num} sent")
+        return lambda num: stress.say(f"requests, {kind}: {num} sent")
 
-    with torture.service({**SHORT_TRACES, "HYPER_MAX_AUDIO_S": "30"}) as target:
-        num_open = torture.num_requests - 2 * num_guarded
-        found["open"] = generate(target.url, None, num_open, torture.seed, told("open"))
-    with torture.guarded() as (target, key):
-        found["with a key"] = generate(target.url, key, num_guarded, torture.seed + 1, told("with a key"))
-        found["without"] = generate(target.url, key, num_guarded, torture.seed + 2, told("without"), is_withheld=True)
+    with stress.service({**SHORT_TRACES, "HYPER_MAX_AUDIO_S": "30"}) as target:
+        num_open = stress.num_requests - 2 * num_guarded
+        found["open"] = generate(target.url, None, num_open, stress.seed, told("open"))
+    with stress.guarded() as (target, key):
+        found["with a key"] = generate(target.url, key, num_guarded, stress.seed + 1, told("with a key"))
+        found["without"] = generate(target.url, key, num_guarded, stress.seed + 2, told("without"), is_withheld=True)
     num = sum(each.num for each in found.values())
     return [
         Figure("http_5xx", sum(each.num_ours for each in found.values()), num),
@@ -390,17 +390,17 @@ def requests(torture: Torture) -> Result:
     ], {kind: each.as_json() for kind, each in found.items()}
 
 
-def doors(torture: Torture) -> Result:
+def auth(stress: StressRun) -> Result:
     """Tries every address by every method without a key."""
-    with torture.guarded() as (target, key):
-        found = knock(target.url, key, lambda num: torture.say(f"doors: {num} tried"))
+    with stress.guarded() as (target, key):
+        found = probe_without_key(target.url, key, lambda num: stress.say(f"auth: {num} tried"))
     return [Figure("unauthenticated_reached", found.num_ours, found.num)], found.as_json()
 
 
-def box(torture: Torture) -> Result:
+def sandbox(stress: StressRun) -> Result:
     """Decodes the same clips in the box and outside of it, in turns."""
-    rounds = 3 if torture.is_quick else 20
-    bench = Bench(Path("checkpoints/hyper-mini"), torture.clips, rounds, torture.log, torture.say)
+    rounds = 3 if stress.is_quick else 20
+    bench = Bench(Path("checkpoints/hyper-mini"), stress.clips, rounds, stress.log, stress.say)
     with bench.peers(("decode", None)) as (peer,):
         overheads_ms: list[float] = peer.ask("overheads_ms", rounds=rounds)
         layers: list[str] = peer.ask("layers")
@@ -409,77 +409,77 @@ def box(torture: Torture) -> Result:
     return [Figure("sandbox_overhead_ms", value, len(overheads_ms))], details
 
 
-def overload(torture: Torture) -> Result:
+def overload(stress: StressRun) -> Result:
     """Offers 0.8 and 3 times the peak."""
-    return carry_out(torture, "overload")
+    return carry_out(stress, "overload")
 
 
-def soak(torture: Torture) -> Result:
+def soak(stress: StressRun) -> Result:
     """Offers 11,000 requests at 0.7 of the peak that the overload found."""
-    if torture.is_quick:
-        torture.say("soak: left out of a quick run, in which growth would be noise")
+    if stress.is_quick:
+        stress.say("soak: left out of a quick run, in which growth would be noise")
         return [], {}
-    kept = read_part(torture, "overload") or {}
+    kept = read_part(stress, "overload") or {}
     peak = kept.get("figures", {}).get("peak_per_s", {}).get("value")
-    return carry_out(torture, "soak", peak)
+    return carry_out(stress, "soak", peak)
 
 
-def chaos(torture: Torture) -> Result:
+def chaos(stress: StressRun) -> Result:
     """Lets clients leave, kills and stops the engine, and ends the service."""
-    return carry_out(torture, "chaos")
+    return carry_out(stress, "chaos")
 
 
-def carry_out(torture: Torture, name: str, peak: float | None = None) -> Result:
+def carry_out(stress: StressRun, name: str, peak: float | None = None) -> Result:
     """Runs a scenario of `python -m loadtests run` against a service of its own."""
-    scenario: Scenario = SCENARIOS[name].scaled(QUICK_SCALE if torture.is_quick else 1.0)
+    scenario: Scenario = SCENARIOS[name].scaled(QUICK_SCALE if stress.is_quick else 1.0)
     settings = dict(scenario.environment)
-    if torture.is_quick or (name != "chaos" and torture.overload_engine == "scripted"):
+    if stress.is_quick or (name != "chaos" and stress.overload_engine == "scripted"):
         settings |= PACED
-    with torture.service(settings) as target:
-        experiment = Experiment(target, Clips(torture.clips), torture.seed, torture.say, peak)
+    with stress.service(settings) as target:
+        experiment = Experiment(target, Clips(stress.clips), stress.seed, stress.say, peak)
         try:
             figures = experiment.carry_out(scenario)
         except DriverLateError:
-            torture.say(table(experiment.reports))
+            stress.say(table(experiment.reports))
             raise
-        write(torture.out / "scenarios", experiment.result(name, figures), experiment.reports)
+        write(stress.out / "scenarios", experiment.result(name, figures), experiment.reports)
     return figures, {"settings": settings}
 
 
-PARTS: Mapping[str, Callable[[Torture], Result]] = {
-    each.__name__: each for each in (box, doors, requests, files, overload, soak, chaos)
+PARTS: Mapping[str, Callable[[StressRun], Result]] = {
+    each.__name__: each for each in (sandbox, auth, requests, files, overload, soak, chaos)
 }
 
 
-def run(torture: Torture, parts: Sequence[str]) -> tuple[list[Figure], dict[str, str]]:
+def run(stress: StressRun, parts: Sequence[str]) -> tuple[list[Figure], dict[str, str]]:
     """Carries out parts, but for those whose result is there; returns all figures, and why a part has none."""
-    torture.out.mkdir(parents=True, exist_ok=True)
+    stress.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure] = {}
     failures: dict[str, str] = {}
     for part in parts:
-        kept = read_part(torture, part)
+        kept = read_part(stress, part)
         if kept is None:
-            torture.say(f"{part}: {(PARTS[part].__doc__ or '').strip()}")
+            stress.say(f"{part}: {(PARTS[part].__doc__ or '').strip()}")
             started_s = time.monotonic()
             try:
-                found, details = PARTS[part](torture)
+                found, details = PARTS[part](stress)
             except (DriverLateError, click.ClickException, httpx.HTTPError, subprocess.SubprocessError) as fault:
                 # The others may well have one, and this one is taken up again by the next run.
                 failures[part] = str(fault)
-                torture.say(f"{part}: no result: {fault}")
+                stress.say(f"{part}: no result: {fault}")
                 continue
             kept = {
-                "asked": torture.asked_of(part),
+                "asked": stress.asked_of(part),
                 "figures": figures_json(found),
                 "seconds": round(time.monotonic() - started_s, 1),
                 "machine": machine(),
                 "details": details,
             }
-            path = part_path(torture, part)
+            path = part_path(stress, part)
             path.with_suffix(".new").write_text(json.dumps(kept, indent=1) + "\n")
             path.with_suffix(".new").replace(path)
         else:
-            torture.say(f"{part}: kept from {kept['machine']['time']}")
+            stress.say(f"{part}: kept from {kept['machine']['time']}")
         for name, each in kept["figures"].items():
             one = Figure(name, each["value"], each["of"])
             if name in SUMMED and name in figures:
@@ -488,15 +488,15 @@ def run(torture: Torture, parts: Sequence[str]) -> tuple[list[Figure], dict[str,
     return list(figures.values()), failures
 
 
-def part_path(torture: Torture, part: str) -> Path:
+def part_path(stress: StressRun, part: str) -> Path:
     """Returns where a part's result is kept."""
-    return torture.out / f"{part}.json"
+    return stress.out / f"{part}.json"
 
 
-def read_part(torture: Torture, part: str) -> dict[str, Any] | None:
+def read_part(stress: StressRun, part: str) -> dict[str, Any] | None:
     """Returns the result of a part, where there is one of the same numbers."""
     try:
-        kept: dict[str, Any] = json.loads(part_path(torture, part).read_text())
+        kept: dict[str, Any] = json.loads(part_path(stress, part).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return kept if kept.get("asked") == torture.asked_of(part) else None
+    return kept if kept.get("asked") == stress.asked_of(part) else None

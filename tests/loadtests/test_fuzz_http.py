@@ -6,12 +6,12 @@ from pathlib import Path
 
 import httpx
 
-from loadtests.strangers import Findings, brief, generate, knock, words_of
+from loadtests.fuzz_http import Findings, brief, generate, probe_without_key, words_of
 from server import api_keys as keys
 from tests.serving import Live, running, scripted
 
 SEED = 20261125
-# `make torture` sends thousands; these are as many as a change may cost.
+# `make stress` sends thousands; these are as many as a change may cost.
 NUM_OPEN, NUM_WITH_KEY, NUM_WITHOUT = 300, 120, 80
 
 
@@ -48,7 +48,7 @@ def test_replies_are_as_described_with_a_key_and_refused_without(tmp_path: Path)
 
 def test_an_open_service_is_reached_by_whoever_knocks(live: Live) -> None:
     """What counts knocks that were let in does see them."""
-    found = knock(live.url, "hyp_nobody", silent)
+    found = probe_without_key(live.url, "hyp_nobody", silent)
     assert found.num > 1000 and found.statuses[200] > 100 and found.num_ours >= found.statuses[200]
 
 

@@ -258,7 +258,7 @@ STRAY_PATHS = (
 REFUSED = frozenset({400, 401})
 
 
-def knock(url: str, key: str, say: Callable[[int], None]) -> Findings:
+def probe_without_key(url: str, key: str, say: Callable[[int], None]) -> Findings:
     """Asks for every address by every method and in every disguise without a key, and with everything short of one.
 
     Each reply must be 401, or 400 where the request itself cannot be read.
