@@ -16,7 +16,7 @@ MIN_WORDS = 4
 MIN_CELL_WORDS = 8
 """Shorter fragments (bare terms; in a table cell, names and figures) are not sentences and would dilute a share."""
 
-CODE_SPAN = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)")
+CODE_SPAN = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 LIST_ITEM = re.compile(r"^\s*(?:[-*+]|\d+\.)\s+")
 TABLE_RULE = re.compile(r"^\s*\|?[\s:|-]+\|?\s*$")
@@ -45,44 +45,39 @@ def documents() -> list[Path]:
 
 def markdown_sentences(text: str) -> Iterator[Sentence]:
     """Yield the sentences of paragraphs, list items and table cells; skip headings, code blocks and front matter."""
-    for min_words, block in _blocks(text):
-        yield from split_sentences(block, min_words=min_words)
+    for line, block, min_words in _blocks(text):
+        yield from split_sentences(_plain(block), first_line=line, min_words=min_words)
 
 
-def split_sentences(lines: Sequence[tuple[int, str]], *, min_words: int = MIN_WORDS) -> Iterator[Sentence]:
-    """Split numbered lines of running text into sentences of at least `min_words` words."""
-    joined = " ".join(text for _, text in lines)
-    starts = [0]
-    for _, text in lines[:-1]:
-        starts.append(starts[-1] + len(text) + 1)
+def split_sentences(text: str, *, first_line: int = 1, min_words: int = MIN_WORDS) -> Iterator[Sentence]:
+    """Split running text into sentences of at least `min_words` words."""
     begin = 0
-    for end in [*(match.start() for match in SENTENCE_END.finditer(joined)), len(joined)]:
-        if end < len(joined) and ABBREVIATION.search(joined[begin:end]):
+    for end in [*(match.start() for match in SENTENCE_END.finditer(text)), len(text)]:
+        if end < len(text) and ABBREVIATION.search(text[begin:end]):
             continue
-        sentence = joined[begin:end].strip()
-        offset = begin + len(joined[begin:end]) - len(joined[begin:end].lstrip())
-        line = max(number for start, (number, _) in zip(starts, lines, strict=True) if start <= offset)
+        words = text[begin:end].split()
+        num_leading_lines = text[begin:end].count("\n", 0, len(text[begin:end]) - len(text[begin:end].lstrip()))
+        sentence = Sentence(first_line + text.count("\n", 0, begin) + num_leading_lines, " ".join(words))
         begin = end
-        found = Sentence(line, sentence)
-        if found.num_words >= min_words:
-            yield found
+        if sentence.num_words >= min_words:
+            yield sentence
 
 
-def _blocks(text: str) -> Iterator[tuple[int, list[tuple[int, str]]]]:
-    """Yield (fewest words of a sentence, numbered lines) for each paragraph, list item and table cell."""
-    paragraph: list[tuple[int, str]] = []
+def _blocks(text: str) -> Iterator[tuple[int, str, int]]:
+    """Yield (line, text, fewest words of a sentence) for each paragraph, list item and table cell."""
+    first_line, paragraph = 0, list[str]()
     for number, line in [*_without_code(text), (0, "")]:
         is_table = line.lstrip().startswith("|")
         if not line.strip() or line.startswith("#") or is_table or LIST_ITEM.match(line):
             if paragraph:
-                yield MIN_WORDS, paragraph
+                yield first_line, "\n".join(paragraph), MIN_WORDS
             paragraph = []
         if is_table:
-            if not TABLE_RULE.match(line):
-                cells = _plain(line).strip().strip("|").split("|")
-                yield from ((MIN_CELL_WORDS, [(number, cell.strip())]) for cell in cells)
+            cells = [] if TABLE_RULE.match(line) else line.strip().strip("|").split("|")
+            yield from ((number, cell, MIN_CELL_WORDS) for cell in cells)
         elif line.strip() and not line.startswith("#"):
-            paragraph.append((number, _plain(LIST_ITEM.sub("", line)).strip()))
+            first_line = first_line if paragraph else number
+            paragraph.append(LIST_ITEM.sub("", line))
 
 
 def _without_code(text: str) -> Iterator[tuple[int, str]]:
@@ -101,9 +96,10 @@ def _without_code(text: str) -> Iterator[tuple[int, str]]:
         yield index + 1, "" if fence or is_indented_code or index <= front_matter_end else line
 
 
-def _plain(line: str) -> str:
-    """Replace code spans by CODE and links by their text."""
-    return LINK.sub(r"\1", CODE_SPAN.sub("CODE", line)).replace("<br>", " ")
+def _plain(block: str) -> str:
+    """Replace code spans by CODE and links by their text; keep the line breaks inside them."""
+    without_code = CODE_SPAN.sub(lambda match: "CODE" + "\n" * match[0].count("\n"), block)
+    return LINK.sub(r"\1", without_code)
 
 
 def share_of_long_sentences(files: Sequence[Path], *, max_words: int = 30) -> float:
