@@ -1,6 +1,6 @@
-"""Sends a clip through a worse channel: a room, a telephone, a codec. What people upload has been through one.
+"""Degrade clips by a channel (room, telephone, codec, microphone), as in uploaded recordings.
 
-Axes: S samples at 16 kHz. Every change is drawn from the given generator. Codecs are the real ones of libsndfile.
+Axes: S samples at 16 kHz. Every change is drawn from the given generator. The codecs are those of libsndfile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _convolve(samples_S: np.ndarray, response: np.ndarray) -> np.ndarray:
 
 
 def _band(samples_S: np.ndarray, low_hz: float, high_hz: float) -> np.ndarray:
-    """Pass a band with edges of a sixth of an octave or so."""
+    """Apply a band-pass filter with edges about a sixth of an octave wide."""
     spectrum = np.fft.rfft(samples_S)
     frequencies_hz = np.fft.rfftfreq(len(samples_S), 1 / SAMPLE_RATE_HZ)
     with np.errstate(divide="ignore"):
@@ -59,19 +59,19 @@ def telephone(samples_S: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def narrow_band(samples_S: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Record at 8 to 12 kHz and 16 bits, as old recorders and many corpora did."""
+    """Resample to 8 to 12 kHz and back, as in old recorders and many corpora."""
     rate_hz = rng.choice((8_000, 8_000, 11_025, 12_000))
     return soxr.resample(soxr.resample(samples_S, SAMPLE_RATE_HZ, rate_hz), rate_hz, SAMPLE_RATE_HZ)
 
 
 def compress(samples_S: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Code as a small MP3, Vorbis or Opus file."""
+    """Encode as a small MP3, Vorbis or Opus file and decode it."""
     container, subtype = rng.choice((("MP3", "MPEG_LAYER_III"), ("OGG", "VORBIS"), ("OGG", "OPUS")))
     return _through_file(samples_S, SAMPLE_RATE_HZ, container, subtype, compression=rng.uniform(0.4, 1.0))
 
 
 def far_microphone(samples_S: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Lose treble, or bass, as a covered or cheap microphone does."""
+    """Remove treble or bass, as a covered or cheap microphone does."""
     if rng.random() < 0.5:
         return _band(samples_S, 0.0, rng.uniform(2_200, 6_000))
     return _band(samples_S, rng.uniform(150, 500), 7_800)
@@ -86,7 +86,7 @@ def overdrive(samples_S: np.ndarray, rng: random.Random) -> np.ndarray:
 def _through_file(
     samples_S: np.ndarray, rate_hz: int, container: str, subtype: str, *, compression: float | None = None
 ) -> np.ndarray:
-    """Encode and decode in memory; the result is as long as what was given."""
+    """Encode and decode in memory; the result has the length of the input."""
     peak = max(1e-6, float(np.abs(samples_S).max()))
     file = io.BytesIO()
     loud_S = samples_S * (0.8 / peak)
@@ -108,10 +108,10 @@ _CHANNELS: dict[str, tuple[Callable[[np.ndarray, random.Random], np.ndarray], in
 
 
 def degrade(samples_S: np.ndarray, rng: random.Random) -> tuple[np.ndarray, str]:
-    """Draw a channel and send the clip through it.
+    """Draw a channel and apply it to the clip.
 
     Returns:
-        float32 [S], as long as before and at the same level, and the channel's name.
+        float32 [S] of unchanged length and level, and the name of the channel.
     """
     name = rng.choices(list(_CHANNELS), [weight for _, weight in _CHANNELS.values()])[0]
     channel, _ = _CHANNELS[name]

@@ -1,9 +1,13 @@
-"""Renders scenes once and keeps the frozen encoder's states of each clip: what Stage I trains on.
+"""Render scenes once and store the frozen encoder's states of each clip, the training data of Stage I.
 
-Axes: A audio tokens (40 ms), D encoder width. A shard is `KIND-NNNN.bf16` (the clips' states, one after the other) and
-`KIND-NNNN.jsonl` (the truth, a line a clip); KIND is `speech` (one voice, open text, short), `scene`, or `noise`
-(scenes over recordings of one's own). Shards are made in parallel, resumed where they stopped, and usable at once.
-Knows nothing of questions or prompts.
+Axes: A audio tokens (40 ms), D encoder width.
+
+A shard is a pair of files. `KIND-NNNN.bf16` holds the states of its clips, concatenated. `KIND-NNNN.jsonl` holds the
+truth, one line per clip. KIND is `speech` (one voice, short open text), `scene` or `noise` (scenes over user-supplied
+recordings).
+
+Shards are built in parallel. An interrupted build resumes, and finished shards are usable at once. This module depends
+on no question or prompt.
 """
 
 from __future__ import annotations
@@ -33,12 +37,12 @@ ClipKind = Literal["speech", "scene", "noise"]
 
 CLIPS_PER_SHARD = 500
 SEED_STRIDE = {"train": 0, "validation": 10_000_000, "test": 20_000_000}
-"""First scene seed of each split: no clip of one split shares a seed with another's."""
+"""First scene seed of each split; no two splits share a seed."""
 _KIND_STRIDE: dict[ClipKind, int] = {"scene": 0, "noise": 2_500_000, "speech": 5_000_000}
 
 
 def scene_to_json(scene: Scene) -> dict[str, Any]:
-    """Return the truth as plain data; a line is its text, from which its questions follow."""
+    """Return the truth as plain data; a line is stored as text, since its questions follow from it."""
     row = asdict(scene)
     row["turns"] = [{**turn, "line": turn["line"]["text"]} for turn in row["turns"]]
     return row
@@ -75,7 +79,7 @@ def _build_shard(job: tuple[ClipKind, int, int, Split, Path, Path, Path, tuple[P
             states_AD = encode(samples_S)
             rows.append(json.dumps({"num_tokens": len(states_AD), "scene": scene_to_json(scene)}))
             states.write(states_AD.bfloat16().contiguous().view(torch.int16).numpy().tobytes())
-    # The index is written last and renamed into place: a shard without one is made again.
+    # The index is written last and renamed into place; a shard without an index is built again.
     partial = folder / f"{stem}.jsonl.partial"
     partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
     partial.rename(folder / f"{stem}.jsonl")
@@ -94,11 +98,12 @@ def build_clips(
     noise: tuple[Path, ...] = (),
     clips_per_shard: int = CLIPS_PER_SHARD,
 ) -> None:
-    """Make every missing shard of a kind and split, of the voices that the bank holds by then.
+    """Build every missing shard of a kind and split from the current voices of the bank.
 
     Args:
-        noise: MUSAN or FSD50K folders, for the kind `noise`; `noise-licences.json` gets what their files ask for.
-        clips_per_shard: the same for all shards of a kind: a clip's seed follows from its place.
+        noise: MUSAN or FSD50K folders for the kind `noise`; their licence terms go to `noise-licences.json`.
+        clips_per_shard: the value must be equal for all shards of a kind, since the seed of a clip follows from its
+            position.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "noise":
@@ -113,7 +118,7 @@ def build_clips(
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene and where its encoder states lie."""
+    """A scene and the location of its encoder states."""
 
     scene: Scene
     path: Path
@@ -121,13 +126,13 @@ class Clip:
     num_tokens: int
 
     def states(self, width: int) -> torch.Tensor:
-        """Read the encoder states: bfloat16 [A, D]."""
+        """Read the encoder states, bfloat16 [A, D]."""
         raw = np.fromfile(self.path, np.int16, self.num_tokens * width, offset=self.offset_bytes)
         return torch.from_numpy(raw).view(torch.bfloat16).reshape(self.num_tokens, width)
 
 
 def open_clips(folder: Path, width: int, *, kind: ClipKind | None = None) -> Iterator[Clip]:
-    """Yield the clips of every finished shard, in order; of one kind only where it is named."""
+    """Yield the clips of every finished shard in order, optionally of one kind."""
     for index in sorted(folder.glob(f"{kind}-*.jsonl" if kind else "*.jsonl")):
         offset = 0
         for line in index.read_text(encoding="utf-8").splitlines():

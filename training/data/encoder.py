@@ -1,7 +1,7 @@
-"""Reads the frozen audio encoder (Whisper tiny.en, MIT) out of its CTranslate2 file and runs it on clips.
+"""Load the frozen audio encoder (Whisper tiny.en, MIT) from its CTranslate2 file and encode clips.
 
-Axes: S samples at 16 kHz, A audio tokens (40 ms), D model width.
-The tower is transformers' `Qwen2AudioEncoder`, which is Whisper's encoder with a pooler before the last layer norm.
+Axes: S samples at 16 kHz, A audio tokens (40 ms), D model width. The tower is transformers' `Qwen2AudioEncoder`:
+Whisper's encoder with a pooler before the last layer norm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
     """Read the variables of a CTranslate2 `model.bin` (format version 6).
 
     Raises:
-        ValueError: the file is of another version or has bytes left over.
+        ValueError: the file has another version, or bytes are left over.
     """
     data, offset = path.read_bytes(), 0
 
@@ -46,8 +46,8 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
     version = unpack("I")
     if version != 6:
         raise ValueError(f"{path}: CTranslate2 format version 6 expected, got {version}")
-    text()  # The specification's name.
-    unpack("I")  # Its revision.
+    text()  # Name of the specification.
+    unpack("I")  # Revision of the specification.
     variables: dict[str, np.ndarray] = {}
     for _ in range(unpack("I")):
         name = text()
@@ -56,7 +56,7 @@ def read_ctranslate2(path: Path) -> dict[str, np.ndarray]:
         num_bytes = unpack("I")
         variables[name] = np.frombuffer(data, dtype, num_bytes // dtype.itemsize, offset).reshape(shape)
         offset += num_bytes
-    for _ in range(unpack("I")):  # Aliases, which the encoder does not use.
+    for _ in range(unpack("I")):  # Aliases; the encoder uses none.
         text()
         text()
     if offset != len(data):
@@ -112,7 +112,7 @@ def load_encoder(model_bin: Path) -> Qwen2AudioEncoder:
 
 
 class ClipEncoder:
-    """Turns a clip into the states that the model trains on: what the service's model hears, from the same code."""
+    """Encoder from clips to audio token states, with the code of the serving model."""
 
     def __init__(self, encoder: Qwen2AudioEncoder, dtype: torch.dtype = torch.float32) -> None:
         tower: Any = encoder  # The library types `to` for whole models only.
@@ -121,7 +121,7 @@ class ClipEncoder:
 
     @torch.inference_mode()
     def __call__(self, samples_S: np.ndarray) -> torch.Tensor:
-        """Encode one clip: [A, D] in this encoder's dtype.
+        """Encode one clip: [A, D] in the dtype of this encoder.
 
         Raises:
             ValueError: the clip is longer than 30 s or shorter than one audio token.

@@ -1,8 +1,9 @@
-"""Writes scenes as a data set that others can train on: sound files, questions and traces in PAQA's form, licences.
+"""Export scenes as a public data set: audio files, questions, traces in PAQA's form, and licences.
 
-The JSON Lines file has one row an item with LLaMA-Factory's alpaca columns (`instruction`, `output`, `audios`), which
-`hyper data check` reads back, and columns of our own that say what is true of the clip. Items are made in parallel, a
-hundred at a time; a build that stopped goes on where it stopped. Knows nothing of models.
+The JSON Lines file has one row per item, in LLaMA-Factory's alpaca columns (`instruction`, `output`, `audios`). `hyper
+data check` reads these columns. Further columns hold the truth about the clip.
+
+Items are built in parallel in chunks of a hundred; an interrupted build resumes. This module depends on no model.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from training.data.sources.voices import VOICE_LICENCES, Bank, Split, list_voice
 
 ITEMS_PER_CHUNK = 100
 _FIRST_SEED = 9_000_000
-"""Added to the split's first seed: no exported scene is one that the embedded checkpoint was trained or measured on."""
+"""Offset to the split's first seed; exported scenes occur in no training or evaluation of the embedded checkpoint."""
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export holds; equal plans give equal files.
+    """The configuration of an export; equal plans give equal files.
 
     Attributes:
         suite: a hard set's name, or None for the usual mixture.
-        noise: MUSAN or FSD50K folders that take the place of the recordings.
-        with_parts: also write speech and background of each clip apart, as 24-bit files.
+        noise: MUSAN or FSD50K folders in place of the recordings.
+        with_parts: also write speech and background of each clip as separate 24-bit files.
     """
 
     bank: Path
@@ -56,7 +57,7 @@ class ExportPlan:
     seed: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """Return what decides the content of the files, as plain data."""
+        """Return all settings with an effect on the files, as plain data."""
         return {
             "split": self.split,
             "num_items": self.num_items,
@@ -69,7 +70,7 @@ class ExportPlan:
 
     def builder(self) -> SceneBuilder:
         """Open the bank and the recordings."""
-        # Held-out lines stay held out: whoever trains on an export of the training split may test on ours.
+        # Held-out lines stay held out, so that a model trained on an exported training split can be tested on ours.
         without = frozenset[str]() if self.split == "train" else trained_lines(seed=self.seed)
         bank = Bank(self.bank, without=without)
         if self.suite is not None:
@@ -79,7 +80,7 @@ class ExportPlan:
 
 
 def export_scenes(plan: ExportPlan, folder: Path, *, num_workers: int) -> Path:
-    """Write the items of a plan, going on where an earlier call stopped, and return the JSON Lines file.
+    """Write the items of a plan and return the JSON Lines file; resume an interrupted export.
 
     Raises:
         MissingDataError: the folder holds an export of another plan.
@@ -98,7 +99,7 @@ def export_scenes(plan: ExportPlan, folder: Path, *, num_workers: int) -> Path:
     firsts = range(0, plan.num_items, ITEMS_PER_CHUNK)
     jobs = [(plan, folder, first) for first in firsts if not (chunks_folder / f"{first:06d}.jsonl").exists()]
     if num_workers == 1:
-        # A process of its own would take longer to start than a hundred items.
+        # Starting a process takes longer than a hundred items.
         for job in tqdm(jobs, desc="items", unit="hundred"):
             _write_chunk(job)
     else:
@@ -126,7 +127,7 @@ def _write_chunk(job: tuple[ExportPlan, Path, int]) -> int:
     plan, folder, first = job
     builder = plan.builder()
     rows = [json.dumps(row) for row in _write_items(plan, builder, folder, first)]
-    # The rows are written last and renamed into place: a chunk without them is made again.
+    # The rows are written last and renamed into place; a chunk without rows is built again.
     partial = folder / "chunks" / f"{first:06d}.partial"
     partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
     partial.rename(partial.with_suffix(".jsonl"))
@@ -174,7 +175,7 @@ def _row(name: str, path: Path, rendered: Rendered, example: SceneExample) -> di
 
 
 def _licences(plan: ExportPlan, backgrounds: set[str], voices: set[str]) -> dict[str, Any]:
-    """Collect what the sources of the used files ask for."""
+    """Collect the licence terms of the used files' sources."""
     if plan.noise:
         known = NoiseFolder(plan.noise, plan.split).licences()
         recordings: dict[str, Any] = {path: known[path] for path in backgrounds if path in known}

@@ -1,8 +1,7 @@
-"""Turns a scene into examples: a question of one kind, its choices, and the strict trace that answers it.
+"""Draw examples about a scene: a question of one kind, its choices and the strict gold trace.
 
-Every answer follows from the scene's truth, so the trace's perception is right by construction. Wrong choices come from
-the same slot, class or clip as the right one, so that a choice cannot be told by its form.
-Knows nothing of sound, tokens or models.
+Each answer and each perception section follow from the scene's truth. Wrong choices share slot, class or clip with the
+right answer, so their form gives no clue. This module depends on no audio, token or model.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ NUMBER_WORDS = ("nobody", "one", "two", "three", "four", "five", "six")
 
 @dataclass(frozen=True)
 class SceneExample:
-    """One data-set row: what is asked of which clip, the gold answer and the gold trace."""
+    """One data-set row: scene, question, gold answer and gold trace."""
 
     scene: Scene
     kind: str
@@ -39,7 +38,7 @@ class _Item:
     question: str
     answer: str
     wrong: tuple[str, ...]
-    """Wrong choices; empty where the kind is always asked freely."""
+    """Wrong choices; empty if the kind is always an open question."""
     planning: str
     reasoning: str
 
@@ -88,18 +87,18 @@ _OF_A_SPEAKER = (
     "According to what a speaker says, {q}",
     "By the speaker's words and not the background's, {q}",
 )
-"""How a question is put to which the background gives another answer than a speaker."""
+"""Wordings of a question with different answers in a speaker's line and in the background."""
 
 _ORDINALS = {"S1": "first", "S2": "second", "S3": "third", "S4": "fourth", "S5": "fifth", "S6": "sixth"}
 
 
 def environment_text(scene: Scene) -> str:
-    """Return what the ENV section says of a scene."""
+    """Return the text of the ENV section."""
     return scene.environment
 
 
 def describe_people(scene: Scene) -> str:
-    """Return "two women and one man speak" and the like."""
+    """Return a phrase like "two women and one man speak"."""
     if not scene.speakers:
         return "nobody speaks"
     women = sum(s.sex == "woman" for s in scene.speakers)
@@ -124,9 +123,9 @@ def _ask_environment(scene: Scene, rng: random.Random) -> _Item:
 
 
 def _ask_present(scene: Scene, rng: random.Random) -> _Item:
-    heard = [x for x in (*sounds.labels(), sounds.BACKGROUND_SPEECH)]
-    is_there = scene.environment in heard and rng.random() < 0.5
-    thing = scene.environment if is_there else rng.choice([x for x in heard if x != scene.environment])
+    labels = [x for x in (*sounds.labels(), sounds.BACKGROUND_SPEECH)]
+    is_there = scene.environment in labels and rng.random() < 0.5
+    thing = scene.environment if is_there else rng.choice([x for x in labels if x != scene.environment])
     reasoning = f"the background is {scene.environment}" + ("" if is_there else f", not {thing}")
     return _Item(
         rng.choice(_QUESTIONS["present"]).format(x=thing),
@@ -157,7 +156,7 @@ def _ask_first(scene: Scene, rng: random.Random) -> _Item:
 
 
 def _other_lines(scene: Scene, rng: random.Random, answer: Line, count: int) -> list[str]:
-    """Wrong lines: others of the clip first, then lines of the answer's own sort that nobody says."""
+    """Draw wrong lines: first others of the clip, then absent lines of the same sort as the answer."""
     wrong = [turn.line.text for turn in scene.turns if turn.line.text != answer.text]
     rng.shuffle(wrong)
     wrong = list(dict.fromkeys(wrong))[: rng.randint(0, 2)]
@@ -174,7 +173,7 @@ def _ask_says(scene: Scene, rng: random.Random) -> _Item:
     speaker = rng.choice(scene.speakers)
     line = next(turn.line for turn in scene.turns if turn.speaker == speaker.id)
     answer = line.text
-    # Other lines of the same speaker would be right as well, so wrong choices are other people's or drawn.
+    # Other lines of the same speaker are right answers too, so wrong choices come from other people or are drawn.
     own = {turn.line.text for turn in scene.turns if turn.speaker == speaker.id}
     wrong = [text for text in _other_lines(scene, rng, line, 4) if text not in own]
     question = rng.choice(_QUESTIONS["says"]).format(n=speaker.id[1:], nth=_ORDINALS[speaker.id])
@@ -182,23 +181,26 @@ def _ask_says(scene: Scene, rng: random.Random) -> _Item:
 
 
 def _heard_words(scene: Scene) -> set[str]:
-    """Return every word of the clip in lower case, the background's too: none of them can be a wrong choice."""
+    """Return every word of the clip in lower case, background included; none of them can be a wrong choice."""
     return set(f"{scene.transcript} {scene.background_line or ''}".lower().replace(".", "").split())
 
 
 def _askable_words(scene: Scene) -> list[tuple[str, str, tuple[str, ...]]]:
-    """List (speaker, word, wrong words): a slot's word among its slot's, an open line's among other lines' words."""
-    heard = _heard_words(scene)
-    unheard = [w for line in scene.other_lines for w in content_words(line) if w.lower() not in heard]
+    """List (speaker, word, wrong words) for the question kind `word`.
+
+    Wrong words for a pattern's slot come from the same slot; those for an open line come from other open lines.
+    """
+    audible = _heard_words(scene)
+    absent = [w for line in scene.other_lines for w in content_words(line) if w.lower() not in audible]
     askable: list[tuple[str, str, tuple[str, ...]]] = []
     for turn in scene.turns:
-        for asked in turn.line.questions:
-            wrong = tuple(word for word in SLOTS[asked.slot] if word.lower() not in heard)
-            askable.append((turn.speaker, asked.answer, wrong))
+        for slot_question in turn.line.questions:
+            wrong = tuple(word for word in SLOTS[slot_question.slot] if word.lower() not in audible)
+            askable.append((turn.speaker, slot_question.answer, wrong))
         if turn.line.is_open:
             for word in dict.fromkeys(content_words(turn.line.text)):
-                # Both come from lines of one source, so frequency tells nothing; length shall not either.
-                wrong = tuple(dict.fromkeys(w for w in unheard if abs(len(w) - len(word)) <= 3))
+                # Both come from lines of one source, so frequency gives no clue; similar length removes another clue.
+                wrong = tuple(dict.fromkeys(w for w in absent if abs(len(w) - len(word)) <= 3))
                 if wrong:
                     askable.append((turn.speaker, word, wrong))
     return askable
@@ -241,21 +243,21 @@ def _ask_source(scene: Scene, rng: random.Random) -> _Item:
 
 
 def _ask_content(scene: Scene, rng: random.Random) -> _Item:
-    asked_of = [(t, q) for t in scene.turns for q in t.line.questions]
-    contradicted = [(t, q) for t, q in asked_of if q.question == scene.contradicted]
-    turn, asked = rng.choice(contradicted or asked_of)
-    heard = _heard_words(scene)
-    unheard = [word for word in SLOTS[asked.slot] if word.lower() not in heard]
-    wrong = rng.sample(unheard, min(4, len(unheard)))
-    question = asked.question
+    candidates = [(t, q) for t in scene.turns for q in t.line.questions]
+    contradicted = [(t, q) for t, q in candidates if q.question == scene.contradicted]
+    turn, chosen = rng.choice(contradicted or candidates)
+    audible = _heard_words(scene)
+    absent = [word for word in SLOTS[chosen.slot] if word.lower() not in audible]
+    wrong = rng.sample(absent, min(4, len(absent)))
+    question = chosen.question
     if contradicted and scene.background_line is not None:
-        # What the background says is the wrong answer that listening to everything alike would give.
+        # The background's answer is the wrong choice for a model without separation of speaker and background.
         background = line_from_text(scene.background_line)
-        wrong = [q.answer for q in background.questions if q.question == asked.question] + wrong[:3]
+        wrong = [q.answer for q in background.questions if q.question == chosen.question] + wrong[:3]
         question = rng.choice(_OF_A_SPEAKER).format(q=question[0].lower() + question[1:])
     return _Item(
         question,
-        asked.answer,
+        chosen.answer,
         tuple(wrong),
         "find the sentence about it",
         f"{turn.speaker} says {turn.line.text}",
@@ -278,14 +280,14 @@ KINDS = tuple(_ASK)
 
 
 def possible_kinds(scene: Scene) -> list[str]:
-    """List the kinds of question that this scene can answer without ambiguity."""
+    """List the kinds of question with an unambiguous answer in this scene."""
     kinds = ["environment", "present", "count"]
     if scene.turns:
         kinds += ["first", "says"]
         if _askable_words(scene):
             kinds.append("word")
         questions = [q.question for turn in scene.turns for q in turn.line.questions]
-        # The same question must not have two answers in one clip.
+        # A question with two answers in one clip is ambiguous.
         if questions and len(set(questions)) == len(questions):
             kinds.append("free")
         if len(scene.turns) > 1:
@@ -296,7 +298,7 @@ def possible_kinds(scene: Scene) -> list[str]:
 
 
 def perception(scene: Scene) -> Trace:
-    """Return the part of the trace that does not depend on the question."""
+    """Return the question-independent part of the trace."""
     speakers = tuple(
         Speaker(s.id, s.sex, tuple(turn.line.text for turn in scene.turns if turn.speaker == s.id))
         for s in scene.speakers
@@ -310,8 +312,8 @@ def draw_example(
     """Draw one example about a scene.
 
     Args:
-        kind: ask this kind (one of `possible_kinds(scene)`); drawn when None.
-        with_choices: force or forbid choices; drawn when None (three of four examples have 2 to 5).
+        kind: one of `possible_kinds(scene)`; None draws one.
+        with_choices: force or forbid choices. None draws: three of four examples have 2 to 5 choices.
     """
     if kind is None:
         kind = rng.choice(possible_kinds(scene))
@@ -330,8 +332,8 @@ def draw_example(
         reasoning=item.reasoning,
         summary=item.answer,
         response=item.answer,
-        # The words and not the letter: to name the letter a decoder of this size would have to find the choice that
-        # equals its answer and then look in front of it, and 2,200 steps did not teach it that (docs/LOG.md).
+        # Give the words, not the letter. For the letter, a decoder of this size would have to find the choice equal to
+        # its answer and read the letter before it. It did not learn this in 2,200 steps (docs/LOG.md).
         final_answer=item.answer,
     )
     is_hard = scene.has_overlap or len(scene.speakers) > 2 or (scene.snr_db is not None and scene.snr_db < 5.0)
@@ -342,7 +344,7 @@ def draw_example(
 
 
 def truth_of(example: SceneExample) -> Truth:
-    """Returns what is known about a scene's example: everything, since the scene was made."""
+    """Return the complete truth of a scene's example."""
     scene = example.scene
     return Truth(
         example.question,

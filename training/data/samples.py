@@ -1,6 +1,6 @@
-"""Writes a few held-out clips as files that people upload, with questions and truth: what the tests ask over HTTP.
+"""Write a few held-out clips in common file formats, with questions and truth, for the HTTP tests.
 
-Seeds, formats and kinds are fixed here, before any model is asked. Knows nothing of models.
+Seeds, formats and kinds are fixed constants, chosen before any model run. This module depends on no model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from training.data.scenes import Scene, SceneBuilder
 
 FIRST_SEED = SEED_STRIDE["test"] + 8_000_000
 
-# (name, kind, people, file format): one people count for each clip, one format that the service documents.
+# (name, kind, people, file format): different numbers of people and all documented file formats.
 _SAMPLES = (
     ("environment-only", "environment", 0, "wav"),
     ("one-voice", "free", 1, "mp3"),
@@ -38,16 +38,16 @@ _SAMPLES = (
 
 
 def _draw_askable(builder: SceneBuilder, kind: str, first_seed: int) -> tuple[Scene, np.ndarray]:
-    """Draw scenes of every hundredth seed until one can be asked this kind of question."""
+    """Draw scenes of every hundredth seed; return the first with this kind of question."""
     drawn = map(builder.draw, itertools.count(first_seed, 100))
     return next((scene, samples_S) for scene, samples_S in drawn if kind in possible_kinds(scene))
 
 
 def write_samples(builder_for: dict[int, SceneBuilder], folder: Path) -> list[dict[str, Any]]:
-    """Write the clips and `truth.json` into `folder`; returns the truth, one row a clip.
+    """Write the clips and `truth.json` into `folder`; return the truth, one row per clip.
 
     Args:
-        builder_for: number of people -> builder of test scenes with that many, at an SNR of 10 to 20 dB.
+        builder_for: number of people -> builder of test scenes with this number, at an SNR of 10 to 20 dB.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
-"""Builds scenes: who speaks when, over which background, and the truth about it; renders them to 16 kHz sound.
+"""Draw scenes (speakers, turns, background and their truth) and render them as 16 kHz audio.
 
-Axes: S samples at 16 kHz. A scene is drawn from a seed alone, so the same seed, bank and recordings give the same clip.
-Knows nothing of questions, prompts or models.
+Axes: S samples at 16 kHz. A scene follows from its seed alone: equal seed, bank and recordings give an equal clip. This
+module depends on no question, prompt or model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from training.data.sources.voices import Bank, Split, Utterance, same_speaker
 
 @dataclass(frozen=True)
 class SceneSpeaker:
-    """One person of a scene, numbered in order of first speech."""
+    """One person of a scene; ids follow the order of first speech."""
 
     id: str
     voice: str
@@ -49,58 +49,60 @@ class Scene:
     seed: int
     split: Split
     environment: str
-    """One of the recorded classes, `quiet` or `background speech`; for noise of one's own, its label."""
+    """A recorded class, `quiet` or `background speech`; with a `NoiseFolder`, the label of the file."""
     recording: str | None
     snr_db: float | None
-    """Speech over background, dB, both as mean squares over the whole clip; None where one of the two is absent."""
+    """Speech over background in dB, from mean squares over the whole clip; None if either is absent."""
     speakers: tuple[SceneSpeaker, ...]
     turns: tuple[Turn, ...]
     background_line: str | None
     has_overlap: bool
     duration_s: float
     other_lines: tuple[str, ...] = ()
-    """Open lines that nobody says here, from the same voices: what wrong choices are made of."""
+    """Open lines of the same voices, absent from this clip; the source of wrong choices."""
     channel: str | None = None
-    """What the clip was sent through (`training/data/channels.py`)."""
+    """Name of the applied channel (`training/data/channels.py`), or None."""
     contradicted: str | None = None
-    """A question to which the background's line gives another answer than a speaker's."""
+    """Question with one answer in a speaker's line and another in the background's line."""
 
     @property
     def transcript(self) -> str:
+        """Return the lines of all turns, joined in order."""
         return ". ".join(turn.line.text for turn in self.turns)
 
     @property
     def overlap_share(self) -> float:
-        """The share of the time in which somebody speaks during which two or more do."""
+        """Return the share of speech time with two or more simultaneous speakers."""
         edges = sorted([(t.start_s, 1) for t in self.turns] + [(t.end_s, -1) for t in self.turns])
         spoken_s = shared_s = 0.0
-        voices, last_s = 0, 0.0
+        num_voices, last_s = 0, 0.0
         for at_s, change in edges:
-            spoken_s += (at_s - last_s) * (voices > 0)
-            shared_s += (at_s - last_s) * (voices > 1)
-            voices, last_s = voices + change, at_s
+            spoken_s += (at_s - last_s) * (num_voices > 0)
+            shared_s += (at_s - last_s) * (num_voices > 1)
+            num_voices, last_s = num_voices + change, at_s
         return shared_s / spoken_s if spoken_s else 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class Rendered:
-    """A scene's sound in the parts that it is the sum of, each float32 [S]; `mixture_S` is what is heard."""
+    """The audio of a scene in separate parts, each float32 [S]."""
 
     scene: Scene
     speech_S: np.ndarray  # noqa: N815  # the axis suffix
     background_S: np.ndarray  # noqa: N815
     floor_S: np.ndarray  # noqa: N815
-    """The recorder's own noise, 60 to 75 dB below full scale; no part of the ratio of speech to background."""
+    """Noise of the recorder, 60 to 75 dB below full scale; not part of the SNR."""
 
     @property
     def mixture_S(self) -> np.ndarray:  # noqa: N802
+        """Return the sum of all parts: the audio of the clip."""
         return self.speech_S + self.background_S + self.floor_S
 
 
 NUM_OTHER_LINES = 6
 
-# One voice often speaks several turns, so that counting turns is not counting people; it still says something, since n
-# people take at least n turns. The evaluation states what turns alone would reach.
+# A voice often speaks several turns, so the number of turns does not give the number of people. The two stay
+# correlated, since n people take at least n turns. The evaluation reports the accuracy of a guess from turns alone.
 NUM_TURNS = {
     1: ((1, 2, 3, 4), (36, 23, 21, 20)),
     2: ((2, 3, 4), (42, 32, 26)),
@@ -111,20 +113,20 @@ NUM_TURNS = {
 }
 NUM_SPEAKERS = ((0, 1, 2, 3, 4, 5, 6), (8, 27, 23, 20, 14, 5, 3))
 _LONGEST_S = 28.0
-"""Scenes end before this, inside the encoder's window of 30 s; a clip takes at most 1.5 s more at its ends."""
+"""Limit for the end of a scene, inside the encoder's window of 30 s; a clip adds at most 1.5 s at its ends."""
 
 _MAX_TRIES = 300
 
 _OPEN_SHARE = 0.5
-"""Lines of open text among a scene's; the others have questions about their content."""
+"""Share of open text among the lines of a scene; the other lines have questions about their content."""
 
 _CONTRADICTING_SHARE = 0.5
-"""Scenes with background speech in which it answers a question otherwise than a speaker does, where a line does so."""
+"""Share of background speech meant to contradict a speaker's answer, if the bank has such a line."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Placed:
-    """One line where it stands in the clip."""
+    """One line at its position in the clip."""
 
     voice: str
     text: str
@@ -137,17 +139,19 @@ class _Placed:
 
 
 class SceneBuilder:
-    """Draws and renders scenes of one split from a bank and the recordings.
+    """Source of scenes of one split, drawn and rendered from a voice bank and recordings.
 
     Args:
-        num_speakers: draw only scenes with this many people, or with as many as one of these (None: the usual mixture).
+        num_speakers: draw only scenes with this number of people, or with one of these numbers. None: the usual
+            mixture.
         snr_db: (low, high) of the uniform SNR draw.
-        one_voice_turns: every scene has one voice speaking this many turns: the shortcut test of the speaker count.
-        overlap_share: (low, high) of the share of speech that two people speak at once; turns then come in pairs.
+        one_voice_turns: every scene has one voice with this number of turns. This tests the speaker count for a
+            shortcut.
+        overlap_share: (low, high) of the share of speech with two simultaneous speakers; turns then come in pairs.
             None: one change of speaker in eight overlaps a little.
-        background: draw only scenes with a `recorded` background, or with background speech that is `contradicting`
-            what a speaker says (None: the usual mixture). A scene of which no line can be contradicted is drawn again.
-        noise: recordings of one's own that take the place of the table's (`training/data/sources/noise.py`).
+        background: draw only scenes with a `recorded` background, or with background speech `contradicting` a speaker.
+            None: the usual mixture. A scene without any line to contradict is drawn again.
+        noise: user-supplied recordings in place of the built-in ones (`training/data/sources/noise.py`).
     """
 
     def __init__(
@@ -176,7 +180,7 @@ class SceneBuilder:
         self.open_texts = tuple(
             utterance.text for voice in self.voices for utterance, _ in bank.by_kind(voice.name, is_open=True)
         )
-        # Recordings are not split three ways: there are too few. Validation hears training recordings, new voices.
+        # There are too few recordings for three splits. Validation scenes use training recordings with new voices.
         wanted = "test" if split == "test" else "train"
         self.recordings: dict[str, list[sounds.Recording]] = {}
         for recording in sounds.list_recordings():
@@ -187,11 +191,11 @@ class SceneBuilder:
     def draw_utterance(
         self, rng: random.Random, voice: str, *, is_open: bool | None = None, longest_s: float | None = None
     ) -> tuple[Utterance, np.ndarray]:
-        """Draw a line of a voice and its sound.
+        """Draw a line of a voice and its audio, float32 [S].
 
         Args:
-            is_open: of open text or of the sentence patterns, where the voice has such lines.
-            longest_s: of at most this length, where the voice has such lines; else its shortest.
+            is_open: prefer open text (True) or sentence patterns (False), if the voice has such lines.
+            longest_s: prefer lines of at most this length; without any, take the shortest line.
         """
         options = self.bank.utterances[voice]
         if is_open is not None:
@@ -203,17 +207,21 @@ class SceneBuilder:
         return utterance, self.bank.samples(utterance, path)
 
     def draw_other_lines(self, rng: random.Random, said: set[str], count: int) -> tuple[str, ...]:
-        """Draw open lines of this split's voices that are not among `said`."""
+        """Draw open lines of this split's voices, except those in `said`."""
         if not self.open_texts:
             return ()
         drawn = dict.fromkeys(rng.choice(self.open_texts) for _ in range(count))
         return tuple(text for text in drawn if text not in said)
 
     def draw_background(self, rng: random.Random, label: str, num_samples: int) -> tuple[np.ndarray, str]:
-        """Draw a recording of a class, cut or repeated to `num_samples`, and the name of its first file."""
+        """Draw a recording of a class, cut or repeated to `num_samples`.
+
+        Returns:
+            float32 [S] and the name of the recording's first file.
+        """
         recording = rng.choice(self.recordings[label])
         background_S = np.zeros(num_samples, np.float32)
-        # Few recordings stand for a class: train on many versions of each.
+        # Each class has few recordings, so training varies their speed and spectrum.
         factor = rng.uniform(0.8, 1.25) if self.split == "train" else 1.0
         tilt = rng.uniform(-0.7, 0.8) if self.split == "train" else 0.0
         start = -rng.randrange(SAMPLE_RATE_HZ // 2)
@@ -234,7 +242,7 @@ class SceneBuilder:
 
     @staticmethod
     def _render_distant_speech(rng: random.Random, speech_S: np.ndarray, num_samples: int) -> np.ndarray:
-        # A voice from another room: no treble, and an exponential tail of diffuse reflections.
+        # Imitate a voice in another room: no treble, and an exponential tail of diffuse reflections.
         dull_S = soxr.resample(soxr.resample(speech_S, 16_000, 4_400), 4_400, 16_000)
         noise = np.random.default_rng(rng.randrange(2**32))
         tail = noise.standard_normal(4_000) * np.exp(-np.arange(4_000) / 1_200)
@@ -248,18 +256,18 @@ class SceneBuilder:
     def _find_contradiction(
         self, rng: random.Random, placed: Sequence[_Placed], taken: set[str]
     ) -> tuple[str, Utterance, Path] | None:
-        """Find a question that one speaker's line answers and a line of a voice not `taken` answers otherwise."""
+        """Find a question with different answers in a placed line and in a line of a voice not `taken`."""
         if self._answers is None:
             self._answers = {}
             for voice in self.voices:
                 for utterance, path in self.bank.by_kind(voice.name, is_open=False):
-                    for asked in line_from_text(utterance.text).questions:
-                        entry = (asked.answer, same_speaker(voice.name), utterance, path)
-                        self._answers.setdefault(asked.question, []).append(entry)
-        asked_of = [asked for item in placed for asked in line_from_text(item.text).questions]
-        answers = {asked.question: asked.answer for asked in asked_of}
+                    for question_of_line in line_from_text(utterance.text).questions:
+                        entry = (question_of_line.answer, same_speaker(voice.name), utterance, path)
+                        self._answers.setdefault(question_of_line.question, []).append(entry)
+        asked_of = [question_of_line for item in placed for question_of_line in line_from_text(item.text).questions]
+        answers = {question_of_line.question: question_of_line.answer for question_of_line in asked_of}
         if len(answers) < len(asked_of):
-            return None  # Two people answer one question: whom it means could not be told.
+            return None  # Two people answer one question, so its answer is ambiguous.
         questions = list(answers)
         rng.shuffle(questions)
         said = {item.text for item in placed}
@@ -274,15 +282,15 @@ class SceneBuilder:
         return None
 
     def draw(self, seed: int) -> tuple[Scene, np.ndarray]:
-        """Draw one scene and its sound, float32 [S]."""
+        """Draw one scene and its audio, float32 [S]."""
         rendered = self.draw_parts(seed)
         return rendered.scene, rendered.mixture_S
 
     def draw_parts(self, seed: int) -> Rendered:
-        """Draw one scene and its sound in parts.
+        """Draw one scene and its audio in parts.
 
         Raises:
-            MissingDataError: the bank holds no lines that can make such a scene.
+            MissingDataError: the bank has no lines for such a scene.
         """
         rng = random.Random(seed)
         for _ in range(_MAX_TRIES):
@@ -312,19 +320,19 @@ class SceneBuilder:
         background_S = np.zeros(num_samples, np.float32)
         if label == sounds.BACKGROUND_SPEECH:
             taken = {same_speaker(name) for name in people}
-            found = None
+            contradiction = None
             if self.background or rng.random() < _CONTRADICTING_SHARE:
-                found = self._find_contradiction(rng, placed, taken)
-            if found is not None:
-                contradicted, utterance, path = found
-                heard_S = self.bank.samples(utterance, path)
+                contradiction = self._find_contradiction(rng, placed, taken)
+            if contradiction is not None:
+                contradicted, utterance, path = contradiction
+                utterance_S = self.bank.samples(utterance, path)
             elif self.background:
                 return None
             else:
                 voice = rng.choice([v for v in self.voices if same_speaker(v.name) not in taken])
-                utterance, heard_S = self.draw_utterance(rng, voice.name)
+                utterance, utterance_S = self.draw_utterance(rng, voice.name)
             background_line = utterance.text
-            background_S = self._render_distant_speech(rng, heard_S, num_samples)
+            background_S = self._render_distant_speech(rng, utterance_S, num_samples)
             snr_db = rng.uniform(*((5.0, 12.0) if self.background else (8.0, 18.0)))
         elif label != sounds.QUIET:
             if self.noise is not None:
@@ -333,7 +341,7 @@ class SceneBuilder:
                 background_S, recording = self.draw_background(rng, label, num_samples)
             snr_db = rng.uniform(*self.snr_db)
         if snr_db is not None and not background_S.any():
-            # A cut that holds nothing but digital silence has no ratio.
+            # Digital silence has no SNR.
             return None
         parts = self._mix(rng, speech_S, background_S, snr_db)
 
@@ -358,7 +366,11 @@ class SceneBuilder:
         return Rendered(scene, *parts)
 
     def _draw_people(self, rng: random.Random) -> tuple[list[str], dict[str, str]]:
-        """Draw the voices of different people, and whether each is a woman's or a man's."""
+        """Draw voices of different people.
+
+        Returns:
+            The voice names, and voice name -> `woman` or `man`.
+        """
         if self.one_voice_turns is not None:
             count = 1
         elif self.num_speakers is not None:
@@ -383,7 +395,7 @@ class SceneBuilder:
         return order
 
     def _draw_manners(self, rng: random.Random, people: Sequence[str]) -> dict[str, tuple[float, float, float]]:
-        """Draw speed, spectral tilt and gain of each person: the same in all of the person's turns."""
+        """Draw (speed, spectral tilt, gain) per person; the values hold for all turns of the person."""
         is_training = self.split == "train"
         return {
             name: (
@@ -397,7 +409,7 @@ class SceneBuilder:
     def _speak(
         self, rng: random.Random, name: str, manner: tuple[float, float, float], said: set[str], longest_s: float
     ) -> tuple[str, np.ndarray]:
-        """Draw a line that nobody has `said`, in the person's manner."""
+        """Draw a line not yet in `said`, with the person's speed, tilt and gain."""
         is_open = rng.random() < _OPEN_SHARE and self.background != "contradicting"
         utterance, samples_S = self.draw_utterance(rng, name, is_open=is_open, longest_s=longest_s)
         for _ in range(5):
@@ -422,19 +434,20 @@ class SceneBuilder:
             if index:
                 overlaps = order[index - 1] != name and rng.random() < 0.12
                 cursor_s += -rng.uniform(0.2, 0.5) if overlaps else rng.uniform(0.12, 0.6)
-            # Whoever speaks leaves time for those who come after.
+            # Leave time for the turns still to come.
             longest_s = (_LONGEST_S - cursor_s) / (len(order) - index) if index else _LONGEST_S / len(order)
             text, samples_S = self._speak(rng, name, manners[name], said, 0.9 * longest_s)
-            # A short line before may leave no room for an overlap: lines keep the order they are numbered in.
+            # Turns stay in the order of their numbers, even if the previous line is too short for the overlap.
             start_s = max(placed[-1].start_s + 0.05 if placed else 0.0, cursor_s)
             placed.append(_Placed(name, text, start_s, samples_S))
             cursor_s = placed[-1].end_s
         return placed
 
     def _place_pairs(self, rng: random.Random, people: Sequence[str]) -> list[_Placed] | None:
-        """Place turns in pairs of different people, each pair overlapping by a drawn share of its time.
+        """Place turns in pairs of different people, each pair with a drawn share of overlap.
 
-        None where lines of too different lengths were drawn.
+        Returns:
+            The placed lines; None if the drawn lengths differ too much.
         """
         assert self.overlap_share is not None
         low, high = self.overlap_share
@@ -448,7 +461,7 @@ class SceneBuilder:
         for first, second in zip(names[::2], names[1::2], strict=True):
             pair = [self._speak(rng, name, manners[name], said, 6.0) for name in (first, second)]
             lengths_s = [len(samples_S) / SAMPLE_RATE_HZ for _, samples_S in pair]
-            # Each begins and ends apart from the other, so that who is first and last can be heard.
+            # Starts and ends differ, so that the first and the last speaker stay audible.
             most_s = min(lengths_s) - 0.15
             limit = most_s / (sum(lengths_s) - most_s)
             if limit <= low + 0.02:
@@ -478,10 +491,10 @@ class SceneBuilder:
     def _mix(
         rng: random.Random, speech_S: np.ndarray, background_S: np.ndarray, snr_db: float | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Scale speech, background and noise floor, float32 [S] each, so that their sum stays inside full scale.
+        """Scale speech, background and noise floor, float32 [S] each; their sum stays inside full scale.
 
-        The background's gain is sqrt(P_speech / (P_background * 10^(snr_db / 10))), P being mean squares over the whole
-        clip, pauses included (arXiv 2604.14806, data construction).
+        The gain of the background is sqrt(P_speech / (P_background * 10^(snr_db / 10))). P is the mean square over the
+        whole clip, silence included (arXiv 2604.14806, data construction).
         """
         floor_S = np.random.default_rng(rng.randrange(2**32)).standard_normal(len(background_S))
         floor_S *= 10 ** (rng.uniform(-75, -60) / 20)
@@ -502,7 +515,11 @@ class SceneBuilder:
 
 
 def tilt_spectrum(samples_S: np.ndarray, amount: float) -> np.ndarray:
-    """Tilt the spectrum with one tap (above 0 dulls, below 0 sharpens) at equal level: another microphone or room."""
+    """Tilt the spectrum with one tap at equal level, as another microphone or room would.
+
+    Args:
+        amount: above 0 reduces treble, below 0 raises it.
+    """
     tilted_S = samples_S.copy()
     tilted_S[1:] += amount * samples_S[:-1]
     power, tilted_power = float(np.mean(samples_S**2)), float(np.mean(tilted_S**2))

@@ -1,6 +1,6 @@
-"""Builds speech clips: one voice saying a few lines of open text, or nobody; many, and through channels.
+"""Draw speech clips: one voice with a few lines of open text, or silence; a share passes through channels.
 
-Scenes teach who speaks over what; these teach the words. A clip is a `Scene` like any other.
+Scenes train speaker and background perception; speech clips train word recognition. A clip is an ordinary `Scene`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from training.data.sources import recordings as sounds
 from training.data.sources.sentences import line_from_text
 from training.data.sources.voices import Voice
 
-# Engines are weighed, not voices: there are many formant voices, and few of any real speaker. Formant voices count
-# least: the frozen encoder's own decoder gets half of their words wrong (docs/LOG.md).
+# Weights apply to engines, since there are many formant voices and few of real speakers. Formant voices have the lowest
+# weight: the frozen encoder's own decoder gets half of their words wrong (docs/LOG.md).
 _ENGINE_WEIGHTS = {"kokoro": 28, "hibari": 28, "flite": 28, "espeak": 16}
 _SILENT_SHARE = 0.06
 _QUIET_SHARE = 0.6
 _DEGRADED_SHARE = 1 / 3
 _OPEN_SHARE = 0.88
-# Scenes hold up to seven turns: what learnt from two lines at most repeated itself in 7 % of them, nearly all where 20
-# words and more are said (docs/LOG.md).
+# Scenes have up to seven turns. A model trained on at most two lines repeated itself in 7 % of scenes, nearly all of
+# them with 20 or more words (docs/LOG.md).
 _NUM_LINES, _NUM_LINES_WEIGHTS = (1, 2, 3, 4, 5), (40, 24, 16, 12, 8)
 _LONGEST_S = 15.0
 
 
 class SpeechBuilder(SceneBuilder):
-    """Draws and renders speech clips of one split from a bank and the recordings."""
+    """Source of speech clips of one split, drawn and rendered from a voice bank and recordings."""
 
     def _draw_voice(self, rng: random.Random) -> Voice:
         by_engine: dict[str, list[Voice]] = {}
@@ -41,7 +41,7 @@ class SpeechBuilder(SceneBuilder):
         return rng.choice(by_engine[engine])
 
     def _draw_lines(self, rng: random.Random, voice: Voice) -> list[tuple[str, np.ndarray]]:
-        """Draw one to five different lines of a voice, in one manner of speaking, of `_LONGEST_S` together at most."""
+        """Draw one to five different lines of a voice at equal speed and tilt, at most `_LONGEST_S` together."""
         is_training = self.split == "train"
         speed = rng.uniform(0.9, 1.12) if is_training else 1.0
         tilt = rng.uniform(-0.4, 0.4) if is_training else 0.0
@@ -63,7 +63,7 @@ class SpeechBuilder(SceneBuilder):
 
     @staticmethod
     def _place(rng: random.Random, lines: list[tuple[str, np.ndarray]]) -> tuple[tuple[Turn, ...], np.ndarray]:
-        """Lay lines one after the other, with silence around them; without lines, one to six seconds of silence."""
+        """Place lines one after the other with silence around them; without lines, return 1 to 6 s of silence."""
         cursor_s = rng.uniform(0.05, 0.6)
         turns: list[Turn] = []
         for text, samples_S in lines:
@@ -78,7 +78,7 @@ class SpeechBuilder(SceneBuilder):
         return tuple(turns), speech_S
 
     def draw(self, seed: int) -> tuple[Scene, np.ndarray]:
-        """Draw one clip and its sound, float32 [S]."""
+        """Draw one clip and its audio, float32 [S]."""
         rng = random.Random(f"speech/{seed}")
         is_silent = rng.random() < _SILENT_SHARE
         voice = self._draw_voice(rng)
@@ -119,7 +119,7 @@ class SpeechBuilder(SceneBuilder):
 
     @staticmethod
     def _set_level(rng: random.Random, samples_S: np.ndarray) -> np.ndarray:
-        """Add a noise floor (white to brown, 25 to 60 dB below speech) and set the level of the whole."""
+        """Add a noise floor (white to brown, 25 to 60 dB below speech) and set the level of the sum."""
         floor = np.random.default_rng(rng.randrange(2**32)).standard_normal(len(samples_S))
         color = rng.uniform(0.0, 1.0)
         spectrum = np.fft.rfft(floor)

@@ -1,7 +1,7 @@
-"""Draws scenes that nobody hears: what is said, by whom and over what, but no sound.
+"""Draw scenes without audio: speakers, lines and background only.
 
-What a trace concludes from its own transcript is a matter of reading, and reading can be taught from any number of
-scenes that no synthesizer has to speak. Knows nothing of sound, tokens or models.
+The conclusions of a trace follow from its own transcript. The model can learn them from scenes without audio, in any
+number and without a synthesizer. This module depends on no audio, token or model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from training.data.scenes import NUM_OTHER_LINES, NUM_SPEAKERS, NUM_TURNS, Scene
 from training.data.sources import recordings as sounds
 from training.data.sources.sentences import SLOTS, Line, draw_line, line_from_text
 
-# What has to be read in the transcript, and was learnt least from clips alone (docs/LOG.md).
+# These kinds depend on the transcript; clips alone taught them least (docs/LOG.md).
 _KIND_WEIGHTS = {"free": 4, "word": 2, "source": 2}
 _OPEN_SHARES = (0.0, 0.5)
 _SEXES: tuple[Literal["woman", "man"], ...] = ("woman", "man")
@@ -27,18 +27,18 @@ _CONTRADICTING_SHARE = 0.8
 
 @dataclass(frozen=True)
 class SceneWriter:
-    """Draws examples of scenes without sound.
+    """Source of examples about scenes without audio.
 
     Attributes:
-        open_texts: Lines of open text that training voices say; without any, all lines are of the sentence patterns.
-        held_out: Lines that no example may hold, since somebody is asked about them who shall not have read them.
+        open_texts: Open text of training voices; if empty, all lines come from sentence patterns.
+        held_out: Evaluation lines, excluded from training.
     """
 
     open_texts: Sequence[str]
     held_out: Collection[str]
 
     def draw(self, rng: random.Random) -> SceneExample:
-        """Draws an example; its scene has the seed -1, no recording and no time."""
+        """Draw an example; its scene has seed -1, no recording and zero times."""
         scene = self._draw_scene(rng)
         kinds = possible_kinds(scene)
         return draw_example(scene, rng, kind=rng.choices(kinds, [_KIND_WEIGHTS.get(kind, 1) for kind in kinds])[0])
@@ -84,35 +84,39 @@ class SceneWriter:
         return [*dict.fromkeys(rng.choice(self.open_texts) for _ in range(count))] if self.open_texts else []
 
     def _draw_background(self, rng: random.Random, lines: Sequence[Line]) -> tuple[str, str | None, str | None]:
-        """Draws the background's class, the question that it answers otherwise than a speaker, and what it says."""
+        """Draw a background.
+
+        Returns:
+            Its class, the contradicted question or None, and its line or None.
+        """
         if rng.random() < _QUIET_SHARE:
             return sounds.QUIET, None, None
         if not lines or rng.random() >= _BACKGROUND_SPEECH_SHARE:
             return rng.choice(sounds.labels()), None, None
-        if rng.random() < _CONTRADICTING_SHARE and (found := self._contradict(rng, lines)):
-            return sounds.BACKGROUND_SPEECH, *found
+        if rng.random() < _CONTRADICTING_SHARE and (contradiction := self._contradict(rng, lines)):
+            return sounds.BACKGROUND_SPEECH, *contradiction
         while True:
             text = draw_line(rng).text
             if text not in self.held_out and all(text != line.text for line in lines):
                 return sounds.BACKGROUND_SPEECH, None, text
 
     def _contradict(self, rng: random.Random, lines: Sequence[Line]) -> tuple[str, str] | None:
-        """Returns a question that one line answers, and the same line with another answer to it."""
-        asked_of = [(line, asked) for line in lines for asked in line.questions]
-        if len({asked.question for _, asked in asked_of}) < len(asked_of):
+        """Return a question answered by one of the lines, and the same line with another answer."""
+        candidates = [(line, question) for line in lines for question in line.questions]
+        if len({question.question for _, question in candidates}) < len(candidates):
             return None
-        rng.shuffle(asked_of)
-        for line, asked in asked_of:
-            word = rng.choice([word for word in SLOTS[asked.slot] if word != asked.answer])
-            text = re.sub(rf"\b{re.escape(asked.answer)}\b", word, line.text, count=1)
+        rng.shuffle(candidates)
+        for line, question in candidates:
+            word = rng.choice([word for word in SLOTS[question.slot] if word != question.answer])
+            text = re.sub(rf"\b{re.escape(question.answer)}\b", word, line.text, count=1)
             others = {q.question: q.answer for q in line_from_text(text).questions}
-            if others.get(asked.question, asked.answer) != asked.answer and text not in self.held_out:
-                return asked.question, text
+            if others.get(question.question, question.answer) != question.answer and text not in self.held_out:
+                return question.question, text
         return None
 
 
 def _order(rng: random.Random, speakers: Sequence[SceneSpeaker], lines: Sequence[Line]) -> list[str]:
-    """Draws who says which line: everybody one at least, numbered as they begin."""
+    """Assign a speaker to each line, at least one line per speaker, numbered by first speech."""
     names = [speaker.id for speaker in speakers]
     drawn = names + [rng.choice(names) for _ in range(len(lines) - len(names))]
     rng.shuffle(drawn)

@@ -1,4 +1,4 @@
-"""What is known about a question and its clip: the gold answer and the facts that rewards and figures judge by."""
+"""The truth of a question: its gold answer and the facts of its clip for rewards and figures."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Truth:
-    """Says what is known about a question: its gold answer, and of its clip what the data set tells.
+    """A question's gold answer and the known facts of its clip.
 
     Attributes:
         answer: With choices, exactly one of them.
-        environment, num_speakers, transcript: None where the data set does not say; "" is a clip without speech.
+        environment, num_speakers, transcript: None if unknown to the data set; an empty transcript means no speech.
     """
 
     question: str
