@@ -1,1 +1,1 @@
-"""What a HyPeR model means: its sounds, its traces, its pauses, its checkpoints. Knows no HTTP."""
+"""The meaning of a HyPeR model: audio, traces, pauses and checkpoints, without HTTP."""

@@ -1,11 +1,10 @@
-"""Makes a HyPeR checkpoint of somebody else's Qwen2-Audio: the stock model, an R1-AQA model, a published HyPeR model.
+"""Conversion of Qwen2-Audio models (stock, R1-AQA, published HyPeR) to HyPeR checkpoints.
 
-What changes: the weights get the names that vLLM wants, tokens that the tokenizer lacks are added with rows of their
-own, and a manifest says how the model writes. What a model has learned does not change: one that never saw `<PAUSE>`,
-or whose tags are not tokens, is adopted with pauses off.
+The conversion renames the weights for vLLM, adds missing tokens with their own embedding rows, and writes a manifest.
+It does not train. A model without a trained `<PAUSE>`, or with tags as plain text, is adopted with pauses off.
 
-Only config, tokenizer and safetensors of the source are read, one tensor at a time; pickles and code are never opened,
-and nothing is copied but licence texts. Knows nothing of training or serving.
+It reads only the config, the tokenizer and the safetensors of the source, one tensor at a time. It never opens pickles
+or code, and copies no file but licence texts. The module is independent of training and serving.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 TagNames = Literal["hyper", "r1"]
 AnswerStyle = Literal["letter", "text"]
-# How models of each kind spell their sections. Published HyPeR code asks for <BGM>; R1-AQA has these two sections only.
+# Section spellings of each kind of model. Published HyPeR code asks for <BGM>; R1-AQA has these two sections only.
 _SPELLINGS: Mapping[TagNames, Mapping[Section, tuple[str, str]]] = {
     "hyper": {section: section.tags for section in Section} | {Section.ENV: ("<BGM>", "</BGM>")},
     "r1": {Section.THINK: ("<think>", "</think>"), Section.FINAL_ANSWER: ("<answer>", "</answer>")},
@@ -49,20 +48,20 @@ _SETTINGS_FILES = (
     "processor_config.json",
     "generation_config.json",
 )
-# Whisper's front end, which the encoder was trained on; a source that says otherwise would be heard wrongly.
+# The features of Whisper's front end, on which the encoder was trained. Other values would give wrong states.
 _FEATURES = {"sampling_rate": 16_000, "hop_length": 160, "n_fft": 400, "chunk_length": 30}
 _MAX_MODEL_LEN = 8192
-_ROW_MULTIPLE = 64  # matrix kernels like round sizes; vLLM pads to this anyway
+_ROW_MULTIPLE = 64  # matrix kernels prefer round sizes; vLLM pads to 64 anyway
 
 
 @dataclass(frozen=True)
 class Adoption:
-    """Tells what `adopt` made and decided.
+    """Result of `adopt`: the checkpoint and the choices made.
 
     Attributes:
-        added_tokens: What the tokenizer lacked.
-        num_rows_before, num_rows: Rows of the embedding; equal when the new tokens fitted into rows that padded it.
-        tag_names: Which spellings the manifest lists.
+        added_tokens: Tokens added to the tokenizer.
+        num_rows_before, num_rows: Rows of the embedding. They are equal when the new tokens fit into its padding rows.
+        tag_names: Tag spellings listed in the manifest.
     """
 
     checkpoint: Checkpoint
@@ -83,26 +82,29 @@ def adopt(
     base_model: str | None = None,
     max_shard_bytes: int = weights.DEFAULT_SHARD_BYTES,
 ) -> Adoption:
-    """Writes a checkpoint at `destination` from a transformers directory of a Qwen2-Audio model.
+    """Write a checkpoint at `destination` from a transformers directory of a Qwen2-Audio model.
 
-    What is not given is decided from the source's tokenizer alone:
-      - tag_style: "token" when all 24 tags are tokens of it, else "text". Giving "token" adds them (to fine-tune on).
-      - tag_names: "hyper" when the style is "token" or the tokenizer holds any tag, `<PAUSE>` or `<IMPLICIT_THINK>`,
-        else "r1" (`<think>`, `<answer>`). A published HyPeR model with Qwen's own tokenizer must be named by hand.
+    Options left at None are derived from the source's tokenizer:
+      - tag_style: "token" if all 24 tags are tokens, else "text". Pass "token" to add the tags before fine-tuning.
+      - tag_names: "hyper" if the style is "token" or the tokenizer has any tag, `<PAUSE>` or `<IMPLICIT_THINK>`.
+        Otherwise "r1" (`<think>`, `<answer>`). Pass "hyper" for a published HyPeR model with Qwen's own tokenizer.
       - answer_style: "letter" for "hyper", "text" for "r1".
-      - pauses: `<IMPLICIT_THINK>` spans, sampled, where the tokenizer has them; `<PAUSE>` spans where it has that; else
-        `<PAUSE>` is added. They are off for tokens that were added, and wherever tags are text: the gate must know in
-        which section it is, and only a token tells.
+      - pauses: sampled `<IMPLICIT_THINK>` spans if the tokenizer has them, else `<PAUSE>` spans. `<PAUSE>` is added if
+        missing. Pauses are off for added tokens. They are also off for plain-text tags, because the gate tracks
+        sections by tag tokens.
 
     Args:
-        source: The directory; links, as in a hub cache, are followed.
-        destination: Where to; must not exist or be empty.
-        name: The checkpoint's name; the source directory's by default.
-        base_model: Said in the manifest; the source directory's name by default.
-        max_shard_bytes: The size of the weight files, and about the memory that writing them takes.
+        source: The model's directory. Links, as in a hub cache, are followed.
+        destination: The new directory; must be missing or empty.
+        name: The checkpoint's name; defaults to the name of the source directory.
+        tag_style: The way the model writes its tags.
+        tag_names: The spellings of its tags.
+        answer_style: The form of its answer to choices.
+        base_model: The base model named in the manifest; defaults to the name of the source directory.
+        max_shard_bytes: Size of a weight file, and roughly the memory used to write it.
 
     Raises:
-        CheckpointError: The source is not a plain Qwen2-Audio in safetensors, or the destination is taken.
+        CheckpointError: If the source is not a plain Qwen2-Audio in safetensors, or the destination is not empty.
     """
     root = Path(source)
     try:
@@ -202,14 +204,14 @@ def _read_config(root: Path) -> dict[str, Any]:
                 if settings.get(field, value) != value:
                     raise CheckpointError(f"{name} has {field} {settings[field]}; only {value} is served")
     require_architecture(config)
-    # Fills in what published configs leave to the defaults of the class, such as the width of the decoder.
+    # Fill in the class defaults omitted by published configs, such as the width of the decoder.
     return Qwen2AudioConfig.from_dict(config).to_dict()  # pyright: ignore[reportUnknownMemberType]
 
 
 def _check_source_tensors(
     entries: Mapping[str, weights.TensorEntry], config: Mapping[str, Any], *, is_tied: bool
 ) -> None:
-    """Refuses a source before anything is written: a 7B model takes minutes to write."""
+    """Refuse an unusable source before anything is written, because writing a 7B model takes minutes."""
     found = {canonical: entries[name] for canonical, name in weights.canonical_names(list(entries)).items()}
     if is_tied and weights.EMBEDDING in found:
         found.setdefault(weights.LM_HEAD, found[weights.EMBEDDING])
@@ -224,7 +226,7 @@ def _read_tokenizer(root: Path, config: Mapping[str, Any]) -> Tokenizer:
         raise CheckpointError("it has no tokenizer.json; load and save its tokenizer with transformers once")
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception, whatever is wrong
+    except Exception as error:  # tokenizers raises bare Exception for every fault
         raise CheckpointError("tokenizer.json is not a tokenizer file") from error
     for token in CONTROL_TOKENS:
         if tokenizer.token_to_id(token) is None:
@@ -237,15 +239,15 @@ def _read_tokenizer(root: Path, config: Mapping[str, Any]) -> Tokenizer:
 def _pause_fields(known: set[str], style: TagStyle) -> dict[str, Any]:
     has_span = set(_LATENT_SPAN) <= known
     open_tag, close_tag = _LATENT_SPAN if has_span else (PAUSE, PAUSE_CLOSE)
-    # A token that the model never saw refines nothing: its row is a mean of others until it is trained. And where tags
-    # are plain text there is no gate (`GateSettings.of`).
+    # A new token's embedding row is a mean of other rows, so pauses need training first. Plain-text tags have no gate
+    # (see `GateSettings.of`).
     can_pause = style is TagStyle.TOKEN and open_tag in known
     budget = {} if can_pause else {"max_pauses": 0}
     return {"mode": "sampled" if has_span else "parallel", "open": open_tag, "close": close_tag} | budget
 
 
 def _add_tokens(tokenizer: Tokenizer, wanted: list[str]) -> tuple[str, ...]:
-    """Makes special tokens of all that are wanted; those that the tokenizer knows keep their ids."""
+    """Make all wanted tokens special, keep existing ids, and return the added ones."""
     from tokenizers import AddedToken
 
     before = {token: tokenizer.token_to_id(token) for token in wanted}
@@ -258,10 +260,10 @@ def _add_tokens(tokenizer: Tokenizer, wanted: list[str]) -> tuple[str, ...]:
 
 
 class _GrownTensors(Mapping[str, "torch.Tensor"]):
-    """Reads a source's tensors one at a time, with embedding and head grown to the new tokens.
+    """Lazy mapping of a source's tensors, with embedding and head grown to the new tokens.
 
-    A new row is the mean of the rows that were trained (Hewitt 2021): a fresh random row could take most of the
-    probability, a mean row cannot. Padding rows that become tokens are overwritten in the same way; the rest is kept.
+    A new row is the mean of all trained rows (Hewitt 2021). A random row could take most of the probability; a mean row
+    cannot. Former padding rows used by new tokens are overwritten likewise. All other rows are kept.
     """
 
     def __init__(

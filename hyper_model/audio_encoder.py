@@ -1,14 +1,15 @@
-"""Runs Qwen2-Audio's audio tower on the sound of a clip alone, with the result that the padded 30 s pass gives.
+"""Qwen2-Audio's audio tower on unpadded clips, with the same result as the padded 30 s pass.
 
-transformers and vLLM fill every clip to 30 s, run the tower on 3000 mel frames and mask the padding away. A masked
-state never reaches a valid one, so it need not be computed: only the convolutions look past the end of the clip, and by
-no more than a frame of the silence there. Serving (`hyper_model.vllm_plugin`) and training (`training.data.encoder`)
-share this module, so both give a model the same states.
+transformers and vLLM pad every clip to 30 s, run the tower on 3000 mel frames and mask the padding. Masked states never
+affect valid ones, so they can be skipped. Only the convolutions read past the end of a clip, by at most one frame of
+silence. Serving (`hyper_model.vllm_plugin`) and training (`training.data.encoder`) share this module and so get the
+same states.
 
-Knows no vLLM, no prompt and no file format: float32 samples in, one row per audio token out.
+The module is independent of vLLM, prompts and file formats. Input is float32 samples; output is one row per audio
+token.
 
-Axes: S samples at 16 kHz, F mel frames (10 ms), L samples that a frame looks at, B frequency bins, M mel bins,
-W mel frames handed to the tower, T states (20 ms) and A audio tokens (40 ms) of all clips, D width of the tower.
+Axes: S samples at 16 kHz, F mel frames (10 ms), L samples per frame, B frequency bins, M mel bins, W mel frames passed
+to the tower, T states (20 ms) and A audio tokens (40 ms) of all clips, D width of the tower.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ __all__ = ["HOP", "MAX_SAMPLES", "WINDOW", "LogMel", "encode", "num_audio_tokens
 HOP = 160
 """Samples from one mel frame to the next."""
 WINDOW = 400
-"""Samples that one mel frame looks at."""
+"""Samples per mel frame."""
 MAX_FRAMES = 3000
-"""Mel frames that the tower has positions for: 30 s."""
+"""Mel frames with a position embedding in the tower: 30 s."""
 MAX_SAMPLES = MAX_FRAMES * HOP
 MIN_SAMPLES = 2 * HOP + 1
-"""Samples of the shortest clip that makes an audio token."""
+"""Samples of the shortest clip with an audio token."""
 _MARGIN = WINDOW // 2
 
 
 def num_states(num_samples: int) -> int:
-    """Returns the states of a clip that are attended to: one for two mel frames, both rounded up.
+    """Return the number of unmasked states of a clip: one per two mel frames, both rounded up.
 
-    A frame counts as soon as a sample lies on it, as in WhisperFeatureExtractor's mask.
+    A frame counts from its first sample on, as in WhisperFeatureExtractor's mask.
 
     Raises:
-        ValueError: the clip is longer than the tower's 30 s, or makes no audio token.
+        ValueError: If the clip is longer than the tower's 30 s, or too short for one audio token.
     """
     if num_samples > MAX_SAMPLES:
         raise ValueError(
@@ -62,25 +63,28 @@ def num_states(num_samples: int) -> int:
 
 
 def num_audio_tokens(num_samples: int) -> int:
-    """Returns the audio tokens of a clip (`Qwen2AudioEncoder._get_feat_extract_output_lengths`).
+    """Return the number of audio tokens of a clip (`Qwen2AudioEncoder._get_feat_extract_output_lengths`).
 
     Raises:
-        ValueError: as `num_states`.
+        ValueError: As in `num_states`.
     """
     return num_states(num_samples) // 2
 
 
 def num_states_of_mel(num_columns: int) -> int:
-    """Returns the states of a clip from its mel's width: two columns each and one more, which a clip of 30 s lacks."""
+    """Return the number of states of a mel, given its columns.
+
+    A mel has two columns per state and one more; a mel of 30 s lacks the extra column.
+    """
     return num_columns // 2
 
 
 class LogMel:
-    """Computes Whisper's log-mel spectrogram of a clip and of the one frame behind it that the tower looks at.
+    """Whisper's log-mel spectrogram of a clip and the one frame behind it.
 
-    Equal to `WhisperFeatureExtractor` with padding to 30 s (its torch path, which is the one it uses wherever torch is
-    installed) on those frames. Whisper cuts everything off 8 decades below the loudest frame of the whole window; the
-    padding is never louder than the clip, so leaving it out changes nothing.
+    The frames equal those of `WhisperFeatureExtractor` with padding to 30 s (its torch path, used if torch is
+    installed). Whisper clips values to 8 decades below the loudest frame of the window. The padding is never louder
+    than the clip, so omitting it changes nothing.
     """
 
     def __init__(self, num_mel_bins: int) -> None:
@@ -97,19 +101,19 @@ class LogMel:
         self.window = torch.hann_window(WINDOW)
 
     def __call__(self, samples_S: NDArray[np.float32]) -> torch.Tensor:
-        """Returns the log-mel [M, W] in float32: W is `2 * num_states + 1`, or 3000 where the clip fills the 30 s.
+        """Return the log-mel [M, W] in float32; W is `2 * num_states + 1`, or 3000 for a full 30 s.
 
         Raises:
-            ValueError: the samples are not one channel, too many or too few (see `num_states`).
+            ValueError: If the samples are not one channel, or too many or too few (see `num_states`).
         """
         if samples_S.ndim != 1:
             raise ValueError(f"a clip must be an array of one axis, this one has {samples_S.ndim}")
         states = num_states(len(samples_S))
-        # One frame more than is handed out: the clip's last samples reach into it, and it counts for the loudest.
+        # Compute one extra frame: the clip's last samples reach into it, and it counts towards the maximum.
         num_frames = min(2 * states + 2, MAX_FRAMES)
         frames_FL = torch.as_tensor(_framed(samples_S, num_frames)).as_strided((num_frames, WINDOW), (HOP, 1))
         spectrum_FB = cast(torch.Tensor, torch.fft.rfft(frames_FL * self.window))  # pyright: ignore[reportUnknownMemberType]
-        # Not abs() ** 2, which takes a root only to square it again, at five times the cost.
+        # Not abs() ** 2: it takes a root only to square it again, at five times the cost.
         power_FB = torch.real(spectrum_FB).square() + torch.imag(spectrum_FB).square()
         log_FM = (power_FB @ self.filters_BM).clamp_(min=1e-10).log10_()
         log_FM.clamp_(min=log_FM.max() - 8.0).add_(4.0).div_(4.0)
@@ -117,7 +121,7 @@ class LogMel:
 
 
 def _framed(samples_S: NDArray[np.float32], num_frames: int) -> NDArray[np.float32]:
-    """Returns the samples that the frames look at: the clip, silence behind it, and both ends of the 30 s mirrored."""
+    """Return the samples under the frames: the clip, silence behind it, and both ends of the 30 s mirrored."""
     framed = np.zeros(2 * _MARGIN + (num_frames - 1) * HOP, np.float32)
     framed[_MARGIN : _MARGIN + len(samples_S)] = samples_S
     framed[:_MARGIN] = framed[2 * _MARGIN : _MARGIN : -1]
@@ -128,18 +132,18 @@ def _framed(samples_S: NDArray[np.float32], num_frames: int) -> NDArray[np.float
 
 
 def encode(tower: Any, mels_MW: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
-    """Runs the tower once on the clips of a step, packed end to end: no padding between them, and no mask.
+    """Run the tower once on all clips of a step, packed end to end without padding or mask.
 
-    Differs from the padded pass by rounding alone: in float32 by 1e-5 to 2e-4 on real recordings, where the padded pass
-    is 7e-6 to 4e-4 from float64, and in float64 by less than 1e-9. Neither the order of the clips nor what they are
-    packed with matters. Nothing here waits for the device.
+    The result differs from the padded pass by rounding only. On real recordings the difference is 1e-5 to 2e-4 in
+    float32, and the padded pass itself is 7e-6 to 4e-4 from float64. In float64 it is below 1e-9. The order and the
+    choice of packed clips do not matter. No call waits for the device.
 
     Args:
         tower: transformers' `Qwen2AudioEncoder`, in any dtype, on any device.
-        mels_MW: A mel per clip, as `LogMel` makes it.
+        mels_MW: One mel per clip, as made by `LogMel`.
 
     Returns:
-        The rows [A, D] of all clips one after the other, in the tower's dtype, and the number of rows of each clip.
+        The rows [A, D] of all clips in order, in the tower's dtype, and the number of rows per clip.
     """
     lengths = [num_states_of_mel(mel_MW.shape[1]) for mel_MW in mels_MW]
     hidden_TD = _convolve(tower, mels_MW, lengths)
@@ -149,11 +153,11 @@ def encode(tower: Any, mels_MW: Sequence[torch.Tensor]) -> tuple[torch.Tensor, l
 
 
 def _convolve(tower: Any, mels_MW: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
-    """Runs both convolutions over all clips in a row and adds the positions: [T, D].
+    """Run both convolutions over all clips in a row and add the positions: [T, D].
 
-    A clip takes `2 * states + 2` columns: its mel, then at least one column of zeros, where the next clip, alone, would
-    find the first convolution's own padding. The second one must find zeros there too, where the first has computed
-    something.
+    A clip takes `2 * states + 2` columns: its mel, then at least one column of zeros. The zeros replace the first
+    convolution's own padding before the next clip. The output of the first convolution is zeroed there, as padding for
+    the second.
     """
     weight = cast(torch.Tensor, tower.conv1.weight)
     if len(mels_MW) == 1:
@@ -181,21 +185,21 @@ def _convolve(tower: Any, mels_MW: Sequence[torch.Tensor], lengths: Sequence[int
 
 
 def _run_layer(layer: Any, hidden_TD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Runs one `Qwen2AudioEncoderLayer`: everything on all rows at once, attention within each clip."""
+    """Run one `Qwen2AudioEncoderLayer`: attention within each clip, everything else on all rows at once."""
     hidden_TD = hidden_TD + _attend(layer.self_attn, layer.self_attn_layer_norm(hidden_TD), lengths)
     widened_TD = layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden_TD)))
     hidden_TD = hidden_TD + layer.fc2(widened_TD)
     if hidden_TD.dtype == torch.float16:
-        # As the layer itself does: float16 overflows in the larger Whisper encoders.
+        # Clamp as the original layer does: float16 overflows in the larger Whisper encoders.
         limit = torch.finfo(torch.float16).max - 1000
         hidden_TD = hidden_TD.clamp(-limit, limit)
     return hidden_TD
 
 
 def _attend(attention: Any, hidden_TD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Runs self-attention within each clip; neighbours of the same length go through in one call."""
+    """Run self-attention within each clip, in one call for neighbours of equal length."""
     heads = (attention.num_heads, attention.head_dim)
-    # The queries are scaled before the product, in the tower's dtype, as transformers does it.
+    # As in transformers, scale the queries before the product, in the tower's dtype.
     query = (attention.q_proj(hidden_TD) * attention.scaling).unflatten(-1, heads)
     key = attention.k_proj(hidden_TD).unflatten(-1, heads)
     value = attention.v_proj(hidden_TD).unflatten(-1, heads)
@@ -211,7 +215,7 @@ def _attend(attention: Any, hidden_TD: torch.Tensor, lengths: Sequence[int]) -> 
 
 
 def _pool(hidden_TD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Averages each two neighbouring states of a clip; the last of an odd number was heard by the others, and goes."""
+    """Average pairs of neighbouring states of each clip; drop the last state of an odd number."""
     if any(length % 2 for length in lengths):
         hidden_TD = torch.cat([rows[: len(rows) // 2 * 2] for rows in torch.split(hidden_TD, list(lengths))])
     return hidden_TD.reshape(-1, 2, hidden_TD.shape[1]).mean(1)

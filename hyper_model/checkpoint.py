@@ -1,13 +1,14 @@
-"""A checkpoint is a directory that says what it holds: how one is written, and how one is opened.
+"""Checkpoints on disk: export and verified opening of a directory of model files.
 
     hyper.json                 the manifest (hyper_model.manifest), with the sha256 of every other file
-    config.json, *.safetensors the model, under the names that vLLM and transformers both load (hyper_model.weights)
+    config.json, *.safetensors the model, under names accepted by vLLM and transformers (hyper_model.weights)
     tokenizer.json, tokenizer_config.json, preprocessor_config.json, chat_template.jinja, generation_config.json
 
-`export` writes one, `open_checkpoint` opens one or says in one line why not. Files that could run code are refused,
-listed or not, and so is any file that nobody listed: libraries pick files up by name.
+`export` writes a checkpoint. `open_checkpoint` opens one, or raises an error of one line with the reason. Files with
+executable code are refused, listed or not. Unlisted files are refused too, because libraries load files by name.
 
-Knows neither HTTP nor engines. Importing it, and opening a checkpoint, loads neither torch nor transformers.
+The module is independent of HTTP and engines. Neither importing it nor opening a checkpoint loads torch or
+transformers.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _REQUIRED_FILES = (
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "NOTICE")
 _UNLISTED_NAMES = ("README.md", *LICENCE_FILES, ".gitattributes", ".gitignore")
-# What `trace.build_prompt` writes, for those who serve the directory with something else. Without it the processor
-# falls back to Qwen's template, whose system turn our models never saw.
+# The prompt of `trace.build_prompt`, for other servers of the directory. Without this template the processor falls back
+# to Qwen's, with a system turn absent from our training data.
 _CHAT_TEMPLATE = (
     "{% set clips = namespace(count=0) %}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -55,10 +56,10 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Holds an opened checkpoint.
+    """An opened checkpoint.
 
     Attributes:
-        manifest_sha256: Names this exact checkpoint: the manifest holds the sum of every other file.
+        manifest_sha256: Identifies this exact checkpoint, because the manifest holds the sha256 of every other file.
     """
 
     path: Path
@@ -68,20 +69,21 @@ class Checkpoint:
 
 
 class HasToDict(Protocol):
-    """Stands for transformers' configuration objects without importing them."""
+    """Interface of transformers' configuration objects, declared here to avoid importing them."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
 
 def open_checkpoint(directory: str | Path, *, verify: bool = True) -> Checkpoint:
-    """Opens a checkpoint after checking all of it.
+    """Check a checkpoint completely and open it.
 
     Args:
-        directory: Where it lies.
-        verify: Also read every file and compare its sha256 (a 7B model: about a minute). All else is checked anyway.
+        directory: The checkpoint's directory.
+        verify: Whether to read every file and compare its sha256 (about a minute for a 7B model). All other checks
+            always run.
 
     Raises:
-        CheckpointError: It cannot be served; the message is one line that names the directory and the reason.
+        CheckpointError: If it cannot be served. The message is one line with the directory and the reason.
     """
     root = Path(directory)
     try:
@@ -134,7 +136,7 @@ def _check_configs(root: Path, manifest: Manifest) -> dict[str, Any]:
         name: parse_json((root / name).read_bytes(), name) for name in manifest.files if name.endswith(".json")
     }
     for name, document in documents.items():
-        if name != "tokenizer.json":  # its vocabulary may well hold the word
+        if name != "tokenizer.json":  # its vocabulary may contain the word
             refuse_code(document, name)
     config = documents["config.json"]
     require_architecture(config)
@@ -145,7 +147,7 @@ def _check_configs(root: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def refuse_code(document: object, name: str) -> None:
-    """Refuses a parsed configuration that names code of its own to load, at any depth."""
+    """Refuse a parsed configuration with a reference to custom code, at any depth."""
     if isinstance(document, dict):
         items = cast("dict[str, object]", document)
         if "auto_map" in items or items.get("trust_remote_code"):
@@ -157,7 +159,7 @@ def refuse_code(document: object, name: str) -> None:
 
 
 def require_architecture(config: Mapping[str, Any]) -> None:
-    """Refuses a config.json that is not a plain Qwen2-Audio."""
+    """Refuse a config.json of anything but a plain Qwen2-Audio."""
     named: list[str] = config.get("architectures") or []
     if named != [ARCHITECTURE] or config.get("model_type") != "qwen2_audio":
         raise CheckpointError(f"the architecture is {', '.join(named) or 'not named'}; only {ARCHITECTURE} is served")
@@ -202,18 +204,18 @@ def make_tokenizer(
     pause_spelling: tuple[str, str],
     position_ids: Sequence[int] = (),
 ) -> TraceTokenizer:
-    """Makes the tokenizer of traces from the text of a tokenizer.json and what a manifest says of tags and pauses."""
+    """Build the trace tokenizer from the text of a tokenizer.json and a manifest's tags and pauses."""
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception, whatever is wrong
+    except Exception as error:  # tokenizers raises bare Exception for every fault
         raise CheckpointError("tokenizer.json is not a tokenizer file") from error
     return TraceTokenizer(tokenizer, tag_style, tags=spellings, pause_tags=pause_spelling, position_ids=position_ids)
 
 
 def num_token_ids(tokenizer: TraceTokenizer) -> int:
-    """Counts the rows that an embedding needs: the highest id and one (ids may have gaps)."""
+    """Return the number of embedding rows needed: the highest id plus one (ids may have gaps)."""
     return max(tokenizer.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -223,7 +225,7 @@ def _sha256(path: Path) -> str:
 
 
 class _ModelTensors(Mapping[str, "torch.Tensor"]):
-    """Shows a state dict under canonical names, tensor by tensor, with a head even where it has only an embedding."""
+    """View of a state dict under canonical names, tensor by tensor; a missing head is the embedding."""
 
     def __init__(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         self._state_dict = state_dict
@@ -260,29 +262,28 @@ def export(
     overwrite: bool = False,
     max_shard_bytes: int = weights.DEFAULT_SHARD_BYTES,
 ) -> Checkpoint:
-    """Writes a checkpoint that `open_checkpoint`, transformers and vLLM load, whole or not at all.
+    """Write a checkpoint for `open_checkpoint`, transformers and vLLM, atomically.
 
     Args:
-        directory: Where to; it must not exist, or be empty, unless `overwrite`.
-        state_dict: The tensors under any of the names that transformers gives them. May be lazy: no more than one shard
-            is held at a time.
-        config: A Qwen2AudioConfig or its dict. Vocabulary size, special token ids, tying and dtype are set here, from
-            the weights and the tokenizer.
-        tokenizer_json: The text of a tokenizer.json, or the path of one.
-        manifest_fields: What is not computed here: `name`, and any field of the manifest or of its `trace`, `pause` and
-            `audio` groups that differs from the default. Token ids, `max_model_len` and `files` are filled in.
-        dtype: Converts the weights; None keeps them as they are.
-        overwrite: Replaces a directory that is there.
-        max_shard_bytes: Splits the weights into files of about this size.
+        directory: The new directory; must be missing or empty unless `overwrite` is set.
+        state_dict: The tensors, under any of transformers' names. It may be lazy: at most one shard is in memory.
+        config: A Qwen2AudioConfig or its dict. Vocabulary size, special token ids, tying and dtype are derived from the
+            weights and the tokenizer.
+        tokenizer_json: The text of a tokenizer.json, or its path.
+        manifest_fields: `name`, and all other manifest fields, or fields of `trace`, `pause` and `audio`, with
+            non-default values. Token ids, `max_model_len` and `files` are filled in.
+        dtype: The dtype of the written weights; None keeps theirs.
+        overwrite: Whether to replace an existing directory.
+        max_shard_bytes: Approximate size of a weight file.
 
     Raises:
-        CheckpointError: The parts do not make a checkpoint; nothing is left behind.
+        CheckpointError: If the parts do not form a checkpoint. No partial directory remains.
     """
     target = Path(directory)
     if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the rename stays on one file system; made with the caller's umask, unlike mkdtemp.
+    # Write beside the target: the rename then stays on one file system. mkdtemp would ignore the caller's umask.
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     partial.mkdir()
     try:
@@ -301,7 +302,7 @@ def export(
         fields["files"] = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
         manifest = make_manifest({"format_version": FORMAT_VERSION, **fields})
         (partial / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        checkpoint = _open(partial, verify=False)  # the sums were taken from these very files a moment ago
+        checkpoint = _open(partial, verify=False)  # the sums were computed from these files just now
         _replace(partial, target)
     except CheckpointError as error:
         raise CheckpointError(f"{target}: cannot be written: {error}") from error
@@ -311,21 +312,21 @@ def export(
 
 
 def update_pause(directory: str | Path, fields: Mapping[str, Any]) -> Checkpoint:
-    """Changes settings of the gate in a checkpoint's manifest; nothing else in the directory is touched.
+    """Change gate settings in a checkpoint's manifest and leave all other files untouched.
 
     Args:
         directory: An exported checkpoint.
         fields: Fields of the manifest's `pause` group, such as `{"tau_pause": 0.6}`.
 
     Raises:
-        CheckpointError: The checkpoint cannot be opened, or the fields do not fit; it is as it was then.
+        CheckpointError: If the checkpoint cannot be opened or the fields are invalid. The old manifest is then kept.
     """
     checkpoint = open_checkpoint(directory, verify=False)
     document = checkpoint.manifest.model_dump(mode="json")
     document["pause"] |= fields
     manifest = make_manifest(document)
     path = checkpoint.path.resolve() / MANIFEST_FILE
-    # Beside the checkpoint, in which a stray file would be refused; the rename leaves the old manifest or the new one.
+    # Write beside the checkpoint, because a stray file inside it would be refused. The rename is atomic.
     partial = path.parent.with_name(f".{path.parent.name}.{uuid.uuid4().hex}.json")
 
     def write(document: bytes) -> None:
@@ -347,7 +348,7 @@ def update_pause(directory: str | Path, fields: Mapping[str, Any]) -> Checkpoint
 
 
 def _fill_tags(fields: dict[str, Any], tokenizer_text: str) -> TraceTokenizer:
-    """Completes the `trace` and `pause` groups with spellings and ids from the tokenizer."""
+    """Complete the `trace` and `pause` groups with spellings and ids from the tokenizer."""
     group: dict[str, Any] = fields.setdefault("trace", {})
     pause: dict[str, Any] = fields.setdefault("pause", {})
     tag_style = TagStyle(group.setdefault("tag_style", TagStyle.TOKEN))
@@ -381,13 +382,13 @@ def _model_config(
     source.setdefault("model_type", "qwen2_audio")
     refuse_code(source, "config.json")
     require_architecture(source)
-    # Through the class: spellings of older releases (rope_theta, torch_dtype) become those that are read today.
+    # Through the class: it converts names of older releases (rope_theta, torch_dtype) to current ones.
     model: dict[str, Any] = Qwen2AudioConfig.from_dict(source).to_diff_dict()  # pyright: ignore[reportUnknownMemberType]
     embedding = tensors[weights.EMBEDDING]
     dtype_name = str(dtype or embedding.dtype).removeprefix("torch.")
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.im_end_id, "pad_token_id": tokenizer.end_of_text_id}
-    # Said of the weights as they are, never copied: transformers does not tie this architecture whatever the flag says,
-    # and vLLM copies the flag of the top level over the decoder's.
+    # Derived from the weights, never copied from the source. transformers ignores the flag for this architecture, and
+    # vLLM copies the top-level flag over the decoder's.
     tied = {"tie_word_embeddings": tensors.is_tied}
     model["text_config"] |= {"vocab_size": embedding.shape[0], "dtype": dtype_name} | ids | tied
     model["audio_config"]["dtype"] = dtype_name
@@ -398,7 +399,7 @@ def _model_config(
 def _companion_files(
     model: Mapping[str, Any], tokenizer: TraceTokenizer, max_model_len: int
 ) -> dict[str, dict[str, Any]]:
-    """Makes the small files that transformers and vLLM look for beside the weights."""
+    """Return the small files expected by transformers and vLLM beside the weights."""
     return {
         "generation_config.json": {
             # Both libraries take sampling defaults from here; a base model's top_k or penalties must not leak in.
@@ -407,8 +408,8 @@ def _companion_files(
             "pad_token_id": tokenizer.end_of_text_id,
         },
         "tokenizer_config.json": {
-            # Not Qwen2Tokenizer, which transformers 5 rebuilds with Qwen's own splitting: this one takes tokenizer.json
-            # as it stands, whatever it says.
+            # Not Qwen2Tokenizer: transformers 5 rebuilds it with Qwen's own splitting. This class uses tokenizer.json
+            # unchanged.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "processor_class": "Qwen2AudioProcessor",
             "model_max_length": max_model_len,
@@ -434,7 +435,7 @@ def _companion_files(
 
 
 def _replace(partial: Path, target: Path) -> None:
-    """Moves a finished directory into place; one that was there is set aside first, and is whole until then."""
+    """Move a finished directory into place; set an existing one aside first, intact until then."""
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
     if not target.exists():

@@ -1,9 +1,8 @@
-"""The `hyper` command: finds its sub-commands and turns faults into one line and an exit code.
+"""The `hyper` command: discovery of sub-commands, and errors as one line and an exit code.
 
-A package adds a sub-command by an entry point of the group "hyper.commands", or to `hyper NAME` by one of the group
-"hyper.NAME.commands"; so this module, and hyper_model with it, imports neither server nor training. A sub-command's
-module is imported when it is run, or for its line in `--help`; those modules keep their heavy imports inside their
-functions.
+A package adds a sub-command with an entry point of the group "hyper.commands". For a sub-command of `hyper NAME`, the
+group is "hyper.NAME.commands". Hence hyper_model imports neither server nor training. A sub-command's module is
+imported when the command runs, or for its line in `--help`. Such modules keep heavy imports inside functions.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ import click
 from hyper_model.errors import AudioError, CheckpointError, HyperError
 
 ENTRY_POINT_GROUP = "hyper.commands"
-# From sysexits.h where it has a word for the fault, so that a supervisor can tell "will never start" from "try again".
+# Codes of sysexits.h, so that a process supervisor can tell permanent faults from temporary ones.
 EXIT_CODES: tuple[tuple[type[HyperError], int], ...] = ((CheckpointError, 78), (AudioError, 65), (HyperError, 2))
 
 
 class CommandGroup(click.Group):
-    """Lists and loads sub-commands from the entry points of a group, besides its own."""
+    """Click group with additional sub-commands from an entry point group."""
 
     entry_point_group = ENTRY_POINT_GROUP
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names every sub-command."""
+        """Return the names of all sub-commands."""
         return sorted({*super().list_commands(ctx), *self._find_commands()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Loads one sub-command."""
+        """Load one sub-command."""
         entry_point = self._find_commands().get(cmd_name)
         return super().get_command(ctx, cmd_name) if entry_point is None else _load(entry_point)
 
@@ -43,7 +42,7 @@ def _load(entry_point: EntryPoint) -> click.Command:
     try:
         command = entry_point.load()
     except ModuleNotFoundError as error:
-        # `hyper --help` must work where only part of the project is installed; the command itself says what it lacks.
+        # `hyper --help` must work in a partial installation. The command itself reports the missing package.
         return _unavailable(entry_point.name, error.name or str(error))
     if not isinstance(command, click.Command):
         raise TypeError(f"the entry point {entry_point.name} is {type(command).__name__}, not a click command")
@@ -70,7 +69,7 @@ def hyper() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; ends the process with 0, or with the fault's exit code."""
+    """Run the command line and exit the process with 0 or the error's exit code."""
     try:
         hyper.main(args=arguments, prog_name="hyper")
     except HyperError as error:

@@ -1,6 +1,6 @@
-"""The commands of `hyper checkpoint`: verify one, describe one, make one of somebody else's model.
+"""The commands of `hyper checkpoint`: verify, describe and adopt checkpoints.
 
-Calibrating one needs an engine and clips, and so comes from `training` by the entry point group of `_Group`.
+`calibrate` needs an engine and clips, so `training` provides it through the entry point group of `_Group`.
 """
 
 from __future__ import annotations

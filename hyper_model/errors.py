@@ -1,18 +1,18 @@
-"""Every fault that the project raises on purpose, in one tree.
+"""All errors raised on purpose by the project, in one tree.
 
     HyperError
-    ├── AudioError               the clip cannot be used; carries figures a caller may show
-    │   ├── UnsupportedAudioError    not a container that we decode
-    │   ├── InvalidAudioError        empty, damaged, too short, or no audio inside
-    │   ├── AudioTooLargeError       more bytes, or more decoded seconds, than a clip may have
-    │   └── AudioTooLongError        longer than one window, and nothing says how to cut it
+    ├── AudioError               the clip cannot be used; carries figures for the sender
+    │   ├── UnsupportedAudioError    not a supported container
+    │   ├── InvalidAudioError        empty, damaged, too short, or no audio stream
+    │   ├── AudioTooLargeError       more bytes, or more decoded seconds, than allowed
+    │   └── AudioTooLongError        longer than one window, without a policy to cut it
     ├── PromptError              the question or the choices cannot be used
-    └── CheckpointError          the checkpoint cannot be used; a process that needs it stops
+    └── CheckpointError          the checkpoint cannot be used; the process exits
 
-Outcomes (a truncated or malformed trace) are values, not members of this tree. Messages are written for the person who
-sent the clip or started the process: they never quote a decoder, a path of ours, or bytes of the clip.
+Outcomes (a truncated or malformed trace) are values, not errors. Messages address the sender of the clip or the
+operator. They never quote a decoder, an internal path, or bytes of the clip.
 
-This module knows no HTTP: the status of each class stands in the server's fault table.
+The module is independent of HTTP: the server's error table maps classes to status codes.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ AudioCode = Literal[
     "truncated_audio",
     "unsupported_codec",
 ]
-"""Every reason for which a clip cannot be used: the four classes' own, then finer ones. Programs branch on them, and
-metrics have them as labels, so there are no others."""
+"""All reasons to refuse a clip: one per error class, then finer ones.
+
+Programs branch on them and metrics use them as labels, so the list is closed.
+"""
 
 
 class HyperError(Exception):
-    """Says why something cannot be done, in one line fit for a user's eyes.
+    """Base error of the project, with a message of one line for users.
 
-    Every field is kept in `__dict__` and the message in `args[0]`, so that the whole tree survives pickling on
-    its way back from a worker process.
+    All fields are in `__dict__` and the message is in `args[0]`, so errors survive pickling on the way back from a
+    worker process.
     """
 
     def __init__(self, message: str) -> None:
@@ -51,7 +53,7 @@ class HyperError(Exception):
         self.message = message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own __reduce__ calls the class with `args` only and so would lose (or demand) the other fields.
+        # Exception's own __reduce__ passes only `args` to the class, and so would lose (or require) the other fields.
         return _rebuild, (type(self), self.args, self.__dict__.copy())
 
     def __str__(self) -> str:
@@ -66,14 +68,14 @@ def _rebuild(kind: type[HyperError], args: tuple[Any, ...], fields: dict[str, An
 
 
 class AudioError(HyperError):
-    """Says why a clip cannot be used.
+    """Error for an unusable clip.
 
     Attributes:
-        code: A stable word a program may branch on.
+        code: Stable identifier for programs.
         message: One sentence for a person.
-        limit: The bound that was crossed, in the unit that the message names.
-        actual: What the clip has instead, in the same unit; a string where it is not a number (a container's name).
-        hint: What the sender can do about it.
+        limit: The exceeded bound, in the unit of the message.
+        actual: The clip's own value in the same unit; a string for non-numeric values (a container's name).
+        hint: A remedy for the sender.
     """
 
     default_code: AudioCode = "invalid_audio"
@@ -95,34 +97,34 @@ class AudioError(HyperError):
 
 
 class UnsupportedAudioError(AudioError):
-    """Refuses bytes that are not one of the containers we decode."""
+    """Error for bytes outside the supported containers."""
 
     default_code: AudioCode = "unsupported_audio"
 
 
 class InvalidAudioError(AudioError):
-    """Refuses a clip that is empty, damaged, too short, too slow to decode, or without an audio stream."""
+    """Error for a clip that is empty, damaged, too short, too slow to decode, or without an audio stream."""
 
     default_code: AudioCode = "invalid_audio"
 
 
 class AudioTooLargeError(AudioError):
-    """Refuses a clip with more bytes or more decoded seconds than the limits allow."""
+    """Error for a clip above the limit of bytes or decoded seconds."""
 
     default_code: AudioCode = "audio_too_large"
 
 
 class AudioTooLongError(AudioError):
-    """Refuses a clip longer than one window where no policy says how to cut it."""
+    """Error for a clip longer than one window, without a policy to cut it."""
 
     default_code: AudioCode = "audio_too_long"
 
 
 class PromptError(HyperError):
-    """Refuses a question or choices that cannot become a prompt.
+    """Error for an unusable question or unusable choices.
 
     Attributes:
-        param: The name of the offending argument, such as "question" or "choices".
+        param: The name of the invalid argument, such as "question" or "choices".
     """
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
@@ -131,4 +133,4 @@ class PromptError(HyperError):
 
 
 class CheckpointError(HyperError):
-    """Refuses a checkpoint that is missing, altered, unsafe, or not one this version can serve."""
+    """Error for a checkpoint that is missing, altered, unsafe, or not supported by this version."""

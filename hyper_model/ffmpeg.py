@@ -1,4 +1,7 @@
-"""Finds an ffmpeg program, to encode what training synthesizes. Clips are decoded without one (`hyper_model.libav`)."""
+"""Discovery of an ffmpeg program, used to encode synthesized training audio.
+
+Clips are decoded without it (`hyper_model.libav`).
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from hyper_model.errors import HyperError
 
 @cache
 def find_ffmpeg() -> str:
-    """Finds `ffmpeg` on PATH (which the system keeps patched), else the one inside imageio-ffmpeg.
+    """Return the path of `ffmpeg` from PATH (patched by the system), else the one of imageio-ffmpeg.
 
     Raises:
-        HyperError: There is neither.
+        HyperError: If neither exists.
     """
     if found := shutil.which("ffmpeg"):
         return found

@@ -1,7 +1,7 @@
-"""The manifest: what a checkpoint says about itself, as hyper.json.
+"""The manifest hyper.json: a checkpoint's description of itself.
 
-Everything that depends on a model stands here: its trace grammar, the calibrated settings of its gate, what a clip must
-be, where the weights come from, and a sum for every other file. Knows nothing of weights, engines or HTTP.
+It holds every model-dependent fact: trace grammar, calibrated gate settings, audio format, origin of the weights, and
+the sha256 of every other file. The module is independent of weights, engines and HTTP.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hyper_model.trace import PAUSE, PAUSE_CLOSE, TRACE_SCHEMA_VERSION, Section,
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "hyper.json"
-TOKENS_PER_S = 25.0  # 100 mel frames a second, halved by the second convolution and again by the pooling
-# Perception and reasoning may pause; the answer and the gaps between sections never.
+TOKENS_PER_S = 25.0  # 100 mel frames per second, halved by the second convolution and again by the pooling
+# Perception and reasoning may pause; the answer and the gaps between sections never do.
 GATED_SECTIONS = (
     Section.ENV,
     Section.SPEAKER,
@@ -41,7 +41,7 @@ class _Frozen(BaseModel):
 
 
 class Tag(_Frozen):
-    """Names the two ends of a section, and their token ids where each end is one token."""
+    """The two tags of a section, with their token ids if each tag is one token."""
 
     open: str = Field(min_length=1)
     close: str = Field(min_length=1)
@@ -50,11 +50,12 @@ class Tag(_Frozen):
 
 
 class TraceFields(_Frozen):
-    """Says which grammar the model writes and how its choices are scored.
+    """Trace grammar and scoring of choices.
 
     Attributes:
-        tags: By section name. With tag_style "token" all sections and their ids; with "text" those the model knows.
-        answer_style: "letter" when the answer to choices starts with "A", "B", ...; "text" when it is their words.
+        tags: Tags by section name. With tag_style "token": all sections, with ids; with "text": only the model's own
+            sections.
+        answer_style: "letter" if the answer to choices starts with "A", "B", ...; "text" if it is the choice's words.
     """
 
     schema_version: int = TRACE_SCHEMA_VERSION
@@ -64,12 +65,12 @@ class TraceFields(_Frozen):
 
 
 class CalibrationPoint(_Frozen):
-    """Says what one threshold would do on the calibration set.
+    """Effect of one threshold on the calibration set.
 
     Attributes:
-        tau: A window's confidence at or below this is acted on.
-        pauses: Pauses a completion with `tau` as tau_pause.
-        abort_rate: The share of completions given up with `tau` as tau_abort.
+        tau: Threshold for a window's confidence; the gate acts at or below it.
+        pauses: Pauses per completion with `tau` as tau_pause.
+        abort_rate: Share of aborted completions with `tau` as tau_abort.
     """
 
     tau: float
@@ -78,15 +79,15 @@ class CalibrationPoint(_Frozen):
 
 
 class Calibration(_Frozen):
-    """Says how the thresholds of a gate were found (`hyper checkpoint calibrate`).
+    """Origin of a gate's thresholds (`hyper checkpoint calibrate`).
 
     Attributes:
-        source: The set that was looked at, in words.
-        num_completions: Its size.
-        wanted_pauses: The least and the most pauses a completion that were asked for.
-        wanted_abort_rate: The most completions that may be given up.
-        pauses, abort_rate: What the gate did with the thresholds that stand in the manifest, in the real engine.
-        curve: What other thresholds would do, from the completions without a pause.
+        source: Description of the calibration set.
+        num_completions: Size of the calibration set.
+        wanted_pauses: Target range of pauses per completion, as minimum and maximum.
+        wanted_abort_rate: Largest accepted share of aborted completions.
+        pauses, abort_rate: Values measured in the real engine with the manifest's thresholds.
+        curve: Effect of other thresholds, computed from completions without a pause.
     """
 
     source: str
@@ -99,14 +100,14 @@ class Calibration(_Frozen):
 
 
 class PauseFields(_Frozen):
-    """Holds the calibrated settings of the gate; max_pauses 0 means that the model never pauses.
+    """Calibrated settings of the gate; max_pauses 0 turns pauses off.
 
     Attributes:
-        latent_tokens: Of a parallel span, its length; of a sampled one, the most hidden tokens between its tags.
-        position_ids: The token at each position of a parallel span, the first being `open_id`: with an embedding of its
-            own each. None, and then not written down, where the span is copies of `open_id`.
-        loop_tokens: A completion whose last so many tokens repeat one phrase is given up.
-        calibration: Where the thresholds come from; None while they are defaults.
+        latent_tokens: Length of a parallel span, or the most hidden tokens between the tags of a sampled span.
+        position_ids: Token ids of a parallel span with one embedding per position; the first is `open_id`. None, and
+            not written to hyper.json, if the span repeats `open_id`.
+        loop_tokens: A completion is aborted when its last `loop_tokens` tokens repeat one phrase.
+        calibration: Origin of the thresholds; None for default thresholds.
     """
 
     mode: Literal["parallel", "sampled"] = "parallel"
@@ -115,7 +116,7 @@ class PauseFields(_Frozen):
     open_id: int
     close_id: int
     latent_tokens: int = Field(default=64, ge=1, le=1024)
-    # Left out where there are none, so that earlier releases go on reading what they can serve.
+    # Omitted if None, so that earlier releases can read every manifest they are able to serve.
     position_ids: tuple[int, ...] | None = Field(default=None, exclude_if=_is_none)
     max_pauses: int = Field(default=3, ge=0, le=16)
     tau_pause: float = Field(default=0.5, ge=0, le=1)
@@ -149,7 +150,7 @@ class PauseFields(_Frozen):
 
 
 class AudioFields(_Frozen):
-    """Says what a clip must be for this model."""
+    """Audio format required by the model."""
 
     sample_rate_hz: Literal[16_000] = 16_000
     window_s: float = Field(default=30.0, gt=0, le=30)
@@ -158,12 +159,12 @@ class AudioFields(_Frozen):
 
 
 class Manifest(_Frozen):
-    """Describes a checkpoint completely; stored as hyper.json.
+    """Complete description of a checkpoint, stored as hyper.json.
 
     Attributes:
-        base_model, recipe, data_card: Where the weights come from, in words.
-        environment_labels: The sounds that the model can name; empty when that is open.
-        max_model_len: The longest prompt and completion together, audio tokens included.
+        base_model, recipe, data_card: Origin of the weights, in words.
+        environment_labels: Sound labels known to the model; empty for an open vocabulary.
+        max_model_len: Maximum length of prompt and completion together, in tokens, audio tokens included.
         files: The sha256 of every other file.
     """
 
@@ -195,18 +196,18 @@ class Manifest(_Frozen):
 
 
 def name_of(directory: Path) -> str:
-    """Returns the name that a directory gives a checkpoint."""
+    """Return the checkpoint name derived from a directory."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-._")[:100] or "checkpoint"
 
 
 def read_manifest(raw: bytes) -> Manifest:
-    """Reads the bytes of a hyper.json.
+    """Parse the bytes of a hyper.json.
 
     Raises:
-        CheckpointError: It is of another version, or not valid; the message names the first field at fault.
+        CheckpointError: If it has another version or is invalid. The message names the first invalid field.
     """
     document = parse_json(raw, MANIFEST_FILE)
-    # Before pydantic: a newer manifest has fields that we do not know, and the version is what its reader must hear.
+    # Before pydantic: a newer manifest has unknown fields, and the error must name the version instead.
     if document.get("format_version") != FORMAT_VERSION:
         found = document.get("format_version", "none")
         raise CheckpointError(f"{MANIFEST_FILE} has format_version {found}; this release reads {FORMAT_VERSION}")
@@ -218,9 +219,13 @@ def read_manifest(raw: bytes) -> Manifest:
 
 
 def make_manifest(fields: dict[str, Any]) -> Manifest:
-    """Makes a manifest of plain fields; a fault becomes one line."""
+    """Build a manifest from plain fields, and report a fault in one line.
+
+    Raises:
+        CheckpointError: If a field is invalid.
+    """
     try:
-        # In JSON mode, where enums and tuples are written as strings and lists.
+        # JSON mode accepts enums and tuples as strings and lists.
         return Manifest.model_validate_json(json.dumps(fields))
     except ValidationError as error:
         first = error.errors()[0]
@@ -229,7 +234,11 @@ def make_manifest(fields: dict[str, Any]) -> Manifest:
 
 
 def parse_json(raw: bytes, name: str) -> dict[str, Any]:
-    """Parses a file that must hold one JSON object."""
+    """Parse a file with one JSON object.
+
+    Raises:
+        CheckpointError: If it is not JSON, or not an object.
+    """
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:

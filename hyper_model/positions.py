@@ -1,9 +1,9 @@
-"""Gives each latent position of a checkpoint's parallel pauses a token of its own.
+"""Conversion of a checkpoint to one token per position of its parallel pauses.
 
-A checkpoint whose span is copies of one token becomes one that names a token for each position. Every new token begins
-as a copy of the pause token's embedding, so the checkpoint says what it said before (but for the share of probability
-that the copies take: about none, as the pause token is no target of training), and training may then let them grow
-apart. Knows nothing of training or serving.
+The source's span repeats one token; the result has one token per position. Every new token starts as a copy of the
+pause token's embedding, so outputs hardly change. The copies take a negligible share of probability, because the pause
+token is never a training target. Training may then let the copies diverge. The module is independent of training and
+serving.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 
 
 def give_positions(source: str | Path, destination: str | Path) -> Checkpoint:
-    """Writes a checkpoint at `destination` that differs from the one at `source` in the tokens of its spans alone.
+    """Write a copy of the checkpoint `source` with position tokens to `destination`.
 
-    Thresholds and their calibration stay, as what the model says does.
+    Thresholds and their calibration are kept, because outputs do not change.
 
     Args:
-        destination: Where to; must not exist or be empty.
+        source: A checkpoint with parallel pauses of one token.
+        destination: The new directory; must be missing or empty.
 
     Raises:
-        CheckpointError: The source cannot be opened, or has no parallel pauses of one token; or the destination is
-            taken.
+        CheckpointError: If the source cannot be opened or has no parallel pauses of one token, or the destination is
+            not empty.
     """
     checkpoint = open_checkpoint(source)
     root, pause = checkpoint.path, checkpoint.manifest.pause
@@ -41,7 +42,7 @@ def give_positions(source: str | Path, destination: str | Path) -> Checkpoint:
         raise CheckpointError(f"{root}: its pauses are {pause.mode}; only parallel ones have positions")
     if pause.position_ids is not None:
         raise CheckpointError(f"{root}: each position of its pauses has a token of its own already")
-    # Added to a tokenizer that is read anew: the checkpoint's own is not changed.
+    # Read the tokenizer anew, because the checkpoint's own must not change.
     before = checkpoint.tokenizer
     tokenizer = type(before.tokenizer).from_file(str(root / "tokenizer.json"))
     add_position_tokens(tokenizer, pause.latent_tokens)
@@ -63,7 +64,7 @@ def give_positions(source: str | Path, destination: str | Path) -> Checkpoint:
 
 
 class _SpreadTensors(Mapping[str, "torch.Tensor"]):
-    """Reads a checkpoint's tensors one at a time; in embedding and head each position's row is the pause token's."""
+    """Lazy mapping of a checkpoint's tensors, with the pause token's row at each position's id."""
 
     def __init__(self, entries: Mapping[str, weights.TensorEntry], positions: Sequence[int]) -> None:
         self._stored = weights.StoredTensors(entries)
@@ -77,7 +78,7 @@ class _SpreadTensors(Mapping[str, "torch.Tensor"]):
             return tensor
         row = tensor[self._positions[0]].clone()
         num_more = max(0, max(self._positions) + 1 - len(tensor))
-        # Rows that only padded the embedding may be theirs; whatever stood there is nobody's.
+        # Position ids may fall on padding rows of the embedding, and the content of those is unused.
         tensor = torch.cat([tensor, row.expand(num_more, -1)])
         tensor[list(self._positions)] = row
         return tensor
