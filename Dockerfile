@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
 # Two targets, one service:
 #   docker build --target cpu -t hyper:cpu .        docker build --target gpu -t hyper:gpu .
-# docs/deploy.md has the line that runs it, and deploy/compose.yaml the service with what watches it. It needs no
-# capability, no set-uid program, and of the file system only /tmp and /var/cache/hyper to write to.
+# docs/deploy.md has the command that runs it; deploy/compose.yaml adds Prometheus and Grafana. The container needs no
+# capability and no set-uid program. It writes only to /tmp and /var/cache/hyper.
 
-# The newest of its line when it was chosen; --build-arg PYTHON_IMAGE=python@sha256:... pins what you have checked.
+# The newest 3.11 image at the time of writing; --build-arg PYTHON_IMAGE=python@sha256:... pins your verified digest.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
@@ -22,7 +22,7 @@ COPY server /server
 COPY training /training
 COPY loadtests /loadtests
 
-# The locked packages come first: their layer changes only when a lock file does.
+# The locked packages come first, because their layer changes only with a lock file.
 FROM base AS build-cpu
 ENV PIP_NO_CACHE_DIR=1
 COPY requirements requirements
@@ -34,21 +34,21 @@ RUN /opt/venv/bin/python -m pip install --quiet --no-deps --no-build-isolation .
 FROM base AS build-gpu
 ENV PIP_NO_CACHE_DIR=1
 COPY requirements requirements
-# No import check here: vLLM's CUDA build asks for the driver, which a build machine need not have.
+# No import check: vLLM's CUDA build needs the driver, and build machines may not have it.
 RUN SKIP_PROJECT=1 SKIP_CHECK=1 requirements/install.sh /opt/venv gpu
 COPY --from=source / ./
 RUN /opt/venv/bin/python -m pip install --quiet --no-deps --no-build-isolation . \
     && /opt/venv/bin/python -m pip uninstall --quiet --yes pip
 
-# What lists the image's contents, apart from them.
+# The bill-of-materials tool has its own environment, outside the image's contents.
 FROM base AS sbom-tool
 ENV PIP_NO_CACHE_DIR=1
 COPY requirements requirements
 RUN SKIP_PROJECT=1 requirements/install.sh /opt/sbom sbom
 
 FROM base AS runtime
-# Neither an installer nor a set-uid program is left. Runtimes give a tmpfs the mode of the folder that it covers, and to
-# root: a mode like that of /tmp lets the one user write there in all of them.
+# Remove installers and set-uid bits. Container runtimes give a tmpfs the mode of the covered folder, owned by root. The
+# mode of /tmp lets the service's user write there in every runtime.
 RUN rm -rf /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/site-packages/setuptools* \
         /usr/local/lib/python3*/site-packages/wheel* /usr/local/lib/python3*/ensurepip /usr/local/bin/pip* \
         /usr/local/bin/wheel \
@@ -57,15 +57,15 @@ RUN rm -rf /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/si
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/cache/hyper --shell /usr/sbin/nologin hyper \
     && install --directory --owner 10001 --group 10001 --mode 1777 /var/cache/hyper
 COPY checkpoints checkpoints
-# --build-arg REVISION=$(git rev-parse HEAD) says what it was built from.
+# --build-arg REVISION=$(git rev-parse HEAD) records the source commit.
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="HyPeR" \
-    org.opencontainers.image.description="Answers questions about audio clips, with what was heard and how it was reasoned." \
+    org.opencontainers.image.description="Answers questions about audio clips with a perception trace and its reasoning." \
     org.opencontainers.image.version="0.1.0" \
     org.opencontainers.image.revision="${REVISION}" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.base.name="docker.io/library/python:3.11.14-slim-bookworm"
-# The cache is a volume of its own: Triton loads code that it writes there, which a noexec /tmp forbids.
+# The cache has its own volume: Triton loads compiled code from it, and /tmp may be noexec.
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/var/cache/hyper \
     XDG_CACHE_HOME=/var/cache/hyper \
@@ -82,12 +82,12 @@ VOLUME /var/cache/hyper
 EXPOSE 8000
 USER 10001:10001
 STOPSIGNAL SIGTERM
-# Alive, not ready: an unhealthy container is replaced by whoever runs it, and one that is full, or whose engine is being
-# started again, must not be. Who sends requests here asks /readyz.
+# /livez instead of /readyz: orchestrators replace unhealthy containers, but a full service or a restarting engine must not
+# be replaced. Load balancers use /readyz.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-S", "-c", \
          "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"HYPER_PORT\"]}/livez', timeout=4)"]
-# tini passes signals on, reaps what the engine leaves behind, and ends with the service's exit code.
+# tini forwards signals, reaps orphaned engine processes, and exits with the service's exit code.
 ENTRYPOINT ["tini", "--"]
 CMD ["hyper", "serve"]
 
@@ -95,7 +95,7 @@ FROM runtime AS whole-cpu
 COPY --from=build-cpu /opt/venv /opt/venv
 
 FROM runtime AS whole-gpu
-# Triton compiles its launcher with the C compiler it finds when the engine starts: this target alone cannot go without.
+# Triton compiles its launcher with a C compiler at the engine's start; only this target needs one.
 USER 0:0
 # hadolint ignore=DL3008
 RUN apt-get update \

