@@ -1,1 +1,1 @@
-"""Builds perception-aware audio QA data, trains HyPeR checkpoints on it, evaluates and exports them."""
+"""Data, training, evaluation and export of HyPeR checkpoints for perception-aware audio QA."""

@@ -1,1 +1,1 @@
-"""Builds and reads training data: scenes, questions, traces, clips and data sets."""
+"""Training data: scenes, questions, traces, clips and data sets."""

@@ -1,6 +1,7 @@
-"""Stage II's rollouts by transformers' own `generate`, where there is no vLLM: the same gate, the policy's own weights.
+"""Sample Stage II's rollouts with transformers' `generate`, for hosts without vLLM.
 
-Slow: one forward pass of the whole batch a token, until its longest rollout ends. Axes: B rollouts, V vocabulary.
+It applies the same gate and uses the policy's own modules. It is slow: one forward pass of the whole batch per token,
+until the longest rollout ends. Axes: B rollouts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from training.rl.rollout import Prompt, Rollout, banned_ids, follow, num_kept
 
 @dataclass
 class Gates(LogitsProcessor):
-    """Runs a gate a row over the logits, and bans what no rollout may choose."""
+    """Logits processor with one gate per row and a ban on tokens never allowed in rollouts."""
 
     settings: GateSettings | None
     banned: list[int]
@@ -51,10 +52,10 @@ class Gates(LogitsProcessor):
 
 
 class TransformersBackend:
-    """Generates with the policy itself; see `VllmBackend` for what its methods promise.
+    """Rollout backend on the policy itself; `VllmBackend` documents the methods.
 
     Args:
-        rows_at_once: Rollouts that are in memory together.
+        rows_at_once: Rollouts per batch.
     """
 
     def __init__(self, model: RunModel, *, rows_at_once: int) -> None:
@@ -63,11 +64,11 @@ class TransformersBackend:
         self.log_mel = LogMel(model.config["audio_config"]["num_mel_bins"])
         with torch.device("meta"):
             self.decoder: Any = Qwen2ForCausalLM(core.config.text_config)
-        # The policy's own parts, so there is nothing to copy when its weights change.
+        # The decoder shares the policy's modules, so new weights need no copy.
         self.decoder.model, self.decoder.lm_head = core.model.language_model, core.lm_head
 
     def sync(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Does nothing: the policy generates itself."""
+        """Do nothing, since the policy itself generates."""
 
     @torch.no_grad()
     def rollouts(
@@ -80,41 +81,41 @@ class TransformersBackend:
         max_tokens: int,
         gate: GateSettings | None,
     ) -> list[list[Rollout]]:
-        """Samples a group a prompt; the seed of a batch's first rollout is the batch's."""
+        """Sample a group per prompt; the seed of a batch's first rollout seeds the batch."""
         pairs = zip(prompts, seeds, strict=True)
         jobs = [(prompt, (seed + number) % 2**63) for prompt, seed in pairs for number in range(group_size)]
-        found: list[Rollout] = []
+        rollouts_of_jobs: list[Rollout] = []
         was_training = self.decoder.training
         self.decoder.eval()
         for start in range(0, len(jobs), self.rows_at_once):
-            some = jobs[start : start + self.rows_at_once]
+            batch = jobs[start : start + self.rows_at_once]
             with torch.random.fork_rng():
-                torch.manual_seed(some[0][1])
-                found += self._generate([prompt for prompt, _ in some], temperature, max_tokens, gate)
+                torch.manual_seed(batch[0][1])
+                rollouts_of_jobs += self._generate([prompt for prompt, _ in batch], temperature, max_tokens, gate)
         self.decoder.train(was_training)
-        return [found[i : i + group_size] for i in range(0, len(found), group_size)]
+        return [rollouts_of_jobs[i : i + group_size] for i in range(0, len(rollouts_of_jobs), group_size)]
 
     def _embedded(self, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         core: Any = self.model.core
         embed, audio_id = core.get_input_embeddings(), self.model.tokenizer.audio_id
-        heard: dict[int, torch.Tensor] = {}
-        found: list[torch.Tensor] = []
+        projected: dict[int, torch.Tensor] = {}
+        embedded: list[torch.Tensor] = []
         for prompt in prompts:
             key = id(prompt.samples_S)
-            if key not in heard:
+            if key not in projected:
                 states_AD, _ = encode(core.model.audio_tower, [self.log_mel(prompt.samples_S).to(core.device)])
-                heard[key] = core.model.multi_modal_projector(states_AD)
+                projected[key] = core.model.multi_modal_projector(states_AD)
             ids = torch.tensor(prompt.token_ids, device=core.device)
             at = prompt.token_ids.index(audio_id)
-            found.append(torch.cat([embed(ids[:at]), heard[key], embed(ids[at + 1 :])]))
-        return found
+            embedded.append(torch.cat([embed(ids[:at]), projected[key], embed(ids[at + 1 :])]))
+        return embedded
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """Returns what `generate` begins with: embedded prompts, padded so that all write their first token at once."""
+        """Return the arguments of `generate`: embedded prompts, left-padded to equal length, with their mask."""
         embedded = self._embedded(prompts)
-        longest = max(len(each) for each in embedded)
-        padded = torch.stack([torch.nn.functional.pad(each, (0, 0, longest - len(each), 0)) for each in embedded])
-        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in embedded], device=padded.device)
+        longest = max(len(row) for row in embedded)
+        padded = torch.stack([torch.nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in embedded])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in embedded], device=padded.device)
         return {"inputs_embeds": padded, "attention_mask": mask}
 
     def _generate(
@@ -126,7 +127,7 @@ class TransformersBackend:
         config = GenerationConfig(
             do_sample=True,
             temperature=temperature,
-            # The library's own default would sample from the best 50 alone.
+            # The library's default would sample from the best 50 tokens only.
             top_k=0,
             top_p=1.0,
             max_new_tokens=max_tokens + room,
@@ -138,12 +139,12 @@ class TransformersBackend:
         output = self.decoder.generate(
             **self.inputs(prompts), generation_config=config, logits_processor=LogitsProcessorList([gates])
         )
-        # A model that is given token ids returns them too.
+        # A model with token ids as input returns them too.
         written_BT = output.sequences[:, -len(output.scores) :]
         logprobs_TB = torch.stack(
             [scores.log_softmax(-1).gather(1, written_BT[:, t : t + 1])[:, 0] for t, scores in enumerate(output.scores)]
         )
-        found: list[Rollout] = []
+        rollouts: list[Rollout] = []
         for row, token_ids in enumerate(written_BT.tolist()):
             ends = [place for place, token_id in enumerate(token_ids) if token_id in tokenizer.stop_ids]
             token_ids = token_ids[: ends[0] + 1] if ends else token_ids
@@ -151,5 +152,5 @@ class TransformersBackend:
             kept = tuple(token_ids[:num])
             followed, is_forced = follow(gate, kept, gates.confidences[row][:num])
             logprobs = tuple(logprobs_TB[:num, row].tolist())
-            found.append(Rollout(kept, logprobs, is_forced, followed, kept[-1] not in tokenizer.stop_ids))
-        return found
+            rollouts.append(Rollout(kept, logprobs, is_forced, followed, kept[-1] not in tokenizer.stop_ids))
+        return rollouts

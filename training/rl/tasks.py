@@ -1,6 +1,6 @@
-"""What Stage II asks: prompts with clips and what is known about them, drawn from scenes or from a data set.
+"""Draw the tasks of Stage II from scenes or from a data set: prompts with clips and their truth.
 
-Task number i is the same whenever it is drawn. Knows nothing of rollouts, models or rewards' values.
+Task number i is the same at every draw. This module depends on no rollout, model or reward value.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from training.data.truth import Truth
 from training.rl.rollout import Prompt
 
 _FIRST_SEED = 5_000_000
-"""First seed of Stage II's scenes, beyond those of the clips of Stage I."""
+"""First scene seed of Stage II, beyond the clips of Stage I."""
 _SEED_STRIDE, _NUM_SEEDS = 100_000, 40
-"""Scenes of one run's seed, and how many seeds there is room for before those of exported sets."""
+"""Scenes per seed of a run, and the number of seeds available below those of exported sets."""
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One prompt and what its completions are scored by."""
+    """One prompt and the truth to score its completions."""
 
     prompt: Prompt
     truth: Truth
 
 
 class Tasks(Protocol):
-    """Draws tasks by number."""
+    """A source of tasks by number."""
 
     def draw(self, number: int) -> Task:
-        """Returns a task."""
+        """Return a task."""
         ...
 
 
 class SceneTasks:
-    """Draws scenes that nobody has asked about before, mixed when they are needed.
+    """Tasks from new scenes, mixed on demand.
 
     Args:
-        seed: Other scenes for each; runs of seeds 0 to 39 have none in common.
+        seed: Runs with seeds 0 to 39 have no scene in common.
     """
 
     def __init__(self, builder: SceneBuilder, tokenizer: TraceTokenizer, *, seed: int) -> None:
@@ -52,7 +52,7 @@ class SceneTasks:
         self.first_seed = _FIRST_SEED + seed % _NUM_SEEDS * _SEED_STRIDE
 
     def draw(self, number: int) -> Task:
-        """Mixes a scene and asks one question about it."""
+        """Mix a scene and draw one question about it."""
         seed = self.first_seed + number
         scene, samples_S = self.builder.draw(seed)
         example = draw_example(scene, random.Random(seed))
@@ -61,7 +61,7 @@ class SceneTasks:
 
 
 class ExampleTasks:
-    """Draws from a data set, in another order each time round; clips are decoded when they are needed."""
+    """Tasks from a data set, in a new order in each epoch; clips are decoded on demand."""
 
     def __init__(self, examples: Sequence[Example], tokenizer: TraceTokenizer, *, seed: int) -> None:
         if not examples:
@@ -70,10 +70,10 @@ class ExampleTasks:
         self.order = Order(len(examples), str(seed))
 
     def draw(self, number: int) -> Task:
-        """Decodes a row's clip.
+        """Decode the clip of a row.
 
         Raises:
-            HyperError: It cannot be read; the message names file and row.
+            HyperError: The clip is unreadable; the message names file and row.
         """
         example = self.examples[self.order[number]]
         token_ids = build_prompt(self.tokenizer, example.question, example.choices)

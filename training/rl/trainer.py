@@ -1,8 +1,15 @@
-"""Stage II: GRPO with pauses (method, section 6). The engine and the gate that serve write, the trainer scores.
+"""Train with GRPO and pauses: Stage II (method, section 6). The serving engine and gate sample, the trainer scores.
 
-One step: put the policy's weights into the engine; sample groups; reward them; draw others in the place of groups whose
-rewards are all equal; score every rollout with the policy and with the one at the beginning; step. What nobody chose
-(pauses, spans, forced tags) has no loss, no divergence and no confidence. A clip is encoded once for its whole group.
+A step has these parts:
+
+- Copy the policy's weights into the engine.
+- Sample groups of rollouts and compute their rewards.
+- Redraw groups with equal rewards.
+- Score every rollout with the policy and with the reference.
+- Update the weights.
+
+Tokens outside the policy's choice (pauses, spans, forced tags) have no loss, no divergence and no confidence. A clip is
+encoded once for its whole group.
 
 Axes: G rollouts of a group, N scored tokens of all rollouts.
 """
@@ -44,19 +51,19 @@ from training.rl.tasks import Task, Tasks
 from training.trainer import PolicyTrainer, TrainingError
 
 BASELINE_STEPS = 10
-"""Steps whose mean length and form a collapse is told by."""
+"""Number of first steps with their mean length and form as the baseline for collapse detection."""
 MIN_FORM_FALL = 0.2
-"""How much of all traces must have lost their form for it to be a collapse."""
+"""Minimum fall of the share of strict traces for a collapse."""
 MAX_GAPS = 3
-"""Steps in a row in which sampler and trainer may disagree."""
+"""Number of consecutive steps with sampler and trainer apart before the run stops."""
 COMPLETIONS_FILE = "completions.jsonl"
 
 
 class Backend(Protocol):
-    """Writes rollouts with weights that it is given."""
+    """A sampler of rollouts with given weights."""
 
     def sync(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Takes a policy's weights, under their names on disk."""
+        """Load a policy's weights, by their names on disk."""
         ...
 
     def rollouts(
@@ -69,13 +76,13 @@ class Backend(Protocol):
         max_tokens: int,
         gate: GateSettings | None,
     ) -> list[list[Rollout]]:
-        """Samples a group a prompt."""
+        """Sample a group per prompt."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Holds a task's rollouts and what they earned."""
+    """The rollouts of a task with their rewards."""
 
     task: Task
     rollouts: Sequence[Rollout]
@@ -84,13 +91,13 @@ class Group:
 
     @property
     def is_flat(self) -> bool:
-        """Whether all rewards are equal, so that nothing can be learnt from the group."""
-        return not any(advantages([each.total for each in self.rewards], is_divided=False))
+        """Return True if all rewards are equal, so that the group has no gradient."""
+        return not any(advantages([earned.total for earned in self.rewards], is_divided=False))
 
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """Rollouts of one task that are scored together: each with its advantage, and which of its tokens are scored."""
+    """Rollouts of one task in one row, each with its advantage and a flag per token for scored tokens."""
 
     task: Task
     rollouts: Sequence[tuple[Rollout, tuple[float, list[bool]]]]
@@ -98,10 +105,10 @@ class _Chunk:
 
 @dataclass
 class CollapseDetector:
-    """Notices when traces become much shorter, or lose their form: the collapse that the paper saw near step 200.
+    """Detector of much shorter or malformed traces, the paper's collapse near step 200.
 
     Attributes:
-        num_steps, length, form: Steps seen, and their smoothed mean length in tokens and share of strict traces.
+        num_steps, length, form: Number of steps, with their smoothed mean length in tokens and share of strict traces.
         first_length, first_form: The same over the first steps.
     """
 
@@ -112,7 +119,7 @@ class CollapseDetector:
     first_form: float = 0.0
 
     def update(self, length: float, form: float, recipe: GrpoRecipe) -> str | None:
-        """Looks at a step; returns why the run should end, or None."""
+        """Update with a step's figures; return the reason to stop the run, or None."""
         self.num_steps += 1
         share = max(1 / self.num_steps, 1 / BASELINE_STEPS)
         self.length += share * (length - self.length)
@@ -122,7 +129,7 @@ class CollapseDetector:
             return None
         if self.length < recipe.collapse_length * self.first_length:
             return f"traces fell from {self.first_length:.0f} to {self.length:.0f} tokens"
-        # Where few traces were strict from the beginning, their share is noise.
+        # If few traces were strict at the beginning, their share is noise.
         if self.form < recipe.collapse_format * self.first_form and self.first_form - self.form > MIN_FORM_FALL:
             return f"strict traces fell from {self.first_form:.0%} to {self.form:.0%}"
         return None
@@ -130,13 +137,13 @@ class CollapseDetector:
 
 @dataclass
 class Progress:
-    """Holds what a run goes on from besides weights and optimizer.
+    """State of a run besides weights and optimizer.
 
     Attributes:
-        next_task: Number of the first task that no rank has drawn.
-        tau: The threshold that is moved.
-        num_gaps: Steps in a row in which sampler and trainer disagreed.
-        stopped: Why the run ended early, or None.
+        next_task: Number of the first task not drawn by any rank.
+        tau: The controlled threshold.
+        num_gaps: Consecutive steps with sampler and trainer apart.
+        stopped: Reason for an early end, or None.
     """
 
     tau: TauTracker
@@ -147,10 +154,10 @@ class Progress:
 
 
 class GrpoTrainer(PolicyTrainer):
-    """Trains on rollouts.
+    """Trainer of Stage II on rollouts.
 
     Args:
-        gate: What rollouts pause by; None, and none does.
+        gate: Pause settings of the rollouts; None disables pauses.
     """
 
     recipe: GrpoRecipe
@@ -174,14 +181,14 @@ class GrpoTrainer(PolicyTrainer):
         self.banned = torch.tensor(banned_ids(model.tokenizer, gate))
         self.groups: list[Group] = []
         self.buffer: list[list[dict[str, Any]]] = []
-        # Of this step's batches: their tokens, and what was found about them.
+        # Per batch of this step: number of tokens, and figures for the log.
         self.found: list[tuple[int, dict[str, float]]] = []
-        # Made here, from the weights that the run begins with, before a resumed run loads others.
+        # Copied before a resumed run loads its weights, so the reference has the run's initial weights.
         self.reference = None
         if recipe.kl_weight and not model.is_adapted:
             self.reference = copy.deepcopy(model.policy).requires_grad_(False).eval()
             if recipe.autocast:
-                # It is computed in that precision anyway, and takes half of the memory.
+                # Its forward pass runs in this precision anyway, and it takes half of the memory.
                 self.reference.to(getattr(torch, recipe.export_dtype))
         super().__init__(model, recipe, run_dir)
         if recipe.batch_size % (self.args.world_size * recipe.updates_per_rollout):
@@ -199,59 +206,59 @@ class GrpoTrainer(PolicyTrainer):
             raise TrainingError("save_every_steps must be a multiple of updates_per_rollout: rollouts are not saved")
 
     def make_step(self, step: int) -> int:
-        """Returns the step's number: its rollouts come from the weights of the moment, so nothing is made ahead."""
+        """Return the step's number; its rollouts need the current weights, so nothing is prepared ahead."""
         return step
 
     def own_state(self) -> dict[str, Any]:
-        """Returns the place in the tasks, the gate's threshold and what is watched."""
+        """Return the position in the tasks, the gate's threshold and the state of the collapse detector."""
         return asdict(self.progress)
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there."""
-        # A run that was stopped and is resumed all the same is watched from where it stands now.
+        """Restore the state of `own_state`."""
+        # A resumed run after an early stop starts its detector anew.
         watch = CollapseDetector() if state["stopped"] else CollapseDetector(**state["watch"])
-        # A state of a release before may not say how low the threshold may go.
+        # States of earlier releases may lack the lower limit of the threshold.
         tau = TauTracker(**{"lowest": self.progress.tau.lowest, **state["tau"]})
         self.progress = Progress(**{**state, "tau": tau, "watch": watch, "stopped": None})
 
     def micro_batches(self, prepared: int) -> list[dict[str, Any]]:
-        """Samples when the last rollouts are used up, and packs this update's share of them."""
+        """Sample when the last rollouts are used up, and return this update's share of the packed batches."""
         num_updates = self.recipe.updates_per_rollout
         turn = prepared % num_updates
         if turn == 0 or not self.buffer:
             self.groups = self._collect()
             size = len(self.groups) // num_updates
-            # All of them now: what the policy thought before the first update is what its ratio is taken to.
+            # Pack all updates now: the ratio refers to the policy before the first update.
             self.buffer = [self.packed(self.groups[i * size : (i + 1) * size]) for i in range(num_updates)]
         return self.buffer[turn]
 
     def micro_loss(self, model: Any, micro: dict[str, Any]) -> torch.Tensor:
-        """Returns a batch's share of the loss."""
+        """Return a batch's share of the loss."""
         recipe = self.recipe
         scores = self.score(model, micro["batch"])
         if not len(scores.logprobs_N):
             return scores.logprobs_N.sum()
         tokens = Tokens(**micro["tokens"])
         bounds = Bounds(recipe.clip_low, recipe.clip_high, recipe.kl_weight, recipe.max_importance)
-        loss, found = policy_loss(scores.logprobs_N, tokens, bounds)
-        found["entropy"] = float(scores.entropies_N.mean())
-        self.found.append((len(scores.logprobs_N), found))
+        loss, figures = policy_loss(scores.logprobs_N, tokens, bounds)
+        figures["entropy"] = float(scores.entropies_N.mean())
+        self.found.append((len(scores.logprobs_N), figures))
         return loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Runs a step, and looks whether sampler and trainer still agree.
+        """Run a step, and check the agreement of sampler and trainer.
 
         Raises:
-            TrainingError: They did not for several steps in a row: importance weights cannot mend that.
+            TrainingError: They disagreed for several consecutive steps; importance weights cannot correct this.
         """
         self.found = []
         loss = super().training_step(model, inputs, num_items_in_batch)
         num_tokens = max(1.0, self.sum_over_ranks(sum(num for num, _ in self.found)))
         means = {
-            name: self.sum_over_ranks(sum(num * found[name] for num, found in self.found)) / num_tokens
+            name: self.sum_over_ranks(sum(num * figures[name] for num, figures in self.found)) / num_tokens
             for name in ("gap", "importance_ess", "clipped", "entropy", *(["kl"] if self.recipe.kl_weight else []))
         }
-        gap_max = max((found["gap_max"] for _, found in self.found), default=0.0)
+        gap_max = max((figures["gap_max"] for _, figures in self.found), default=0.0)
         self.record(gap_max=self.max_over_ranks(gap_max), **means)
         gap = means["gap"]
         self.progress.num_gaps = self.progress.num_gaps + 1 if gap > self.recipe.max_gap else 0
@@ -270,12 +277,12 @@ class GrpoTrainer(PolicyTrainer):
         return tensor.to(self.args.device)
 
     def sync(self) -> None:
-        """Puts the policy's weights into the engine."""
+        """Copy the policy's weights into the engine."""
         with merged(self.model) as whole:  # pyright: ignore[reportArgumentType]
             self.backend.sync(named_tensors(whole))
 
     def _collect(self) -> list[Group]:
-        """Samples the groups of a step: this rank's share of them."""
+        """Sample this rank's share of the groups of a step."""
         recipe, progress = self.recipe, self.progress
         started_s = time.monotonic()
         self.sync()
@@ -292,17 +299,17 @@ class GrpoTrainer(PolicyTrainer):
                 (flat if group.is_flat else useful).append(group)
             if len(useful) == num_wanted:
                 break
-        # Ranks may have drawn unequally often; the next draw begins beyond all of them.
+        # Ranks may differ in their number of draws; the next draw begins beyond all of them.
         progress.next_task = int(self.max_over_ranks(progress.next_task))
         groups = [*useful, *flat][:num_wanted]
-        # Of all that was sampled: prompts that are always solved, or always lost, must not vanish from the figures.
+        # Record all sampled groups, so that always solved and never solved prompts stay in the figures.
         self._note_groups([*useful, *flat], len(flat))
         self._write_completions(groups[0])
         self.record(sync_s=synced_s - started_s, rollout_s=time.monotonic() - synced_s)
         return groups
 
     def sample(self, numbers: Iterable[int], gate: GateSettings | None) -> list[Group]:
-        """Samples and rewards a group for each of these tasks."""
+        """Sample and reward a group per task."""
         recipe = self.recipe
         tasks = [(number, self.tasks.draw(number)) for number in numbers]
         sampled = self.backend.rollouts(
@@ -316,7 +323,7 @@ class GrpoTrainer(PolicyTrainer):
         groups: list[Group] = []
         for (_, task), rollouts in zip(tasks, sampled, strict=True):
             parsed = [self._read(rollout) for rollout in rollouts]
-            earned = [reward(each, task.truth, recipe.weights) for each in parsed]
+            earned = [reward(trace, task.truth, recipe.weights) for trace in parsed]
             groups.append(Group(task, rollouts, parsed, earned))
         return groups
 
@@ -330,7 +337,7 @@ class GrpoTrainer(PolicyTrainer):
         )
 
     def _note_groups(self, groups: Sequence[Group], num_flat: int) -> None:
-        """Keeps the step's figures, moves the threshold and looks for a collapse; over all ranks."""
+        """Record the step's figures over all ranks, move the threshold and check for a collapse."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         earned = [each for group in groups for each in group.rewards]
         parsed = [each for group in groups for each in group.parsed]
@@ -384,10 +391,10 @@ class GrpoTrainer(PolicyTrainer):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def packed(self, groups: Sequence[Group]) -> list[dict[str, Any]]:
-        """Packs groups into batches with all that the loss needs, the reference's opinion included."""
+        """Pack groups into batches with all inputs of the loss, the reference's log-probabilities included."""
         recipe = self.recipe
         weighed = [self._weighed(group) for group in groups]
-        counts = [sum(scored) for _, scored in (pair for each in weighed for pair in each)]
+        counts = [sum(scored) for _, scored in (pair for pairs_of_group in weighed for pair in pairs_of_group)]
         total = self.sum_over_ranks(sum(counts))
         num_rollouts = self.sum_over_ranks(sum(num > 0 for num in counts))
         chunks: list[_Chunk] = []
@@ -396,38 +403,38 @@ class GrpoTrainer(PolicyTrainer):
             whole = list(zip(group.rollouts, pairs, strict=True))
             chunks += [_Chunk(group.task, whole[at : at + at_once]) for at in range(0, len(whole), at_once)]
         chunks_at_once = max(1, recipe.rows_at_once // at_once)
-        found = [
+        batches = [
             self._batch(chunks[at : at + chunks_at_once], total, num_rollouts)
             for at in range(0, len(chunks), chunks_at_once)
         ]
         if self.recipe.kl_weight:
             started_s = time.monotonic()
-            for micro in found:
+            for micro in batches:
                 micro["tokens"]["reference_logprobs_N"] = self._reference_logprobs(micro["batch"])
             self.record(reference_s=time.monotonic() - started_s)
         if recipe.updates_per_rollout > 1:
-            for micro in found:
+            for micro in batches:
                 micro["tokens"]["old_logprobs_N"] = self._logprobs(self.model, micro["batch"])
-        return found
+        return batches
 
     def _weighed(self, group: Group) -> list[tuple[float, list[bool]]]:
-        """Returns each rollout's advantage, and which of its tokens are scored."""
+        """Return (advantage, flags of scored tokens) of each rollout."""
         recipe = self.recipe
-        gains = advantages([each.total for each in group.rewards], is_divided=recipe.divides_advantages)
+        gains = advantages([earned.total for earned in group.rewards], is_divided=recipe.divides_advantages)
         weights = [1.0] * len(gains)
         if recipe.lgc_weights:
             weights = confidence_weights(
                 [rollout.gate.lowest if rollout.gate else None for rollout in group.rollouts],
                 [bool(rollout.gate and rollout.gate.is_aborted) for rollout in group.rollouts],
             )
-        found: list[tuple[float, list[bool]]] = []
+        weighed: list[tuple[float, list[bool]]] = []
         for rollout, gain, weight in zip(group.rollouts, gains, weights, strict=True):
             is_left_out = rollout.is_cut and recipe.overlong == "mask"
-            found.append((gain * weight, [not forced and not is_left_out for forced in rollout.is_forced]))
-        return found
+            weighed.append((gain * weight, [not forced and not is_left_out for forced in rollout.is_forced]))
+        return weighed
 
     def _batch(self, chunks: Sequence[_Chunk], total: float, num_rollouts: float) -> dict[str, Any]:
-        """Packs chunks: a row each, in which the prompt and its clip stand once."""
+        """Pack chunks into one row each; the prompt and its clip occur once per row."""
         tokenizer, recipe = self.run_model.tokenizer, self.recipe
         counts = [sum(scored) for chunk in chunks for _, (_, scored) in chunk.rollouts]
         weights = iter(
@@ -450,12 +457,12 @@ class GrpoTrainer(PolicyTrainer):
         return {"batch": batch, "tokens": {name: torch.tensor(values) for name, values in columns.items()}}
 
     def pack(self, rows: Sequence[Row], clips: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Builds what `score` takes."""
+        """Build the arguments of `score`."""
         mels = [self.log_mel(samples_S) for samples_S in clips]
         return pack(rows, mels, pad_id=self.run_model.tokenizer.end_of_text_id, is_encoded=False)
 
     def score(self, model: Any, batch: dict[str, Any]) -> Scores:
-        """Scores a batch by a policy, over what the sampler could choose from."""
+        """Score a batch with a policy, over the sampler's choices."""
         return model(**batch, banned_ids=self._on_device(self.banned), temperature=self.recipe.temperature)
 
     @torch.no_grad()

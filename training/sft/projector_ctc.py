@@ -1,10 +1,11 @@
-"""Teaches the projector what is said before the decoder trains, by CTC (Graves et al. 2006).
+"""Pretrain the projector with CTC (Graves et al. 2006) on the transcript, before the decoder trains.
 
-Afterwards the state of an audio token points at the embedding of the text token that is being said there, so that a
-decoder which can copy text can copy speech. It costs little, since nothing is computed but the projector
-and the embedding, which begins as it is and is the classifier. Only the order of the words is needed, not their times.
+Afterwards the state of an audio token points at the embedding of its spoken text token. A decoder with the ability to
+copy text can then copy speech. Training is cheap: it computes only the projector and the embedding, with the embedding
+as classifier, starting from its current values. It needs only the order of the words, not their times.
 
-Axes: B clips, A audio tokens, D encoder width, H hidden width, V vocabulary. Knows nothing of questions or traces.
+Axes: B clips, A audio tokens, D encoder width, H hidden width, V vocabulary. This module depends on no question or
+trace.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ _WINDOW_BATCHES = 8
 
 @dataclass(frozen=True)
 class Spelled:
-    """Says how well the projector spelled clips that it was not taught on, by the likeliest token at each state.
+    """Accuracy of the projector on held-back clips, by the likeliest token at each state.
 
     Attributes:
-        word_error: Word error rate, without any language model.
+        word_error: Word error rate without a language model.
     """
 
     word_error: float
@@ -62,13 +63,13 @@ class _Speller(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, states_BAD: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns log-probabilities [A, B, 1 + V], the blank's first.
+        """Return log-probabilities [A, B, 1 + V], the blank's first.
 
         Args:
-            ids: The tokens of the distribution; None, and it has all of them.
+            ids: Tokens of the distribution; None means all.
         """
         hidden_BAH = self.projector(states_BAD)
-        # Only the direction: the decoder's first norm takes the length away as well.
+        # Use only the direction, since the decoder's first norm removes the length as well.
         hidden_BAH = F.rms_norm(hidden_BAH, hidden_BAH.shape[-1:]) * self.scale
         embedding_VH, bias_V = self.embedding_VH, self.bias_V
         if ids is not None:
@@ -83,20 +84,20 @@ def _batch(clips: Sequence[Clip], tokenizer: TraceTokenizer, width: int) -> dict
     states_BAD = torch.zeros(len(clips), max(lengths), width)
     for place, clip in enumerate(clips):
         states_BAD[place, : lengths[place]] = clip.states(width).float()
-    said = [tokenizer.encode_text(clip.scene.transcript) for clip in clips]
+    transcripts = [tokenizer.encode_text(clip.scene.transcript) for clip in clips]
     return {
         "states_BAD": states_BAD,
         "lengths_B": torch.tensor(lengths),
-        "ids": torch.tensor([token_id for ids in said for token_id in ids], dtype=torch.long),
-        "target_lengths_B": torch.tensor([len(ids) for ids in said]),
+        "ids": torch.tensor([token_id for ids in transcripts for token_id in ids], dtype=torch.long),
+        "target_lengths_B": torch.tensor([len(ids) for ids in transcripts]),
     }
 
 
 def _loss(speller: _Speller, batch: dict[str, torch.Tensor], rng: random.Random) -> torch.Tensor:
-    """Returns nats a text token.
+    """Return the CTC loss in nats per text token.
 
     Args:
-        rng: Draws which tokens the batch's own are told from, since most of the time would go to those that nobody says
+        rng: Draws the negative tokens. The full vocabulary would spend most of the time on tokens outside the batch
             (Jean et al. 2015, "On Using Very Large Target Vocabulary").
     """
     vocabulary = range(len(speller.embedding_VH))
@@ -104,13 +105,13 @@ def _loss(speller: _Speller, batch: dict[str, torch.Tensor], rng: random.Random)
     ids = torch.cat([batch["ids"], others]).unique()
     total = F.ctc_loss(
         speller(batch["states_BAD"], ids),
-        # The blank is the first of the distribution.
+        # The blank is the first token of the distribution.
         1 + torch.searchsorted(ids, batch["ids"]),
         batch["lengths_B"],
         batch["target_lengths_B"],
         blank=_BLANK,
         reduction="sum",
-        # Who speaks faster than there are states cannot be spelled; a few clips of thousands.
+        # A transcript with more tokens than states has no alignment; this affects a few clips in thousands.
         zero_infinity=True,
     )
     return total / batch["target_lengths_B"].sum().clamp(min=1)
@@ -119,17 +120,17 @@ def _loss(speller: _Speller, batch: dict[str, torch.Tensor], rng: random.Random)
 def teach_spelling(
     policy: HyperPolicy, tokenizer: TraceTokenizer, clips: Sequence[Clip], spelling: Spelling, file: Path, *, seed: int
 ) -> Spelled | None:
-    """Trains projector and embedding of a policy, or puts what an earlier call left in `file` back.
+    """Train projector and embedding of a policy, or restore the result of an earlier call from `file`.
 
     Args:
-        clips: Of one width; a few of them are set aside to check by.
+        clips: Clips of one width; a few are held back for the check.
 
     Returns:
-        How well the clips set aside were spelled; None where nothing was trained.
+        The accuracy on the held-back clips; None if `file` existed.
     """
-    found = None
+    spelled = None
     if not file.exists():
-        found = _teach(policy, tokenizer, clips, spelling, file, seed)
+        spelled = _teach(policy, tokenizer, clips, spelling, file, seed)
     saved = load_file(file)
     projector: Any = policy.model.multi_modal_projector
     embedding: Any = policy.get_input_embeddings()
@@ -137,7 +138,7 @@ def teach_spelling(
         projector.linear.weight.copy_(saved["weight"])
         projector.linear.bias.copy_(saved["bias"])
         embedding.weight.copy_(saved["embedding"])
-    return found
+    return spelled
 
 
 def _teach(
@@ -170,7 +171,7 @@ def _teach(
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{float(loss.detach()):.2f}")
-    found = _check(speller, tokenizer, checked, size, width)
+    spelled = _check(speller, tokenizer, checked, size, width)
     saved = {
         "weight": speller.projector.weight.detach(),
         "bias": speller.projector.bias.detach(),
@@ -179,7 +180,7 @@ def _teach(
     partial = file.with_suffix(".partial")
     save_file(saved, partial)
     partial.replace(file)
-    return found
+    return spelled
 
 
 @torch.no_grad()
@@ -191,7 +192,7 @@ def _check(speller: _Speller, tokenizer: TraceTokenizer, clips: Sequence[Clip], 
         for place, clip in enumerate(some):
             best = logprobs_ABV[: clip.num_tokens, place].argmax(-1).unique_consecutive().tolist()
             text = tokenizer.decode(token_id - 1 for token_id in best if token_id != _BLANK)
-            said = words(clip.scene.transcript)
-            num_words += len(said)
-            num_errors += edit_distance(said, words(text))
+            reference = words(clip.scene.transcript)
+            num_words += len(reference)
+            num_errors += edit_distance(reference, words(text))
     return Spelled(num_errors / max(1, num_words), len(clips))

@@ -1,6 +1,6 @@
-"""Turns examples into token ids and targets: the training side of the one prompt builder.
+"""Encode examples as token ids and targets, with the prompt builder of the service.
 
-Knows nothing of models; the tokenizer is the checkpoint's own.
+This module depends on no model; the tokenizer belongs to the checkpoint.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from training.policy import IGNORED
 from training.recipes import TraceStyle
 
 MAX_SPANS = 3
-"""Spans of one training sequence: the useful range of the paper."""
+"""Maximum number of spans in a training sequence; the useful range of the paper."""
 
 _OF_WORDS = (Section.SPEAKER, Section.ASR)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training sequence; the single AUDIO id is still to be replaced by the clip's states.
+    """One training sequence; the clip's states still have to replace the single AUDIO id.
 
-    `targets` is already shifted: `targets[t]` is the token that position t must predict.
+    `targets` is already shifted: `targets[t]` is the token to predict at position t.
     """
 
     token_ids: list[int]
@@ -41,11 +41,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Spans:
-    """Says how latent spans are put into training sequences.
+    """Settings of latent spans in training sequences.
 
     Attributes:
-        share: Of the sequences that hold any.
-        latent_tokens: Length of a span, a sampled one's two tags not among them.
+        share: Share of sequences with spans.
+        latent_tokens: Length of a span, without the two tags of a sampled span.
     """
 
     share: float
@@ -53,14 +53,14 @@ class Spans:
     mode: PauseMode = PauseMode.PARALLEL
 
     def draw(self, tokenizer: TraceTokenizer, words: Sequence[int], rng: random.Random) -> list[int]:
-        """Returns a span's tokens.
+        """Return the tokens of a span.
 
-        A sampled span holds what the model itself will write there, which nobody knows yet. Its own trace's next words
-        in that place would teach to repeat a draft that is always right, so words of the prompt stand there in any
-        order: they tell nothing new.
+        A sampled span holds the model's own future text, unknown at this point. The next words of the trace would teach
+        the model to repeat an always correct draft. Words of the prompt in random order therefore fill the span; they
+        carry no new information.
 
         Args:
-            words: The prompt's tokens without the special ones.
+            words: The prompt's tokens without special tokens.
         """
         assert tokenizer.pause_id is not None
         if self.mode is PauseMode.PARALLEL:
@@ -81,16 +81,16 @@ def encode_sequence(
     is_read: bool = False,
     wrong_words: float = 0.0,
 ) -> Encoded:
-    """Encodes prompt and completion, ended by the end-of-turn token, with latent spans in a share of the sequences.
+    """Encode prompt and completion with the end-of-turn token, and insert latent spans in a share of the sequences.
 
-    A trace that is cut ends without that token: it is a beginning, and teaches no end. Of one that is read, what
-    CAPTION holds is there and no target: nobody could hear it.
+    A span stands at a possible position of the gate: anywhere inside sections with pauses. The model does not choose
+    it, so its tokens are no targets, nor is the closing tag of a sampled span, forced by the gate. The last token of
+    the span predicts the next token.
 
-    Where words stand wrong (`SftRecipe.wrong_words`), the target is the right one all the same.
-
-    A span stands where a gate could open one: anywhere inside the sections that may pause. It is nobody's choice, so
-    none of its tokens is a target, nor the tag that closes a sampled one, which the gate forces; what stands behind it
-    is predicted from its last token.
+    Args:
+        is_cut: The trace is only a beginning; it gets no end-of-turn token and teaches no end.
+        is_read: The scene has no audio; the contents of CAPTION are input but no targets.
+        wrong_words: Share of corrupted input words (`SftRecipe.wrong_words`); their targets stay correct.
     """
     prompt = build_prompt(tokenizer, question, choices)
     completion = tokenizer.encode_trace(trace) + ([] if is_cut else [tokenizer.im_end_id])
@@ -112,20 +112,20 @@ def encode_sequence(
 
 
 def _sections(tokenizer: TraceTokenizer, completion: Sequence[int]) -> Iterator[Section | None]:
-    """Yields the innermost section that is open where each token is written, the one that it closes included."""
+    """Yield the innermost open section at each token; a closing tag belongs to its section."""
     opening = {ids[0]: section for section, ids in tokenizer.tag_ids.items()}
     closing = {ids[1] for ids in tokenizer.tag_ids.values()}
-    held: list[Section] = []
+    open_sections: list[Section] = []
     for token_id in completion:
-        yield held[-1] if held else None
+        yield open_sections[-1] if open_sections else None
         if token_id in opening:
-            held.append(opening[token_id])
-        elif token_id in closing and held:
-            held.pop()
+            open_sections.append(opening[token_id])
+        elif token_id in closing and open_sections:
+            open_sections.pop()
 
 
 def _draw_places(tokenizer: TraceTokenizer, completion: Sequence[int], rng: random.Random) -> list[int]:
-    """Draws the tokens in front of which spans are put: half of them the first of a section, where most is unsure."""
+    """Draw positions for spans; half of them are the first of a section, the place of most uncertainty."""
     opening = {ids[0] for ids in tokenizer.tag_ids.values()}
     first: list[int] = []
     inside: list[int] = []
@@ -137,44 +137,45 @@ def _draw_places(tokenizer: TraceTokenizer, completion: Sequence[int], rng: rand
 
 
 def _misheard(tokenizer: TraceTokenizer, completion: Sequence[int], share: float, rng: random.Random) -> dict[int, int]:
-    """Draws tokens of what was said that stand wrong, each by another of the trace: place -> what stands there.
+    """Draw wrong words for the transcript: position -> token of another position in the trace.
 
-    Tokens of the same trace, since these make a decoder that goes by its last words alone jump to where they were said.
+    Tokens of the same trace mislead a decoder with only its last words as a guide: it would continue at the other
+    position. It learns to use the clip instead.
     """
-    said = [
+    word_places = [
         place
         for place, section in enumerate(_sections(tokenizer, completion))
         if section in _OF_WORDS and completion[place] not in tokenizer.special_ids
     ]
-    return {place: completion[rng.choice(said)] for place in said if rng.random() < share}
+    return {place: completion[rng.choice(word_places)] for place in word_places if rng.random() < share}
 
 
 def in_style(trace: Trace, style: TraceStyle) -> str:
-    """Renders what a style keeps of a trace; every style parses, the explicit one alone as strict.
+    """Render a trace in a style; every style parses, only `explicit` as strict.
 
-    `short` has no CAPTION; PLANNING, REASONING, SUMMARY and a reflection stay. `direct` answers at once, and has the
-    answer alone for its RESPONSE. Both keep the tags of THINK, with nothing between them where nothing is thought: the
-    weak form begins with it, so whoever reads, rewards or serves traces takes every style for one.
+    `short` has no CAPTION but keeps PLANNING, REASONING, SUMMARY and a reflection. `direct` answers at once; its
+    RESPONSE is the answer alone. Both keep the tags of THINK, possibly empty: the weak form begins with them, so
+    parser, rewards and service accept every style as a trace.
     """
     if style == "explicit":
         return render(trace)
     if style == "short":
-        kept = replace(trace, environment=None, speakers=(), transcript=None, description=None)
+        reduced = replace(trace, environment=None, speakers=(), transcript=None, description=None)
     else:
         answer = trace.response if trace.final_answer is None else trace.final_answer
-        kept = Trace(response=None if trace.response is None else answer, final_answer=trace.final_answer)
-    text = render(kept)
+        reduced = Trace(response=None if trace.response is None else answer, final_answer=trace.final_answer)
+    text = render(reduced)
     opening, closing = Section.THINK.tags
     return text if text.startswith(opening) else opening + closing + text
 
 
 def canonical_completion(text: str, answer: str, style: TraceStyle = "explicit") -> str:
-    """Renders a data set's gold completion in the one grammar that is trained, with the answer as prompts show it.
+    """Render a data set's gold completion in the trained grammar, with the answer as shown in prompts.
 
-    A weak trace (R1-AQA's, say) keeps the sections that it has.
+    A weak trace (such as R1-AQA's) keeps its sections.
 
     Raises:
-        HyperError: It cannot be read as a trace.
+        HyperError: The completion is no trace.
     """
     parsed = parse_text(text)
     if parsed.format is TraceFormat.MALFORMED:
@@ -188,7 +189,7 @@ def _texts(examples: Iterator[SceneExample]) -> Iterator[str]:
         yield render(example.trace).replace("<", " <").replace(">", "> ")
     rng = random.Random(0)
     for words in SLOTS.values():
-        # Every word of the vocabulary occurs often enough, bare and after a space, to become one token.
+        # Each word of the vocabulary occurs often enough, bare and after a space, to become one token.
         yield from (word for word in words for _ in range(20))
         yield from (f"a {word} b" for word in words for _ in range(20))
     for _ in range(20_000):
@@ -196,9 +197,9 @@ def _texts(examples: Iterator[SceneExample]) -> Iterator[str]:
 
 
 def build_tokenizer(examples: Iterator[SceneExample], vocab_size: int, more: Iterable[str] = ()) -> Tokenizer:
-    """Train the embedded checkpoint's byte-level BPE on the questions, traces and lines of the training split.
+    """Train the embedded checkpoint's byte-level BPE on questions, traces and lines of the training split.
 
     Args:
-        more: Further texts that it should be good at.
+        more: Further training texts for the tokenizer.
     """
     return train_tokenizer(chain(_texts(examples), more), vocab_size)

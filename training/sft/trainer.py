@@ -1,8 +1,8 @@
-"""Stage I: teaches a policy to write the perceptual trace (method, section 5).
+"""Train a policy on perceptual traces: Stage I (method, section 5).
 
-Plain token-normalised cross entropy on the completion; prompt, audio and latent tokens carry none. What a step sees
-depends on the seed and the step alone, so a resumed run goes on with the very sequences that it would have seen.
-Knows nothing of synthesizers, scenes' sound or the engine.
+The loss is token-normalised cross entropy on the completion; prompt, audio and latent tokens have no loss. Seed and
+step alone determine the sequences of a step, so a resumed run continues with the same sequences. This module depends on
+no synthesizer, scene audio or engine.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ from training.sft.tokens import Encoded, Spans, build_tokenizer, canonical_compl
 from training.trainer import PolicyTrainer, TrainingError
 
 ENCODER_WIDTH = 384
-"""Width of the states that built clips hold: Whisper tiny.en's."""
+"""Width of the encoder states in built clips: Whisper tiny.en's."""
 _WINDOW_STEPS = 8
 _TOKENIZER_CLIPS = 6_000
 _READ = -1
-"""The key of a sequence without a clip."""
+"""Key of a sequence without a clip."""
 _ASR_END = Section.ASR.tags[1]
 
 
 class Sequences(Protocol):
-    """Draws what Stage I trains on."""
+    """A source of Stage I sequences."""
 
     is_encoded: bool
 
     def lengths(self, step: int) -> list[tuple[int, int]]:
-        """Lists a step's sequences: what `draw` takes, and about how long each is."""
+        """List the sequences of a step: a key for `draw` and an approximate length each."""
         ...
 
     def draw(self, key: int, step: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
-        """Returns a sequence and its clip: the encoder's states, or its log-mel."""
+        """Return a sequence and its clip, as encoder states [A, D] or log-mel."""
         ...
 
 
 class ClipSequences:
-    """Draws from clips that were built and encoded before: a question of its own about each, whenever it is seen.
+    """Sequences from prebuilt, encoded clips, with a new question at each use.
 
     Args:
-        scenes, speech: Clips of both kinds; without the second all are scenes.
-        writer: Draws what is only read; needed where the recipe wants any (`read_size`).
+        scenes, speech: Clips of both kinds; without speech clips, all sequences are scenes.
+        writer: Source of scenes without audio; required if `read_size` of the recipe is above 0.
     """
 
     is_encoded = True
@@ -79,7 +79,7 @@ class ClipSequences:
         self.num_scenes = len(scenes)
         self.scene_order = Order(max(1, len(scenes)), f"{recipe.seed}/scenes")
         self.speech_order = Order(max(1, len(speech)), f"{recipe.seed}/speech")
-        # Speech sequences before each window; it grows as windows are asked for.
+        # Number of speech sequences before each window; it grows on demand.
         self.num_before = [0]
 
     def _num_speech(self, window: int) -> int:
@@ -93,9 +93,9 @@ class ClipSequences:
         return first + (last - first) * min(1.0, step / max(1, self.recipe.num_steps))
 
     def lengths(self, step: int) -> list[tuple[int, int]]:
-        """Lists a step's clips, then what is read; clips are sorted by length inside a window of eight steps.
+        """List the clips of a step, then its scenes without audio.
 
-        Padding costs time.
+        Clips are sorted by length within a window of eight steps, since padding costs time.
         """
         window, place = divmod(step, _WINDOW_STEPS)
         while len(self.num_before) <= window:
@@ -107,11 +107,11 @@ class ClipSequences:
         keys.sort(key=lambda key: self.clips[key].num_tokens)
         batches = [keys[i : i + self.recipe.batch_size] for i in range(0, size, self.recipe.batch_size)]
         random.Random(f"{self.recipe.seed}/window/{window}").shuffle(batches)
-        heard = [(key, self.clips[key].num_tokens) for key in batches[place]]
-        return heard + [(_READ, 0)] * self.recipe.read_size
+        clips = [(key, self.clips[key].num_tokens) for key in batches[place]]
+        return clips + [(_READ, 0)] * self.recipe.read_size
 
     def draw(self, key: int, step: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
-        """Asks a question about a clip, and blanks a few of its states; or about a scene that nobody hears."""
+        """Draw a question about a clip and blank a few of its states, or draw a scene without audio."""
         recipe = self.recipe
         assert recipe.decoder is not None
         spans = Spans(recipe.pause_share, recipe.decoder.latent_tokens, PauseMode(recipe.pause_mode))
@@ -149,13 +149,13 @@ class ClipSequences:
 
 @dataclass(eq=False)
 class ExampleSequences:
-    """Draws from a data set with gold completions; clips are decoded when they are needed, and never kept.
+    """Sequences from a data set with gold completions; clips are decoded at each use and never cached.
 
     Attributes:
-        examples: Rows that have a completion.
-        latent_tokens, pause_mode: The checkpoint's.
-        answers_by_letter: How the checkpoint writes its choice.
-        max_model_len: Positions that the checkpoint serves, the clip's included.
+        examples: Rows with a completion.
+        latent_tokens, pause_mode: The checkpoint's settings.
+        answers_by_letter: The checkpoint's form of a choice answer.
+        max_model_len: Context length of the checkpoint in tokens, clip included.
     """
 
     examples: Sequence[Example]
@@ -174,15 +174,16 @@ class ExampleSequences:
         self.order = Order(len(self.examples), f"{self.recipe.seed}/examples")
 
     def lengths(self, step: int) -> list[tuple[int, int]]:
-        """Lists a step's rows; how long their clips are nobody knows yet."""
+        """List the rows of a step; the lengths of their clips are unknown, so they are 0."""
         first = step * self.recipe.batch_size
         return [(self.order[first + i], 0) for i in range(self.recipe.batch_size)]
 
     def draw(self, key: int, step: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
-        """Decodes a row's clip and encodes its gold completion.
+        """Decode the clip of a row and encode its gold completion.
 
         Raises:
-            HyperError: The clip or the completion cannot be read, or both are too long; the message names the row.
+            HyperError: The clip or the completion is unreadable, or both together are too long; the message names the
+                row.
         """
         example = self.examples[key]
         waveform = read_clip(example)
@@ -195,7 +196,7 @@ class ExampleSequences:
             encoded = encode_sequence(
                 self.tokenizer, example.question, example.choices, completion, spans=spans, rng=rng
             )
-            # The clip's tokens take the place of one.
+            # The clip's tokens replace one AUDIO id.
             num_tokens = len(encoded.token_ids) - 1 + num_audio_tokens(len(waveform.samples_S))
             if num_tokens > self.max_model_len:
                 raise HyperError(
@@ -207,7 +208,7 @@ class ExampleSequences:
 
 
 class SftTrainer(PolicyTrainer):
-    """Trains on sequences by cross entropy, the mean over all targets of a step on all ranks."""
+    """Trainer of Stage I by cross entropy, the mean over all targets of a step on all ranks."""
 
     recipe: SftRecipe
 
@@ -218,7 +219,7 @@ class SftTrainer(PolicyTrainer):
         super().__init__(model, recipe, run_dir, num_workers=num_workers)
 
     def make_step(self, step: int) -> list[tuple[Encoded, torch.Tensor]]:
-        """Draws this rank's sequences of a step: every n-th of those sorted by length."""
+        """Draw this rank's share of a step: every n-th of the sequences sorted by length."""
         recipe = self.recipe
         rng = random.Random(f"{recipe.seed}/step/{step}")
         keys = [(key, rng.getrandbits(32)) for key, _ in self.sequences.lengths(step)]
@@ -226,11 +227,11 @@ class SftTrainer(PolicyTrainer):
         return [self.sequences.draw(key, step, random.Random(seed)) for key, seed in mine]
 
     def micro_batches(self, prepared: list[tuple[Encoded, torch.Tensor]]) -> list[dict[str, Any]]:
-        """Packs as many sequences as are in memory together."""
+        """Pack the sequences of a step into batches of `rows_at_once` rows."""
         num_targets = sum(target != IGNORED for encoded, _ in prepared for target in encoded.targets)
         share = 1.0 / self.sum_over_ranks(num_targets)
         at_once = self.recipe.rows_at_once
-        found: list[dict[str, Any]] = []
+        batches: list[dict[str, Any]] = []
         if self.sequences.is_encoded:
             # Padding costs time.
             prepared = sorted(prepared, key=lambda pair: len(pair[0].token_ids) + len(pair[1]))
@@ -243,19 +244,19 @@ class SftTrainer(PolicyTrainer):
                 pad_id=self.run_model.tokenizer.end_of_text_id,
                 is_encoded=self.sequences.is_encoded,
             )
-            found.append({"batch": batch, "share": share})
-        return found
+            batches.append({"batch": batch, "share": share})
+        return batches
 
     def micro_loss(self, model: Any, micro: dict[str, Any]) -> torch.Tensor:
-        """Returns the batch's cross entropy as a share of the step's mean."""
+        """Return the cross entropy of a batch as a share of the step's mean."""
         return -model(**micro["batch"]).logprobs_N.sum() * micro["share"]
 
 
 def train_tokenizer_on(clips: Sequence[Clip], recipe: SftRecipe, file: Path, more: Iterable[str] = ()) -> None:
-    """Writes the tokenizer of a run that begins from nothing; one that is there stays.
+    """Train and write the tokenizer of a run from scratch; an existing file stays.
 
     Args:
-        more: Further texts, such as the open ones that clips are spoken from.
+        more: Further texts, such as the open texts of the clips.
     """
     if file.exists():
         return
@@ -272,5 +273,5 @@ def train_tokenizer_on(clips: Sequence[Clip], recipe: SftRecipe, file: Path, mor
 
 
 def read_clips(folder: Path, *kinds: ClipKind) -> list[Clip]:
-    """Opens the built clips of a folder, or those of some kinds."""
+    """Open the built clips of a folder, optionally of some kinds only."""
     return [clip for kind in kinds or (None,) for clip in open_clips(folder, ENCODER_WIDTH, kind=kind)]

@@ -1,1 +1,1 @@
-"""Fetches or draws the raw material of training data: packages, voices, recordings, noise and text."""
+"""Raw material of training data, fetched or drawn: packages, voices, recordings, noise and text."""

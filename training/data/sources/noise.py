@@ -1,9 +1,10 @@
-"""Reads noise of one's own: a folder of MUSAN or FSD50K as they unpack, with labels, splits and licences.
+"""Read background noise from unpacked MUSAN or FSD50K folders, with labels, splits and licences.
 
-Axes: S samples at 16 kHz. Files are read from disk as they are drawn, only the part that is needed, and none is kept.
+Axes: S samples at 16 kHz. Each draw reads only the needed part of a file; nothing is cached.
+
 MUSAN (Snyder, Chen and Povey, arXiv 1510.08484) is `noise/`, `music/` and `speech/`, each with folders of WAV files and
-a LICENSE. FSD50K (Fonseca et al., arXiv 2010.00475) names files, labels and split in `FSD50K.ground_truth/dev.csv` and
-`eval.csv`, and each clip's licence in `FSD50K.metadata/*_clips_info_FSD50K.json`.
+a LICENSE. FSD50K (Fonseca et al., arXiv 2010.00475) lists files, labels and split in `FSD50K.ground_truth/dev.csv` and
+`eval.csv`. The licence of each clip is in `FSD50K.metadata/*_clips_info_FSD50K.json`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from training.data.sources.recordings import BACKGROUND_SPEECH
 
 _MUSAN_LABELS = {"noise": "noise", "music": "music", "speech": BACKGROUND_SPEECH}
 _FSD50K_PARTS = {"dev.csv": "FSD50K.dev_audio", "eval.csv": "FSD50K.eval_audio"}
-# FSD50K's labels under which people talk: such a clip is speech in the background, whatever else it is.
+# FSD50K labels of human speech; a clip with one of them counts as background speech, whatever its other labels.
 _SPEECH_LABELS = frozenset(
     {"Speech", "Conversation", "Male_speech_and_man_speaking", "Female_speech_and_woman_speaking", "Human_voice"}
     | {"Child_speech_and_kid_speaking", "Speech_synthesizer", "Whispering", "Chatter", "Crowd"}
@@ -47,15 +48,15 @@ class NoiseFile:
     source: str
     """`musan` or `fsd50k`."""
     licence: str
-    """What the data set says of this file: a text, an address, or the file that holds it."""
+    """The data set's licence for this file: a text, an address, or the path of the licence file."""
     credit: str
 
 
 class NoiseFolder:
-    """The recordings of one split in folders of MUSAN or FSD50K; draws backgrounds from them.
+    """The recordings of one split in MUSAN or FSD50K folders, a source of backgrounds.
 
     Raises:
-        MissingDataError: a folder is neither, or holds no recording of the split.
+        MissingDataError: a folder is neither data set, or holds no recording of the split.
     """
 
     def __init__(self, folders: Sequence[Path], split: Split) -> None:
@@ -68,10 +69,13 @@ class NoiseFolder:
         self.labels = tuple(sorted(self._by_label))
 
     def draw(self, rng: random.Random, num_samples: int) -> tuple[np.ndarray, str, str]:
-        """Draw a background, float32 [S], its label and its file: labels alike, then files alike.
+        """Draw a background, uniform over labels, then over the files of a label.
+
+        Returns:
+            float32 [S], label and file.
 
         Raises:
-            MissingDataError: file after file cannot be read, or holds nothing but digital silence.
+            MissingDataError: too many files in a row are unreadable or contain only digital silence.
         """
         fault = "holds digital silence"
         for _ in range(_MAX_TRIES):
@@ -87,7 +91,7 @@ class NoiseFolder:
         raise MissingDataError(f"{_MAX_TRIES} recordings in a row cannot be used; the last, {file.path}: {fault}")
 
     def licences(self) -> dict[str, dict[str, str]]:
-        """Return label, source, licence and credit of every file, by its path."""
+        """Return label, source, licence and credit of every file, by path."""
         return {
             str(f.path): {"label": f.label, "source": f.source, "licence": f.licence, "credit": f.credit}
             for f in self.files
@@ -95,10 +99,10 @@ class NoiseFolder:
 
 
 def read_noise(folder: Path) -> Iterator[NoiseFile]:
-    """Yield the recordings of a MUSAN or FSD50K folder, told apart by what lies in it.
+    """Yield the recordings of a MUSAN or FSD50K folder; its contents identify the data set.
 
     Raises:
-        MissingDataError: it is neither.
+        MissingDataError: the folder is neither.
     """
     if (folder / "FSD50K.ground_truth").is_dir():
         yield from _read_fsd50k(folder)
@@ -116,7 +120,7 @@ def _read_musan(folder: Path) -> Iterator[NoiseFile]:
             licence_file = source / "LICENSE"
             text = licence_file.read_text(encoding="utf-8", errors="replace") if licence_file.exists() else ""
             for path in sorted(source.glob("*.wav")):
-                # MUSAN has no splits; a file's own name decides, so that adding files moves none.
+                # MUSAN has no splits. The file name decides, so that added files move no other file.
                 place = int(hashlib.sha256(path.name.encode()).hexdigest()[:8], 16) % 10
                 split: Split = "test" if place == 0 else "validation" if place == 1 else "train"
                 own = _paragraph(text, path.stem)
@@ -125,16 +129,16 @@ def _read_musan(folder: Path) -> Iterator[NoiseFile]:
 
 
 def _paragraph(text: str, name: str) -> str:
-    """Return the lines about one file: from the one that names it to the next blank one."""
+    """Return the lines about one file, from the line with its name to the next blank line."""
     lines = text.splitlines()
     for index, line in enumerate(lines):
         if name in line:
-            found = [line.strip()]
+            paragraph = [line.strip()]
             for following in lines[index + 1 :]:
                 if not following.strip():
                     break
-                found.append(following.strip())
-            return " ".join(found)
+                paragraph.append(following.strip())
+            return " ".join(paragraph)
     return ""
 
 

