@@ -1,17 +1,17 @@
-"""The gate: decides at every step whether a completion goes on, pauses or is given up (method, section 3).
+"""The pause gate: at every step a completion continues, pauses or is aborted (method, section 3).
 
-One `Gate` follows one completion. Before a token is sampled it is asked what may happen (`decide`), and afterwards it
-is told what was (`push`). Its state is a handful of numbers that can be carried somewhere else (`state`), so the
-engine, a server that reads along and a plain loop over a model all run the same gate and come to the same decisions,
-however the completion is cut into chunks.
+One `Gate` follows one completion. Before a token is sampled, `decide` returns its constraints; afterwards `push`
+records the token. The state is a few numbers and can be moved elsewhere (`state`). So the engine, a server reading
+along, and a plain loop over a model run the same gate. They make the same decisions, however the completion is cut into
+chunks.
 
-Pure: no torch, no batch, no text. It sees token ids and confidences, and neither model, engine nor clock. The tensors
-of `hyper_model.pause_vllm` are this gate for many rows at once; a test compares them row for row.
+The module is pure: no torch, no batch, no text. Its inputs are token ids and confidences; it uses no model, engine or
+clock. `hyper_model.pause_vllm` implements the same gate as tensors for many rows; a test compares both row by row.
 
-Words: a token's *confidence* is the probability of the likeliest token at its position, from the raw logits at
-temperature 1. A *span* is what a pause adds to the completion: in parallel mode latent copies of the pause token, in
-sampled mode the pause token, hidden tokens of the model's own, and the closing token. A checkpoint may have a token of
-its own for each position of a parallel span, in place of the copies; the first of them is the pause token.
+Terms: the *confidence* of a token is the probability of the likeliest token at its position, from the raw logits at
+temperature 1. A *span* is the tokens added by a pause. A parallel span is latent copies of the pause token. A sampled
+span is the pause token, hidden tokens of the model, and the closing token. A checkpoint may use a token of its own for
+each position of a parallel span; the first is the pause token.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from hyper_model.manifest import Manifest
 from hyper_model.trace import PARENTS, PauseMode, Section, TagStyle, TraceTokenizer
 
 KEYWORDS = ("tone", "intonation", "pitch", "volume", "noise", "emotion", "background music")
-"""Words of the acoustic prior: where one stands in the recent text, sound is being described."""
+"""Words of the acoustic prior. One of them in the recent text indicates a description of sound."""
 
 KEYWORD_MEMORY_TOKENS = 64
-"""How long a keyword counts as recent (method, section 3)."""
+"""Number of tokens during which a keyword is recent (method, section 3)."""
 
 LOOP_PERIOD_TOKENS = 16
-"""The longest phrase whose endless repetition the loop guard sees; 1 is a run of identical tokens."""
+"""Longest phrase, in tokens, detected by the loop guard; length 1 is a run of identical tokens."""
 
 _NO_REPEATS = (0,) * LOOP_PERIOD_TOKENS
 _SECTIONS = tuple(Section)
@@ -47,20 +47,23 @@ def _ancestors(section: Section) -> int:
 _ANCESTORS = {section: _ancestors(section) for section in _SECTIONS}
 _DEPTH = {section: _ANCESTORS[section].bit_count() for section in _SECTIONS}
 NUM_OPEN_SETS = 1 << len(_SECTIONS)
-"""Open sections are a set of bits in the order of `Section`; they always form one chain of ancestors."""
+"""Number of sets of open sections.
+
+A set is a bit mask in the order of `Section`; its members form one chain of ancestors.
+"""
 
 
 def innermost(open_sections: int) -> Section | None:
-    """Names the deepest section of a set of open ones."""
+    """Return the deepest section of a set of open ones, or None for the empty set."""
     held = [section for section in _SECTIONS if open_sections & _BIT[section]]
     return max(held, key=_DEPTH.__getitem__, default=None)
 
 
 class TagEffect(NamedTuple):
-    """Says what a tag does to the set of open sections: `(open & keeps) | adds`, where `needs` is open already.
+    """Effect of a tag on the set of open sections: `(open & keeps) | adds`, if `needs` is already open.
 
-    The same mending as the parser's: a tag closes what has no place in it, and a closing tag without its opening one
-    does nothing.
+    Faults are mended as in the parser. A tag closes all open sections but the ancestors of its own. A closing tag
+    without its opening tag has no effect.
     """
 
     keeps: int
@@ -69,7 +72,7 @@ class TagEffect(NamedTuple):
 
 
 class Verdict(Enum):
-    """Says what the gate wants at a position."""
+    """The gate's intention at a position."""
 
     CONTINUE = "continue"
     PAUSE = "pause"
@@ -77,12 +80,12 @@ class Verdict(Enum):
 
 
 class Decision(NamedTuple):
-    """Says what may be sampled at a position.
+    """Constraints on the token sampled at a position.
 
     Attributes:
-        verdict: PAUSE and ABORT force the token that says so; CONTINUE does not mean that nothing is forced.
-        forced_id: The one token that may stand here, or None.
-        banned_ids: What may not be sampled where nothing is forced.
+        verdict: PAUSE and ABORT always force their token. CONTINUE may force a token too.
+        forced_id: The only permitted token, or None.
+        banned_ids: Tokens not permitted if none is forced.
         is_biased: Whether the acoustic prior adds its bias to the pause token.
     """
 
@@ -94,23 +97,23 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class GateSettings:
-    """Holds what a gate goes by: the manifest's figures, as token ids and numbers.
+    """Settings of a gate: the manifest's values as token ids and numbers.
 
     Attributes:
-        max_pauses: The budget of one completion; a request may lower the manifest's, see `lowered`.
-        tau_pause, tau_abort: A window's confidence at or below these pauses and aborts.
-        window_tokens, rest_tokens: Sampled tokens of a window, and between a pause and the next.
-        tags: What each tag token does.
-        gated: The sets of open sections in which the gate works: those whose innermost section the manifest names.
-        closing_ids: Each section's closing tag.
-        answer_id: The tag that opens the final answer.
-        end_ids: What ends a completion, or the part of it that may pause: not to be sampled inside a span.
-        acoustic_bias: Added to the logit of the pause token where a keyword is recent; 0 turns the prior off.
+        max_pauses: Budget of one completion; a request may lower the manifest's (see `with_budget`).
+        tau_pause, tau_abort: Thresholds; a window's confidence at or below them pauses or aborts.
+        window_tokens, rest_tokens: Sampled tokens per window, and between two pauses.
+        tags: Effect of each tag token.
+        gated: Sets of open sections with an active gate: those whose innermost section is listed in the manifest.
+        closing_ids: Closing tag of each section.
+        answer_id: Tag at the start of the final answer.
+        end_ids: Tokens at the end of a completion, or of its part with pauses; banned inside a span.
+        acoustic_bias: Addend to the logit of the pause token while a keyword is recent; 0 turns the prior off.
         keyword_ids: The keywords as token ids.
-        loop_tokens: A completion whose last so many sampled tokens repeat one phrase is given up.
-        position_ids: The tokens of a parallel span; empty where they are copies of the pause token.
-        is_fed: Whether the span of a parallel pause is given to the engine by whoever reads the completion, which then
-            ends on the pause token. Else the gate forces it token by token.
+        loop_tokens: A completion is aborted when its last `loop_tokens` sampled tokens repeat one phrase.
+        position_ids: Tokens of a parallel span; empty for copies of the pause token.
+        is_fed: Whether the reader of the completion feeds the span of a parallel pause to the engine. The completion
+            then ends on the pause token. Otherwise the gate forces the span token by token.
     """
 
     mode: PauseMode
@@ -135,10 +138,10 @@ class GateSettings:
 
     @classmethod
     def of(cls, manifest: Manifest, tokenizer: TraceTokenizer) -> GateSettings | None:
-        """Returns the settings of a checkpoint; None where it has no gate.
+        """Return the settings of a checkpoint, or None if it has no gate.
 
-        There is none for a checkpoint whose tags are plain text: no single token tells where a section begins, and a
-        gate that does not know where it is could pause inside the answer.
+        Checkpoints with plain-text tags have no gate, because no single token marks the start of a section. Without
+        section boundaries a gate could pause inside the answer.
         """
         pause = manifest.pause
         if manifest.trace.tag_style is not TagStyle.TOKEN or pause.max_pauses == 0:
@@ -170,23 +173,23 @@ class GateSettings:
         )
 
     def with_budget(self, max_pauses: int) -> Self:
-        """Returns the same settings with a smaller budget; a larger one is cut to the checkpoint's."""
+        """Return the same settings with a smaller budget; a larger budget is cut to the checkpoint's."""
         return replace(self, max_pauses=min(max_pauses, self.max_pauses))
 
     @property
     def span_tokens(self) -> int:
-        """The most tokens that one pause adds to a completion."""
+        """Return the maximum number of tokens added to a completion by one pause."""
         return self.latent_tokens if self.mode is PauseMode.PARALLEL else self.latent_tokens + 2
 
     @property
     def span_ids(self) -> tuple[int, ...]:
-        """The whole span of a parallel pause."""
+        """Return all tokens of a parallel pause."""
         return self.position_ids or (self.open_id,) * self.latent_tokens
 
     @cached_property
     def decisions(self) -> Mapping[str, Decision]:
-        """The few decisions that there are, made once: a gate makes one at every step of every row."""
-        # A span begins with the pause token, chosen or forced; its other tokens are never anybody's choice.
+        """Return all possible decisions by name, built once because every step of every row needs one."""
+        # A span begins with the pause token, chosen or forced. Its other tokens may never be sampled.
         never = (self.close_id, *self.position_ids[1:])
         return {
             "plain": Decision(Verdict.CONTINUE, banned_ids=(self.open_id, *never)),
@@ -200,21 +203,21 @@ class GateSettings:
 
     @cached_property
     def latent_decisions(self) -> Sequence[Decision]:
-        """What is forced at each place of a parallel span."""
+        """Return the forcing decision for each position of a parallel span."""
         return tuple(Decision(Verdict.CONTINUE, token_id) for token_id in self.span_ids)
 
 
 def _encode_keywords(tokenizer: TraceTokenizer) -> tuple[tuple[int, ...], ...]:
-    """Encodes each keyword as it stands inside a sentence and at the beginning of one."""
+    """Encode each keyword as it appears inside a sentence and at the start of one."""
     spellings = [form for word in KEYWORDS for form in (f" {word}", word, word.capitalize())]
     return tuple(dict.fromkeys(tuple(tokenizer.encode_text(spelling)) for spelling in spellings))
 
 
 class PauseTaken(NamedTuple):
-    """Says where a pause was taken, and the confidence of the window there; None while no window is full.
+    """A pause: its section and the window's confidence there, or None before the first full window.
 
     Attributes:
-        is_forced: Whether the gate wanted it; else the model chose it.
+        is_forced: Whether the gate forced the pause; otherwise the model chose it.
     """
 
     section: Section | None
@@ -223,11 +226,11 @@ class PauseTaken(NamedTuple):
 
 
 class GateReport(NamedTuple):
-    """Says what a gate has seen, when its completion is over.
+    """Summary of a gate after its completion.
 
     Attributes:
-        lowest: The lowest group confidence; None while no window was full.
-        confidences: Of the window at each pause, in order; None where there was no full one.
+        lowest: Lowest group confidence, or None without a full window.
+        confidences: Window confidence at each pause, in order; None before the first full window.
     """
 
     lowest: float | None = None
@@ -236,23 +239,23 @@ class GateReport(NamedTuple):
 
 @dataclass
 class Gate:
-    """Follows one completion; see the module's first lines.
+    """Pause gate of one completion; see the module docstring.
 
     Attributes:
-        settings: What it goes by.
+        settings: The gate's settings.
         window: Confidences of the last sampled tokens in gated sections, at most `window_tokens`.
-        total: Their sum, kept and not computed anew, so that a copy goes on with exactly this number.
-        lowest: The lowest group confidence: the smallest mean of a full window so far.
-        num_pauses: Pauses taken, this gate's predecessors' included.
-        pauses: Those that this gate saw begin.
-        num_resting: Sampled tokens still to come before the next pause.
+        total: Running sum of the window. It is stored, so a copy continues with exactly the same number.
+        lowest: Lowest group confidence: the smallest mean of a full window so far.
+        num_pauses: Number of pauses, including those of earlier chunks.
+        pauses: Pauses recorded by this gate.
+        num_resting: Sampled tokens left before the next pause is permitted.
         open_sections, seen_sections: Sets of sections, as bits.
-        num_in_span: Tokens of the span that is being written; 0 outside.
-        recent: The last sampled tokens, as many as the loop guard and the keywords look back.
-        repeats: How many tokens in a row equal the one p places before them, for p from 1.
-        keyword_age: Sampled tokens since a keyword ended; None where there was none.
-        is_aborted: Whether it gave the completion up.
-        forced: What remains to be forced after an abort that nobody outside closes.
+        num_in_span: Tokens so far of the current span; 0 outside a span.
+        recent: The last sampled tokens, as many as the loop guard and the keywords need.
+        repeats: For each distance p from 1, the length of the latest run of tokens equal to the one p places before.
+        keyword_age: Sampled tokens since the last keyword; None without a recent one.
+        is_aborted: Whether the gate aborted the completion.
+        forced: Remaining forced tokens after an abort, if the gate closes the sections itself.
     """
 
     settings: GateSettings
@@ -272,10 +275,10 @@ class Gate:
     forced: list[int] = field(default_factory=list[int])
 
     def decide(self, confidence: float) -> Decision:
-        """Says what may stand at the next position; changes nothing, so it may be asked again or in vain.
+        """Return the constraints on the next position, without changing the gate.
 
         Args:
-            confidence: The probability of the likeliest token there.
+            confidence: Probability of the likeliest token there.
         """
         settings = self.settings
         decisions = settings.decisions
@@ -283,7 +286,7 @@ class Gate:
             return Decision(Verdict.CONTINUE, self.forced[0])
         if self.num_in_span:
             if settings.mode is PauseMode.PARALLEL:
-                # A state comes from outside, so its place may lie behind the span.
+                # A restored state may hold a position beyond the span.
                 return settings.latent_decisions[min(self.num_in_span, settings.latent_tokens - 1)]
             return decisions["close" if self.num_in_span > settings.latent_tokens else "hidden"]
         if self.is_aborted:
@@ -303,7 +306,7 @@ class Gate:
         return decisions["biased" if is_biased else "free"]
 
     def window_confidence(self, confidence: float) -> float | None:
-        """Returns the mean of the window that ends with this confidence; None while there is no full one."""
+        """Return the mean of the window ending with this confidence, or None if it is not full."""
         num_missing = self.settings.window_tokens - len(self.window)
         if num_missing > 1:
             return None
@@ -311,11 +314,12 @@ class Gate:
         return (self.total - oldest + confidence) / self.settings.window_tokens
 
     def push(self, token_id: int, confidence: float | None) -> None:
-        """Takes the token that stands at the position.
+        """Record the token at the position.
 
         Args:
-            confidence: The probability of the likeliest token there; None where it is not known (a completion that is
-                read again), which leaves the window as it is.
+            token_id: The token.
+            confidence: Probability of the likeliest token there. None if unknown, as for a completion read a second
+                time; the window then stays unchanged.
         """
         settings = self.settings
         if self.forced and token_id == self.forced[0]:
@@ -397,7 +401,10 @@ class Gate:
             self.forced = self.ids_to_answer()
 
     def ids_to_answer(self) -> list[int]:
-        """Returns the tags that close what stands open and open the final answer, or end a completion that has one."""
+        """Return the tags to close all open sections and open the final answer.
+
+        If the final answer was opened already, the last id ends the completion instead.
+        """
         held = [section for section in _SECTIONS if self.open_sections & _BIT[section]]
         held.sort(key=_DEPTH.__getitem__, reverse=True)
         has_answer = self.seen_sections & _BIT[Section.FINAL_ANSWER]
@@ -405,10 +412,11 @@ class Gate:
         return [*(self.settings.closing_ids[section] for section in held), last_id]
 
     def inherit(self, other: Gate, confidence: float | None) -> None:
-        """Takes over what only the gate of the chunk before has heard: confidences.
+        """Copy the confidences and pauses from the gate of the previous chunk.
 
         Args:
-            confidence: At the position of the pause token that ended the chunk, of which that gate was not told.
+            other: The previous chunk's gate.
+            confidence: Confidence at the pause token at the end of that chunk, not yet pushed to its gate.
         """
         if self.num_pauses > other.num_pauses:
             other.push(self.settings.open_id, confidence)
@@ -417,35 +425,35 @@ class Gate:
 
     @property
     def is_listening(self) -> bool:
-        """Whether the confidence at the next position enters a window; where it does not, none need be computed."""
+        """Return whether the next confidence enters a window; otherwise it need not be computed."""
         return not (self.forced or self.num_in_span) and self.open_sections in self.settings.gated
 
     def report(self) -> GateReport:
-        """Returns what the gate has seen."""
+        """Return a summary of the completion so far."""
         return GateReport(self.lowest, tuple(pause.confidence for pause in self.pauses))
 
     @property
     def is_pausing(self) -> bool:
-        """Whether a span has begun and not ended."""
+        """Return whether a span has begun and not ended."""
         return self.num_in_span > 0
 
     def feed_span(self) -> tuple[int, ...]:
-        """Ends a parallel span that somebody feeds to the engine at once; returns all of its tokens.
+        """End a parallel span fed to the engine at once, and return all its tokens.
 
-        The first of them stands for the pause token that was sampled.
+        The first token replaces the sampled pause token.
         """
         self.num_in_span = 0
         return self.settings.span_ids
 
     def state(self) -> dict[str, Any]:
-        """Returns what another gate needs to go on from here, as plain numbers; `resume` takes it."""
+        """Return the state for another gate to continue from (see `resume`), as plain numbers."""
         return {name: getattr(self, name) for name in _STATE_FIELDS} | {
             name: list(getattr(self, name)) for name in _STATE_LISTS
         }
 
     @staticmethod
     def is_state(value: object) -> bool:
-        """Tells whether a value has the form that `state` writes."""
+        """Return whether a value has the form written by `state`."""
         if not isinstance(value, dict):
             return False
         state = cast("dict[str, Any]", value)
@@ -466,7 +474,7 @@ class Gate:
 
     @classmethod
     def resume(cls, settings: GateSettings, state: Mapping[str, Any] | None) -> Self:
-        """Makes the gate that goes on from a state; from the beginning where there is none."""
+        """Build a gate from a state, or a new gate if it is None."""
         if state is None:
             return cls(settings)
         fields: dict[str, Any] = {name: state[name] for name in _STATE_FIELDS}
@@ -489,7 +497,7 @@ _STATE_LISTS: Mapping[str, Any] = {"window": float | int, "recent": int, "repeat
 
 
 def replay(settings: GateSettings, token_ids: Iterable[int], confidences: Sequence[float | None]) -> Gate:
-    """Follows a finished completion, such as one that calibration looks at; returns the gate at its end."""
+    """Run a finished completion through a gate, as calibration does, and return the gate at its end."""
     gate = Gate(settings)
     for token_id, confidence in zip(token_ids, confidences, strict=True):
         gate.push(token_id, confidence)

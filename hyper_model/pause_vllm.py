@@ -1,25 +1,25 @@
-"""The gate inside vLLM: its two logits-processor interfaces, and the request arguments that arm them.
+"""The pause gate inside vLLM: its two logits processors and their request arguments.
 
-vLLM's V1 model runner (CPU builds, and GPUs where V2 is off) and its V2 runner take logits processors of two unlike
-kinds; `processor_name` picks the one that an engine wants. Both read the thresholds from the checkpoint's manifest, in
-the model's directory, so a plain `python -m vllm.entrypoints.openai.api_server --logits-processors NAME` pauses too.
+vLLM has two model runners, with different logits-processor interfaces: V1 (CPU builds, and GPUs with V2 off) and V2.
+`processor_name` returns the processor for an engine. Both read the thresholds from the checkpoint's manifest in the
+model directory. So a plain `python -m vllm.entrypoints.openai.api_server --logits-processors NAME` pauses too.
 
-A request is armed by its extra arguments (over HTTP: `vllm_xargs`):
-  - `hyper_pause`: the most pauses it may take; with 0 the gate still gives up what is hopeless or repeats itself.
-    Without this argument the processor does not touch the request.
-  - `hyper_pause_fed`: 1 when whoever reads the completion feeds the span of a parallel pause; the completion must then
-    stop on the pause token, and on the token that closes a pause, which says that the gate gave it up.
-  - `hyper_pause_tau`: two numbers instead of the manifest's tau_pause and tau_abort, for calibration and training.
-  - `hyper_pause_state`: the gate's state at the end of the chunk before (`Gate.state`).
-  - `hyper_pause_key`: a string that no other request in the engine has, the same for all chunks of a session: by it a
-    gate is found again, after a preemption, by the session's next chunk (V1), or by who asks what it has seen (V1).
+Extra arguments arm a request (over HTTP: `vllm_xargs`):
+  - `hyper_pause`: the maximum number of pauses. With 0 the gate still aborts hopeless or repetitive completions.
+    Without this argument the processor ignores the request.
+  - `hyper_pause_fed`: 1 if the reader of the completion feeds the span of a parallel pause. The completion must then
+    stop on the pause token, and on the closing token of a pause, written by the gate to abort.
+  - `hyper_pause_tau`: two numbers to replace the manifest's tau_pause and tau_abort, for calibration and training.
+  - `hyper_pause_state`: the gate's state at the end of the previous chunk (`Gate.state`).
+  - `hyper_pause_key`: a string unique to a session in the engine, the same for all its chunks. It restores the gate
+    after a preemption. With V1 it also finds the gate for the session's next chunk and for `GateReports`.
 
-With V1 the gate of a session stays in the engine, and `GateReports` tells what it has seen. With V2 it lies on the
-device, where nobody can look without making the engine wait: whoever reads the completion asks for the log-probability
-of the likeliest token, follows with a gate of its own, and sends its state with each chunk. That would do with V1 as
-well, but there it costs a small model's step 5 to 8 %.
+With V1 the gate of a session stays in the engine, and `GateReports` returns its summary. With V2 the gate is on the
+device, and reading it would make the engine wait. Instead, the reader of the completion requests the log-probability of
+the likeliest token, runs its own gate, and sends its state with each chunk. The same would work with V1, but would slow
+a small model's step by 5 to 8 %.
 
-Knows no HTTP and no text.
+The module is independent of HTTP and text.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ PREFIX = BUDGET
 
 
 def arguments(gate: Gate, key: str | None = None) -> dict[str, Any]:
-    """Returns the extra arguments of a request, or of its next chunk, that goes on with this gate.
+    """Return the extra arguments of a request, or of its next chunk, to continue with this gate.
 
     Args:
-        key: Names the request, and no other in the engine; without it a preemption costs the gate its window.
+        gate: The gate before the first token of the request.
+        key: Unique key of the request in the engine; without it a preemption empties the gate's window.
     """
     settings = gate.settings
     taus = [settings.tau_pause, settings.tau_abort]
@@ -70,18 +71,18 @@ def arguments(gate: Gate, key: str | None = None) -> dict[str, Any]:
 
 
 def processor_name(*, is_v2: bool) -> str:
-    """Names the processor for an engine's `logits_processors`; a name and not a class, so that it survives a spawn.
+    """Return the processor's name for an engine's `logits_processors`; a name survives a spawn.
 
-    No entry point is registered: vLLM would load it in every engine on the machine, with either runner.
+    There is no entry point: vLLM would load it in every engine on the machine, with either runner.
     """
     return f"{__name__}:{'PauseV2' if is_v2 else 'PauseV1'}"
 
 
 def check_arguments(params: SamplingParams) -> None:
-    """Refuses arguments that no gate can be made of.
+    """Check the extra arguments of a request.
 
     Raises:
-        ValueError: vLLM answers it with a 400.
+        ValueError: If they define no gate; vLLM answers with status 400.
     """
     extra: Mapping[str, Any] = params.extra_args or {}
     for name, value in extra.items():
@@ -105,7 +106,7 @@ def check_arguments(params: SamplingParams) -> None:
 
 
 def armed_settings(settings: GateSettings | None, params: SamplingParams) -> GateSettings | None:
-    """Returns what a request's gate goes by; None where it has none."""
+    """Return the settings of a request's gate, or None if it has no gate."""
     extra: Mapping[str, Any] = params.extra_args or {}
     if settings is None or BUDGET not in extra:
         return None
@@ -115,20 +116,20 @@ def armed_settings(settings: GateSettings | None, params: SamplingParams) -> Gat
 
 
 def checkpoint_settings(vllm_config: VllmConfig) -> GateSettings | None:
-    """Reads the gate of the checkpoint that an engine serves."""
+    """Read the gate settings of the checkpoint served by an engine."""
     checkpoint = open_checkpoint(vllm_config.model_config.model, verify=False)
     return GateSettings.of(checkpoint.manifest, checkpoint.tokenizer)
 
 
 @dataclass
 class _Row:
-    """One armed request: its gate, and how far the gate has read.
+    """One armed request with its gate.
 
     Attributes:
-        key: The request's key; else the identity of its output, which is held here and so is nobody else's.
-        output: The request's own list of tokens, which grows as they are sampled.
-        num_seen: How many of them the gate has been told.
-        confidence: Of the position behind them, as it was last asked for.
+        key: The request's key, else the identity of its output; unique because the output is referenced here.
+        output: The request's own list of tokens; vLLM appends sampled tokens to it.
+        num_seen: Number of its tokens already pushed to the gate.
+        confidence: Last computed confidence of the position behind them.
     """
 
     key: str | int
@@ -139,15 +140,14 @@ class _Row:
     confidence: float | None = None
 
     def catch_up(self) -> None:
-        """Tells the gate what was sampled since.
+        """Push all newly sampled tokens to the gate.
 
-        A step of a prompt that is not whole yet asks too, and nothing is sampled: the answer is then asked for again.
-        Of tokens that came in between (a request that lost its row and its place in the memory) the confidence is not
-        known.
+        A step of an incomplete prompt calls this too, but samples nothing; its decision is then requested again. The
+        confidence is unknown for tokens sampled in between, as for a request that lost its row and its memory.
         """
-        # Tokens that vLLM dropped, to sample them again, have been told already.
+        # Tokens dropped by vLLM, to be sampled again, were pushed already.
         self.num_seen = min(self.num_seen, len(self.output))
-        # A token below 0 is a place that vLLM holds for one that is still being sampled.
+        # A token below 0 is vLLM's placeholder for one still being sampled.
         while self.num_seen < len(self.output) and self.output[self.num_seen] >= 0:
             self.gate.push(self.output[self.num_seen], self.confidence)
             self.num_seen += 1
@@ -155,35 +155,35 @@ class _Row:
 
 
 class PauseV1(LogitsProcessor):
-    """The gate for vLLM's V1 model runner: one `Gate` a row, one pass over the logits for all of them."""
+    """Logits processor for vLLM's V1 model runner: one `Gate` per row, one pass over the logits for all rows."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuses arguments that no gate can be made of."""
+        """Refuse invalid extra arguments."""
         check_arguments(sampling_params)
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.settings = checkpoint_settings(vllm_config)
         self.rows: dict[int, _Row] = {}
-        # A preempted request loses its row, and so does one between two chunks; its window must be there when it comes
-        # back. Who left for good cannot be told from these, so the oldest are forgotten.
+        # A preempted request loses its row, and so does a session between two chunks. Both need their window when they
+        # return. Finished requests look the same here, so the oldest rows are dropped.
         self.parked: OrderedDict[str | int, _Row] = OrderedDict()
         self.max_parked = 4 * vllm_config.scheduler_config.max_num_seqs
-        # Which rows and columns a step bans hardly changes from one step to the next.
+        # The banned rows and columns rarely change from one step to the next.
         self.banned: tuple[list[int], list[int]] = ([], [])
         self.banned_index: tuple[torch.Tensor, torch.Tensor] | None = None
         self.minus_infinity = torch.tensor(-math.inf, device=device)
         _PROCESSORS.add(self)
 
     def is_argmax_invariant(self) -> bool:
-        """The gate forces tokens, so greedy sampling has to see it."""
+        """Return False: the gate forces tokens, so greedy sampling needs it too."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follows the batch: rows that left, came and moved, in this order."""
+        """Apply the batch's removed, added and moved rows, in this order."""
         if batch_update is None:
             return
-        # All who left before any who came: it may be the same request, at another index.
+        # Process all removed rows before any added one: it may be the same request at another index.
         for index in [*batch_update.removed, *(added[0] for added in batch_update.added)]:
             self._park(index)
         for index, params, _, output in batch_update.added:
@@ -212,8 +212,8 @@ class PauseV1(LogitsProcessor):
         key: str | int = extra.get(KEY) or id(output)
         parked = self.parked.pop(key, None)
         if parked is None and output:
-            # With asynchronous scheduling vLLM gives a request that comes back another list. Requests of one process
-            # may share their parameters: where it could be one of several, its tokens are read again.
+            # With asynchronous scheduling vLLM gives a returning request a new list. Requests of one process may share
+            # their parameters. If several rows match, the request's tokens are read again.
             same = [other for other, row in self.parked.items() if row.params is params]
             parked = self.parked.pop(same[0]) if len(same) == 1 else None
         if parked is not None and parked.params is params:
@@ -221,12 +221,12 @@ class PauseV1(LogitsProcessor):
             return parked
         gate = Gate.resume(settings, extra.get(STATE))
         if parked is not None and KEY in extra and not gate.window:
-            # The next chunk of a session, from a reader who hears no confidences.
+            # The next chunk of a session whose reader has no confidences.
             gate.inherit(parked.gate, parked.confidence)
         return _Row(key, params, output, gate)
 
     def report(self, key: str) -> GateReport | None:
-        """Tells what the gate of a request has seen, and forgets it if the request is over; None if unknown."""
+        """Return the summary of a request's gate, or None for an unknown key; drop it if the request is over."""
         row = self.parked.pop(key, None) or next((row for row in self.rows.values() if row.key == key), None)
         if row is None:
             return None
@@ -234,7 +234,7 @@ class PauseV1(LogitsProcessor):
         return row.gate.report()
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Bans and forces tokens in the rows of armed requests; all others keep every bit.
+        """Ban and force tokens in the rows of armed requests; other rows keep every bit.
 
         Args:
             logits: float32 [B, V], changed in place.
@@ -266,7 +266,7 @@ class PauseV1(LogitsProcessor):
         return logits
 
     def _measure(self, logits: torch.Tensor) -> None:
-        """Tells the gates what was sampled, and notes the confidence at the position of those that listen."""
+        """Push sampled tokens to the gates, and store the confidence of each listening row."""
         listening: list[tuple[int, _Row]] = []
         for index, row in self.rows.items():
             row.catch_up()
@@ -274,10 +274,10 @@ class PauseV1(LogitsProcessor):
                 listening.append((index, row))
         if not listening:
             return
-        # Picking rows copies them, which costs about as much as computing twice as many.
+        # Indexing rows copies them, at about the cost of computing twice as many.
         is_all = 2 * len(listening) > logits.shape[0]
         chosen = logits if is_all else logits[[index for index, _ in listening]]
-        # As vLLM computes the log-probabilities that it returns, so that a reader of those comes to the same bits.
+        # Compute this exactly as vLLM computes its returned log-probabilities, so that their reader gets the same bits.
         tensor = chosen.log_softmax(dim=-1, dtype=torch.float32).amax(dim=-1)
         best = cast("list[float]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]
         for place, (index, row) in enumerate(listening):
@@ -289,14 +289,14 @@ def _index(values: list[int], device: torch.device) -> torch.Tensor:
 
 
 _PROCESSORS: weakref.WeakSet[PauseV1] = weakref.WeakSet()
-"""Those of this process, which is a worker of vLLM's and has one."""
+"""Processors of this process. A vLLM worker has one."""
 
 
 class GateReports:
-    """What an engine's workers answer to `collective_rpc`; an engine's `worker_extension_cls` mixes it into them."""
+    """Methods of an engine's workers for `collective_rpc`, mixed in through `worker_extension_cls`."""
 
     def gate_reports(self, keys: Sequence[str]) -> list[GateReport]:
-        """Tells what the gates of requests have seen; an empty report for a key that is not known or forgotten."""
+        """Return the summaries of requests' gates; empty for an unknown or dropped key."""
         return [
             next((found for each in _PROCESSORS if (found := each.report(key)) is not None), GateReport())
             for key in keys
@@ -304,20 +304,22 @@ class GateReports:
 
 
 _NUM_FORCED = len(Section) + 1
-"""The most tags that an abort can force: every section's closing one, and the answer's."""
+"""Maximum number of tags forced by an abort: every section's closing tag, and the answer's."""
 
 
 class _Rows:
-    """Names the columns of rows of `PauseV2`'s state; a field changed in place changes its tensor.
+    """Named columns of `PauseV2`'s state rows; an in-place change of a column changes its tensor.
+
+    Fields not listed here are as in `Gate` and `GateSettings`.
 
     Attributes:
-        ints, floats: int64 [R, ...] and float64 [R, ...], which hold all that follows.
-        num_seen: Sampled tokens that the gate has been told.
-        has_confidence: Whether `confidence` is that of the position behind them.
-        num_window: Confidences taken so far; the next one's place in the ring `window` is this modulo its length.
+        ints, floats: int64 [R, ...] and float64 [R, ...], the storage of all other fields.
+        num_seen: Sampled tokens pushed so far.
+        has_confidence: Whether `confidence` belongs to the position behind them.
+        num_window: Confidences stored so far. Modulo the length of the ring `window`, it is the next one's place.
         lowest, keyword_age: As `Gate`'s, with infinity and -1 for None.
-        recent: The latest token first; -1 where there was none.
-        forced: As many as `num_forced` says. What is not named here is as in `Gate` and `GateSettings`.
+        recent: The latest token first; -1 for no token.
+        forced: Forced tokens; `num_forced` is their number.
     """
 
     def __init__(self, ints: torch.Tensor, floats: torch.Tensor) -> None:
@@ -334,7 +336,7 @@ class _Rows:
 
     @staticmethod
     def encode(gate: Gate | None, window_tokens: int) -> tuple[list[int], list[float]]:
-        """Writes the row of a gate that has been told nothing yet, or of no gate."""
+        """Return the row of a gate before its first token, or of no gate."""
         if gate is None:
             return [0] * (14 + 2 * LOOP_PERIOD_TOKENS + _NUM_FORCED), [0.0] * (5 + window_tokens)
         window, settings = gate.window[-window_tokens:], gate.settings
@@ -350,7 +352,7 @@ class _Rows:
 
 
 def _put(field: torch.Tensor, mask: torch.Tensor, values: torch.Tensor) -> None:
-    """Writes the values into the field where the mask says so."""
+    """Write the values into the field at the mask's true entries."""
     torch.where(mask, values, field, out=field)
 
 
@@ -360,40 +362,39 @@ def _padded(ids: list[int], length: int, filler: int) -> list[int]:
 
 @dataclass
 class _Place:
-    """Says where the state of a request with a key lies: in its slot, or among the parked rows behind the slots."""
+    """Place of a keyed request's state: its slot, or one of the parked rows behind the slots."""
 
     prompt_len: int
     row: int
 
 
 class PauseV2(LogitsProcessorV2):
-    """The gate for vLLM's V2 model runner: `Gate` for all rows at once, on the device.
+    """Logits processor for vLLM's V2 model runner: `Gate` for all rows at once, on the device.
 
-    `apply` waits for nothing on the device, as asynchronous scheduling needs it: shapes depend on the batch alone, and
-    what a row does is chosen by masks. The order of the floating-point operations is `Gate`'s, so the decisions are,
-    too. A few hundred bytes of state a slot lie in two tensors; a step gathers the batch's rows, changes them and
-    writes them back: about two hundred small operations, however many rows there are.
+    `apply` never waits for the device, as asynchronous scheduling requires. Shapes depend on the batch alone, and masks
+    select the behaviour of each row. Floating-point operations follow the order of `Gate`'s, so the decisions are
+    equal. Two tensors hold a few hundred bytes of state per slot. A step gathers the batch's rows, changes them and
+    writes them back, in about two hundred small operations for any number of rows.
 
-    A preempted request gives its slot up without a word and is added again, to any slot. One with a `hyper_pause_key`
-    finds its state: it still lies in the old slot, or was moved out of the way of the slot's next owner. Without a key
-    (or after so many others that it was forgotten) its tokens are read again: budget, sections, rest and loop guard are
-    as they were; the window is empty, and the lowest confidence is that of what follows. That reading is one pass of
-    small operations a token.
+    A preempted request leaves its slot without notice and is added again later, to any slot. With a `hyper_pause_key`
+    it recovers its state, from the old slot or from a parked row. Without a key, or after its parked row was dropped,
+    its tokens are read again. Budget, sections, rest and loop guard are then as before. The window is empty, and the
+    lowest confidence covers only later tokens. That reading takes one pass of small operations per token.
 
-    vLLM's bias and bans come before either runner's own processors, and in V2 its penalties do, too. They would move
-    the confidence, which is then not that of the raw logits: who arms a request leaves them out.
+    vLLM applies bias and bans before the processors of either runner; V2 applies its penalties before them too. They
+    would change the confidence, defined on raw logits, so armed requests must not use them.
     """
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuses arguments that no gate can be made of."""
+        """Refuse invalid extra arguments."""
         check_arguments(sampling_params)
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
         if vllm_config.speculative_config is not None:
             raise ValueError("the gate does not work with speculative decoding: turn one of them off")
         if vllm_config.parallel_config.enable_batch_sharded_sampling:
-            # A request that comes back to another slot would be another rank's, which has not followed it.
+            # A request could return to a slot of another rank, without its state.
             raise ValueError("the gate does not work with batch-sharded sampling: turn one of them off")
         self.req_states = req_states
         self.settings = checkpoint_settings(vllm_config)
@@ -407,7 +408,7 @@ class PauseV2(LogitsProcessorV2):
         ints, floats = _Rows.encode(None, settings.window_tokens)
         self.ints = torch.zeros(num_rows, len(ints), dtype=torch.int64, device=device)
         self.floats = torch.zeros(num_rows, len(floats), dtype=torch.float64, device=device)
-        # By row: what it shall hold from the next step on, as values or as the row that holds it now.
+        # By row: its content from the next step on, as values or as the index of the row to copy.
         self.staged: dict[int, int | tuple[list[int], list[float]]] = {}
         self.num_unread: dict[int, int] = {}
         self.places: dict[str, _Place] = {}
@@ -429,18 +430,18 @@ class PauseV2(LogitsProcessorV2):
         self.closings = torch.tensor([[_padded(ids, _NUM_FORCED, 0) for ids in each] for each in closings]).to(device)
         self.num_closing = torch.tensor([len(ids) for ids in closings[0]], device=device)
         self.answer_place = tuple(Section).index(Section.FINAL_ANSWER)
-        # A longer keyword than the memory never matches in `Gate` either.
+        # A keyword longer than the memory never matches in `Gate` either.
         keywords = [ids[::-1] for ids in settings.keyword_ids if 0 < len(ids) <= LOOP_PERIOD_TOKENS]
         self.has_keywords = bool(keywords)
         self.keywords = torch.tensor([_padded(list(ids), LOOP_PERIOD_TOKENS, -2) for ids in keywords], device=device)
-        # The ends of a completion are banned in hidden tokens alone.
+        # The end tokens of a completion are banned in hidden tokens only.
         others = settings.position_ids[1:] if settings.mode is PauseMode.PARALLEL else settings.end_ids
         columns = [*dict.fromkeys((settings.open_id, settings.close_id, *others))]
         self.columns = torch.tensor(columns, device=device)
         self.span_ids = torch.tensor(settings.span_ids, device=device)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """Fills the slot anew: from the request's arguments, or from its own state before it was preempted."""
+        """Fill a slot from the request's arguments, or from its state before a preemption."""
         settings = armed_settings(self.settings, sampling_params)
         if self.settings is None or (settings is None and not self.is_armed[req_idx]):
             return False
@@ -463,9 +464,9 @@ class PauseV2(LogitsProcessorV2):
         return settings is not None
 
     def _claim(self, key: str | None, prompt_len: int) -> int | tuple[list[int], list[float]] | None:
-        """Takes the state of a request out of its place; None where there is none of this very chunk.
+        """Remove and return the state of a keyed request, or None if it is not of this chunk.
 
-        The prompt of a session grows with every chunk, and a preempted request's stays.
+        A session's prompt grows with every chunk; a preempted request's prompt keeps its length.
         """
         place = None if key is None else self.places.pop(key, None)
         if key is None or place is None:
@@ -479,7 +480,7 @@ class PauseV2(LogitsProcessorV2):
         return held if place.prompt_len == prompt_len else None
 
     def _vacate(self, slot: int) -> None:
-        """Parks what the slot holds, if it has a key: it may come back, which vLLM does not tell from its end."""
+        """Park the state of a slot with a key, because vLLM reports a preemption and an end alike."""
         self.num_unread.pop(slot, None)
         key = self.keys.pop(slot, None)
         if key is None:
@@ -493,7 +494,7 @@ class PauseV2(LogitsProcessorV2):
         self.parked[key] = None
 
     def apply_staged_writes(self) -> None:
-        """Brings what `add_request` staged to the device, and reads again the tokens of those whose state is lost."""
+        """Write the changes staged by `add_request` to the device, and read tokens without state again."""
         if self.settings is None or not self.staged:
             return
         copies = [(row, held) for row, held in self.staged.items() if isinstance(held, int)]
@@ -501,7 +502,7 @@ class PauseV2(LogitsProcessorV2):
         self.staged.clear()
         if copies:
             targets, sources = self._indices([row for row, _ in copies]), self._indices([held for _, held in copies])
-            # All sources are read before any row is written: one may be another's target.
+            # Read all sources before writing any row: one may be another's target.
             ints, floats = self.ints[sources], self.floats[sources]
             self.ints.index_copy_(0, targets, ints)
             self.floats.index_copy_(0, targets, floats)
@@ -523,26 +524,26 @@ class PauseV2(LogitsProcessorV2):
 
     def _to_device(self, values: list[Any], dtype: torch.dtype) -> torch.Tensor:
         device = self.req_states.device
-        # From pinned memory a copy does not wait; torch keeps it until the copy is done.
+        # A copy from pinned memory does not wait; torch keeps the memory until the copy is done.
         return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        """Bans and forces tokens in the rows of armed requests; all others keep every bit.
+        """Ban and force tokens in the rows of armed requests; other rows keep every bit.
 
         Args:
             logits: float32 [R, V], changed in place.
-            ctx: Says which slot each row is of; without speculative decoding no two are of the same.
+            ctx: The mapping from rows to slots; one to one without speculative decoding.
         """
         if self.settings is None or not self.is_armed[ctx.idx_mapping_np].any():
             return logits
         settings = self.settings
         slots = ctx.expanded_idx_mapping.long()
         rows, num_output = _Rows(self.ints[slots], self.floats[slots]), self._num_output(slots)
-        # Tokens that vLLM drops and samples again (it does when its prefix cache is reset under running requests) have
-        # been told already.
+        # vLLM drops tokens and samples them again after a reset of its prefix cache under running requests. Those
+        # tokens were pushed already.
         torch.minimum(rows.num_seen, num_output, out=rows.num_seen)
         self._catch_up(rows, slots, num_output)
-        # As vLLM computes the log-probabilities that it returns, so that a reader of those comes to the same bits.
+        # Compute this exactly as vLLM computes its returned log-probabilities, so that their reader gets the same bits.
         best = logits.log_softmax(dim=-1, dtype=torch.float32).amax(dim=-1)
         rows.confidence.copy_(best.double().exp_())
         rows.has_confidence.fill_(1)
@@ -568,21 +569,21 @@ class PauseV2(LogitsProcessorV2):
         return logits
 
     def _num_output(self, slots: torch.Tensor) -> torch.Tensor:
-        """Counts the tokens sampled so far: none while the prompt is not whole."""
+        """Return the number of tokens sampled so far; none during an incomplete prompt."""
         return (self.req_states.total_len.gpu[slots] - self.req_states.prompt_len.gpu[slots]).long()
 
     def _window_mean(self, rows: _Rows, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns `Gate.window_confidence`, whether there is one, and the confidence that leaves the window."""
+        """Return `Gate.window_confidence`, whether the window is full, and the confidence leaving it."""
         oldest = rows.window.gather(1, (rows.num_window % size)[:, None])[:, 0]
         oldest = torch.where(rows.num_window >= size, oldest, 0.0)
         return (rows.total - oldest + rows.confidence) / size, rows.num_window >= size - 1, oldest
 
     def _decide(self, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Decides as `Gate.decide` does.
+        """Compute `Gate.decide` for all rows.
 
         Returns:
-            Of each row whether a token is forced, and which; whether a pause may be sampled; whether its token is a
-            hidden one (None: no row's is). An unarmed row is forced to nothing and may do nothing.
+            For each row: whether a token is forced, the forced token, whether a pause may be sampled, and whether the
+            token is hidden (None if no row's is). An unarmed row has no forced token and no permission.
         """
         assert self.settings is not None
         settings = self.settings
@@ -595,7 +596,7 @@ class PauseV2(LogitsProcessorV2):
         is_hopeless = is_gated & is_full & (mean <= rows.tau_abort)
         may_pause = is_gated & ~is_hopeless & (rows.num_resting == 0) & (rows.num_pauses < rows.max_pauses)
         is_pause = may_pause & is_full & (mean <= rows.tau_pause)
-        # The columns of an unarmed slot are zero, so nothing of it is queued or in a span.
+        # An unarmed slot has only zeros, so it has no forced tokens and no span.
         is_closed, is_opened = is_loop | is_hopeless, is_queued | is_pause
         if settings.mode is PauseMode.PARALLEL:
             is_opened |= is_in_span
@@ -604,14 +605,14 @@ class PauseV2(LogitsProcessorV2):
             is_spent = is_in_span & (rows.num_in_span > settings.latent_tokens)
             is_closed |= is_spent
             is_hidden = is_in_span & ~is_spent
-        # Outside of a span the place is the first: the pause token's.
+        # Outside a span the position is 0, the pause token's.
         latent_ids = self.span_ids[rows.num_in_span.clamp(max=settings.latent_tokens - 1)]
         forced_ids = torch.where(is_closed, settings.close_id, latent_ids)
         _put(forced_ids, is_queued, rows.forced[:, 0])
         return is_closed | is_opened, forced_ids, may_pause & ~is_pause, is_hidden
 
     def _catch_up(self, rows: _Rows, slots: torch.Tensor, num_output: torch.Tensor) -> None:
-        """Tells each row's gate the next token that it has not been told, where there is one."""
+        """Push the next unread token of each row, if it has one."""
         all_ids = self.req_states.all_token_ids.gpu
         places = self.req_states.prompt_len.gpu[slots] + rows.num_seen
         token_ids = all_ids[slots, places.clamp_(max=all_ids.shape[1] - 1)].long()
@@ -621,7 +622,7 @@ class PauseV2(LogitsProcessorV2):
         rows.has_confidence *= ~is_new
 
     def _push(self, rows: _Rows, token_ids: torch.Tensor, is_new: torch.Tensor) -> None:
-        """Does what `Gate.push` does, in the rows that have a new token."""
+        """Compute `Gate.push` for the rows with a new token."""
         assert self.settings is not None
         settings = self.settings
         is_queued = is_new & (rows.num_forced > 0) & (token_ids == rows.forced[:, 0])
@@ -648,7 +649,8 @@ class PauseV2(LogitsProcessorV2):
         has_answer = rows.seen_sections >> self.answer_place & 1
         _put(rows.forced, is_closing[:, None], self.closings[has_answer, rows.open_sections])
         _put(rows.num_forced, is_closing, self.num_closing[rows.open_sections])
-        # Last, as all before goes by what was open where the token stood; and a tag is none of the tokens above.
+        # Last, because the code above needs the sections open before this token. A tag is never one of the tokens
+        # above.
         self._note_tag(rows, token_ids, is_queued | is_sampled)
 
     def _note_sampled(self, rows: _Rows, token_ids: torch.Tensor, is_sampled: torch.Tensor) -> None:

@@ -1,11 +1,11 @@
-"""Teaches vLLM to hear a clip without its padding: the Qwen2-Audio class with the exact encoder of `audio_encoder`.
+"""vLLM plugin: a Qwen2-Audio class with the exact unpadded encoder of `audio_encoder`.
 
-vLLM's own class fills every clip to 30 s, cuts longer ones silently, and spends nearly all of the time to the first
-token of a small checkpoint on padding. This one takes its place under the same architecture name, so that any
-Qwen2-Audio checkpoint is served by it: weights, prompts and `audio_embeds` inputs are vLLM's own. vLLM finds `register`
-by the entry point group `vllm.general_plugins`, which it loads in each of its processes.
+vLLM's own class pads every clip to 30 s and cuts longer clips silently. For a small checkpoint, padding takes most of
+the time to the first token. This class replaces it under the same architecture name and so serves any Qwen2-Audio
+checkpoint. Weights, prompts and `audio_embeds` inputs stay vLLM's own. vLLM finds `register` through the entry point
+group `vllm.general_plugins`, loaded in each of its processes.
 
-Knows no request, no trace and no checkpoint of ours.
+The module is independent of requests, traces and our checkpoints.
 
 Axes as in `audio_encoder`: S samples, M mel bins, W mel frames, A audio tokens; H is the decoder's hidden width.
 """
@@ -44,30 +44,30 @@ PARENT_WATCH = "hyper-parent-watch"
 
 
 def register() -> None:
-    """Puts this module's class in the place of vLLM's own; calling it again changes nothing that is seen.
+    """Replace vLLM's own class by this module's; further calls have no effect.
 
-    A process that vLLM started is bound to the life of the one that started it. vLLM's EngineCore does not notice when
-    that is killed, and would keep the memory of the weights and the cache for ever.
+    A process started by vLLM also ends with its parent process. vLLM's EngineCore does not notice a killed parent, and
+    would keep the memory of weights and cache forever.
     """
     parent = multiprocessing.parent_process()
     if parent is not None and not any(thread.name == PARENT_WATCH for thread in threading.enumerate()):
-        # Not PR_SET_PDEATHSIG: that fires as well when only the thread ends which started the process.
+        # Not PR_SET_PDEATHSIG: that also fires when only the starting thread ends.
         threading.Thread(target=end_with, args=(parent.sentinel,), name=PARENT_WATCH, daemon=True).start()
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}:{UnpaddedQwen2Audio.__name__}")
 
 
 def end_with(sentinel: int) -> None:
-    """Waits for the end of the process behind a sentinel and kills this one: there is nobody left to answer to."""
+    """Wait for the end of the sentinel's process, then kill this process."""
     wait([sentinel])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class UnpaddedAudioProcessor(Qwen2AudioMultiModalProcessor):
-    """Makes the mel [M, W] of each clip, without padding and without the text that transformers' processor wants.
+    """Processor for the mel [M, W] of each clip, without padding and without transformers' prompt text.
 
     Raises:
-        ValueError: when built, the checkpoint's mel is not Whisper's; when called, a clip is longer than 30 s or
-            shorter than one audio token (see `audio_encoder.num_states`).
+        ValueError: At construction, if the checkpoint's mel is not Whisper's. At a call, if a clip is longer than 30 s
+            or shorter than one audio token (see `audio_encoder.num_states`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -84,18 +84,18 @@ class UnpaddedAudioProcessor(Qwen2AudioMultiModalProcessor):
         if found != expected:
             raise ValueError(f"the mel of this checkpoint is not Whisper's: {found}, expected {expected}")
         self.log_mel = LogMel(extractor.feature_size)
-        # Looked up once: each look-up assembles the tokenizer's attributes anew.
+        # Stored, because each look-up rebuilds the tokenizer's attributes.
         self.audio_token_id: int = cast(Any, self.info.get_hf_processor()).audio_token_id
 
     def _get_hf_mm_text(self, mm_counts: Mapping[str, int]) -> str:
-        # Nothing reads it: the prompt is token ids already.
+        # Unused: the prompt is already token ids.
         return ""
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         clips = cast("Sequence[np.ndarray[tuple[int], np.dtype[np.float32]]]", hf_data["audio"])
         dtype = self.info.ctx.model_config.dtype
         assert isinstance(dtype, torch.dtype)
-        # In the model's dtype, as transformers' output would be: half the bytes on the way to the engine's process.
+        # In the model's dtype, like transformers' output: half the bytes on the way to the engine's process.
         return BatchFeature({"input_features": [self.log_mel(samples_S).to(dtype) for samples_S in clips]})
 
     def _get_prompt_updates(
@@ -111,7 +111,7 @@ class UnpaddedAudioProcessor(Qwen2AudioMultiModalProcessor):
 
 
 def _num_audio_tokens(item: Mapping[str, Any]) -> int:
-    """Returns the audio tokens of a processed clip, or of one that came as embeddings."""
+    """Return the number of audio tokens of a processed clip, or of a clip given as embeddings."""
     if "input_features" in item:
         return num_states_of_mel(item["input_features"].shape[1]) // 2
     if "audio_num_tokens" in item:
@@ -123,14 +123,14 @@ def _num_audio_tokens(item: Mapping[str, Any]) -> int:
     UnpaddedAudioProcessor, info=Qwen2AudioProcessingInfo, dummy_inputs=Qwen2AudioDummyInputsBuilder
 )
 class UnpaddedQwen2Audio(Qwen2AudioForConditionalGeneration):
-    """Serves a Qwen2-Audio checkpoint; its tower sees the clips of a step once, packed, and no padding."""
+    """Qwen2-Audio model with a tower run once per step, on all clips packed without padding."""
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
-        """Returns the embeddings [A, H] of each clip of a step.
+        """Return the embeddings [A, H] of each clip of a step.
 
         Args:
-            **kwargs: `input_features`, a mel [M, W] per clip (a tensor where all are of one length), or `audio_embeds`
-                as in vLLM's class.
+            **kwargs: `input_features`, a mel [M, W] per clip (a tensor if all have one length), or `audio_embeds` as in
+                vLLM's class.
         """
         mels = cast("Sequence[torch.Tensor] | torch.Tensor | None", kwargs.get("input_features"))
         if mels is None:

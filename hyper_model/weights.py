@@ -1,11 +1,11 @@
-"""Tensors of a Qwen2-Audio model on disk: their names, their shapes, and safetensors files read and written in pieces.
+"""Tensors of a Qwen2-Audio model on disk: names, shapes, and safetensors files read and written in pieces.
 
-One spelling is used on disk, the one of the hub's Qwen2-Audio, which both vLLM and transformers read:
+All files use the names of the hub's Qwen2-Audio, accepted by both vLLM and transformers:
 
     audio_tower.*    multi_modal_projector.linear.*    language_model.model.*    language_model.lm_head.weight
 
-Knows nothing of manifests, tokenizers or traces. Importing it loads neither torch nor safetensors: reading headers,
-which is all that opening a checkpoint needs, is plain JSON.
+The module is independent of manifests, tokenizers and traces. Importing it loads neither torch nor safetensors. Opening
+a checkpoint needs only the files' headers, in plain JSON.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 2 * 1024**3
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-# Only to say what is wrong; a trainer leaves other pickles (training_args.bin) beside perfectly good weights.
+# Used only in an error message: trainers leave other pickles (training_args.bin) beside valid weights.
 _PICKLED_WEIGHTS = ("pytorch_model*.bin", "model*.bin", "model*.pt", "model*.pth")
-# A header lists a few hundred tensors; anything near this is a damaged or hostile file (the format's own bound).
+# A header lists a few hundred tensors. A file near this bound (the format's own) is damaged or hostile.
 _MAX_HEADER_BYTES = 100_000_000
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
-# In order: first match wins. transformers saves a model *built from a config* as `language_model.model.model.*` (vLLM
-# refuses that), keeps `model.language_model.*` in memory, and saves a model *loaded from hub names* under those.
+# The first match wins. transformers saves a model *built from a config* as `language_model.model.model.*`, refused by
+# vLLM. In memory it uses `model.language_model.*`. A model *loaded from hub names* is saved under those.
 _RENAMES = (
     ("model.language_model.model.", "language_model.model."),
     ("model.language_model.", "language_model.model."),
@@ -52,12 +52,12 @@ _RENAMES = (
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Locates one stored tensor.
+    """Location of one stored tensor.
 
     Attributes:
-        shape: Its axes, as safetensors lists them.
+        shape: Its axes, in the order of safetensors.
         dtype: The safetensors spelling, such as "BF16".
-        file: The file that holds it.
+        file: The file with the tensor.
     """
 
     shape: tuple[int, ...]
@@ -66,10 +66,10 @@ class TensorEntry:
 
 
 def canonical_name(name: str) -> str:
-    """Spells a tensor's name as it stands on disk.
+    """Return the name of a tensor on disk.
 
     Raises:
-        CheckpointError: The name belongs to no part of a Qwen2-Audio model, or to an adapter that was not merged.
+        CheckpointError: If the name belongs to no part of a Qwen2-Audio model, or to an unmerged adapter.
     """
     bare = _WRAPPERS.sub("", name)
     if "lora_" in bare or ".base_layer." in bare or bare.startswith("base_model."):
@@ -81,7 +81,11 @@ def canonical_name(name: str) -> str:
 
 
 def canonical_names(names: list[str]) -> dict[str, str]:
-    """Maps each canonical name to the name it has in the source; two sources for one tensor are refused."""
+    """Map each canonical name to its name in the source.
+
+    Raises:
+        CheckpointError: If two sources exist for one tensor, or as in `canonical_name`.
+    """
     sources: dict[str, str] = {}
     for name in names:
         canonical = canonical_name(name)
@@ -92,13 +96,13 @@ def canonical_names(names: list[str]) -> dict[str, str]:
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Lists every tensor that a Qwen2-Audio config asks for, under its name on disk (pure Python, no model is built).
+    """Return the shape of every tensor required by a Qwen2-Audio config, by its name on disk.
 
-    `language_model.lm_head.weight` is in the list even for tied embeddings: vLLM can do without, but transformers never
-    ties this architecture and would fill a missing head with random numbers.
+    The list includes `language_model.lm_head.weight` even for tied embeddings. vLLM does not need it, but transformers
+    never ties this architecture and would fill a missing head with random numbers. No model is built.
 
     Raises:
-        CheckpointError: The config lacks a dimension.
+        CheckpointError: If the config lacks a dimension.
     """
     try:
         return _text_shapes(config["text_config"]) | _audio_shapes(config["audio_config"], config["text_config"])
@@ -110,7 +114,7 @@ def _text_shapes(text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, heads, kv_heads = text["hidden_size"], text["num_attention_heads"], text["num_key_value_heads"]
     inner, head_dim = text["intermediate_size"], hidden // heads
     if text.get("head_dim") not in (None, head_dim):
-        # transformers reads the field, vLLM's Qwen2 does not: the two would compute different things.
+        # transformers reads the field and vLLM's Qwen2 ignores it, so their results would differ.
         raise CheckpointError(f"config.json has heads of {text['head_dim']}; only hidden_size / num_heads works")
     shapes: dict[str, tuple[int, ...]] = {
         EMBEDDING: (text["vocab_size"], hidden),
@@ -164,7 +168,11 @@ def _audio_shapes(audio: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str
 
 
 def check_tensors(entries: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:
-    """Refuses stored tensors that are not exactly those of the config, under the names that vLLM accepts."""
+    """Check the stored tensors for exactly the names and shapes of the config, with supported dtypes.
+
+    Raises:
+        CheckpointError: If a tensor is missing, unexpected, misshapen, or of another dtype.
+    """
     expected = expected_shapes(config)
     for name in entries:
         if name not in expected:
@@ -185,10 +193,10 @@ def check_tensors(entries: Mapping[str, TensorEntry], config: Mapping[str, Any])
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Reads what a safetensors file holds without reading the tensors.
+    """Read the header of a safetensors file, without its tensors.
 
     Raises:
-        CheckpointError: The file is not safetensors (a renamed pickle, say), or is cut short.
+        CheckpointError: If the file is not safetensors (for example a renamed pickle) or is truncated.
     """
     refusal = f"{path.name} is not a whole safetensors file"
     size = path.stat().st_size
@@ -213,10 +221,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Names the safetensors files of a directory in the transformers layout: one file, or an index and its shards.
+    """Return the safetensors files of a directory in the transformers layout: one file, or an index's shards.
 
     Raises:
-        CheckpointError: There is none, an index is damaged, or it names a file outside the directory.
+        CheckpointError: If there is none, the index is damaged, or it names a file outside the directory.
     """
     index = directory / INDEX_FILE
     if not index.exists():
@@ -242,7 +250,11 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_entries(files: list[Path]) -> dict[str, TensorEntry]:
-    """Reads the headers of several files as one; a tensor stored twice is refused."""
+    """Read the headers of several files as one.
+
+    Raises:
+        CheckpointError: If a tensor is stored twice, or as in `read_header`.
+    """
     entries: dict[str, TensorEntry] = {}
     for file in files:
         for name, entry in read_header(file).items():
@@ -253,9 +265,9 @@ def read_entries(files: list[Path]) -> dict[str, TensorEntry]:
 
 
 class StoredTensors(Mapping[str, "torch.Tensor"]):
-    """Reads tensors of safetensors files one at a time, by the names they have there.
+    """Lazy mapping of stored tensors, by their names in the safetensors files.
 
-    Nothing is kept: a 7B model passes through with one tensor in memory.
+    No tensor is cached, so a 7B model needs memory for one tensor at a time.
     """
 
     def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
@@ -282,7 +294,13 @@ def write_tensors(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
-    """Writes tensors in name order, as one file or as shards and an index; one shard is in memory at a time."""
+    """Write tensors in name order, as one file or as shards with an index.
+
+    One shard is in memory at a time.
+
+    Raises:
+        CheckpointError: If a tensor has values other than finite numbers.
+    """
     import torch
     from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
@@ -292,7 +310,7 @@ def write_tensors(
 
     def flush() -> None:
         path = directory / f"shard-{len(shard_names)}"
-        # Made by us first: safetensors creates files that only their owner can read, and servers run as someone else.
+        # Create the file first: safetensors makes files readable by their owner only, and servers run as another user.
         path.touch()
         mode = path.stat().st_mode
         save_file(shard, path, metadata={"format": "pt"})
@@ -301,7 +319,7 @@ def write_tensors(
         shard.clear()
 
     for name in sorted(tensors):
-        # clone, not contiguous alone: a tied head shares the embedding's memory, which safetensors refuses.
+        # clone, because a tied head shares the embedding's memory, and safetensors refuses shared memory.
         tensor = tensors[name].detach().to(device="cpu", dtype=dtype).clone(memory_format=torch.contiguous_format)
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{name} holds values that are not finite numbers")
