@@ -1,16 +1,16 @@
-"""The perceptual trace: its grammar, how one is written, and the prompt that asks for one.
+"""The perceptual trace: its grammar, its text form, its tokenizer, and the prompt for a trace.
 
-A trace is written as text (`render`) and read as token ids (`hyper_model.trace_parser`). Between the two stands
-`TraceTokenizer`, which keeps words apart from markup: `encode_text` can never yield a special token, whatever the text
-says, and only `encode_trace` (for traces that we rendered ourselves) may.
+`render` writes a trace as text; `hyper_model.trace_parser` reads it as token ids. `TraceTokenizer` keeps words apart
+from markup. `encode_text` never yields a special token, whatever the text. Only `encode_trace`, for traces rendered by
+this project, may.
 
-How text is kept from looking like markup in a rendered trace:
+Escapes keep text from looking like markup in a rendered trace:
   - a markup string inside a section gets a backslash: `<THINK>` is written `<\\THINK>`, `<\\THINK>` is written
-    `<\\\\THINK>`, and so on; nothing else changes. The parser takes one backslash off again.
-  - in a SPEAKER line, inside quotes, `"`, `\\` and a line break are written `\\"`, `\\\\` and `\\n`; in a speaker's
-    description a colon is written `\\:` as well, so that the first bare colon ends the head of the line.
+    `<\\\\THINK>`, and so on. All other text is unchanged. The parser removes one backslash again.
+  - in a SPEAKER line, inside quotes, `"`, `\\` and a line break are written `\\"`, `\\\\` and `\\n`. In a speaker's
+    description a colon is written `\\:` as well, so the first bare colon ends the head of the line.
 
-This module knows no torch, no engine and no HTTP, and nothing of how a trace is read back.
+The module is independent of torch, engines, HTTP and the parser.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TRACE_SCHEMA_VERSION = 1
 
 
 class Section(StrEnum):
-    """Names the sections of a trace, in the order in which a strict trace opens them."""
+    """Sections of a trace, in the order of a strict trace."""
 
     THINK = "THINK"
     PLANNING = "PLANNING"
@@ -48,7 +48,7 @@ class Section(StrEnum):
 
     @property
     def tags(self) -> tuple[str, str]:
-        """Spells the opening and the closing tag."""
+        """Return the opening and the closing tag."""
         return f"<{self.value}>", f"</{self.value}>"
 
 
@@ -74,14 +74,14 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 AUDIO_BOS, AUDIO, AUDIO_EOS = "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"
 PAUSE, PAUSE_CLOSE = "<PAUSE>", "</PAUSE>"
 CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END, AUDIO_BOS, AUDIO, AUDIO_EOS)
-# The order is part of the format: a checkpoint made by `train_tokenizer` numbers its special tokens by it.
+# The order is part of the format: `train_tokenizer` numbers the special tokens of a checkpoint by it.
 SPECIAL_TOKENS: tuple[str, ...] = (
     *CONTROL_TOKENS,
     *(tag for section in Section for tag in section.tags),
     PAUSE,
     PAUSE_CLOSE,
 )
-# Other spellings that older data and adopted checkpoints use, with what they mean here. Accepted on input only.
+# Spellings of older data and adopted checkpoints, with their meanings. Accepted on input only.
 TAG_ALIASES: Mapping[str, str] = {
     "<BGM>": "<ENV>",
     "</BGM>": "</ENV>",
@@ -95,7 +95,7 @@ TAG_ALIASES: Mapping[str, str] = {
     "</IMPLICIT_THINK>": PAUSE_CLOSE,
 }
 MARKUP: tuple[str, ...] = (*SPECIAL_TOKENS, *TAG_ALIASES)
-# What each spelling of a tag means, in our own spelling.
+# The meaning of each tag spelling, in our own spelling.
 TAG_MEANINGS: Mapping[str, str] = {tag: TAG_ALIASES.get(tag, tag) for tag in MARKUP if tag not in CONTROL_TOKENS}
 _MARKUP_BODIES = "|".join(re.escape(markup[1:]) for markup in MARKUP)
 _MARKUP = re.compile(rf"<({_MARKUP_BODIES})")
@@ -107,17 +107,17 @@ MAX_CHOICES = 26
 
 
 class TagStyle(StrEnum):
-    """Says how a checkpoint writes its tags: one special token each, or plain text over several tokens."""
+    """Form of a checkpoint's tags: one special token each, or plain text over several tokens."""
 
     TOKEN = "token"
     TEXT = "text"
 
 
 class PauseMode(StrEnum):
-    """Says what a pause looks like among the token ids.
+    """Form of a pause among the token ids.
 
-    PARALLEL is a run of PAUSE ids and nothing else, or PAUSE and an id of its own at each further position; SAMPLED is
-    everything between PAUSE and PAUSE_CLOSE.
+    PARALLEL is a run of PAUSE ids, or PAUSE and one id per further position. SAMPLED is PAUSE, PAUSE_CLOSE and
+    everything between.
     """
 
     PARALLEL = "parallel"
@@ -125,7 +125,7 @@ class PauseMode(StrEnum):
 
 
 class Termination(StrEnum):
-    """Says how a trace came to its end."""
+    """Way in which a trace ended."""
 
     COMPLETE = "complete"
     TRUNCATED = "truncated"
@@ -135,7 +135,7 @@ class Termination(StrEnum):
 
 @dataclass(frozen=True)
 class Speaker:
-    """Describes one voice: its id ("S1"), what it sounds like ("woman"), and its words, quote by quote."""
+    """One voice: its id ("S1"), its description ("woman"), and its words, quote by quote."""
 
     id: str
     description: str = ""
@@ -148,9 +148,9 @@ class Speaker:
 
 @dataclass(frozen=True)
 class Trace:
-    """Holds what a trace says, section by section; None where the section is absent ("" where it is there but empty).
+    """Content of a trace by section; None for an absent section ("" for an empty one).
 
-    Of a trace without sub-sections (R1-AQA), `reasoning` is all that THINK says.
+    In a trace without sub-sections (R1-AQA), `reasoning` is the whole text of THINK.
     """
 
     planning: str | None = None
@@ -166,21 +166,21 @@ class Trace:
 
 
 def canonical_text(text: str) -> str:
-    """Brings text into the form that survives tokenizing and parsing: NFC, no white space at either end."""
+    """Return text in NFC without white space at its ends, a form preserved by tokenizing and parsing."""
     return unicodedata.normalize("NFC", text).strip()
 
 
 def escape_markup(text: str) -> str:
-    """Puts a backslash into every string that could be taken for markup; the parser takes it out again."""
+    """Add a backslash to every markup-like string; the parser removes it."""
     return _ESCAPABLE.sub(r"<\\\1", text)
 
 
 def render(trace: Trace) -> str:
-    """Writes a trace as compact text, which `TraceTokenizer.encode_trace` turns into token ids.
+    """Write a trace as compact text for `TraceTokenizer.encode_trace`.
 
-    Sections whose field is None are left out; THINK and CAPTION stand when something stands in them, and SPEAKER
-    wherever CAPTION does (a clip without speech has an empty one). `parse(render(t)) == t` for every trace whose texts
-    are canonical (see `canonical_text`) and whose quotes are NFC.
+    Sections with field None are omitted. THINK and CAPTION are written if they have content. SPEAKER is written with
+    every CAPTION (it is empty for a clip without speech). `parse(render(t)) == t` for every trace with canonical texts
+    (see `canonical_text`) and quotes in NFC.
     """
     caption = _section(Section.ENV, trace.environment)
     has_caption = bool(trace.speakers) or any(
@@ -206,7 +206,7 @@ def _section(section: Section, text: str | None) -> str:
 
 
 def render_speakers(speakers: Sequence[Speaker]) -> str:
-    """Writes one line a speaker: `S1 woman: "words one" "words two"`."""
+    """Write one line per speaker: `S1 woman: "words one" "words two"`."""
     return "\n".join(
         " ".join(
             (
@@ -223,33 +223,33 @@ def _backslash(text: str, extra: str = "") -> str:
 
 
 def environment_labels(text: str) -> list[str]:
-    """Splits an ENV text such as "rain, engine and birds" into its labels, in order and without repeats."""
+    """Split an ENV text such as "rain, engine and birds" into its labels, in order and without repeats."""
     parts = re.split(r"[,;\n]|\band\b", text.strip().rstrip("."))
     return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
 
 
 def choice_label(index: int) -> str:
-    """Names a choice by its letter: 0 is "A", 25 is "Z"."""
+    """Return the letter of a choice: 0 is "A", 25 is "Z"."""
     if not 0 <= index < MAX_CHOICES:
         raise ValueError(f"choices are numbered 0 to {MAX_CHOICES - 1}, not {index}")
     return string.ascii_uppercase[index]
 
 
 def render_choice(index: int, choices: Sequence[str]) -> str:
-    """Writes a choice as prompts and final answers show it: `B. two`, on one line."""
+    """Write a choice in the form of prompts and final answers: `B. two`, on one line."""
     return f"{choice_label(index)}. {' '.join(choices[index].split())}"
 
 
 def position_tokens(latent_tokens: int) -> tuple[str, ...]:
-    """Names the tokens of a parallel pause's further positions; the first position's is the pause token itself.
+    """Return the tokens for positions 2 and up of a parallel pause; position 1 has the pause token itself.
 
-    They are no markup: no text and no trace spells them.
+    They are not markup: they occur in no text or trace.
     """
     return tuple(f"<PAUSE_{place}>" for place in range(2, latent_tokens + 1))
 
 
 def add_position_tokens(tokenizer: Tokenizer, latent_tokens: int) -> None:
-    """Adds the `position_tokens` to a tokenizer, behind all that it has."""
+    """Add the `position_tokens` to a tokenizer, after all its tokens."""
     tokens: list[str | AddedToken] = [
         AddedToken(token, special=True, normalized=False) for token in position_tokens(latent_tokens)
     ]
@@ -257,28 +257,28 @@ def add_position_tokens(tokenizer: Tokenizer, latent_tokens: int) -> None:
 
 
 class TraceTokenizer:
-    """Encodes text without markup, traces with it, and gives each token's bytes back.
+    """Tokenizer for text without markup, for traces with markup, and for each token's bytes.
 
     Args:
         tokenizer: A byte-level BPE tokenizer; it is not changed.
         tag_style: Whether the tags are added tokens of this tokenizer or plain text.
-        tags: The (open, close) spelling of the sections whose tags the checkpoint spells otherwise, such as `<BGM>`.
+        tags: The (open, close) spellings of sections with non-default tags, such as `<BGM>`.
         pause_tags: The same for a pause, such as `<IMPLICIT_THINK>`.
-        position_ids: The id at each position of a parallel pause, where each has its own (see `with_positions`).
+        position_ids: The id at each position of a parallel pause, if each has its own (see `with_positions`).
 
     Attributes:
-        tag_ids: The (open, close) token ids of each section's tags; empty where tags are plain text (see `open_ids`).
-        pause_id: The id that opens a pause, None where pauses are plain text; `pause_close_id` closes it.
-        position_ids: As given; empty where a parallel pause is copies of `pause_id`.
-        latent_ids: What a parallel pause consists of.
-        pause_ids: All ids of pauses: what may only be written where the gate says so.
-        special_ids: What no text can encode to: every added token, flagged special or not.
-        control_ids: Special tokens that no reader sees (turns, audio, a pause's further positions), no tags among them.
-        stop_ids: What ends a completion.
+        tag_ids: The (open, close) token ids of each section's tags; empty for plain-text tags (see `open_ids`).
+        pause_id: The id to open a pause; None for plain-text pauses. `pause_close_id` closes it.
+        position_ids: The argument; empty if a parallel pause repeats `pause_id`.
+        latent_ids: The ids of a parallel pause.
+        pause_ids: All ids of pauses. Only the gate may permit them.
+        special_ids: Every added token, flagged special or not; no text encodes to one.
+        control_ids: Special tokens never shown to readers (turns, audio, further positions of a pause), without tags.
+        stop_ids: The ids at the end of a completion.
 
     Raises:
-        CheckpointError: If the tokenizer is not byte-level, lacks a token, a spelling is none that `MARKUP` lists, or a
-            position's id is not that of a special token without another meaning.
+        CheckpointError: If the tokenizer is not byte-level or lacks a token, or a spelling is not in `MARKUP`. Also if
+            a position's id is not a special token, or has another meaning.
     """
 
     def __init__(
@@ -296,8 +296,8 @@ class TraceTokenizer:
         self.tag_style = tag_style
         self.tags = {section: (tags or {}).get(section, section.tags) for section in Section}
         self.pause_tags = pause_tags
-        # Added tokens are matched in the text before BPE runs, so the same model without any cannot produce one.
-        # (`encode_special_tokens` would still match the added tokens that are not flagged special.)
+        # Added tokens are matched in the text before BPE runs, so the same model without them never produces one.
+        # (`encode_special_tokens` would still match the added tokens not flagged special.)
         self._plain = Tokenizer(tokenizer.model)
         if tokenizer.normalizer is not None:
             self._plain.normalizer = tokenizer.normalizer
@@ -338,10 +338,10 @@ class TraceTokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, tag_style: TagStyle = TagStyle.TOKEN) -> TraceTokenizer:
-        """Opens a `tokenizer.json`.
+        """Open a `tokenizer.json`.
 
         Raises:
-            CheckpointError: If the file is missing or is not a tokenizer that can carry traces.
+            CheckpointError: If the file is missing or is not a tokenizer for traces.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -349,12 +349,12 @@ class TraceTokenizer:
             raise CheckpointError(f"cannot read the tokenizer {Path(path).name}") from error
         try:
             tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception, whatever is wrong with the file
+        except Exception as error:  # the library raises bare Exception for every fault of the file
             raise CheckpointError(f"{Path(path).name} is not a tokenizer file") from error
         return cls(tokenizer, tag_style)
 
     def with_positions(self, latent_tokens: int) -> TraceTokenizer:
-        """Returns the same tokenizer for parallel pauses that have a token of its own at each of their positions.
+        """Return the same tokenizer for parallel pauses with one token per position.
 
         Raises:
             CheckpointError: If it lacks one of the `position_tokens`.
@@ -366,21 +366,21 @@ class TraceTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Counts the ids that mean something; a model's output layer may be padded beyond it."""
+        """Return the number of used ids; a model's output layer may be padded beyond it."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
     def encode_text(self, text: str) -> list[int]:
-        """Encodes words: no id of `special_ids` can come out, whatever the text spells."""
+        """Encode words, without any id of `special_ids`, whatever the text."""
         ids = self._plain.encode(text, add_special_tokens=False).ids
         if self.special_ids.isdisjoint(ids):
             return ids
-        # Only where the BPE vocabulary itself holds an added token's text (some trainers put it there).
+        # Only if the BPE vocabulary itself contains an added token's text, as some trainers' do.
         return [token_id for char in text for token_id in self._plain.encode(char, add_special_tokens=False).ids]
 
     def encode_trace(self, text: str) -> list[int]:
-        """Encodes a rendered trace, each markup string on its own; never for text from outside.
+        """Encode a rendered trace, each markup string on its own; never use it for external text.
 
-        Aliases (`<BGM>`) encode as the tag they mean.
+        Aliases (`<BGM>`) are encoded as their tag.
         """
         ids: list[int] = []
         end = 0
@@ -391,22 +391,22 @@ class TraceTokenizer:
         return ids + self.encode_text(text[end:])
 
     def open_ids(self, section: Section) -> list[int]:
-        """Returns the ids that open a section: one where tags are tokens, several where they are text."""
+        """Return the ids to open a section: one for token tags, several for plain text."""
         return self._encode_tag(self.tags[section][0])
 
     def close_ids(self, section: Section) -> list[int]:
-        """Returns the ids that close a section."""
+        """Return the ids to close a section."""
         return self._encode_tag(self.tags[section][1])
 
     def close_pause_ids(self) -> list[int]:
-        """Returns the ids that close a pause whose tokens are sampled."""
+        """Return the ids to close a sampled pause."""
         return self._encode_tag(self.pause_tags[1])
 
     def label_ids(self, num_choices: int) -> list[int]:
-        """Returns the one token of each label "A", "B", ... as it stands right after the FINAL_ANSWER tag.
+        """Return the single token of each label "A", "B", ... directly after the FINAL_ANSWER tag.
 
         Raises:
-            CheckpointError: If a label is not one token, so that choices cannot be scored in one engine step.
+            CheckpointError: If a label is not one token, because one engine step could then not score the choices.
         """
         ids = [self.encode_text(f"{choice_label(index)}. x")[0] for index in range(num_choices)]
         if self.decode(ids) != string.ascii_uppercase[:num_choices]:
@@ -414,12 +414,12 @@ class TraceTokenizer:
         return ids
 
     def choice_ids(self, choices: Sequence[str], *, by_letter: bool) -> list[list[int]]:
-        """Returns what stands after the FINAL_ANSWER tag for each choice: the continuations that are scored.
+        """Return the continuation after the FINAL_ANSWER tag to score for each choice.
 
         Args:
-            choices: What the prompt offers.
-            by_letter: Whether the checkpoint answers with the choice's letter, one token, or with its words. Words are
-                closed by the tag where tags are tokens: else a choice gains by being another's beginning.
+            choices: The choices in the prompt.
+            by_letter: Whether the checkpoint answers with the choice's letter, one token, or with its words. Words end
+                with the closing tag if tags are tokens. Otherwise a choice with the beginning of another would gain.
         """
         if by_letter:
             return [[label_id] for label_id in self.label_ids(len(choices))]
@@ -427,14 +427,14 @@ class TraceTokenizer:
         return [[*self.encode_text(escape_markup(" ".join(choice.split()))), *closing] for choice in choices]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns the bytes a token stands for; none for an id outside the vocabulary."""
+        """Return the bytes of a token; none for an id outside the vocabulary."""
         known = self._token_bytes.get(token_id)
         if known is None:
             known = self._token_bytes[token_id] = self._look_up_bytes(token_id)
         return known
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Decodes ids to text with all their markup; bytes that are no UTF-8 become U+FFFD."""
+        """Decode ids to text with all their markup; bytes outside UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", errors="replace")
 
     def _look_up_bytes(self, token_id: int) -> bytes:
@@ -458,7 +458,7 @@ class TraceTokenizer:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Maps the printable character that byte-level BPE (GPT-2) writes for a byte back to that byte."""
+    """Map each printable character of byte-level BPE (GPT-2) to its byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
@@ -470,12 +470,12 @@ _BYTE_OF_CHAR = _byte_level_alphabet()
 def build_prompt(
     tokenizer: TraceTokenizer, question: str, choices: Sequence[str] = (), num_clips: int = 1
 ) -> list[int]:
-    """Writes the prompt that serving and training share: the clips first, then the question, then the choices.
+    """Write the prompt for serving and training: the clips, then the question, then the choices.
 
-    One AUDIO id stands for each clip; the engine (or the trainer's processor) repeats it as long as the clip needs.
+    One AUDIO id stands for each clip; the engine or the trainer's processor repeats it to the clip's length.
 
     Raises:
-        PromptError: If the question or the choices are not usable.
+        PromptError: If the question or the choices are invalid.
     """
     if num_clips < 1:
         raise ValueError(f"a prompt asks about at least one clip, not {num_clips}")
@@ -497,7 +497,7 @@ def build_prompt(
 
 
 def check_question(question: str, choices: Sequence[str] = ()) -> None:
-    """Checks what a caller asks, before anything is spent on it.
+    """Check a question and its choices before any costly work.
 
     Raises:
         PromptError: With `param` "question" or "choices".
@@ -521,7 +521,7 @@ def _check_text(text: str, param: str, max_chars: int) -> None:
         raise PromptError(f"{name} holds a character that is no text (NUL or a lone surrogate)", param=param)
 
 
-# The rule by which Qwen2 cuts text into words before BPE: digits one by one, a line break never with letters.
+# Qwen2's rule to split text into words before BPE: digits one by one, a line break never with letters.
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -529,13 +529,13 @@ _QWEN_SPLIT = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer of Qwen2's shape, with all SPECIAL_TOKENS after the learnt vocabulary.
+    """Train a byte-level BPE tokenizer in Qwen2's form, with all SPECIAL_TOKENS after the learned vocabulary.
 
-    Any text encodes, since all 256 bytes are in the vocabulary whatever the texts hold.
+    Any text can be encoded, because all 256 bytes are in the vocabulary.
 
     Args:
-        texts: What to learn merges from; no markup.
-        vocab_size: The size in all, special tokens included; fewer when the texts have too few merges to learn.
+        texts: The texts for the merges, without markup.
+        vocab_size: Total size with special tokens. The result is smaller if the texts have too few merges.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

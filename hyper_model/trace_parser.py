@@ -1,14 +1,14 @@
-"""Reads traces: token ids in, one at a time, typed section events out, and at the end a `ParsedTrace`.
+"""Streaming parser of traces: token ids in, section events out, and a `ParsedTrace` at the end.
 
-Where tags are tokens, only their ids open and close sections: a model that writes `<FINAL_ANSWER>` letter by letter
-(because a clip spoke it) has written words, and `ParsedTrace.raw` shows them escaped. Where a checkpoint's tags are
-plain text, the text is scanned as it is decoded. `trace.render` is the inverse of both.
+If tags are tokens, only their ids open and close sections. A model may spell `<FINAL_ANSWER>` letter by letter, because
+a clip said it. Such letters are words, and `ParsedTrace.raw` shows them escaped. If tags are plain text, the decoded
+text is scanned for them. `trace.render` is the inverse of both.
 
-Any sequence of ids is a trace of some kind: nothing here raises for what a model wrote. What does not fit is mended in
-place (a tag closes what stands open inside its own place, a section's second occurrence is shown in `raw` only) and
-counted as a fault, which makes the trace malformed. Work and memory are linear in the number of tokens.
+Every sequence of ids is a trace of some kind: model output never raises an error. Faults are mended in place and make
+the trace malformed. A tag closes all open sections but its ancestors. The second occurrence of a section appears in
+`raw` only. Time and memory are linear in the number of tokens.
 
-This module knows no torch, no engine and no HTTP, and neither confidences nor when a pause should happen.
+The module is independent of torch, engines, HTTP, confidences and the decision to pause.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from hyper_model.trace import (
 
 
 class TraceFormat(StrEnum):
-    """Grades a trace's form.
+    """Grade of a trace's form.
 
-    STRICT: every required section, nested and ordered as `Section` and `PARENTS` say, and nothing but white space
-    outside. WEAK: one THINK, then a RESPONSE or a FINAL_ANSWER or both, each tag matched and no section twice, whatever
-    THINK holds. MALFORMED: anything else.
+    STRICT: every required section, in the order of `Section` and the nesting of `PARENTS`, with only white space
+    outside. WEAK: one THINK, then RESPONSE, FINAL_ANSWER or both, with matched tags and no repeated section; the
+    content of THINK is free. MALFORMED: all others.
     """
 
     STRICT = "strict"
@@ -53,14 +53,14 @@ class TraceFormat(StrEnum):
 
 @dataclass(frozen=True)
 class SectionStart:
-    """Says that a section opens."""
+    """Start of a section."""
 
     section: Section
 
 
 @dataclass(frozen=True)
 class SectionDelta:
-    """Adds words to an open section; a section's deltas joined are its text, without white space at either end."""
+    """New words of an open section; joined, they are its text without white space at either end."""
 
     section: Section
     text: str
@@ -68,14 +68,14 @@ class SectionDelta:
 
 @dataclass(frozen=True)
 class SectionEnd:
-    """Says that a section closes, by its tag, by a tag that leaves no place for it, or by the end of the trace."""
+    """End of a section: by its tag, by another section's tag, or by the end of the trace."""
 
     section: Section
 
 
 @dataclass(frozen=True)
 class PauseSeen:
-    """Says that a pause ended: the innermost open section, if any, and the number of latent tokens."""
+    """End of a pause: the innermost open section, if any, and the number of latent tokens."""
 
     section: Section | None
     num_latent: int
@@ -86,20 +86,20 @@ Event = SectionStart | SectionDelta | SectionEnd | PauseSeen
 
 @dataclass(frozen=True)
 class ParsedTrace:
-    """Holds what a completion says.
+    """Parsed content of a completion.
 
     Attributes:
         trace: The sections' contents.
-        texts: Each section's own words, unread (a SPEAKER section as lines); equal to its joined deltas.
-        raw: All visible text with its tags as the checkpoint spells them; no pauses, no turn marks.
-        format: How well the form was kept.
-        missing_sections: The required sections that never opened.
-        section_num_tokens: Tokens directly inside each section; no pauses, and no tags but plain-text ones, which count
-            where they begin.
-        answer_text: FINAL_ANSWER, else RESPONSE, else None; an empty section does not answer.
+        texts: Each section's text as written (a SPEAKER section as lines); equal to its joined deltas.
+        raw: All visible text with tags in the checkpoint's spelling, without pauses and turn marks.
+        format: Grade of the form.
+        missing_sections: The required sections without an opening tag.
+        section_num_tokens: Tokens directly inside each section. Pauses and token tags are excluded. A plain-text tag
+            counts in the section of its first token.
+        answer_text: FINAL_ANSWER, else RESPONSE, else None; an empty section is not an answer.
         pauses: Every pause, in order.
-        trailing_text: What stands in `raw` after the first closed FINAL_ANSWER, stripped.
-        termination: As hinted to `finish`, but MALFORMED where a complete trace is so.
+        trailing_text: Text in `raw` after the first closed FINAL_ANSWER, stripped.
+        termination: The hint given to `finish`, but MALFORMED for a complete trace of malformed format.
     """
 
     trace: Trace
@@ -122,7 +122,7 @@ def parse(
     pause_mode: PauseMode = PauseMode.PARALLEL,
     latent_tokens: int | None = None,
 ) -> ParsedTrace:
-    """Reads a whole completion; see `TraceParser`."""
+    """Parse a whole completion; see `TraceParser`."""
     parser = TraceParser(tokenizer, pause_mode=pause_mode, latent_tokens=latent_tokens)
     for token_id in token_ids:
         parser.feed(token_id)
@@ -131,9 +131,9 @@ def parse(
 
 
 def parse_text(text: str) -> ParsedTrace:
-    """Reads a trace from trusted text, such as a data set's, in our spelling or an older one.
+    """Parse a trace from trusted text, such as a data set's, in our spelling or an older one.
 
-    Tokens are not counted; a pause is everything between its tags.
+    Tokens are not counted. A pause is everything between its tags.
     """
     grammar = _Grammar()
     scanner = _Scanner(reads_tags=True)
@@ -144,12 +144,12 @@ def parse_text(text: str) -> ParsedTrace:
 
 
 class TraceParser:
-    """Reads a completion as its tokens arrive.
+    """Parser of a completion, fed token by token.
 
     Args:
-        tokenizer: The checkpoint's.
-        pause_mode: The manifest's. Pauses whose tags are plain text are spans in either mode.
-        latent_tokens: The length of a parallel pause, where known: then two in a row are told apart.
+        tokenizer: The checkpoint's tokenizer.
+        pause_mode: The manifest's mode. Pauses with plain-text tags are spans in either mode.
+        latent_tokens: The length of a parallel pause, if known; it separates two consecutive pauses.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class TraceParser:
         self._termination: Termination | None = None
 
     def feed(self, token_id: int) -> list[Event]:
-        """Takes the next token and returns what it completes; a character split over tokens is held back.
+        """Parse the next token and return the completed events; partial characters are buffered.
 
         Raises:
             RuntimeError: If the trace is finished.
@@ -198,12 +198,13 @@ class TraceParser:
             self._flush()
             grammar.add(self._marks[token_id])
         elif token_id not in self._tokenizer.control_ids:
-            # Counted before the words are added: a token that completes a plain-text tag belongs to where it began.
+            # Count the token before its words: a token at the end of a plain-text tag belongs to the section before the
+            # tag.
             grammar.count_token()
             self._add_words(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
 
     def finish(self, termination_hint: Termination = Termination.COMPLETE) -> list[Event]:
-        """Ends the trace: returns what was held back, and the end of every section still open."""
+        """End the trace; return the buffered events and the end of every open section."""
         if self._termination is None:
             self._termination = termination_hint
             self._flush()
@@ -212,16 +213,16 @@ class TraceParser:
 
     @property
     def open_sections(self) -> tuple[Section, ...]:
-        """Names the sections that stand open, the outermost first."""
+        """Return the open sections, the outermost first."""
         return self._grammar.open_sections
 
     @property
     def result(self) -> ParsedTrace:
-        """Returns what was read; before `finish`, what was read so far as if the trace had ended there."""
+        """Return the parsed trace; before `finish`, the trace so far, as if it ended here."""
         return self._grammar.result(self._termination or Termination.TRUNCATED)
 
     def ids_to_final_answer(self) -> list[int]:
-        """Returns the ids that close what stands open and open FINAL_ANSWER; none once FINAL_ANSWER has opened."""
+        """Return the ids to close all open sections and open FINAL_ANSWER; none if it was opened already."""
         if self._grammar.has_seen(Section.FINAL_ANSWER):
             return []
         is_in_span = self._grammar.pausing in (_Pausing.TOKEN_SPAN, _Pausing.TEXT_SPAN)
@@ -241,14 +242,14 @@ class TraceParser:
 
 
 class _Words(NamedTuple):
-    """Words of a section, and how `raw` shows them: with what looks like markup escaped."""
+    """Words of a section, and their form in `raw`, with markup-like strings escaped."""
 
     text: str
     raw: str
 
 
 class _Mark(NamedTuple):
-    """A tag or the edge of a pause, in our spelling and as written."""
+    """A tag or pause tag, in our spelling and as written."""
 
     meaning: str
     raw: str
@@ -259,10 +260,10 @@ _BODY_PREFIXES = frozenset(body[:length] for body in _BODIES for length in range
 
 
 class _Scanner:
-    """Finds markup and its escapes in text that arrives in pieces, holding back what may yet become either.
+    """Scanner for markup and its escapes in a stream of text; it buffers possible beginnings of either.
 
-    No markup has a `<` but its first character, so a candidate that fails cannot hide the start of another and every
-    character is looked at once.
+    In all markup `<` is only the first character. A failed candidate cannot hide the start of another, so every
+    character is examined once.
     """
 
     def __init__(self, *, reads_tags: bool) -> None:
@@ -298,7 +299,7 @@ class _Scanner:
             at += 1
 
     def finish(self) -> Iterator[_Words]:
-        """Gives up the candidate: it was words."""
+        """Release the buffered candidate as words."""
         if self._is_holding:
             held = "<" + "\\" * self._num_slashes + self._body
             self._is_holding, self._num_slashes, self._body = False, 0, ""
@@ -330,7 +331,7 @@ _ANCESTORS = {section: frozenset(_ancestors(section)) for section in Section}
 
 
 class _Pausing(Enum):
-    """Says what hides tokens: a run of latent ids ends by itself, a span by its closing id or its closing text."""
+    """Kind of the current pause: a run of latent ids ends by itself, a span by its closing id or text."""
 
     NO = 0
     RUN = 1
@@ -340,13 +341,13 @@ class _Pausing(Enum):
 
 @dataclass
 class _SectionText:
-    """Collects a section's words, holding white space back until words follow it."""
+    """Collected words of a section; white space is buffered until more words follow."""
 
     parts: list[str] = field(default_factory=list[str])
     spaces: list[str] = field(default_factory=list[str])
 
     def add(self, text: str) -> str:
-        """Returns what can be shown now."""
+        """Add text and return its displayable part."""
         if not self.parts:
             text = text.lstrip()
         words = text.rstrip()
@@ -361,7 +362,7 @@ class _SectionText:
 
 
 class _Grammar:
-    """Keeps the stack of open sections and turns words and marks into events and, at the end, a ParsedTrace."""
+    """Stack of open sections: turns words and marks into events and finally a ParsedTrace."""
 
     def __init__(self, latent_tokens: int | None = None) -> None:
         self._latent_tokens = latent_tokens
@@ -543,10 +544,10 @@ _LOOSE_QUOTE = re.compile(r'"([^"]*)"|“([^”]*)”')
 
 
 def parse_speakers(text: str) -> tuple[Speaker, ...]:
-    """Reads the lines of a SPEAKER section; the inverse of `render_speakers`, and never raises.
+    """Parse the lines of a SPEAKER section; the inverse of `render_speakers`. Never raises.
 
-    A line that `render_speakers` cannot have written is read for what it holds: what is in quotes (else what follows
-    the colon) was said, what stands before describes the voice, and a speaker without a number gets the line's.
+    Lines in another form are parsed loosely. Quoted text, or else the text after the colon, is speech. The text before
+    it is the description. A speaker without a number gets the line's number.
     """
     lines = [line for line in text.split("\n") if line.strip()]
     return tuple(_parse_speaker(line, place) for place, line in enumerate(lines, start=1))
@@ -569,7 +570,7 @@ def _parse_speaker(line: str, place: int) -> Speaker:
 
 def _unescape(text: str) -> str:
     def character(match: re.Match[str]) -> str:
-        # An accent that stood behind a line break has joined the escape's letter.
+        # An accent behind a line break has combined with the escape's letter.
         letter, *accents = unicodedata.normalize("NFD", match[1])
         return "".join(("\n", *accents)) if letter == "n" else match[1]
 
