@@ -1,7 +1,8 @@
-"""API keys: who may ask, what for and how much. A file holds them, hashed; `hyper keys` writes it, the service reads.
+"""API keys with scopes and limits, in a file of hashes written by `hyper keys` and read by the service.
 
-A key is 256 random bits, so its plain SHA-256 can be neither guessed nor looked up, and a stolen file opens nothing.
-The service looks at the file several times a second: a revoked key ends then, without a restart. Knows no HTTP.
+A key has 256 random bits, so its plain SHA-256 cannot be guessed or looked up. A stolen file therefore contains no
+usable key. The service checks the file several times per second, so a revocation needs no restart. The module is
+independent of HTTP.
 """
 
 from __future__ import annotations
@@ -37,20 +38,20 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 
 
 class KeyFileError(HyperError):
-    """Says why a key file cannot be used or a key not be added or revoked."""
+    """Error for an unusable key file, or a key that cannot be added or revoked."""
 
 
 class Key(BaseModel):
-    """What a key allows. A limit that is None is none.
+    """An API key and its limits. None means no limit.
 
     Attributes:
-        name: Whose it is; stands in logs. Callers with different names share no cache.
-        sha256: Digest of the key itself, which is kept nowhere.
-        starts: Its first characters, to recognize it by.
-        priority: The most urgent class that its requests may have.
-        requests_per_minute: As many may also come at once, after a minute of none.
-        concurrent: Requests in flight at the same time.
-        audio_s_per_day: Seconds of audio; spent ones come back evenly over a day.
+        name: The key's owner, written to logs. Callers with different names share no cache.
+        sha256: Digest of the key; the key itself is not stored.
+        starts: Its first characters, for recognition.
+        priority: Highest permitted class of its requests.
+        requests_per_minute: Request rate; also the maximum burst after an idle minute.
+        concurrent: Maximum number of requests in flight.
+        audio_s_per_day: Seconds of audio per day; used seconds return evenly over a day.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,12 +68,12 @@ class Key(BaseModel):
     expires: datetime | None = None
 
     def is_expired(self) -> bool:
-        """Whether its time is over, by the wall clock."""
+        """Return whether the key has expired, by the wall clock."""
         return self.expires is not None and self.expires <= datetime.now(UTC)
 
 
 class KeyFile(BaseModel):
-    """The file as a whole."""
+    """Content of a key file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -81,20 +82,20 @@ class KeyFile(BaseModel):
 
 
 class KeyRing:
-    """Knows the keys of a file and notices when it changes."""
+    """The keys of a file, reloaded when it changes."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the file.
+        """Read the file.
 
         Raises:
-            KeyFileError: It cannot be read.
+            KeyFileError: If it cannot be read.
         """
         self.path = path
         self.seen = self.look()
         self.keys: Sequence[Key] = read(path).keys
 
     def look(self) -> tuple[int, int, int] | None:
-        """Returns what changes when the file does."""
+        """Return the file's time stamp, size and inode, or None without a file."""
         try:
             status = self.path.stat()
         except OSError:
@@ -102,7 +103,7 @@ class KeyRing:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     def refresh(self) -> None:
-        """Reads the file again where it has changed; what cannot be read changes nothing."""
+        """Read the file again if it has changed; keep the old keys if it is unreadable."""
         if (now := self.look()) == self.seen:
             return
         self.seen = now
@@ -114,7 +115,7 @@ class KeyRing:
             logger.info("keys read", extra={"keys": len(self.keys)})
 
     def find(self, presented: str) -> Key | None:
-        """Returns the key that was presented; in the same time whichever it is, and whether or not it is one."""
+        """Return the presented key, or None; in constant time, whether it exists or not."""
         digest = digest_of(presented)
         found = None
         for key in self.keys:
@@ -124,10 +125,10 @@ class KeyRing:
 
 
 def read(path: Path) -> KeyFile:
-    """Reads a key file.
+    """Read a key file.
 
     Raises:
-        KeyFileError: It is not there, or not one.
+        KeyFileError: If it is missing or invalid.
     """
     try:
         file = KeyFile.model_validate_json(path.read_bytes())
@@ -144,10 +145,10 @@ def read(path: Path) -> KeyFile:
 
 
 def write(path: Path, file: KeyFile) -> None:
-    """Replaces the file in one step: a reader sees the old one or the new one.
+    """Replace the key file atomically.
 
-    A new file is readable by its owner alone. One that was given to the service's user or group stays theirs, as far as
-    we may give files away: else a key that is revoked would lock the service out of the list that says so.
+    Only its owner can read a new file. A replaced file keeps its user and group, as far as this process may set them.
+    Otherwise a revocation would make the file unreadable for the service.
     """
     text = json.dumps(file.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -169,10 +170,10 @@ def write(path: Path, file: KeyFile) -> None:
 
 
 def add(path: Path, **fields: object) -> str:
-    """Adds a key to the file, which is made where there is none, and returns the key: only now, and never again.
+    """Add a key to the file and return it; create the file if needed. The key cannot be shown again.
 
     Raises:
-        KeyFileError: The name is taken, or a field is not valid.
+        KeyFileError: If the name is taken or a field is invalid.
     """
     file = read(path) if path.exists() else KeyFile()
     if any(key.name == fields["name"] for key in file.keys):
@@ -195,10 +196,10 @@ def add(path: Path, **fields: object) -> str:
 
 
 def revoke(path: Path, name: str) -> None:
-    """Takes a key out of the file.
+    """Remove a key from the file.
 
     Raises:
-        KeyFileError: There is none of that name.
+        KeyFileError: If no key has the name.
     """
     file = read(path)
     left = tuple(key for key in file.keys if key.name != name)
@@ -208,5 +209,5 @@ def revoke(path: Path, name: str) -> None:
 
 
 def digest_of(secret: str) -> str:
-    """Returns what the file keeps of a key."""
+    """Return the stored digest of a key."""
     return hashlib.sha256(secret[:MAX_KEY_CHARS].encode("utf-8", "surrogatepass")).hexdigest()

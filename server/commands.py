@@ -1,4 +1,4 @@
-"""`hyper serve`, `ask` and `keys`. What they need is imported when they run, so that `hyper --help` is quick."""
+"""The commands `hyper serve`, `ask` and `keys`; imports are inside the functions, for a fast `hyper --help`."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def revoke(name: str, path: Path) -> None:
 
 
 def show_reply(reply: dict[str, Any], *, as_json: bool) -> None:
-    """Prints the answer, and what it stands on."""
+    """Print the answer and its basis."""
     if reply["object"] != "audio.qa":
         raise ValueError
     if as_json:
@@ -171,7 +171,7 @@ def show_reply(reply: dict[str, Any], *, as_json: bool) -> None:
 
 
 def show_stream(response: httpx.Response, *, as_json: bool) -> None:
-    """Prints events as they come: as JSON one a line, or as the text of a trace."""
+    """Print events as they arrive: one JSON object per line, or the text of a trace."""
     name = ""
     for name, data in events(response):
         if name == "error":
@@ -195,7 +195,7 @@ def show_stream(response: httpx.Response, *, as_json: bool) -> None:
 
 
 def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Reads the server-sent events of a reply; pings are left out."""
+    """Yield the name and data of a reply's server-sent events, without pings."""
     name = ""
     for line in response.iter_lines():
         field, _, value = line.partition(": ")
@@ -206,13 +206,13 @@ def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def answer_line(answer: dict[str, Any]) -> str:
-    """Writes the answer, with its probability where there were choices."""
+    """Return the answer, with its probability if the question had choices."""
     confidence = answer["confidence"]
     return answer["text"] if confidence is None else f"{answer['text']}  ({confidence:.0%})"
 
 
 def error_message(response: httpx.Response) -> str:
-    """Writes the service's error in one line."""
+    """Return the service's error in one line."""
     try:
         error = response.json()["error"]
         return " ".join(part for part in (error["message"], error["hint"]) if part)
@@ -221,6 +221,6 @@ def error_message(response: httpx.Response) -> str:
 
 
 def refuse(message: str) -> None:
-    """Prints why there is no answer, and exits."""
+    """Print an error and exit."""
     click.echo(f"error: {message}", err=True)
     sys.exit(EXIT_REFUSED)

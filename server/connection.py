@@ -1,7 +1,7 @@
-"""A client's connection before there is a request: what uvicorn leaves without a limit or answers in its own words.
+"""HTTP/1.1 connections before their first request: limits and error replies missing from uvicorn.
 
-Applications see a request when its head is complete. Until then nothing of ours would run: no deadline, no error
-object, and no bound on how many connections just stand there.
+An application is called only after a complete request head. Without this class, connections would have no deadline, no
+error object and no limit on their number until then.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from server.telemetry.metrics import Metrics
 
 
 class Connection(H11Protocol):
-    """Speaks HTTP/1.1 with one client; made by `connection_type`, which sets the limits."""
+    """HTTP/1.1 connection of one client; `connection_type` sets its limits."""
 
     head_timeout_s: float
     max_connections: int
@@ -30,17 +30,17 @@ class Connection(H11Protocol):
     has_bytes = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Takes the connection, or drops it where there are too many."""
+        """Accept the connection, or drop it above the limit."""
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
-            # Without a word: who opens so many does not read.
+            # No reply: clients with so many connections do not read it.
             self.metrics.connections_dropped.inc()
             transport.abort()
             return
         self.start_head_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Reads on; the time for the head ends with the head."""
+        """Read data; the head timer ends with a complete head."""
         self.has_bytes = True
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
@@ -49,28 +49,28 @@ class Connection(H11Protocol):
             self.stop_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forgets the timer."""
+        """Stop the timer."""
         self.stop_head_timer()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Waits for the next request: its head has its own time, from its first byte."""
+        """Prepare for the next request; its head has its own timer, from its first byte."""
         self.has_bytes = False
         super().on_response_complete()
 
     def start_head_timer(self) -> None:
-        """Starts the time for the head, once."""
+        """Start the head timer unless it runs."""
         if self.head_timer is None:
             self.head_timer = self.loop.call_later(self.head_timeout_s, self.end_late)
 
     def stop_head_timer(self) -> None:
-        """Ends it."""
+        """Stop the head timer."""
         if self.head_timer is not None:
             self.head_timer.cancel()
             self.head_timer = None
 
     def end_late(self) -> None:
-        """Closes a connection whose head did not come in time; one that never sent a byte asked nothing."""
+        """Close a connection with a late head; reply with an error unless no byte has arrived."""
         self.head_timer = None
         if self.transport.is_closing():
             return
@@ -81,7 +81,7 @@ class Connection(H11Protocol):
         self.refuse(RequestError("head_timeout", message, limit=self.head_timeout_s))
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, or too much of it, with an error object; called while h11's error is handled."""
+        """Reply to invalid or oversized HTTP with an error object; called while h11's error is handled."""
         error = sys.exception()
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
             limit = self.conn._max_incomplete_event_size  # pyright: ignore[reportPrivateUsage]
@@ -91,9 +91,9 @@ class Connection(H11Protocol):
             self.refuse(RequestError("invalid_http", "This is not a valid HTTP/1.1 request."))
 
     def refuse(self, fault: RequestError) -> None:
-        """Writes an error and closes the connection."""
+        """Write an error reply and close the connection."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            # A reply is on its way: there is no honest way to say anything else.
+            # A reply is already being sent, so an error cannot be reported.
             self.transport.close()
             return
         self.metrics.rejected.labels(str(fault.status), fault.code).inc()
@@ -111,7 +111,7 @@ class Connection(H11Protocol):
 
 
 def connection_type(settings: Settings, metrics: Metrics) -> type[Connection]:
-    """Returns the class that uvicorn makes of each connection, with this service's limits."""
+    """Return the connection class for uvicorn, with this service's limits."""
     limits: dict[str, Any] = {
         "head_timeout_s": settings.head_timeout_s,
         "max_connections": settings.max_connections,

@@ -1,4 +1,4 @@
-"""Writes errors as HTTP replies, for the middleware and for every route."""
+"""Error replies for the middleware and all routes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger("hyper.server")
 
 
 def error_response(fault: RequestError, context: RequestContext) -> JSONResponse:
-    """Writes the fault as a reply and notes it on the context for the log and the metrics."""
+    """Build the reply to an error, and record its code in the context for the log and the metrics."""
     context.outcome = fault.code
     headers: dict[str, str] = {}
     if fault.retry_after_s is not None:
@@ -27,13 +27,13 @@ def error_response(fault: RequestError, context: RequestContext) -> JSONResponse
     if fault.status == 401:
         headers["www-authenticate"] = "Bearer"
     if not context.is_body_complete:
-        # The rest of the body is still on its way: the connection cannot carry another request.
+        # The rest of the body is still arriving, so the connection cannot carry another request.
         headers["connection"] = "close"
     return JSONResponse(fault.body(context.request_id), status_code=fault.status, headers=headers)
 
 
 async def handle(request: Request, error: Exception) -> JSONResponse:
-    """Answers a request that ended in an exception."""
+    """Return the reply to a request with an exception."""
     fault = to_request_error(error)
     context = RequestContext.of(request.scope)
     if fault.code == "internal_error":
@@ -45,6 +45,6 @@ async def handle(request: Request, error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Makes every exception of the application end as an error object."""
+    """Install the handler for all exceptions of the application."""
     for kind in (HyperError, HTTPException, ClientDisconnect, ValidationError, RequestValidationError):
         app.add_exception_handler(kind, handle)

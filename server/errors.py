@@ -1,8 +1,8 @@
-"""The one table of errors that a client can see, and the translation of exceptions to it.
+"""The table of client-visible errors, and the translation of exceptions to it.
 
-Every error is `{"error": {...}}` with a `code` from `ERRORS`; the status stands here and nowhere else. A handler says
-which field is wrong and never repeats what was in it: inputs may be 30 MB long, hostile, or private.
-Lowest layer of the service: imports nothing else of it.
+Every error is `{"error": {...}}` with a `code` from `ERRORS`. Status codes are defined only here. An error names the
+invalid field and never repeats its value, because inputs may be 30 MB long, hostile or private. This is the lowest
+layer of the service and imports no other module of it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RATE_LIMIT = "rate_limit_error"
 
 @dataclass(frozen=True)
 class ErrorKind:
-    """What every error with one code has in common."""
+    """Properties shared by all errors with one code."""
 
     status: int
     type: str
@@ -77,7 +77,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "storage_full": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
     "deadline_exceeded": ErrorKind(504, "timeout_error", retryable=True),
 }
-"""Every code that a reply may carry. An `AudioError` keeps its own, finer code with the status of its class."""
+"""Every code in replies. An `AudioError` keeps its own finer code, with the status of its class."""
 
 AUDIO_ERRORS: Mapping[type[AudioError], str] = {
     UnsupportedAudioError: "unsupported_audio",
@@ -92,29 +92,29 @@ HTTP_ERRORS: Mapping[int, tuple[str, str]] = {
 }
 
 MAX_EXACT = 2**53
-"""Beyond this JSON's readers disagree on a number, and a client may have sent hundreds of digits."""
+"""Largest number reported in errors: above it JSON readers disagree, and clients may send hundreds of digits."""
 
 
 class EngineUnavailableError(HyperError):
-    """The engine is not running, or died while it worked on the request."""
+    """Error if the engine is not running, or dies during the request."""
 
 
 class PoisonedClipError(HyperError):
-    """A clip is refused because the engine failed on it twice, the second time with nothing else in flight."""
+    """Error for a clip banned after two engine failures, the second with no other request in flight."""
 
 
 class DecoderUnavailableError(HyperError):
-    """The decoder's process is gone and could not be started again."""
+    """Error if the decoder process is gone and cannot be restarted."""
 
 
 class RequestError(HyperError):
-    """Refuses or ends a request with a code of the table.
+    """Error reply to a request, with a code of the table.
 
     Attributes:
-        code: A key of `ERRORS`, or a finer code when `kind` says which row it belongs to.
-        param: The request field at fault.
-        partial: What had been produced when the request ended, for a 504.
-        retry_after_s: When to come again; that of the table where the one who refuses knows no better.
+        code: A key of `ERRORS`, or a finer code if `kind` names its row.
+        param: The invalid request field.
+        partial: The output so far, for a 504.
+        retry_after_s: Seconds until a retry; defaults to the table's value.
     """
 
     def __init__(
@@ -143,11 +143,11 @@ class RequestError(HyperError):
 
     @property
     def status(self) -> int:
-        """The HTTP status of this error."""
+        """Return the HTTP status of this error."""
         return self.kind.status
 
     def body(self, request_id: str) -> dict[str, Any]:
-        """Returns the error object, the same in a reply and in a stream's `error` event."""
+        """Return the error object, the same in a reply and in a stream's `error` event."""
         error = {
             "type": self.kind.type,
             "code": self.code,
@@ -163,7 +163,7 @@ class RequestError(HyperError):
 
 
 def to_request_error(error: BaseException) -> RequestError:
-    """Translates any exception to the fault that a client may see; unknown ones become `internal_error`."""
+    """Translate any exception to a client-visible error; unknown ones become `internal_error`."""
     match error:
         case RequestError():
             return error
@@ -196,7 +196,7 @@ def to_request_error(error: BaseException) -> RequestError:
 
 
 def validation_error(error: ValidationError | RequestValidationError) -> RequestError:
-    """Names the first field that breaks the schema, and pydantic's reason, without the value."""
+    """Return the error for the first invalid field, with pydantic's reason and without the value."""
     if isinstance(error, ValidationError):
         details = error.errors(include_url=False, include_context=False, include_input=False)
     else:
@@ -209,17 +209,17 @@ def validation_error(error: ValidationError | RequestValidationError) -> Request
         case "extra_forbidden":
             return RequestError("unknown_parameter", "The request has a field that this service does not know.")
         case _ if param is None:
-            # The name itself is none that a field could have.
+            # No field can have this name.
             return RequestError("invalid_parameter", "A field of the request is not valid.")
         case "string_unicode":
             return RequestError("invalid_parameter", f"`{param}` is not valid Unicode text.", param=param)
         case _:
-            # A union has a reason for each of its members: what the field takes is all of them.
+            # A union has one reason per member, and the field accepts any of them.
             reasons = [detail["msg"] for detail in details if param_of(detail["loc"]) == param]
             others = [f", or {reason.removeprefix('Input should be ')}" for reason in reasons[1:]]
             return RequestError("invalid_parameter", f"`{param}`: {reasons[0]}{''.join(others)}.", param=param)
 
 
 def param_of(location: Sequence[int | str]) -> str | None:
-    """Names the field; a union adds the name of the member that it tried, which the caller does not know."""
+    """Return the field's dotted name, or None; the names of union members are left out."""
     return ".".join(part for part in location if isinstance(part, str) and part.isidentifier()) or None

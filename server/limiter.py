@@ -1,7 +1,7 @@
-"""Who is let in, and who goes first: bounded lines with two classes, and how long a wait in them will be.
+"""Concurrency limit with two priority classes and an estimate of waiting times.
 
-The wait is foretold by what work has taken here of late, so that a caller who would wait in vain is told so at once,
-before its body is read, with a time after which there is room. Knows no HTTP and no engine.
+The estimate comes from recent work. It lets the service refuse a hopeless request at once, before its body is read,
+with a time to retry. The module is independent of HTTP and engines.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ RANKS: dict[Priority, int] = {"interactive": 0, "batch": 1}
 
 @dataclass
 class PriorityLimiter:
-    """Lets so many work at a time; those who wait go by class, and within a class in the order in which they came.
+    """Concurrency limit with queues by class, first in, first out within a class.
 
     Attributes:
-        num_places: Work that goes on at the same time.
-        work_s: Running mean of what one piece of work takes; None before the first.
-        num_working: Places that are taken.
+        num_places: Maximum number of concurrent tasks.
+        work_s: Running mean of a task's duration in seconds; None before the first.
+        num_working: Number of occupied places.
     """
 
     num_places: int
@@ -40,31 +40,31 @@ class PriorityLimiter:
 
     @property
     def num_waiting(self) -> int:
-        """How many stand in line."""
+        """Return the number of waiting tasks."""
         return sum(not future.done() for *_, future in self.waiting)
 
     def waits_s(self, priority: Priority) -> list[float]:
-        """Returns how long each of a class has been in line."""
+        """Return the waiting time so far, in seconds, of each waiting task of a class."""
         now_s = time.monotonic()
         rank = RANKS[priority]
         return [now_s - since_s for of, _, since_s, future in self.waiting if of == rank and not future.done()]
 
     @contextlib.asynccontextmanager
     async def slot(self, priority: Priority) -> AsyncGenerator[None]:
-        """Waits for a place and holds it. Leaving early, by cancellation too, gives it to the next."""
+        """Wait for a place and hold it; release it at the end, also on cancellation."""
         await self.take(priority)
         started_s = time.monotonic()
         try:
             yield
         except BaseException:
-            # Work that was cut short says nothing about how long work takes.
+            # The duration of interrupted work is not representative.
             self.give()
             raise
         self.work_s = smooth(self.work_s, time.monotonic() - started_s)
         self.give()
 
     async def take(self, priority: Priority) -> None:
-        """Takes a place at once or when one is given."""
+        """Take a place, at once or after waiting for one."""
         if self.num_working < self.num_places and not self.num_waiting:
             self.num_working += 1
             return
@@ -73,13 +73,13 @@ class PriorityLimiter:
         try:
             await future
         except asyncio.CancelledError:
-            # The place may have been given in the same moment; then it goes on to the next.
+            # The place may have been given at the same moment; then pass it on.
             if future.done() and not future.cancelled():
                 self.give()
             raise
 
     def give(self) -> None:
-        """Hands a place to the first in line, else leaves it free."""
+        """Pass a place to the first waiting task, or free it."""
         while self.waiting:
             *_, future = heapq.heappop(self.waiting)
             if not future.done():
@@ -88,10 +88,11 @@ class PriorityLimiter:
         self.num_working -= 1
 
     def wait_s(self, num_ahead: int) -> float:
-        """Returns how long somebody waits who finds so many before it, working or waiting; 0 where that is not known.
+        """Return the expected wait in seconds behind other tasks; 0 without an estimate.
 
         Args:
-            num_ahead: May be more than stand in line now: those who upload or decode will.
+            num_ahead: Number of tasks ahead, working or waiting. It may exceed the current number, to include later
+                arrivals from uploads and decoding.
         """
         if self.work_s is None or num_ahead < self.num_places:
             return 0.0

@@ -1,6 +1,6 @@
-"""The outermost ASGI layer: request id, who may pass, limits of head and body, last-resort 500, log line and metrics.
+"""Outermost ASGI layer: request id, authentication, head and body limits, last-resort 500, log line, metrics.
 
-Plain ASGI rather than Starlette's BaseHTTPMiddleware, which would hide a client's disconnect from the handlers.
+It is plain ASGI, because Starlette's BaseHTTPMiddleware would hide client disconnects from the handlers.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ logger = logging.getLogger("hyper.server")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{1,5})?")
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-# A server that closes while the client still sends makes the kernel drop the reply it has not read yet. So the reply to
-# a refused upload is followed by this much reading and throwing away before the connection closes.
+# If a server closes during an upload, the kernel discards the unread reply. So after a reply to a refused upload,
+# incoming data is read and dropped for this long before the connection closes.
 LINGER_S = 1.0
 
 MAX_HEADERS = 100
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
-"""What needs no key. Whoever adds an address adds one that needs a key of the scope `ask`."""
+"""Paths without authentication. Every other path, also a new one, needs a key with the scope `ask`."""
 
 METRICS_PATH = "/metrics"
 OPERATOR_PATHS = PUBLIC_PATHS | {METRICS_PATH}
-"""What the metrics port answers, without a key."""
+"""Paths of the metrics port, without authentication."""
 
 PRIORITY_HEADER = "x-hyper-priority"
 
 
 class RequestMiddleware:
-    """Wraps the application; see the module's first line for what it adds."""
+    """ASGI middleware around the application; see the module docstring."""
 
     def __init__(self, app: ASGIApp, *, service: Service) -> None:
         self.app = app
@@ -84,15 +84,15 @@ class RequestMiddleware:
             logger.error("request failed", exc_info=error, extra={"request_id": context.request_id})
             if reply.status is None:
                 await error_response(fault, context)(scope, receive, reply.send)
-            # Once a reply has begun there is no honest way to end it but to drop the connection, which is what the
-            # server does when the application returns before the last byte.
+            # After the reply has begun, an error can only be signalled by dropping the connection. The server does so
+            # when the application returns before the last byte.
         finally:
             self.record_metrics(scope, context, reply.status)
 
     def check_head(self, scope: Scope, headers: Headers, context: RequestContext) -> None:
-        """Decides by path and headers alone whether the request may go on, and as whose.
+        """Check the request by path and headers alone, and find its tenant and priority.
 
-        By the path that is routed, never by a URL put together from what the client says.
+        The routed path is used, never a URL built from the client's headers.
 
         Raises:
             RequestError: 400, 401, 403, 404 or 431.
@@ -127,14 +127,14 @@ class RequestMiddleware:
             case "batch":
                 context.priority = "batch"
             case "" | "interactive":
-                # A key of the class batch stays one.
+                # A key of the class batch never becomes interactive.
                 pass
             case _:
                 message = f"`{PRIORITY_HEADER}` is interactive or batch."
                 raise RequestError("invalid_parameter", message, param=PRIORITY_HEADER)
 
     def record_metrics(self, scope: Scope, context: RequestContext, status: int | None) -> None:
-        """Writes the access line and the request's metrics."""
+        """Write the access log line and record the request's metrics."""
         endpoint = getattr(scope.get("route"), "path", "other")
         seconds = context.elapsed_ms() / 1000
         if context.outcome == "client_closed_request":
@@ -145,7 +145,7 @@ class RequestMiddleware:
         for stage, stage_s, _ in context.stages:
             self.metrics.stage_seconds.labels(stage).observe(stage_s)
             stages_ms[stage] = round(stages_ms.get(stage, 0.0) + stage_s * 1000, 1)
-        # A probe that is told 503 is answered, not refused.
+        # A probe answered with 503 has outcome "ok" and is not a refusal.
         if status is not None and status >= 400 and status != 499 and context.outcome != "ok":
             self.metrics.rejected.labels(str(status), context.outcome).inc()
         if self.tracer is not None:
@@ -166,7 +166,7 @@ class RequestMiddleware:
 
 
 class Body:
-    """Counts and times the request's body while somebody reads it."""
+    """Request body with limits on size and time."""
 
     def __init__(self, context: RequestContext, receive: Receive, settings: Settings) -> None:
         self.context = context
@@ -174,7 +174,11 @@ class Body:
         self.settings = settings
 
     async def receive(self) -> Message:
-        """Passes on the next message; raises `RequestError` for a body that is too large or too slow."""
+        """Return the next message.
+
+        Raises:
+            RequestError: If the body is too large or too slow.
+        """
         context = self.context
         if context.is_body_complete:
             return await self.inner()
@@ -196,7 +200,7 @@ class Body:
         return message
 
     def too_large(self, num_bytes: int) -> RequestError:
-        """Names the limit and how much came or was announced."""
+        """Return the error for a body above the limit, with its received or announced size."""
         limit = self.settings.max_body_bytes
         message = f"The request body is larger than {limit} bytes."
         hint = "Send a shorter or compressed clip."
@@ -204,7 +208,7 @@ class Body:
 
 
 class Reply:
-    """Stamps the reply with the request id and, where an upload was cut short, lingers before the connection closes."""
+    """Reply with the request id in its headers; it delays closing after an incomplete upload."""
 
     def __init__(self, context: RequestContext, receive: Receive, send: Send) -> None:
         self.context = context
@@ -213,7 +217,7 @@ class Reply:
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
-        """Sends one ASGI message."""
+        """Send one ASGI message."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
@@ -228,7 +232,7 @@ class Reply:
         await self.inner(message)
 
     async def linger(self) -> None:
-        """Reads and drops what the client still sends, for a moment."""
+        """Read and drop incoming data for a moment."""
         try:
             async with asyncio.timeout(LINGER_S):
                 while True:
@@ -240,13 +244,13 @@ class Reply:
 
 
 def bearer_of(headers: Headers) -> str:
-    """Returns the key that a request presents; empty where it presents none."""
+    """Return the presented key, or an empty string."""
     scheme, _, secret = headers.get("authorization", "").partition(" ")
     return secret.strip() if scheme.lower() == "bearer" else ""
 
 
 def is_domain(host: str) -> bool:
-    """Whether a Host header is a name in the DNS, which a stranger may have pointed to this machine's own address."""
+    """Return whether a Host header is a DNS name, possibly pointed at this machine by an attacker."""
     found = HOST.fullmatch(host)
     name = found[1] if found else host
     if "." not in name.rstrip("."):
@@ -259,6 +263,6 @@ def is_domain(host: str) -> bool:
 
 
 def request_id_from(headers: Headers) -> str:
-    """Takes the client's request id where it is a short plain token, else makes one."""
+    """Return the client's request id if it is a short plain token, else a new one."""
     offered = headers.get("x-request-id", "")
     return offered if CLIENT_REQUEST_ID.fullmatch(offered) else f"req_{uuid.uuid4().hex}"

@@ -1,6 +1,7 @@
-"""How much each caller may still ask: rates, places and seconds of audio, as its key says.
+"""Quotas of each API key: request rate, concurrency and seconds of audio.
 
-Kept in memory: a restart gives everybody a full bucket. Knows no HTTP beyond the faults that it raises.
+The state is in memory, so a restart refills every bucket. The module raises HTTP errors and is otherwise independent of
+HTTP.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ MINUTE_S = 60.0
 
 @dataclass
 class Bucket:
-    """Holds up to a capacity of something that comes back at a steady rate; full at first."""
+    """Token bucket, full at the start, with a steady refill.
+
+    Attributes:
+        capacity: Maximum level.
+        refill_s: Seconds to fill an empty bucket.
+    """
 
     capacity: float
     refill_s: float
@@ -31,7 +37,7 @@ class Bucket:
         self.level = self.capacity
 
     def wait_s(self, amount: float) -> float:
-        """Returns the seconds until there is so much; 0 where there is, infinity where there never can be."""
+        """Return the seconds until the amount is available: 0 if it is now, infinity if it never will be."""
         now_s = time.monotonic()
         self.level = min(self.capacity, self.level + (now_s - self.at_s) * self.capacity / self.refill_s)
         self.at_s = now_s
@@ -40,12 +46,12 @@ class Bucket:
         return max(0.0, (amount - self.level) * self.refill_s / self.capacity)
 
     def take(self, amount: float) -> None:
-        """Takes so much out."""
+        """Remove the amount."""
         self.level -= amount
 
 
 class Tenant:
-    """What one key has used."""
+    """Usage account of one key."""
 
     def __init__(self, key: Key) -> None:
         self.key = key
@@ -55,10 +61,10 @@ class Tenant:
 
     @contextlib.contextmanager
     def enter(self) -> Generator[None]:
-        """Takes a request into account while it lasts; decided before anything of its body is read.
+        """Count a request while it is in flight. The check runs before its body is read.
 
         Raises:
-            RequestError: 429, with the time after which to come again.
+            RequestError: 429, with the time to retry.
         """
         key = self.key
         if key.concurrent is not None and self.num_in_flight >= key.concurrent:
@@ -82,10 +88,10 @@ class Tenant:
             self.num_in_flight -= 1
 
     def charge(self, audio_s: float) -> None:
-        """Counts the seconds of a clip that is about to be answered.
+        """Deduct the seconds of a clip before it is answered.
 
         Raises:
-            RequestError: 429, when so many are not left.
+            RequestError: 429, if too few seconds are left.
         """
         if self.audio:
             if (wait_s := self.audio.wait_s(audio_s)) > 0:
@@ -93,7 +99,7 @@ class Tenant:
             self.audio.take(audio_s)
 
     def out_of_audio(self, wait_s: float) -> RequestError:
-        """Names the limit."""
+        """Return the error for an exhausted audio quota."""
         limit = self.key.audio_s_per_day
         message = f"This key may ask about {limit:g} s of audio a day."
         return RequestError(
@@ -106,20 +112,20 @@ class Tenant:
 
 
 class Quotas:
-    """Finds the account of a key."""
+    """Accounts of all keys."""
 
     def __init__(self) -> None:
         self.tenants: dict[str, Tenant] = {}
 
     def of(self, key: Key) -> Tenant:
-        """Returns the key's account: a new one where the key is new or has changed."""
+        """Return the account of a key; new or changed keys get a new account."""
         tenant = self.tenants.get(key.name)
         if tenant is None or tenant.key != key:
             tenant = self.tenants[key.name] = Tenant(key)
         return tenant
 
     def forget(self, names: set[str]) -> None:
-        """Drops the accounts of all other names, once nothing of theirs is in flight."""
+        """Drop the accounts of all other names, once they have nothing in flight."""
         for name, tenant in list(self.tenants.items()):
             if name not in names and not tenant.num_in_flight:
                 del self.tenants[name]

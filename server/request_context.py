@@ -1,4 +1,4 @@
-"""What the service remembers about one HTTP request while it lasts: the thread that ties reply, log line and metrics.
+"""Context of one HTTP request, shared by reply, log line and metrics.
 
 It holds names, numbers and clock readings, never audio or text, so all of it may be logged.
 """
@@ -25,7 +25,7 @@ Fact = str | int | float | bool | None
 
 
 class StageTime(NamedTuple):
-    """Says how long a request was in a stage, and since which reading of the clock; None where it was in pieces."""
+    """Duration of a request's stage, and its start time; None for a stage in several pieces."""
 
     stage: Stage
     seconds: float
@@ -33,7 +33,7 @@ class StageTime(NamedTuple):
 
 
 class SectionTime(NamedTuple):
-    """Says when a section of the trace was written; its name, no words of it."""
+    """Start and end of a section of the trace, with its name but no text."""
 
     section: str
     started_s: float
@@ -42,23 +42,25 @@ class SectionTime(NamedTuple):
 
 @dataclass
 class RequestContext:
-    """Carries one request's identity, phase and figures from the edge to the handlers and back.
+    """Identity, phase and figures of one request, from the middleware to the handlers and back.
 
     Attributes:
-        request_id: Ours, or the client's `x-request-id` where it is a plain token.
+        request_id: Generated, or the client's `x-request-id` if it is a plain token.
+        is_body_complete: Whether the whole body has arrived.
         started_s: `time.monotonic()` at the first byte of the request; all timings count from here.
-        tenant: The account of the key that came with the request; None where the service is open to all.
-        priority: Its class in every line.
-        received_s: The same clock when the body was complete.
-        decode_s: Seconds that decoding the clip took, its wait for a decoder included.
-        phase: How far the request has come, for the abort counter.
-        outcome: "ok" or the code of the fault that ended it.
-        facts: Further fields of the log line.
-        stages: Where the time went, as far as the request came: for the metrics, the log line and the trace's spans.
-        sections: The same of what the model wrote.
-        span: The request's span, where traces are made.
-        traceparent: How others name that span.
-        trace_id: The trace that the request belongs to: ours, or the caller's; None where there is none.
+        tenant: Account of the request's key; None if the service is open to all.
+        priority: Its class in every queue.
+        received_s: Time of the complete body, by the same clock.
+        decode_s: Seconds to decode the clip, including the wait for a decoder.
+        phase: Progress of the request, for the abort counter.
+        outcome: "ok", or the code of the final error.
+        facts: Additional fields of the log line.
+        stages: Durations of the stages so far, for the metrics, the log line and the trace's spans.
+        sections: Times of the trace's sections.
+        started_ns: Wall clock at the start, in nanoseconds since 1970.
+        span: The request's span, if tracing is on.
+        traceparent: Identifier of the span for other services.
+        trace_id: Identifier of the request's trace, ours or the caller's; None without a trace.
     """
 
     request_id: str
@@ -81,31 +83,31 @@ class RequestContext:
 
     @property
     def tenant_name(self) -> str:
-        """Whose request it is; callers of different names share nothing that the engine keeps."""
+        """Return the name of the request's key, or an empty string; tenants share no engine cache."""
         return "" if self.tenant is None else self.tenant.key.name
 
     @classmethod
     def of(cls, scope: MutableMapping[str, Any]) -> RequestContext:
-        """Returns the context that the edge put into an ASGI scope."""
+        """Return the context stored in an ASGI scope by the middleware."""
         context = scope[SCOPE_KEY]
         assert isinstance(context, cls)
         return context
 
     def elapsed_ms(self, until_s: float | None = None) -> float:
-        """Returns milliseconds since the first byte came in, until now or until a reading of the same clock."""
+        """Return the milliseconds since the first byte, until now or until a reading of the same clock."""
         return ((time.monotonic() if until_s is None else until_s) - self.started_s) * 1000
 
     def wall_ns(self, moment_s: float) -> int:
-        """Returns a reading of the clock as nanoseconds since 1970, by the wall clock when the request began."""
+        """Convert a clock reading to nanoseconds since 1970, by the wall clock at the request's start."""
         return self.started_ns + round((moment_s - self.started_s) * 1e9)
 
     def record(self, stage: Stage, started_s: float, ended_s: float | None = None) -> None:
-        """Says that a stage took from then to then, or until now."""
+        """Record a stage between two clock readings; the end defaults to now."""
         self.stages.append(StageTime(stage, (time.monotonic() if ended_s is None else ended_s) - started_s, started_s))
 
     @contextlib.contextmanager
     def timing(self, stage: Stage) -> Generator[None]:
-        """Times a stage, also one that fails or is cut short: that is where the request has spent its time."""
+        """Time a stage, also if it fails or is cancelled, because it has used the request's time."""
         started_s = time.monotonic()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Runs the application in uvicorn: the announcement when it is ready, draining at SIGTERM, and the exit code."""
+"""The service process in uvicorn: start-up line, draining at SIGTERM, and exit code."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ NUM_OTHER_DESCRIPTORS = 1000
 
 
 def run(settings: Settings) -> int:
-    """Serves until a signal or the engine's death, and returns the exit code.
+    """Run the service until a signal or the engine's failure, and return the exit code.
 
     Raises:
-        CheckpointError: The checkpoint cannot be served.
-        HyperError: The keys cannot be read, or a port cannot be opened.
+        CheckpointError: If the checkpoint cannot be served.
+        HyperError: If the keys cannot be read or a port cannot be opened.
     """
     logs.configure(settings.log_level)
     app = create_app(settings)
     config = uvicorn_config(app, settings)
     raise_descriptor_limit(settings.max_connections)
-    # Before the model loads: a port that is taken should not take a minute to find out.
+    # Before the model loads, so that an occupied port is reported at once.
     listener = config.bind_socket()
     listeners = [listener]
     if settings.metrics_port is not None:
@@ -47,7 +47,7 @@ def run(settings: Settings) -> int:
 
 
 def raise_descriptor_limit(num_connections: int) -> None:
-    """Makes room for that many connections, as far as this process may: the usual soft limit is 1024 descriptors."""
+    """Raise the descriptor limit for the connections, as far as permitted; the usual soft limit is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = num_connections + NUM_OTHER_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -56,10 +56,10 @@ def raise_descriptor_limit(num_connections: int) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Opens a second port for the same application; the edge tells by the port what may be asked there.
+    """Open a second port for the same application; the middleware restricts its paths.
 
     Raises:
-        HyperError: It is taken, or not ours.
+        HyperError: If it is occupied or not permitted.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -69,17 +69,17 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(host: str, port: int) -> str:
-    """Writes an address as a URL; the colons of IPv6 stand in brackets."""
+    """Return the URL of an address, with brackets around IPv6."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """Says how uvicorn is to run the application."""
+    """Return uvicorn's configuration for the application."""
     return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
-        # Not httptools, the default, which accepts headers without a bound.
+        # Not httptools, the default: it accepts headers of any size.
         http=connection_type(settings, app.state.service.metrics),
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         ws="none",
@@ -87,13 +87,13 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_keep_alive=5,
-        # Draining has waited for the answers by then; this is for connections that hang.
+        # By then draining has waited for the answers; this timeout is for stuck connections.
         timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
     )
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server that answers what is in flight before it closes, and that ends when the engine has died."""
+    """Uvicorn server with draining: it completes requests in flight, then closes; it exits after an engine failure."""
 
     def __init__(self, config: uvicorn.Config, service: Service, url: str) -> None:
         super().__init__(config)
@@ -104,7 +104,7 @@ class DrainingServer(uvicorn.Server):
         self.loop: asyncio.AbstractEventLoop | None = None
 
     async def on_tick(self, counter: int) -> bool:
-        """Looks ten times a second whether there is something to say or a reason to end."""
+        """Announce readiness and check for an engine failure, ten times per second."""
         self.loop = asyncio.get_running_loop()
         if self.service.state == "ready" and not self.is_announced:
             self.is_announced = True
@@ -116,9 +116,10 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begins to drain at the first signal and closes at once at the second.
+        """Start draining at the first signal, and close at once at the second.
 
-        The signal is not kept: uvicorn would raise it again after a clean end, and the exit code would tell of a kill.
+        The signal is not stored: uvicorn would raise it again after a clean shutdown, and the exit code would report a
+        kill.
         """
         if self.loop is None:
             self.should_exit = True
@@ -128,11 +129,11 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     def begin_drain(self) -> None:
-        """Starts the drain once."""
+        """Start draining once."""
         if self.draining is None:
             self.draining = asyncio.get_running_loop().create_task(self.drain())
 
     async def drain(self) -> None:
-        """Lets the service finish, then ends the main loop."""
+        """Wait for the service to finish, then end the main loop."""
         await self.service.drain()
         self.should_exit = True

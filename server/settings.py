@@ -1,7 +1,7 @@
-"""What an operator may set, read once from `HYPER_*` environment variables and passed in from there.
+"""Operator settings, read once from `HYPER_*` environment variables and then passed as arguments.
 
-Facts about a model (its window, its pause budget, its longest context) travel in the checkpoint's manifest and are not
-settings. This module knows neither HTTP nor the engine.
+Facts about a model (its window, its pause budget, its longest context) are in the checkpoint's manifest, not here. The
+module is independent of HTTP and engines.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
 PREFIX = "HYPER_"
-NOT_OURS = frozenset({"HYPER_URL", "HYPER_KEY"})  # `hyper ask` reads them.
+NOT_OURS = frozenset({"HYPER_URL", "HYPER_KEY"})  # Read by `hyper ask`.
 
 
 class Settings(BaseSettings):
-    """Holds the service's configuration; every field reads from `HYPER_<NAME>`, where empty means unset."""
+    """Configuration of the service; every field is read from `HYPER_<NAME>`, and an empty value means unset."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
@@ -29,59 +29,73 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    key_file: Path | None = Field(default=None, description="API keys, written by `hyper keys`; none: see open_to_all.")
+    key_file: Path | None = Field(
+        default=None, description="File of API keys, written by `hyper keys`; for none see open_to_all."
+    )
     open_to_all: bool = Field(
-        default=False, description="Serve everybody who can connect. Without keys that is else done on 127.0.0.1 alone."
+        default=False, description="Serve without keys on any address; otherwise a key file or 127.0.0.1 is required."
     )
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = Field(
-        default=None, ge=1, le=65535, description="A second port, for probes and /metrics alone, which asks for no key."
+        default=None, ge=1, le=65535, description="Second port, for probes and /metrics only, without authentication."
     )
 
     metrics_by_key: bool = Field(
-        default=False, description="Count seconds of audio by key too, under the first digits of its name's SHA-256."
+        default=False, description="Also count seconds of audio per key, under the first digits of its name's SHA-256."
     )
 
     checkpoint: Path | None = None
     verify_checkpoint: bool = True
     engine: Literal["vllm", "scripted"] = "vllm"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        default="auto", description="auto is bfloat16, and float32 on a processor without instructions for that."
+        default="auto", description="auto is bfloat16, or float32 on a processor without native bfloat16."
     )
-    kv_cache_gib: int = Field(default=1, ge=1, description="CPU only: memory for the key-value cache.")
-    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1, description="GPU only: share of the card to use.")
-    max_num_seqs: int = Field(default=16, ge=1, description="Requests that the engine decodes together.")
+    kv_cache_gib: int = Field(default=1, ge=1, description="CPU only: memory of the key-value cache.")
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="GPU only: share of the GPU's memory to use."
+    )
+    max_num_seqs: int = Field(
+        default=16, ge=1, description="Maximum number of requests decoded together by the engine."
+    )
     scripted_token_interval_s: float = Field(
-        default=0.0, ge=0, description="Scripted engine only: pace of its tokens, to rehearse a slow model."
+        default=0.0, ge=0, description="Scripted engine only: time per token, to simulate a slow model."
     )
 
     hang_timeout_s: float = Field(
-        default=20.0, gt=0, description="Silence of an engine that was asked for a token, after which it is killed."
+        default=20.0, gt=0, description="Silence of the engine after a ping, before it is killed."
     )
-    max_engine_restarts: int = Field(default=5, ge=0, description="In ten minutes; one more ends the service.")
+    max_engine_restarts: int = Field(default=5, ge=0, description="Maximum in ten minutes; one more ends the service.")
 
     max_audio_bytes: int = Field(default=25 * MEBIBYTE, ge=1)
-    max_audio_s: float = Field(default=600.0, gt=0, description="Decoded seconds; counted, headers are not trusted.")
+    max_audio_s: float = Field(
+        default=600.0, gt=0, description="Maximum decoded seconds; counted, because headers are not trusted."
+    )
     decode_timeout_s: float = Field(default=10.0, gt=0)
-    decode_workers: int = Field(default=2, ge=1, description="Clips that are decoded at the same time.")
-    decode_memory_mib: int = Field(default=256, ge=96, description="What decoding one clip may take, code included.")
+    decode_workers: int = Field(default=2, ge=1, description="Maximum number of clips decoded at the same time.")
+    decode_memory_mib: int = Field(default=256, ge=96, description="Maximum memory to decode one clip, code included.")
     decode_sandbox: Literal["auto", "require"] = Field(
         default="auto",
-        description="auto goes without where the kernel has none, on 127.0.0.1 alone; require never does.",
+        description="auto runs without a sandbox on 127.0.0.1 if the kernel has none; require never does.",
     )
-    max_connections: int = Field(default=4000, ge=1, description="Open connections; more are closed as they come.")
-    head_timeout_s: float = Field(default=10.0, gt=0, description="From connecting to the last header.")
+    max_connections: int = Field(
+        default=4000, ge=1, description="Maximum number of open connections; further ones are closed at once."
+    )
+    head_timeout_s: float = Field(
+        default=10.0, gt=0, description="From the start of the connection to the last header."
+    )
     upload_timeout_s: float = Field(default=60.0, gt=0)
     upload_idle_timeout_s: float = Field(default=10.0, gt=0)
 
-    # One and a half times the engine's places: full, a request waits for half a round of answers, and the slowest
-    # take less than twice as long as at 0.8 of the peak (docs/LOG.md).
-    max_in_flight: int = Field(default=24, ge=1, description="Admitted requests, uploads included; more get a 503.")
+    # One and a half times the engine's places. At this load a request waits for half a round of answers. The slowest
+    # requests then take less than twice as long as at 0.8 of the peak (docs/LOG.md).
+    max_in_flight: int = Field(
+        default=24, ge=1, description="Maximum of admitted requests, uploads included; others get a 503."
+    )
     max_batch_share: float = Field(
-        default=0.5, gt=0, le=1, description="Share of these places that requests of the class `batch` may take."
+        default=0.5, gt=0, le=1, description="Maximum share of these places for requests of the class `batch`."
     )
     max_queue_wait_s: float = Field(
-        default=60.0, gt=0, description="Expected wait for the engine beyond which requests get a 503."
+        default=60.0, gt=0, description="Maximum expected wait for the engine; beyond it requests get a 503."
     )
     default_max_tokens: int = Field(default=1024, ge=1)
     max_tokens: int = Field(default=4096, ge=1)
@@ -92,7 +106,7 @@ class Settings(BaseSettings):
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach the service."""
+        """Return whether the service is reachable from this machine only."""
         if self.host == "localhost":
             return True
         try:
@@ -102,14 +116,14 @@ class Settings(BaseSettings):
 
     @property
     def max_body_bytes(self) -> int:
-        """The largest request body: the largest clip as base64, and room for the words around it."""
+        """Return the maximum size of a request body: the largest clip as base64, and room for the other fields."""
         return self.max_audio_bytes * 4 // 3 + MEBIBYTE
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Says for each `HYPER_*` variable that no setting reads that it is none, and which one may be meant.
+    """Return a message for each `HYPER_*` variable without a setting, with the closest known name.
 
-    pydantic-settings looks up the names it knows and never sees the others, so a misspelt limit would not be one.
+    pydantic-settings ignores unknown variables, so without this check a misspelt limit would have no effect.
     """
     known = [f"{PREFIX}{name}".upper() for name in Settings.model_fields]
     found: list[str] = []

@@ -1,1 +1,1 @@
-"""Decodes clips in sandboxed processes."""
+"""Clip decoding in sandboxed processes."""

@@ -1,6 +1,6 @@
-"""What the service asks of an engine, and the scripted engine that answers without a model.
+"""The interface between service and engine, and a scripted engine without a model.
 
-An engine knows token ids, clips as arrays and log-probabilities. It knows no sections, questions or HTTP.
+An engine handles token ids, clips as arrays, and log-probabilities. It is independent of sections, questions and HTTP.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ FinishReason = Literal["stop", "length", "abort"]
 Script = Callable[[Sequence[Clip], TraceTokenizer], list[int]]
 
 SCRIPTED_CONFIDENCE = 1.0
-"""A script is sure of every token; it pauses where it says so."""
+"""Confidence of every scripted token; pauses come from the script."""
 
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
-    """Asks for a continuation of a prompt.
+    """Request for a continuation of a prompt.
 
     Attributes:
         request_id: Unique among the requests in flight.
-        prompt_token_ids: One audio placeholder a clip; the engine expands it. May end with an earlier completion.
-        clips: In the order of their placeholders.
-        max_tokens: Most tokens to write; the stop token counts, the tokens of pauses do not.
+        prompt_token_ids: The prompt with one audio placeholder per clip, expanded by the engine. It may end with an
+            earlier completion.
+        clips: The clips in the order of their placeholders.
+        max_tokens: Maximum number of new tokens, including the stop token and excluding pauses.
         temperature: 0 takes the likeliest token.
-        stop_token_ids: The first of these to be written ends the completion and is its last token.
-        banned_token_ids: Never written.
-        gate: Lets the completion pause, as often as the gate's budget allows, and ends it where the gate gives it up.
-        cache_salt: Requests share cached prefixes only with requests of the same salt.
-        clip_keys: A name for each clip that no other clip has, and that nobody outside can know: what the engine has
-            computed of a clip is kept under it. None where the engine shall find names itself.
+        stop_token_ids: The completion ends with the first of these tokens.
+        banned_token_ids: Tokens never written.
+        gate: Settings of the pause gate: it inserts pauses up to its budget and may abort the completion.
+        cache_salt: Cached prefixes are shared only between requests with the same salt.
+        clip_keys: An unguessable unique cache key per clip. None lets the engine choose keys.
     """
 
     request_id: str
@@ -62,18 +62,18 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """Carries newly written tokens; only the last chunk of a completion has a finish reason.
+    """New tokens of a completion; only its last chunk has a finish reason.
 
     Attributes:
-        token_ids: Visible tokens; none where the chunk is a pause.
-        finish_reason: "abort" where the gate gave the completion up.
-        span: The hidden tokens of a pause, between the tokens of the chunks before and after.
-        report: In the last chunk of a completion with a gate: what the gate has seen.
+        token_ids: Visible tokens; empty for a pause.
+        finish_reason: "abort" if the gate aborted the completion.
+        span: Hidden tokens of a pause, between the tokens of the previous and the next chunk.
+        report: Summary of the gate, in the last chunk of a completion with a gate.
         num_prompt_tokens: Length of the prompt with every audio placeholder expanded.
-        num_cached_tokens: How many of these the engine had computed before.
-        queue_s: Time the request waited, once known.
-        prefill_s: Time from leaving the queue to the first token, once known.
-        features_s: Time that the clips' features took, before the queue; in a request's first chunk.
+        num_cached_tokens: Number of prompt tokens from the engine's cache.
+        queue_s: Seconds in the engine's queue, once known.
+        prefill_s: Seconds from the queue to the first token, once known.
+        features_s: Seconds to compute the clips' features, before the queue; in the first chunk.
     """
 
     token_ids: tuple[int, ...]
@@ -88,73 +88,72 @@ class TokenChunk:
 
 
 class Engine(Protocol):
-    """Writes and scores continuations of prompts about clips, many at a time."""
+    """Concurrent generation and scoring of continuations of prompts with clips."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine can take requests."""
+        """Return whether the engine accepts requests."""
         ...
 
     @property
     def num_in_flight(self) -> int:
-        """How many requests it works on."""
+        """Return the number of requests in the engine."""
         ...
 
     @property
     def about(self) -> Mapping[str, str]:
-        """What it is made of: the version of vLLM, the model runner and the dtype; known once it has started."""
+        """Return the vLLM version, the model runner and the dtype; known after the start."""
         ...
 
     @property
     def last_sign_s(self) -> float:
-        """When it last wrote a token of any request, as a reading of `time.monotonic()`; 0 before the first."""
+        """Return the time of its last token, by `time.monotonic()`; 0 before the first."""
         ...
 
     async def start(self) -> None:
-        """Loads the model; returns when the engine can take requests. May be called again after `stop` or `kill`."""
+        """Load the model and return when the engine accepts requests; may be called again after `stop` or `kill`."""
         ...
 
     async def stop(self) -> None:
-        """Ends the engine and everything it started."""
+        """End the engine and all its processes."""
         ...
 
     async def kill(self) -> None:
-        """Does the same to an engine that does not listen any more; requests in flight fail at once."""
+        """End an unresponsive engine; requests in flight fail at once."""
         ...
 
     async def ping(self) -> None:
-        """Returns when the engine has written a token, for nobody.
+        """Return after the engine has written one test token.
 
         Raises:
-            EngineUnavailableError: The engine is not running, or died.
+            EngineUnavailableError: If the engine is not running, or died.
         """
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Yields the completion as it is written. Closing the generator aborts the request in the engine.
+        """Yield the completion in chunks. Closing the generator aborts the request in the engine.
 
         Raises:
-            EngineUnavailableError: The engine is not running, or died.
+            EngineUnavailableError: If the engine is not running, or died.
         """
         ...
 
     async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Returns the log-probability of each candidate as the continuation of the prompt.
+        """Return the log-probability of each candidate as the continuation of the prompt.
 
-        Candidates of one token each cost one engine step together; a longer one costs a prefill each.
+        Candidates of one token share one engine step; longer ones cost a prefill each.
 
         Raises:
-            EngineUnavailableError: The engine is not running, or died.
+            EngineUnavailableError: If the engine is not running, or died.
         """
         ...
 
 
 class ScriptedEngine:
-    """Writes a well-formed trace from plain measurements of the clip: no model, no weights, the same bytes every time.
+    """Deterministic engine without model or weights: it writes a well-formed trace from measurements of the clip.
 
-    It hears length, level and silence and says so; it does not understand speech or the question, and its choice among
-    options is a hash. It exists so that clients, dashboards and the whole HTTP side can run anywhere, at once. Another
-    `script` rehearses another model.
+    It measures length, level and silence. It does not understand speech or the question; its choice is a hash. It lets
+    clients, dashboards and all HTTP code run anywhere at once. Another `script` simulates another model.
     """
 
     def __init__(
@@ -177,29 +176,29 @@ class ScriptedEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it takes requests."""
+        """Return whether it accepts requests."""
         return not self.ended.is_set()
 
     async def start(self) -> None:
-        """Begins to take requests."""
+        """Start to accept requests."""
         self.ended = asyncio.Event()
 
     async def stop(self) -> None:
-        """Ends; requests in flight fail as they would with an engine that died."""
+        """Stop; requests in flight fail as with a dead engine."""
         self.ended.set()
 
     async def kill(self) -> None:
-        """Ends as well."""
+        """Stop as `stop` does."""
         self.ended.set()
 
     async def ping(self) -> None:
-        """Takes as long as a token does."""
+        """Wait for the duration of one token."""
         await self.pace(self.ended)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Yields the script one token a chunk, from where the prompt's own completion leaves off.
+        """Yield the script one token per chunk, continuing after the prompt's own completion.
 
-        Where the script has a <PAUSE>, that is what the model wants; whether it may is for the gate to say.
+        A <PAUSE> in the script is the model's wish; the gate decides.
         """
         self.num_in_flight += 1
         ended = self.ended
@@ -249,7 +248,7 @@ class ScriptedEngine:
             self.num_in_flight -= 1
 
     def span(self, gate: Gate, following: Sequence[int]) -> tuple[int, ...]:
-        """Takes a pause: the gate's own span, or what the script hides, closed where the gate forces it."""
+        """Return the tokens of a pause: the gate's span, or the script's hidden tokens, closed when forced."""
         gate.push(gate.settings.open_id, SCRIPTED_CONFIDENCE)
         if gate.settings.mode is PauseMode.PARALLEL:
             return gate.feed_span()
@@ -263,7 +262,7 @@ class ScriptedEngine:
         return tuple(span)
 
     async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Returns log-probabilities that are a hash of the clip, the prompt and the candidate."""
+        """Return log-probabilities derived from a hash of the clip, the prompt and the candidate."""
         await self.pace(self.ended)
         seen = hashlib.sha256(np.asarray(request.prompt_token_ids, dtype=np.int64).tobytes())
         for clip in request.clips:
@@ -275,10 +274,10 @@ class ScriptedEngine:
         return (logits - np.logaddexp.reduce(logits)).tolist()
 
     async def pace(self, ended: asyncio.Event) -> None:
-        """Lets the time of a token pass.
+        """Wait for the duration of one token.
 
         Args:
-            ended: Set when the engine's life ends in which this began; another may have begun since.
+            ended: The stop event of the engine's life at the start of the request; a later life has another.
         """
         if self.token_interval_s:
             with contextlib.suppress(TimeoutError):
@@ -290,13 +289,13 @@ class ScriptedEngine:
             raise EngineUnavailableError("The engine is not running.")
 
     def count_prompt_tokens(self, request: GenerationRequest) -> int:
-        """Counts the prompt as a real engine would, with each placeholder expanded."""
+        """Return the length of the prompt with each placeholder expanded, as in a real engine."""
         num_samples = sum(len(clip) for clip in request.clips)
         num_audio_tokens = round(num_samples / SAMPLE_RATE_HZ * self.audio_tokens_per_s)
         return len(request.prompt_token_ids) - len(request.clips) + num_audio_tokens
 
     def remaining_script(self, request: GenerationRequest) -> list[int]:
-        """Returns the tokens still to write after those that stand in the prompt already."""
+        """Return the script's tokens after those already in the prompt."""
         tokenizer = self.tokenizer
         prompt = list(request.prompt_token_ids)
         turn = len(prompt) - 1 - prompt[::-1].index(tokenizer.im_start_id)
@@ -311,13 +310,13 @@ class ScriptedEngine:
                 at += 1
         opening = tokenizer.open_ids(Section.FINAL_ANSWER)
         if written[-len(opening) :] == opening and opening[-1] in script:
-            at = script.index(opening[-1]) + 1  # A trace that broke off was closed, and this is what it is closed for.
+            at = script.index(opening[-1]) + 1  # Skip to the answer of a trace closed early.
         remaining = [token_id for token_id in script[at:] if token_id not in request.banned_token_ids]
         return remaining or [tokenizer.im_end_id]
 
 
 def measuring_script(clips: Sequence[Clip], tokenizer: TraceTokenizer) -> list[int]:
-    """Returns the whole trace about the clips, with one <PAUSE> where a clip is mostly silent and so hard to hear."""
+    """Return the whole trace about the clips, with one <PAUSE> if they are mostly silent."""
     waveform = Waveform(np.concatenate(clips) if clips else np.zeros(0, dtype=np.float32))
     quality, duration_s = waveform.quality, waveform.duration_s
     environment = "loud sound"

@@ -1,4 +1,4 @@
-"""The checkpoint that the scripted engine serves when none is named: a byte-level tokenizer and no weights."""
+"""Default checkpoint of the scripted engine: a byte-level tokenizer without weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ NUM_BYTES = 256
 
 
 def scripted_checkpoint() -> Checkpoint:
-    """Makes the checkpoint in memory; its path names no file."""
-    # No texts to learn from: one token a byte, and the special tokens.
+    """Build the checkpoint in memory; its path names no file."""
+    # No training texts: one token per byte, and the special tokens.
     tokenizer = TraceTokenizer(train_tokenizer((), NUM_BYTES + len(SPECIAL_TOKENS)))
     assert tokenizer.pause_id is not None and tokenizer.pause_close_id is not None
     tags = {
@@ -26,7 +26,7 @@ def scripted_checkpoint() -> Checkpoint:
         trace=TraceFields(tags=tags),
         pause=PauseFields(open_id=tokenizer.pause_id, close_id=tokenizer.pause_close_id),
         base_model="none: the scripted engine measures and does not understand",
-        # A question of 2000 characters and 26 choices of 500, at one token a byte, and room for the trace.
+        # A question of 2000 characters and 26 choices of 500, at one token per byte, and room for the trace.
         max_model_len=32_768,
         files={},
     )

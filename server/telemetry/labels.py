@@ -1,26 +1,29 @@
-"""Label values of metrics and spans: closed sets, so that the number of time series is bounded."""
+"""Label values of metrics and spans, as closed sets to bound the number of time series."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
 Phase = Literal["upload", "decode", "queue", "generate", "done"]
-"""How far a request has come."""
+"""Progress of a request."""
 
 AbortedBy = Literal["client", "deadline", "shutdown"]
-"""Why a request ended early."""
+"""Cause of a request's early end."""
 
 StageBeforeEngine = Literal["receive", "validate", "prompt", "decode_wait", "decode", "inspect"]
 StageInEngine = Literal["queue", "first_token", "generate", "score", "serialize"]
 StagePart = Literal["features", "engine_queue", "prefill", "parse"]
 Stage = StageBeforeEngine | StageInEngine | StagePart
-"""One stage of a request, in order. A part lies inside another stage: the first three in `first_token`, and `parse` in
-`generate`; so does `serialize` in a stream."""
+"""One stage of a request, in order.
+
+A part lies inside another stage: the first three in `first_token`, and `parse` in `generate`. In a stream, `serialize`
+lies in `generate` too.
+"""
 
 STAGES: tuple[str, ...] = (*get_args(StageBeforeEngine), *get_args(StageInEngine), *get_args(StagePart))
 
 WorkerFailure = Literal["late", "died", "invalid_reply", "helper"]
-"""Why a decoder worker returned nothing usable: time limit, death, an invalid reply, or the whole helper was lost."""
+"""Cause of a missing result from a decoder worker: time limit, death, invalid reply, or loss of the whole helper."""
 
 FormFailure = Literal["malformed", "weak", "trailing_text"]
-"""How a trace broke the form: its format (`TraceFormat`), or text after its end."""
+"""Fault in a trace's form: its format (`TraceFormat`), or text after its end."""

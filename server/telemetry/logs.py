@@ -1,4 +1,7 @@
-"""One JSON object a line on stderr. Callers pass names and numbers in `extra`; audio, questions and answers never."""
+"""Logs on stderr, one JSON object per line.
+
+Callers pass names and numbers in `extra`, never audio, questions or answers.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ import logging
 import sys
 from datetime import UTC, datetime
 
-# The attributes that every LogRecord has; whatever else a record carries came in through `extra`.
+# The attributes of every LogRecord; all others come from `extra`.
 RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record and its extra fields as one line of JSON."""
+    """Formatter for a record and its extra fields, as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -28,7 +31,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """Sends every logger of the process through the JSON formatter to stderr."""
+    """Send all loggers of the process to stderr through the JSON formatter."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     root = logging.getLogger()
@@ -36,7 +39,7 @@ def configure(level: str) -> None:
     root.setLevel(level.upper())
     if level != "debug":
         logging.getLogger("vllm").setLevel(logging.WARNING)
-    # It warns of every form that is none: whoever sends many would fill the log.
+    # It warns about every invalid form, so a client could fill the log.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
-    # Its lines name the client's address and path; ours have the request id and the outcome.
+    # Its lines contain the client's address and path; ours have the request id and the outcome.
     logging.getLogger("uvicorn.access").disabled = True

@@ -1,8 +1,8 @@
-"""The service's own figures, `hyper_*`, in seconds and tokens, with labels from closed sets.
+"""The service's metrics `hyper_*`, in seconds and tokens, with labels from closed sets.
 
-What is counted how is listed, with its meaning, in docs/watching.md; a test holds the two together.
-They live in a registry of their own; the scrape adds the process-wide one, where vLLM keeps its `vllm:*` figures.
-Nothing here may be named `vllm:*`: vLLM unregisters every collector of that name when it starts.
+docs/watching.md lists every metric with its meaning; a test compares the two. The metrics have their own registry. A
+scrape also includes the process-wide registry with vLLM's `vllm:*` metrics. No name here may start with `vllm:`,
+because vLLM unregisters all such collectors at its start.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHORT_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *SECONDS)
 
 
 class Metrics:
-    """Holds every `hyper_*` collector of one application."""
+    """All `hyper_*` collectors of one application."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -125,7 +125,7 @@ class Metrics:
         self.show_zeros()
 
     def show_zeros(self) -> None:
-        """Begins what has few labels at 0: a rate from nothing to the first event would be lost."""
+        """Initialise metrics with few labels to 0: otherwise a rate would miss the first event."""
         labelled: tuple[tuple[MetricWrapperBase, tuple[str, ...]], ...] = (
             (self.stage_seconds, STAGES),
             *((each, get_args(Priority)) for each in (self.waiting, self.oldest_wait, self.queue_wait)),
@@ -143,12 +143,12 @@ class Metrics:
                 self.aborted.labels(phase, by)
 
     def render(self) -> bytes:
-        """Returns the exposition text: ours, then the process's and the engine's."""
+        """Return the exposition text: our metrics, then those of the process and the engine."""
         return generate_latest(self.registry) + generate_latest(REGISTRY)
 
 
 def version() -> str:
-    """Returns the installed version, or "0+source" when run from a checkout."""
+    """Return the installed version, or "0+source" in a checkout."""
     try:
         return importlib.metadata.version("hyper-audio")
     except importlib.metadata.PackageNotFoundError:

@@ -1,8 +1,8 @@
-"""Traces: a span a request and below it one a stage, sent by OTLP to where the standard OTEL_* variables say.
+"""Traces over OTLP: one span per request with one child span per stage, configured by the OTEL_* variables.
 
-Where they name no endpoint there is no tracer, and OpenTelemetry is not even imported. Otherwise a request's span
-begins with it, so that its ids can be told to whoever asked; those of its stages are made when it is over, from the
-recorded times (`RequestContext.stages`). Spans hold names, numbers and codes: no audio, questions, answers or keys.
+Without an endpoint in the variables there is no tracer, and OpenTelemetry is not imported. Otherwise a request's span
+starts with the request, so the reply can carry its ids. Its stages' spans are made at the end, from recorded times
+(`RequestContext.stages`). Spans hold names, numbers and codes, but no audio, questions, answers or keys.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ STOP_TIMEOUT_S = 5.0
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 PARENTS = {"features": "first_token", "engine_queue": "first_token", "prefill": "first_token"}
-"""The stages that lie inside another."""
+"""Stages inside another stage."""
 
 
 def trace_id_of(traceparent: str) -> str | None:
-    """Returns the trace that a caller says its request belongs to; None where that is no W3C `traceparent`."""
+    """Return the trace id of a W3C `traceparent`, or None for an invalid one."""
     found = TRACEPARENT.fullmatch(traceparent)
     return found[1] if found else None
 
 
 def tracer_from(environment: Mapping[str, str]) -> Tracer | None:
-    """Builds the tracer that the OTEL_* variables ask for; None where they ask for none.
+    """Build the tracer configured by the OTEL_* variables, or return None if tracing is off.
 
     Raises:
-        HyperError: They ask for a protocol that is not spoken here, or the packages are not installed.
+        HyperError: If the protocol is not supported, or the packages are not installed.
     """
     is_off = (
         not any(environment.get(name) for name in ENDPOINTS)
@@ -67,13 +67,13 @@ def tracer_from(environment: Mapping[str, str]) -> Tracer | None:
     ):
         attributes["service.name"] = "hyper"
     provider = TracerProvider(resource=Resource.create(attributes), shutdown_on_exit=False)
-    # In a thread of its own; where the collector does not keep up, or is away, spans are dropped.
+    # The processor runs in its own thread. If the collector is slow or absent, spans are dropped.
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return Tracer(provider)
 
 
 class Tracer:
-    """Makes the spans of requests."""
+    """Factory of request spans."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -83,7 +83,7 @@ class Tracer:
         self.propagator = TraceContextTextMapPropagator()
 
     def begin(self, context: RequestContext, headers: Mapping[str, str]) -> None:
-        """Begins a request's span, below the caller's where it named one, and writes its ids into the context."""
+        """Start a request's span, below the caller's if given, and write its ids into the context."""
         from opentelemetry.trace import SpanKind, set_span_in_context
 
         carrier = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
@@ -99,7 +99,7 @@ class Tracer:
         context.trace_id = trace_id_of(context.traceparent or "")
 
     def end(self, context: RequestContext, *, method: str, endpoint: str, status: int | None) -> None:
-        """Ends a request's span, with a span for each stage and each section of its trace below it."""
+        """End a request's span, with child spans for its stages and the sections of its trace."""
         from opentelemetry.trace import StatusCode
 
         span = context.span
@@ -121,13 +121,13 @@ class Tracer:
         )
         if status is not None:
             span.set_attribute("http.response.status_code", status)
-        # A stream that fails has answered 200 before.
+        # A failed stream has status 200.
         if context.outcome != "ok" and (status is None or status >= 500 or status == 200):
             span.set_attribute("error.type", context.outcome)
             span.set_status(StatusCode.ERROR)
         stages: dict[str, Span] = {}
         ends_s: dict[str, float] = {}
-        # By when they began; those that began together, the longer first, as the other lies inside it.
+        # In order of their start; of two with the same start the longer one first, because it contains the other.
         in_order = sorted(context.stages, key=lambda each: (each.started_s or 0.0, -each.seconds))
         for stage, seconds, started_s in in_order:
             if started_s is None:
@@ -137,13 +137,13 @@ class Tracer:
             stages[stage] = self.child(context, parent, stage, started_s, started_s + seconds)
             ends_s[stage] = started_s + seconds
         for section in context.sections:
-            # An answer that is chosen is written when the model has done its part.
+            # A chosen answer is written after the model's generation.
             is_generated = section.started_s <= ends_s.get("generate", 0.0)
             self.child(context, stages["generate"] if is_generated else span, *named(section))
         span.end()
 
     def child(self, context: RequestContext, parent: Span, name: str, started_s: float, ended_s: float) -> Span:
-        """Makes a span that is over."""
+        """Make a finished span."""
         from opentelemetry.trace import set_span_in_context
 
         start_time = context.wall_ns(started_s)
@@ -152,17 +152,17 @@ class Tracer:
         return span
 
     async def stop(self) -> None:
-        """Sends what is left, for a few seconds at most: a collector that is away must not hold up the end."""
-        # A daemon, unlike the event loop's own threads, may be left behind.
+        """Send the remaining spans, for a few seconds at most, so an absent collector cannot delay the exit."""
+        # A daemon thread, unlike the event loop's own, may be abandoned.
         thread = threading.Thread(target=self.provider.shutdown, name="hyper-traces", daemon=True)
         thread.start()
         await asyncio.to_thread(thread.join, STOP_TIMEOUT_S)
 
 
 TOLD = ("termination", "format", "audio_s", "completion_tokens", "pauses")
-"""What the log line says of an answer; the key's name, which may be a person's, stays here."""
+"""Fields of the log line copied to spans; the key's name, possibly a person's, is excluded."""
 
 
 def named(section: SectionTime) -> tuple[str, float, float]:
-    """Returns a section's span."""
+    """Return the name, start and end of a section's span."""
     return f"section {section.section}", section.started_s, section.ended_s
