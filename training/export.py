@@ -1,4 +1,4 @@
-"""The model of a run: where it comes from, how it is saved and loaded again, how it leaves as a HyPeR checkpoint."""
+"""The model of a run: creation, saving, loading and export as a HyPeR checkpoint."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from training.recipes import Decoder, Lora
 
 MODEL, ADAPTER = "model", "adapter"
 MAX_MODEL_LEN = 2_048
-"""Positions of a decoder that is made here."""
+"""Context length, in tokens, of a decoder from scratch."""
 
 
 @dataclass(eq=False)
 class RunModel:
-    """Holds a policy and all that makes a checkpoint of it.
+    """A policy with all parts of its checkpoint.
 
     Attributes:
         policy: A `HyperPolicy`, or peft's model around one.
@@ -54,19 +54,19 @@ class RunModel:
 
     @property
     def is_adapted(self) -> bool:
-        """Whether LoRA adapters are trained, and nothing else."""
+        """Return True if only LoRA adapters are trained."""
         return hasattr(self.policy, "merge_adapter")
 
     @property
     def core(self) -> HyperPolicy:
-        """The policy without peft's wrapper."""
+        """Return the policy without peft's wrapper."""
         return self.policy.base_model.model if self.is_adapted else self.policy
 
     def save(self, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Writes what `load` reads: the adapters, or the whole model as a checkpoint.
+        """Write the input of `load`: the adapters, or the whole model as a checkpoint.
 
         Args:
-            state_dict: Gathered from the shards of all ranks; None where the policy is whole.
+            state_dict: Tensors gathered from the shards of all ranks; None for an unsharded policy.
         """
         if self.is_adapted:
             self.policy.save_pretrained(folder / ADAPTER, state_dict=state_dict)
@@ -74,10 +74,10 @@ class RunModel:
             self._write(folder / MODEL, state_dict or dict(named_tensors(self.policy)), recipe=None, dtype=None)
 
     def load(self, folder: Path, model: nn.Module | None = None) -> None:
-        """Puts saved weights back, exactly.
+        """Restore saved weights exactly.
 
         Args:
-            model: The policy as it is wrapped by now; None where it is not.
+            model: The wrapped policy; None without a wrapper.
         """
         if self.is_adapted:
             from peft import set_peft_model_state_dict
@@ -91,15 +91,15 @@ class RunModel:
     def export(
         self, directory: Path, *, recipe: Any, num_steps: int, dtype: torch.dtype | None, overwrite: bool = False
     ) -> Checkpoint:
-        """Writes a checkpoint to serve, with adapters merged in.
+        """Write a servable checkpoint with merged adapters.
 
         Args:
-            recipe: What trained it, for the manifest.
-            dtype: Converts the weights; None keeps them as they are.
+            recipe: The training recipe, for the manifest.
+            dtype: Target dtype of the weights; None keeps them unchanged.
         """
         with merged(self.policy) as model:
-            said = asdict(recipe) | {"trained_steps": num_steps}
-            return self._write(directory, dict(named_tensors(model)), recipe=said, dtype=dtype, overwrite=overwrite)
+            recorded = asdict(recipe) | {"trained_steps": num_steps}
+            return self._write(directory, dict(named_tensors(model)), recipe=recorded, dtype=dtype, overwrite=overwrite)
 
     def _write(
         self,
@@ -125,10 +125,10 @@ class RunModel:
 
 
 def model_of_checkpoint(directory: Path, *, dtype: torch.dtype, lora: Lora | None = None) -> RunModel:
-    """Opens a checkpoint to train on; its audio tower stays as it is.
+    """Open a checkpoint for training; its audio tower is frozen.
 
     Raises:
-        CheckpointError: It cannot be opened, or its tags are plain text.
+        CheckpointError: The checkpoint is unreadable, or its tags are plain text.
     """
     checkpoint = open_checkpoint(directory)
     if not checkpoint.tokenizer.tag_ids:
@@ -139,7 +139,7 @@ def model_of_checkpoint(directory: Path, *, dtype: torch.dtype, lora: Lora | Non
     policy: Any = open_policy(checkpoint, dtype=dtype)
     freeze_encoder(policy)
     fields = checkpoint.manifest.model_dump(mode="json", exclude={"files", "format_version", "recipe"})
-    # Thresholds belong to the weights that they were found on: a trained checkpoint is calibrated anew.
+    # Thresholds are valid only for their own weights, so a trained checkpoint is calibrated anew.
     fields["pause"].pop("calibration", None)
     fields["trace"]["tags"] = {
         name: {"open": tag["open"], "close": tag["close"]} for name, tag in fields["trace"]["tags"].items()
@@ -161,13 +161,13 @@ def model_from_scratch(
     base: Path | None = None,
     pause_mode: Literal["parallel", "sampled"] = "parallel",
 ) -> RunModel:
-    """Makes the embedded checkpoint's model: Whisper's encoder, and a decoder of random weights or of a checkpoint's.
+    """Build the embedded checkpoint's model: Whisper's encoder with a random decoder or a checkpoint's decoder.
 
     Args:
-        base: A checkpoint whose decoder has this shape; its vocabulary may be another (`carry_over`).
+        base: A checkpoint with a decoder of this shape; its vocabulary may differ (`carry_over`).
 
     Raises:
-        CheckpointError: The base cannot be opened, or has another shape.
+        CheckpointError: The base is unreadable or has another shape.
     """
     tokenizer = TraceTokenizer.from_file(tokenizer_file)
     if decoder.has_position_tokens:
@@ -203,7 +203,7 @@ def model_from_scratch(
         "environment_labels": [*sounds.labels(), sounds.QUIET, sounds.BACKGROUND_SPEECH],
         "max_model_len": MAX_MODEL_LEN,
         "trace": {"answer_style": "text"},
-        # Training holds latent spans; a gate that opens them needs thresholds, which calibrating sets.
+        # Training sequences have latent spans; the gate needs thresholds from calibration, so its budget is 0.
         "pause": {
             "mode": pause_mode,
             "latent_tokens": decoder.latent_tokens,
@@ -215,10 +215,10 @@ def model_from_scratch(
 
 
 def carry_over(checkpoint: Checkpoint, policy: HyperPolicy, tokenizer: TraceTokenizer) -> None:
-    """Puts a checkpoint's decoder and projector into a policy of the same shape, whose vocabulary may be another.
+    """Copy a checkpoint's decoder and projector into a policy of equal shape; the vocabularies may differ.
 
-    A token that the checkpoint has is taken as it is; a position of a pause begins as the pause token; any other token
-    begins as the mean of those that spelled it (Gee et al. 2022, "Fast Vocabulary Transfer").
+    Known tokens keep their embedding. A pause position starts as the pause token. Any other token starts as the mean of
+    its pieces in the old vocabulary (Gee et al. 2022, "Fast Vocabulary Transfer").
 
     Raises:
         CheckpointError: The decoder has another shape.
@@ -237,7 +237,7 @@ def carry_over(checkpoint: Checkpoint, policy: HyperPolicy, tokenizer: TraceToke
 
 
 def _spelled_by(before: TraceTokenizer, now: TraceTokenizer, token_id: int) -> list[int]:
-    """Lists the ids by which another tokenizer spells a token."""
+    """List the ids of a token's pieces in another tokenizer."""
     token = now.tokenizer.id_to_token(token_id)
     assert token is not None
     known = before.tokenizer.token_to_id(token)
@@ -251,7 +251,7 @@ def _spelled_by(before: TraceTokenizer, now: TraceTokenizer, token_id: int) -> l
 
 
 def adapt(policy: HyperPolicy, lora: Lora) -> Any:
-    """Puts LoRA adapters (Hu et al. 2022) on the decoder's linear layers; head and embedding have none."""
+    """Add LoRA adapters (Hu et al. 2022) to the decoder's linear layers, except head and embedding."""
     from peft import LoraConfig, get_peft_model
 
     targets = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(lora.targets)})"

@@ -1,12 +1,12 @@
-"""The model that is trained: Qwen2-Audio, scored at the tokens of its completions, a clip heard once for all its rows.
+"""The trained model: Qwen2-Audio, scored at the tokens of its completions, with one encoding per clip.
 
 Axes: B sequences, T positions, C clips, A audio tokens of all clips, N scored positions of all sequences, D width of
-the encoder, H hidden width, V vocabulary. Sequences are padded on the right; attention is causal, so no position that
-counts ever sees padding and only branched rows need a mask.
+the encoder, H hidden width, V vocabulary. Sequences are padded on the right. Attention is causal, so no scored position
+sees padding, and only branched rows need a mask.
 
-A batch holds each clip once: the rollouts of one prompt share their clip's states, which are encoded and projected once
-and then copied to the rows. That happens inside the root module's `forward`, so that wrappers of the root (FSDP, DDP)
-see it. Knows nothing of where sequences come from, of rewards or of optimizers.
+A batch holds each clip once. Its states are encoded and projected once, then copied to all rollouts of its prompt. This
+happens inside the root module's `forward`, visible to wrappers of the root (FSDP, DDP). This module depends on no data
+source, reward or optimizer.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from hyper_model.errors import CheckpointError
 from hyper_model.weights import canonical_name
 
 IGNORED = -100
-"""Target of a position that is not scored: the prompt, the audio and every forced token."""
+"""Target of a position without a score: the prompt, the audio and every forced token."""
 
 SCORED_AT_ONCE = 2_048
-"""Positions whose logits are in memory together; more are computed in pieces, and again for their gradient."""
+"""Maximum number of positions with logits in memory; more are computed in pieces and recomputed for the gradient."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One sequence to score, or several that begin alike.
+    """One sequence to score, or several with a common beginning.
 
     Attributes:
-        token_ids: Prompt and completion, with one AUDIO id in the place of the clip.
-        targets: The token to predict at each position, IGNORED where none is scored: already shifted by one.
-        audio_at: Where the AUDIO id stands.
-        clip: Its clip's place among the batch's.
-        branches: Where each of several continuations begins; each sees what stands before the first of them and itself,
-            and none of the others. None: the row is one sequence.
+        token_ids: Prompt and completion, with one AUDIO id in place of the clip.
+        targets: The token to predict at each position, already shifted by one; IGNORED at positions without a score.
+        audio_at: Position of the AUDIO id.
+        clip: Index of its clip in the batch.
+        branches: Start of each continuation. A continuation sees the tokens before the first start and its own tokens.
+            An empty tuple means a single sequence.
     """
 
     token_ids: Sequence[int]
@@ -57,12 +57,12 @@ class Row:
 def branch(
     prompt: Sequence[int], completions: Sequence[tuple[Sequence[int], Sequence[int]]], audio_at: int, clip: int
 ) -> Row:
-    """Makes a row of completions of one prompt, which is computed once for all of them.
+    """Build a row of several completions of one prompt, computed once for all of them.
 
     Args:
-        completions: Tokens, and the targets among them (IGNORED for what is not scored).
+        completions: Tokens and targets of each completion (IGNORED for tokens without a score).
     """
-    # A completion's first token is predicted at the prompt's last one, which each branch therefore has for itself.
+    # The prompt's last token predicts the first token of a completion, so each branch has its own copy of it.
     token_ids, targets, starts = [*prompt[:-1]], [IGNORED] * (len(prompt) - 1), list[int]()
     for written, wanted in completions:
         starts.append(len(token_ids))
@@ -72,11 +72,11 @@ def branch(
 
 
 def pack(rows: Sequence[Row], clips: Sequence[torch.Tensor], *, pad_id: int, is_encoded: bool) -> dict[str, Any]:
-    """Builds the arguments of `HyperPolicy.forward`.
+    """Build the arguments of `HyperPolicy.forward`.
 
     Args:
-        clips: The encoder's states [A, D] of each clip, or its log-mel [M, W] (`audio_encoder.LogMel`).
-        is_encoded: Which of the two.
+        clips: Per clip, the encoder's states [A, D] or its log-mel [M, W] (`audio_encoder.LogMel`).
+        is_encoded: True for encoder states.
     """
     lengths = [len(clip) if is_encoded else num_states_of_mel(clip.shape[1]) // 2 for clip in clips]
     starts = [sum(lengths[:c]) for c in range(len(clips))]
@@ -97,19 +97,19 @@ def pack(rows: Sequence[Row], clips: Sequence[torch.Tensor], *, pad_id: int, is_
         is_audio_BT[b, at:end] = True
         audio_rows.append(torch.arange(starts[row.clip], starts[row.clip] + lengths[row.clip]))
     shifted = [tuple(at + lengths[row.clip] - 1 for at in row.branches) for row in rows]
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "token_ids_BT": token_ids_BT,
         "targets_BT": targets_BT,
         "is_audio_BT": is_audio_BT,
         "audio_rows": torch.cat(audio_rows),
     }
     if any(shifted):
-        found |= _branched(shifted, sizes, shape[1])
-    return found | ({"states_AD": torch.cat(list(clips))} if is_encoded else {"mels_MW": list(clips)})
+        arguments |= _branched(shifted, sizes, shape[1])
+    return arguments | ({"states_AD": torch.cat(list(clips))} if is_encoded else {"mels_MW": list(clips)})
 
 
 def _branched(starts: Sequence[tuple[int, ...]], sizes: Sequence[int], num_positions: int) -> dict[str, torch.Tensor]:
-    """Says what each position of branched rows may see [B, 1, T, T], and its place in its own sequence [B, T]."""
+    """Return the attention mask [B, 1, T, T] of branched rows, and positions within each sequence [B, T]."""
     positions_BT = torch.arange(num_positions).repeat(len(starts), 1)
     branch_BT = torch.zeros(len(starts), num_positions, dtype=torch.long)
     for b, (begins, size) in enumerate(zip(starts, sizes, strict=True)):
@@ -123,10 +123,10 @@ def _branched(starts: Sequence[tuple[int, ...]], sizes: Sequence[int], num_posit
 
 
 class Scores(NamedTuple):
-    """Says how likely the model finds the targets, position by position in the order of the sequences.
+    """The model's scores of the targets, in the order of the sequences.
 
     Attributes:
-        logprobs_N: float32, of the targets, over the tokens that may stand there.
+        logprobs_N: float32, of the targets, over the allowed tokens.
         entropies_N: float32, of the distribution; without gradient.
     """
 
@@ -135,7 +135,7 @@ class Scores(NamedTuple):
 
 
 class HyperPolicy(Qwen2AudioForConditionalGeneration):
-    """Qwen2-Audio as it is trained here; its parameters and their names are the library's."""
+    """Qwen2-Audio for training; its parameters and their names are the library's."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -151,11 +151,11 @@ class HyperPolicy(Qwen2AudioForConditionalGeneration):
         banned_ids: torch.Tensor | None = None,
         temperature: float = 1.0,
     ) -> Scores:
-        """Scores the targets of a batch that `pack` made.
+        """Score the targets of a batch from `pack`.
 
         Args:
-            banned_ids: Tokens that the sampler could not choose at any scored position: left out of the distribution.
-            temperature: What the sampler divided its logits by.
+            banned_ids: Tokens banned in the sampler at every scored position, excluded from the distribution.
+            temperature: Temperature of the sampler.
         """
         hidden_BTH = self.hidden_states(
             token_ids_BT,
@@ -180,7 +180,7 @@ class HyperPolicy(Qwen2AudioForConditionalGeneration):
         mask_BTT: torch.Tensor | None = None,
         positions_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns the decoder's last hidden states [B, T, H]."""
+        """Return the decoder's last hidden states [B, T, H]."""
         model: Any = self.model
         embedded_BTH = model.language_model.get_input_embeddings()(token_ids_BT)
         if states_AD is None:
@@ -206,7 +206,7 @@ class HyperPolicy(Qwen2AudioForConditionalGeneration):
                 logits = logits.index_fill(1, banned_ids, -torch.inf)
             logprobs = logits.log_softmax(-1)
             with torch.no_grad():
-                # A banned token's log-probability is minus infinity, and its share of the entropy is none.
+                # A banned token has log-probability minus infinity and adds nothing to the entropy.
                 entropies = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)
             return logprobs.gather(1, targets[:, None])[:, 0], entropies
 
@@ -214,23 +214,23 @@ class HyperPolicy(Qwen2AudioForConditionalGeneration):
             return Scores(*score(hidden_NH, targets_N))
         pieces: list[Any] = []
         for start in range(0, len(targets_N), SCORED_AT_ONCE):
-            some = slice(start, start + SCORED_AT_ONCE)
-            pieces.append(recompute(score, hidden_NH[some], targets_N[some], use_reentrant=False))
-        return Scores(*(torch.cat(each) for each in zip(*pieces, strict=True)))
+            piece = slice(start, start + SCORED_AT_ONCE)
+            pieces.append(recompute(score, hidden_NH[piece], targets_N[piece], use_reentrant=False))
+        return Scores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
 def open_policy(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> HyperPolicy:
-    """Loads a checkpoint's weights.
+    """Load the weights of a checkpoint.
 
     Raises:
-        CheckpointError: A tensor is missing or unknown: the library itself would only warn, and train a random one.
+        CheckpointError: A tensor is missing or unknown. The library itself would only warn and train a random tensor.
     """
     library: Any = Qwen2AudioForConditionalGeneration
     policy, info = library.from_pretrained(str(checkpoint.path), dtype=dtype, output_loading_info=True)
     wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
     if wrong:
         raise CheckpointError(f"{checkpoint.path}: the weights do not fit: {wrong}")
-    # Loaded as the library's own class, since it finds the names on disk by the class's; ours adds methods alone.
+    # The library finds the names on disk by its own class; ours only adds methods.
     policy.__class__ = HyperPolicy
     if policy.config.tie_word_embeddings:
         tie(policy)
@@ -238,7 +238,7 @@ def open_policy(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -
 
 
 def build_policy(decoder: Qwen2Config, encoder: Qwen2AudioEncoder, *, audio_id: int) -> HyperPolicy:
-    """Makes a policy with a decoder of random weights below a given encoder."""
+    """Build a policy from a random decoder and a given encoder."""
     config = Qwen2AudioConfig(
         audio_config=encoder.config.to_dict(),
         text_config=decoder.to_dict(),
@@ -253,22 +253,22 @@ def build_policy(decoder: Qwen2Config, encoder: Qwen2AudioEncoder, *, audio_id: 
 
 
 def tie(policy: HyperPolicy) -> None:
-    """Makes head and embedding one parameter: transformers never does that for this architecture."""
+    """Share one parameter between head and embedding; transformers never does this for this architecture."""
     head: Any = policy.lm_head
     head.weight = policy.get_input_embeddings().weight
 
 
 def freeze_encoder(policy: HyperPolicy) -> None:
-    """Keeps the audio tower as it is."""
+    """Exclude the audio tower from training."""
     tower: Any = policy.model.audio_tower
     tower.requires_grad_(False)
     tower.eval()
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every tensor of a policy under its name on disk, whole and one at a time, however it is wrapped.
+    """Yield every whole tensor of a policy, wrapped or not, with its name on disk, one at a time.
 
-    Adapters must be merged (`merged`); shards of FSDP are gathered one by one, on every rank at once.
+    Adapters must be merged first (`merged`). FSDP shards are gathered one by one, on all ranks at once.
     """
     for name, tensor in model.state_dict(keep_vars=False).items():
         bare = name.removeprefix("module.").removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -279,9 +279,9 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class merged:  # noqa: N801  # a context manager, as contextlib spells its own
-    """Merges a policy's LoRA adapters into its weights for the time of a block; does nothing where there are none.
+    """Context manager with a policy's LoRA adapters merged into its weights; without adapters it does nothing.
 
-    The weights come back by subtraction, not bit for bit: they are put back from a copy instead.
+    Unmerging by subtraction is not bit-exact, so the weights are restored from a copy.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -308,23 +308,23 @@ class merged:  # noqa: N801  # a context manager, as contextlib spells its own
 
 
 def load_tensors(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Puts tensors with names of the disk into a policy, which may be wrapped.
+    """Copy tensors, by their names on disk, into a policy, wrapped or not.
 
     Raises:
-        CheckpointError: One is missing or too many.
+        CheckpointError: A tensor is missing or unknown.
     """
     own = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         own[canonical_name(name.removeprefix("module."))] = tensor
-    left = set(own)
+    missing = set(own)
     with torch.no_grad():
         for name, tensor in tensors:
             if name not in own:
                 raise CheckpointError(f"the saved weights hold {name}, which this model does not have")
             own[name].copy_(_sharded_like(own[name], tensor))
-            left.discard(name)
-    if left:
-        raise CheckpointError(f"the saved weights lack {', '.join(sorted(left)[:3])}")
+            missing.discard(name)
+    if missing:
+        raise CheckpointError(f"the saved weights lack {', '.join(sorted(missing)[:3])}")
 
 
 def _sharded_like(own: Any, tensor: torch.Tensor) -> torch.Tensor:

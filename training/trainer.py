@@ -1,13 +1,16 @@
-"""What Stage I and Stage II share: transformers' Trainer with our own loss, saving, resuming and records of a run.
+"""Common base of Stage I and Stage II: transformers' Trainer with our own loss, saving, resuming and run log.
 
-A run directory holds `recipe.json`, `log.jsonl`, TensorBoard's event files, `checkpoint-STEP/` (in it `model/`, a HyPeR
-checkpoint, or `adapter/`, LoRA weights; optimizer, schedule, random states; `state.json`, ours) and at the end
-`curves.png` and `report.md`. A checkpoint is whole when `complete` stands in it: what a full disk or a killed process
-left half written is never resumed from.
+A run directory holds `recipe.json`, `log.jsonl`, TensorBoard's event files and `checkpoint-STEP/`; at the end also
+`curves.png` and `report.md`. A checkpoint has `model/` (a HyPeR checkpoint) or `adapter/` (LoRA weights). It also has
+the library's optimizer, schedule and random states, and our `state.json`. The file `complete` marks a whole checkpoint,
+so a run never resumes from half-written files after a full disk or a kill.
 
-Four things that the library does are replaced, because for this architecture they fail without a word: loading the
-weights of a checkpoint (it loads none of them), naming them when saving, dividing the loss over accumulated batches,
-and logging an average where a loss is not finite.
+Four functions of the library are replaced, since they fail silently for this architecture:
+
+- Loading a checkpoint loads none of its weights.
+- Saving names the weights wrongly.
+- The loss is divided wrongly over accumulated batches.
+- The log shows an average in place of a non-finite loss.
 """
 
 from __future__ import annotations
@@ -42,14 +45,14 @@ Recipe = SftRecipe | GrpoRecipe
 
 
 class TrainingError(HyperError):
-    """A run cannot begin, go on or be saved; the message says why, and its last whole checkpoint is as it was."""
+    """A run cannot start, continue or save; the message gives the reason. The last whole checkpoint stays."""
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on float32 copies of parameters of another dtype, which get the rounded result.
+    """AdamW on float32 copies of parameters of another dtype; the parameters receive the rounded result.
 
-    bfloat16 parameters stop moving once a step is below their last bit; with this, forward and backward run in bfloat16
-    and nothing is lost. What it steps on are the copies: gradients come from the parameters.
+    bfloat16 parameters stop moving once a step is below their last bit. With float32 copies, forward and backward run
+    in bfloat16 without this loss. The optimizer steps on the copies, with gradients from the parameters.
     """
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
@@ -60,7 +63,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Takes a step and rounds."""
+        """Take a step on the copies and round the parameters."""
         for working, master in zip(self.working, self.masters, strict=True):
             master.grad = None if working.grad is None else working.grad.float()
         loss = super().step(closure)
@@ -73,12 +76,12 @@ class MasterAdamW(torch.optim.AdamW):
             working.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns moments and the float32 copies."""
+        """Return the moments and the float32 copies."""
         return super().state_dict() | {"masters": [master.detach() for master in self.masters]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Puts both back, and the parameters to what they round to."""
+        """Restore moments and copies, and round the parameters."""
         for master, saved in zip(self.masters, state_dict["masters"], strict=True):
             master.copy_(saved)
         super().load_state_dict({name: value for name, value in state_dict.items() if name != "masters"})
@@ -86,13 +89,13 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 class _Steps(IterableDataset[Any]):
-    """The steps of a run as a data set: step s is what `make(s)` returns, whenever and by whomever it is asked."""
+    """The steps of a run as a data set: step s is `make(s)`, in any process and at any time."""
 
     def __init__(self, make: Callable[[int], Any], first: Callable[[], int]) -> None:
         self.make, self.first = make, first
 
     def __iter__(self) -> Iterator[Any]:
-        # With workers the loader takes one batch of each in turn, so these are the steps in order.
+        # With workers, the loader takes one batch of each worker in turn, so this gives the steps in order.
         worker = get_worker_info()
         step, stride = self.first(), 1
         if worker is not None:
@@ -103,16 +106,16 @@ class _Steps(IterableDataset[Any]):
 
 
 class PolicyTrainer(Trainer, ABC):
-    """Trains a policy by the loss of a subclass.
+    """Trainer of a policy by the loss of a subclass.
 
-    Subclasses say what a step is: `make_step`, which may run in a loader's worker; `micro_batches`, which turns that
-    into batches small enough for the memory; and `micro_loss`, whose sum over all of them and over all ranks is the
-    step's loss.
+    Subclasses define a step with three methods. `make_step` prepares it, possibly in a loader's worker. `micro_batches`
+    splits it into batches small enough for the memory. The sum of `micro_loss` over all batches and ranks is the step's
+    loss.
 
     Args:
-        model: What is trained and how it is exported.
-        run_dir: See the module's first lines.
-        num_workers: Processes that prepare steps ahead.
+        model: The trained model with its export.
+        run_dir: The run directory (see the module's docstring).
+        num_workers: Processes for preparing steps ahead.
     """
 
     def __init__(self, model: RunModel, recipe: Recipe, run_dir: Path, *, num_workers: int = 0) -> None:
@@ -133,7 +136,7 @@ class PolicyTrainer(Trainer, ABC):
             save_steps=recipe.save_every_steps,
             save_total_limit=2,
             seed=recipe.seed,
-            # Said outright: without it, ranks on CPU would not find each other, and each would train alone.
+            # Set explicitly: without it, ranks on CPU do not connect, and each trains alone.
             use_cpu=not torch.cuda.is_available(),
             ddp_find_unused_parameters=False,
             bf16=recipe.autocast,
@@ -164,47 +167,47 @@ class PolicyTrainer(Trainer, ABC):
                 f"{os.environ['WORLD_SIZE']} ranks were started, and the trainer sees {arguments.world_size} of them"
             )
         super().__init__(model=model.policy, args=arguments, train_dataset=_Steps(self.make_step, self._next_step))
-        # Its own callback prints dictionaries; ours keeps a file and a bar.
+        # The library's callback prints dictionaries; ours writes a file and shows a bar.
         for callback in [c for c in self.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
             self.remove_callback(callback)
         self.add_callback(_Records(self))
 
     @abstractmethod
     def make_step(self, step: int) -> Any:
-        """Prepares a step; a pure function of the step and the rank."""
+        """Prepare a step; a pure function of step and rank."""
 
     @abstractmethod
     def micro_batches(self, prepared: Any) -> list[dict[str, Any]]:
-        """Cuts a step into batches, each with all that its share of the loss needs."""
+        """Split a step into batches, each with all inputs of its share of the loss."""
 
     @abstractmethod
     def micro_loss(self, model: Any, micro: dict[str, Any]) -> torch.Tensor:
-        """Returns a batch's share of the step's loss."""
+        """Return a batch's share of the step's loss."""
 
     def own_state(self) -> dict[str, Any]:
-        """Returns what else a run goes on from, as JSON."""
+        """Return further state for resuming, as JSON."""
         return {}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
-        """Takes it back."""
+        """Restore the state of `own_state`."""
 
     def record(self, **figures: float) -> None:
-        """Keeps figures of this step for the next line of the log, which has their mean."""
+        """Record figures of this step; the next line of the log has their mean."""
         for name, value in figures.items():
             self.measured[name].append(float(value))
 
     def _next_step(self) -> int:
         return self.state.global_step
 
-    # What follows replaces methods of the library's.
+    # The following methods replace those of the library.
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Returns the steps themselves: every rank prepares its own share, so nothing is to be split among them."""
+        """Return a loader of whole steps; every rank prepares its own share, so the loader splits nothing."""
         dataset: Any = self.train_dataset
         return DataLoader(dataset, batch_size=None, num_workers=self.num_workers)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Makes AdamW, without decay on vectors, and with float32 copies where the policy is of another dtype."""
+        """Create AdamW without decay on vectors; policies of another dtype than float32 get float32 copies."""
         if self.optimizer is None:
             parameters = [p for p in (model or self.model).parameters() if p.requires_grad]  # pyright: ignore[reportOptionalMemberAccess]
             groups: list[dict[str, Any]] = [
@@ -217,18 +220,18 @@ class PolicyTrainer(Trainer, ABC):
         return self.optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Runs forward and backward over a step's batches; gradients meet the other ranks' in the last one."""
+        """Run forward and backward over the batches of a step; gradients synchronise in the last batch."""
         model.train()
         started_s = time.monotonic()
         micros = self.micro_batches(inputs)
         total = torch.zeros((), device=self.args.device)
         for index, micro in enumerate(micros):
-            # Shards are reduced at once, or every rank would hold the gradients of all of them.
+            # Shards are reduced at once; otherwise every rank would hold the gradients of all shards.
             is_synced = index == len(micros) - 1 or self.is_fsdp_enabled
             with contextlib.nullcontext() if is_synced else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = self.micro_loss(model, self._prepare_inputs(micro))
-                # Gradients of ranks are averaged, and the loss is their sum.
+                # Gradients are averaged over ranks, but the loss is their sum.
                 self.accelerator.backward(loss * self.args.world_size)
             total += loss.detach()
         if not math.isfinite(float(total)):
@@ -237,7 +240,7 @@ class PolicyTrainer(Trainer, ABC):
         return total * self.args.world_size
 
     def sum_over_ranks(self, value: float) -> float:
-        """Returns the sum of a number over all ranks."""
+        """Return the sum of a number over all ranks."""
         if self.args.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.args.device)
@@ -245,11 +248,11 @@ class PolicyTrainer(Trainer, ABC):
         return float(tensor)
 
     def _get_num_items_in_batch(self, batch_samples: Any, device: Any) -> None:
-        # Each trainer here counts its own.
+        # The subclasses count their own tokens.
         return None
 
     def max_over_ranks(self, value: float) -> float:
-        """Returns the largest of a number over all ranks."""
+        """Return the maximum of a number over all ranks."""
         if self.args.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.args.device)
@@ -257,18 +260,18 @@ class PolicyTrainer(Trainer, ABC):
         return float(tensor)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Returns none: the library counts by `input_ids`, which there are not."""
+        """Return 0; the library counts by `input_ids`, absent here."""
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what was noted since the last line."""
+        """Log the means of the figures recorded since the last line."""
         means = {name: sum(values) / len(values) for name, values in self.measured.items() if values}
         self.measured.clear()
         super().log(logs | means, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         assert output_dir is not None
-        # Only shards are gathered for us; a policy that is whole is saved from its own parameters.
+        # The library gathers only shards; an unsharded policy is saved from its own parameters.
         self.run_model.save(Path(output_dir), state_dict if self.is_fsdp_enabled else None)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -279,7 +282,7 @@ class PolicyTrainer(Trainer, ABC):
                 (folder / "state.json").write_text(json.dumps(self.own_state()), encoding="utf-8")
                 (folder / COMPLETE).touch()
         except (OSError, RuntimeError, SafetensorError) as error:
-            # torch and safetensors say of a full disk what they were doing, each with an error of its own.
+            # For a full disk, torch and safetensors raise errors of their own with unclear messages.
             kept = last_checkpoint(self.run_dir)
             raise TrainingError(
                 f"step {self.state.global_step} cannot be saved: {error}; "
@@ -293,31 +296,31 @@ class PolicyTrainer(Trainer, ABC):
 
 
 class _Records(TrainerCallback):
-    """Keeps `log.jsonl` and a progress bar, on the first rank alone."""
+    """Writer of `log.jsonl` and a progress bar, on the first rank only."""
 
     def __init__(self, trainer: PolicyTrainer) -> None:
         self.trainer, self.bar = trainer, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Opens the bar; lines of steps that are run again are dropped."""
+        """Open the bar, and drop log lines of repeated steps."""
         if not state.is_world_process_zero:
             return
         path = self.trainer.run_dir / LOG_FILE
         if path.exists():
             rows = read_log(self.trainer.run_dir)
-            kept = [row for row in rows if row["step"] <= state.global_step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            rows_before = [row for row in rows if row["step"] <= state.global_step]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows_before), encoding="utf-8")
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc=self.trainer.recipe.name, unit="step", smoothing=0.1
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Moves the bar."""
+        """Advance the bar."""
         if self.bar is not None:
             self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Writes a line; what the library says at the end has no step of its own."""
+        """Write a log line; the library's final summary has no step and is skipped."""
         if self.bar is None or not logs or "train_runtime" in logs:
             return
         row = {"step": state.global_step} | {name: value for name, value in logs.items() if name != "epoch"}
@@ -327,13 +330,13 @@ class _Records(TrainerCallback):
         self.bar.set_postfix(shown)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Closes the bar."""
+        """Close the bar."""
         if self.bar is not None:
             self.bar.close()
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a run's log; a last one that was cut off is left out."""
+    """Read the lines of a run's log, except an incomplete last line."""
     rows: list[dict[str, Any]] = []
     file = run_dir / LOG_FILE
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
@@ -345,44 +348,44 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_recipe(run_dir: Path, recipe: Recipe | None = None) -> dict[str, Any]:
-    """Reads what a run was begun with: its recipe, and the sums of its base and its data as `origin`.
+    """Read the initial configuration of a run: its recipe, and the sums of base and data as `origin`.
 
     Args:
-        recipe: Completes what was begun by a release whose recipes had fewer settings.
+        recipe: Source of defaults for settings unknown to the release of the run.
 
     Raises:
-        TrainingError: There is no run.
+        TrainingError: The folder holds no run.
     """
     try:
-        said = json.loads((run_dir / RECIPE_FILE).read_text(encoding="utf-8"))
+        stored = json.loads((run_dir / RECIPE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TrainingError(f"{run_dir} holds no run") from error
-    return said if recipe is None else _with_defaults(said, recipe)
+    return stored if recipe is None else _with_defaults(stored, recipe)
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """Returns the newest whole checkpoint of a run."""
+    """Return the newest whole checkpoint of a run, or None."""
     whole = [path.parent for path in run_dir.glob(f"checkpoint-*/{COMPLETE}")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _with_defaults(said: Mapping[str, Any], recipe: Any) -> dict[str, Any]:
-    """Completes what was said of a recipe that had fewer settings: those that came since have their defaults."""
-    found = dict(said)
+def _with_defaults(stored: Mapping[str, Any], recipe: Any) -> dict[str, Any]:
+    """Add defaults to the stored recipe of an earlier release for newer settings."""
+    completed = dict(stored)
     for field in fields(recipe):
         value: Any = getattr(recipe, field.name)
-        if field.name not in found and field.default is not MISSING:
-            found[field.name] = field.default
-        elif is_dataclass(value) and isinstance(found.get(field.name), dict):
-            found[field.name] = _with_defaults(found[field.name], value)
-    return found
+        if field.name not in completed and field.default is not MISSING:
+            completed[field.name] = field.default
+        elif is_dataclass(value) and isinstance(completed.get(field.name), dict):
+            completed[field.name] = _with_defaults(completed[field.name], value)
+    return completed
 
 
 def check_run(run_dir: Path, recipe: Recipe, origin: Mapping[str, str | None]) -> None:
-    """Checks that a run was begun by this recipe, from this base and on this data.
+    """Check the recipe, base and data of a run against its recorded values.
 
     Raises:
-        TrainingError: It was not; the message names what differs.
+        TrainingError: They differ; the message names the settings.
     """
     before = read_recipe(run_dir, recipe)
     now = json.loads(_said(recipe, origin))
@@ -398,17 +401,15 @@ def _said(recipe: Recipe, origin: Mapping[str, str | None]) -> str:
 def prepare_run_dir(
     run_dir: Path, recipe: Recipe, *, is_resumed: bool, origin: Mapping[str, str | None] | None = None
 ) -> Path | None:
-    """Makes a run's directory, or checks that one can be gone on with; returns the checkpoint to resume from.
+    """Create a run directory, or check an existing one; return the checkpoint to resume from.
 
-    Half-written checkpoints of a run that is resumed are removed; one that has made nothing yet may be resumed by
-    another recipe.
+    Half-written checkpoints of a resumed run are removed. A run without any output may resume with another recipe.
 
     Args:
-        origin: Sums of what the run stands on besides its recipe: its base and its data.
+        origin: Sums of the run's base and data.
 
     Raises:
-        TrainingError: There is a run already and it is not to be resumed, or it was made by another recipe, or from
-            something else.
+        TrainingError: The directory holds a run and `is_resumed` is False, or its recipe, base or data differ.
     """
     origin, file = origin or {}, run_dir / RECIPE_FILE
     if file.exists() and not is_resumed:
@@ -427,7 +428,7 @@ def prepare_run_dir(
 
 
 def leave_run_dir(run_dir: Path) -> None:
-    """Takes back what `prepare_run_dir` wrote for a run that could not be begun, so that another can."""
+    """Remove the files of `prepare_run_dir` after a failed start, so that another run can use the directory."""
     if _is_bare(run_dir):
         (run_dir / RECIPE_FILE).unlink(missing_ok=True)
 

@@ -1,1 +1,1 @@
-"""Asks suites of questions, scores the replies and reports figures."""
+"""Evaluation: suites, runners, scoring, statistics, reports, calibration and the latent probe."""

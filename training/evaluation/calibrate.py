@@ -1,10 +1,12 @@
-"""Finds the thresholds at which a checkpoint's gate fires as often as wanted, and writes them into its manifest.
+"""Calibrate the thresholds of a checkpoint's gate for a wanted pause rate, and write them to its manifest.
 
-Three steps. Completions without a pause, whose confidences are kept. On these, offline, what each threshold would have
-done: the curve. Then the real gate in the real engine with the chosen thresholds: a pause changes what comes after it,
-so only this says how often it fires; the threshold is moved until the rate is inside what was asked for.
+Calibration has three steps:
 
-Knows nothing of how clips are made.
+1. Sample completions without pauses, with their confidences.
+2. Simulate the effect of each threshold on them offline: the curve.
+3. Run the real gate in the real engine with the chosen thresholds, and move the pause threshold until the rate fits.
+
+Step 3 is necessary, since a pause changes all later tokens. This module depends on no source of clips.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from training.rl.rollout import Completion, Prompt, VllmBackend
 
 NUM_CURVE_POINTS = 25
 MAX_TRIALS = 6
-"""Runs of the real gate before giving up."""
+"""Maximum number of runs with the real gate."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Says what a calibration is to reach.
+    """Target rates of a calibration.
 
     Attributes:
-        pauses: The least and the most pauses a completion.
-        abort_rate: The most completions that may be given up.
+        pauses: Minimum and maximum of pauses per completion.
+        abort_rate: Maximum share of aborted completions.
     """
 
     pauses: tuple[float, float] = (0.45, 1.0)
@@ -40,7 +42,7 @@ class Wanted:
 
     @property
     def middle(self) -> float:
-        """The number of pauses that is aimed at."""
+        """Return the targeted number of pauses."""
         return sum(self.pauses) / 2
 
 
@@ -53,25 +55,23 @@ def calibrate(
     fields: dict[str, Any] | None = None,
     use_tqdm: bool = True,
 ) -> tuple[Checkpoint, Calibration]:
-    """Calibrates a checkpoint in place.
+    """Calibrate a checkpoint in place; on any error the manifest stays unchanged.
 
     Args:
-        prompts: The validation set; nothing that was trained on, and nothing that is reported on.
-        source: What that is, in words.
+        prompts: The validation set, disjoint from training and reported evaluation data.
+        source: Description of the validation set.
         fields: Fields of the manifest's `pause` group to set first, such as `{"max_pauses": 3}`.
 
     Raises:
-        CheckpointError: The checkpoint can have no gate, or no threshold makes it fire as often as wanted.
-
-    Whatever is raised, the manifest is as it was.
+        CheckpointError: The checkpoint cannot have a gate, or no threshold gives the wanted rates.
     """
     before = (checkpoint.path / MANIFEST_FILE).read_bytes()
     fields = dict(fields or {})
     if checkpoint.manifest.pause.calibration is not None:
-        # What an earlier set asked for is no limit to this one.
+        # Thresholds of an earlier calibration do not limit this one.
         fields = {name: PauseFields.model_fields[name].default for name in ("tau_pause", "tau_abort")} | fields
     try:
-        # First, since the engine reads the gate's settings from the manifest when it starts.
+        # This comes first, since the engine reads the gate's settings from the manifest at start.
         checkpoint = update_pause(checkpoint.path, {**fields, "calibration": None})
         settings = GateSettings.of(checkpoint.manifest, checkpoint.tokenizer)
         if settings is None:
@@ -83,8 +83,8 @@ def calibrate(
         def complete(gate: GateSettings, is_armed: bool) -> list[Completion]:
             return backend.complete(prompts, gate=gate, is_armed=is_armed, use_tqdm=use_tqdm)
 
-        found, calibration = find_thresholds(settings, complete, source=source, wanted=wanted)
-        return update_pause(checkpoint.path, found), calibration
+        thresholds, calibration = find_thresholds(settings, complete, source=source, wanted=wanted)
+        return update_pause(checkpoint.path, thresholds), calibration
     except CheckpointError as error:
         (checkpoint.path / MANIFEST_FILE).write_bytes(before)
         raise CheckpointError(f"{checkpoint.path} cannot be calibrated: {error}") from error
@@ -100,14 +100,14 @@ def find_thresholds(
     source: str,
     wanted: Wanted,
 ) -> tuple[dict[str, Any], Calibration]:
-    """Returns the thresholds as fields of the manifest, and how they were found.
+    """Return the thresholds as fields of the manifest, and the calibration record.
 
     Args:
-        complete: Writes the validation set's completions with a gate, which decides where it is armed and else only
-            reads along.
+        complete: Writes the validation set's completions with a gate. The gate acts if the flag is True, else it only
+            observes.
 
     Raises:
-        CheckpointError: No threshold makes the gate fire as often as wanted.
+        CheckpointError: No threshold gives the wanted rates.
     """
     plain = complete(settings, False)
     curve = threshold_curve(settings, plain)
@@ -121,7 +121,7 @@ def find_thresholds(
         measured.append(f"{pauses:.2f} pauses and {abort_rate:.3f} aborted at {tau_pause:.4f}")
         if abort_rate > wanted.abort_rate:
             if trial.tau_abort == 0.0:
-                # Then it is not for lack of confidence.
+                # The aborts then have another cause than low confidence.
                 measured.append(f"these repeat themselves for loop_tokens, {settings.loop_tokens} tokens")
                 break
             tau_abort = tau_abort / 2 if tau_abort > curve[0].tau else 0.0
@@ -152,13 +152,13 @@ def find_thresholds(
 
 
 def rates(completions: Sequence[Completion]) -> tuple[float, float]:
-    """Returns the pauses a completion and the share that was given up."""
+    """Return pauses per completion and the share of aborted completions."""
     gates = [completion.gate for completion in completions if completion.gate is not None]
     return sum(gate.num_pauses for gate in gates) / len(gates), sum(gate.is_aborted for gate in gates) / len(gates)
 
 
 def simulate(settings: GateSettings, completion: Completion) -> Gate:
-    """Runs the gate over a completion as if its pauses had changed nothing that came after them."""
+    """Run the gate over a completion as if its pauses had no effect on later tokens."""
     gate = Gate(settings)
     for token_id, confidence in zip(completion.written_ids, completion.confidences, strict=True):
         decision = gate.decide(confidence)
@@ -176,14 +176,14 @@ def simulate(settings: GateSettings, completion: Completion) -> Gate:
 
 
 def pause_rate(settings: GateSettings, completions: Sequence[Completion], tau_pause: float) -> float:
-    """Returns the pauses a completion at one threshold, by `simulate`."""
+    """Return pauses per completion at one threshold, by `simulate`."""
     trial = replace(settings, tau_pause=tau_pause, tau_abort=0.0)
     return sum(simulate(trial, completion).num_pauses for completion in completions) / len(completions)
 
 
 def threshold_curve(settings: GateSettings, completions: Sequence[Completion]) -> list[CalibrationPoint]:
-    """Returns what thresholds would do, at quantiles of the completions' lowest windows and up to 1."""
-    lowest = sorted(each.gate.lowest for each in completions if each.gate and each.gate.lowest is not None)
+    """Return simulated rates at quantiles of the completions' lowest windows and at threshold 1."""
+    lowest = sorted(run.gate.lowest for run in completions if run.gate and run.gate.lowest is not None)
     if not lowest:
         raise CheckpointError(f"no completion has a full window of {settings.window_tokens} tokens in a gated section")
     places = {round(at * (len(lowest) - 1) / (NUM_CURVE_POINTS - 1)) for at in range(NUM_CURVE_POINTS)}
@@ -191,20 +191,20 @@ def threshold_curve(settings: GateSettings, completions: Sequence[Completion]) -
         CalibrationPoint(
             tau=round(tau, 6),
             pauses=round(pause_rate(settings, completions, tau), 4),
-            abort_rate=round(sum(each <= tau for each in lowest) / len(completions), 4),
+            abort_rate=round(sum(value <= tau for value in lowest) / len(completions), 4),
         )
         for tau in sorted({lowest[place] for place in places} | {1.0})
     ]
 
 
 def highest_abort(curve: Sequence[CalibrationPoint], wanted_rate: float) -> float:
-    """Returns the highest threshold that gives up no more than the wanted share; just below the first that does."""
+    """Return the highest threshold within the wanted abort rate, else a value just below the curve."""
     fitting = [point.tau for point in curve if point.abort_rate <= wanted_rate]
     return max(fitting) if fitting else curve[0].tau * 0.99
 
 
 def threshold_for(settings: GateSettings, completions: Sequence[Completion], wanted: float) -> float:
-    """Returns the threshold at which the simulated gate pauses as often as wanted, by bisection."""
+    """Return the pause threshold with the wanted simulated pause rate, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(14):
         middle = (low + high) / 2
@@ -216,7 +216,7 @@ def threshold_for(settings: GateSettings, completions: Sequence[Completion], wan
 
 
 def draw_curve(calibration: Calibration, tau_pause: float, path: Path) -> None:
-    """Draws the curve and the chosen threshold as a PNG."""
+    """Plot the curve and the chosen threshold as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,12 +1,15 @@
-"""Looks at what pauses do to the hidden state (the paper's table 4): do they carry it towards the answer?
+"""Measure the effect of pauses on the hidden state (the paper's table 4): do they move it towards the answer?
 
-Completions that hold pauses are run once more through transformers' model, latent tokens and all. For the first, the
-second and the third pause of a completion: how often there is one (`trigger_rate`); the cosine between the last layer's
-state at the span's last latent token and the one at the first token of FINAL_ANSWER (`cosine_to_answer`); the same for
-the token in front of the span (`cosine_before`), which is what the first must be compared with; and how far the state
-moves within the span, from its first latent token to its last, relative to where it was (`displacement`).
+Completions with pauses run once more through transformers' model, latent tokens included. The table has a row each for
+the first, second and third pause of a completion:
 
-Axes: A audio tokens, T tokens, H hidden width. Knows no engine; whoever has one hands in its completions.
+- `trigger_rate`: share of completions with this pause.
+- `cosine_to_answer`: cosine of two states of the last layer, at the span's last latent token and at the first token of
+  FINAL_ANSWER.
+- `cosine_before`: the same for the token before the span, as the baseline of `cosine_to_answer`.
+- `displacement`: distance from the span's first latent token to its last, relative to the norm of the first.
+
+Axes: A audio tokens, T tokens, H hidden width. This module depends on no engine; the caller supplies the completions.
 """
 
 from __future__ import annotations
@@ -25,12 +28,12 @@ from training.evaluation.statistics import figure, shares
 from training.rl.rollout import Completion, Prompt
 
 MAX_PAUSES = 3
-"""Pauses that are told apart; the paper's table has three."""
+"""Number of pauses with their own row; the paper's table has three."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """What one pause did; `number` counts from 1 within its completion."""
+    """The effect of one pause; `number` counts from 1 within its completion."""
 
     number: int
     cosine_to_answer: float
@@ -39,7 +42,7 @@ class Span:
 
 
 def spans_of(checkpoint: Checkpoint, token_ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Returns the first and the last latent token of each pause, as places in `token_ids`."""
+    """Return the first and last latent token of each pause, as positions in `token_ids`."""
     tokenizer, pause = checkpoint.tokenizer, checkpoint.manifest.pause
     spans: list[tuple[int, int]] = []
     place = 0
@@ -61,7 +64,7 @@ def spans_of(checkpoint: Checkpoint, token_ids: Sequence[int]) -> list[tuple[int
 
 
 class Prober:
-    """Holds the checkpoint's model in transformers."""
+    """The checkpoint's model in transformers."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         from transformers import Qwen2AudioForConditionalGeneration
@@ -74,7 +77,7 @@ class Prober:
 
     @torch.inference_mode()
     def states(self, prompt: Prompt, token_ids: Sequence[int]) -> torch.Tensor:
-        """Returns the last layer's state at each token of a completion: float32 [T, H]."""
+        """Return the last layer's state at each token of a completion: float32 [T, H]."""
         inner = self.model.model
         at = prompt.token_ids.index(self.checkpoint.tokenizer.audio_id)
         rows_AD, _ = encode(inner.audio_tower, [self.log_mel(prompt.samples_S).to(self.device)])
@@ -90,7 +93,7 @@ class Prober:
         return hidden[-len(token_ids) :].float()
 
     def probe_one(self, prompt: Prompt, completion: Completion) -> list[Span] | None:
-        """Returns what each pause of a completion did; None where the completion gives no answer."""
+        """Return the effect of each pause of a completion; None for a completion without an answer."""
         token_ids = completion.token_ids
         (answer_tag,) = self.checkpoint.tokenizer.open_ids(Section.FINAL_ANSWER)
         if answer_tag not in token_ids[:-1]:
@@ -101,12 +104,12 @@ class Prober:
         states_TH = self.states(prompt, token_ids)
         answer_H = states_TH[token_ids.index(answer_tag) + 1]
         cosine = torch.nn.functional.cosine_similarity
-        found: list[Span] = []
+        effects: list[Span] = []
         for number, (first, last) in enumerate(spans, 1):
             moved = torch.linalg.vector_norm(states_TH[last] - states_TH[first])
-            # In front of a sampled span stands the tag that opens it, and in front of that the token that is meant.
+            # A sampled span has its opening tag before it; the token before this tag is the baseline.
             before = first - 1 if self.checkpoint.manifest.pause.mode == PauseMode.PARALLEL else first - 2
-            found.append(
+            effects.append(
                 Span(
                     number,
                     float(cosine(states_TH[last], answer_H, dim=0)),
@@ -114,7 +117,7 @@ class Prober:
                     float(moved / torch.linalg.vector_norm(states_TH[first])),
                 )
             )
-        return found
+        return effects
 
 
 def probe(
@@ -125,7 +128,7 @@ def probe(
     *,
     use_tqdm: bool = True,
 ) -> dict[str, Any]:
-    """Probes completions and returns the table as plain data, with 95 % intervals over whole clusters."""
+    """Probe completions; return the table as plain data with 95 % intervals over whole clusters."""
     prober = Prober(checkpoint)
     probed: list[tuple[str, list[Span]]] = []
     pairs = zip(prompts, completions, clusters, strict=True)
@@ -135,15 +138,15 @@ def probe(
             probed.append((cluster, spans))
     rows: list[dict[str, Any]] = []
     for number in range(1, MAX_PAUSES + 1):
-        found = [(cluster, span) for cluster, spans in probed for span in spans if span.number == number]
+        numbered = [(cluster, span) for cluster, spans in probed for span in spans if span.number == number]
         has_one = [len(spans) >= number for _, spans in probed]
-        row: dict[str, Any] = {"pause": number, "num_spans": len(found)}
+        row: dict[str, Any] = {"pause": number, "num_spans": len(numbered)}
         sums = {"trigger_rate": shares(has_one, [cluster for cluster, _ in probed])}
         for name in ("cosine_to_answer", "cosine_before", "displacement"):
-            sums[name] = shares([getattr(span, name) for _, span in found], [cluster for cluster, _ in found])
-        for name, each in sums.items():
-            if each.clusters:
-                value, interval = figure(each)
+            sums[name] = shares([getattr(span, name) for _, span in numbered], [cluster for cluster, _ in numbered])
+        for name, sums_of_name in sums.items():
+            if sums_of_name.clusters:
+                value, interval = figure(sums_of_name)
                 row |= {name: round(value, 4), f"{name}_interval_95": [round(bound, 4) for bound in interval]}
         rows.append(row)
     return {"num_completions": len(probed), "num_without_answer": len(prompts) - len(probed), "pauses": rows}

@@ -1,4 +1,4 @@
-"""Writes what an evaluation found: the result as JSON, a page of tables, and two pictures. Measures nothing itself."""
+"""Write the report of an evaluation: the result as JSON, a page of tables and two plots. It measures nothing itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SNR_CURVES = (
 
 
 def write(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Writes `result.json` of the first result, and a page and pictures that put the others beside it."""
+    """Write `result.json` of the first result, and a page and plots of all results side by side."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{RESULT_FILE}.partial"
     partial.write_text(json.dumps(results[0], indent=1) + "\n", encoding="utf-8")
@@ -44,7 +44,7 @@ def write(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the page: figures with intervals, a column a system, then breakdowns and paired differences."""
+    """Return the page: figures with intervals, one column per system, then breakdowns and paired differences."""
     first = results[0]
     title = f"# {first['system']} on {first['suite']}"
     lead = f"{first['num_items']} items, {first['num_choice_items']} with choices. Intervals: 95 %, bootstrap of whole "
@@ -66,7 +66,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _figures_table(results: Sequence[Mapping[str, Any]]) -> str:
-    meanings = {each.name: each.meaning for each in FIGURES}
+    meanings = {figure.name: figure.meaning for figure in FIGURES}
     meanings[MAP] = "mean average precision of the labels that ENV names"
     rows: list[list[str]] = []
     for name, meaning in {**meanings, **PLAIN_FIGURES}.items():
@@ -93,17 +93,17 @@ def _breakdown_table(name: str, group: str, results: Sequence[Mapping[str, Any]]
 
 def _differences_table(system: str, compared: Mapping[str, Any]) -> str:
     rows: list[list[str]] = []
-    for name, found in compared["figures"].items():
-        low, high = found["interval"]
-        is_paired = found.get("p_mcnemar") is not None
+    for name, difference in compared["figures"].items():
+        low, high = difference["interval"]
+        is_paired = difference.get("p_mcnemar") is not None
         rows.append(
             [
                 f"`{name}`",
-                f"{found['value']:+.3f} ({low:+.3f} to {high:+.3f})",
-                f"{found['p_bootstrap']:.3g}",
-                f"{found['only_first']} / {found['only_other']}" if is_paired else "-",
-                f"{found['p_mcnemar']:.3g}" if is_paired else "-",
-                f"{found['num_items']} in {found['num_clusters']}",
+                f"{difference['value']:+.3f} ({low:+.3f} to {high:+.3f})",
+                f"{difference['p_bootstrap']:.3g}",
+                f"{difference['only_first']} / {difference['only_other']}" if is_paired else "-",
+                f"{difference['p_mcnemar']:.3g}" if is_paired else "-",
+                f"{difference['num_items']} in {difference['num_clusters']}",
             ]
         )
     head = ["figure", "difference (95 %)", "p, bootstrap", "only first / only other", "p, McNemar", "items in clusters"]
@@ -126,7 +126,7 @@ def _probe_table(probe: Mapping[str, Any]) -> str:
 
 
 def draw(results: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
-    """Draws accuracy by group, and the curves over SNR where the suite has them; returns the files' names."""
+    """Plot accuracy by group, and curves over SNR for suites with SNR levels; return the file names."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,10 +1,11 @@
-"""Judges replies and turns them into figures, whoever replied: a checkpoint, a service, another model, a rival.
+"""Score replies and compute figures for any system: a checkpoint, a service, another model or the baseline.
 
-Every figure is over all items it is defined on, with a 95 % bootstrap interval of fixed seed. Items are not
-independent: a few voices and recordings make them all, so whole voices or recordings are resampled, not items.
-What was not answered (an endpoint's fault, a clip that is refused) is wrong, and counted apart as well.
+Every figure covers all items in its definition, with a 95 % bootstrap interval of fixed seed. Items are not
+independent, since a few voices and recordings make them all. The bootstrap therefore resamples whole voices or
+recordings, not items. An item without a reply (an endpoint error, a refused clip) counts as wrong, and is also counted
+separately.
 
-Knows nothing of how scenes sound, of HTTP, or of training.
+This module depends on no scene audio, HTTP or training.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ RESULT_VERSION = 1
 Reads = Literal["trace", "perception", "answer"]
 
 _OF_THE_TRACE = frozenset({"is_strict", "is_consistent", "fidelity", "reward"})
-"""Outcomes that say how a trace was written, and not what was heard."""
+"""Outcomes for the form of a trace, not for perception."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Holds what somebody replied to an item.
+    """The reply of a system to an item.
 
     Attributes:
-        parsed: The trace; of a reply in prose, its words without any section.
-        choice: The index of the choice it means; None where it means none, or there are none.
-        prediction: The answer in words, as rules by words read it.
-        has_tokens: Whether the trace's tokens were counted, which its reward needs.
-        ttft_s, e2e_s: Seconds to the first token and to the end; None where they were not measured.
-        error: Why there is no reply; None where there is one.
+        parsed: The trace; for a reply in prose, its words without any section.
+        choice: Index of the chosen choice; None for no choice, or a question without choices.
+        prediction: The answer in words, for rules on words.
+        has_tokens: True if the trace's tokens are counted; its reward needs them.
+        ttft_s, e2e_s: Seconds to the first token and to the end; None if not measured.
+        error: Reason for a missing reply, else None.
     """
 
     parsed: ParsedTrace
@@ -58,13 +59,13 @@ class Reply:
 
     @classmethod
     def failed(cls, error: str) -> Reply:
-        """Returns what stands for a reply that did not come."""
+        """Return a placeholder for a missing reply."""
         return cls(parse_text(""), error=error)
 
 
 @dataclass(frozen=True)
 class ItemScores:
-    """One item's outcomes; None where a figure does not apply to it."""
+    """One item's outcomes; None for figures without meaning for this item."""
 
     is_right: bool | None = None
     matches_words: bool | None = None
@@ -81,19 +82,19 @@ class ItemScores:
     num_chars: int | None = None
     is_strict: bool | None = None
     is_silent: bool | None = None
-    """In a clip without speech: whether no word and no speaker was named."""
+    """In a clip without speech: True if the trace has no word and no speaker."""
 
     invents_speech: bool | None = None
-    """In a clip without speech: whether any word was transcribed."""
+    """In a clip without speech: True if the trace has a transcribed word."""
 
     is_consistent: bool | None = None
-    """Whether the conclusion of the trace names what it then answers, and takes no background sound for words."""
+    """True if the trace's conclusion names its answer and quotes no background sound as words."""
 
     fidelity: float | None = None
-    """How well the quotes of the speakers are backed by the trace's own transcript."""
+    """Degree of support for the speakers' quotes in the trace's own transcript."""
 
     reward: float | None = None
-    """What Stage II would give for it, with the weights that it begins with."""
+    """Reward of Stage II with its default weights."""
 
     num_pauses: int | None = None
     is_aborted: bool | None = None
@@ -103,12 +104,11 @@ class ItemScores:
 
 
 def judge(item: Item, reply: Reply, *, reads: Reads = "trace") -> ItemScores:
-    """Compares one reply with the truth.
+    """Compare one reply with the truth.
 
     Args:
-        reads: What whoever replied is one to give. Of one that writes a trace, a missing section is a wrong one; of a
-            cascade, the perception is scored and the form of the trace is not; of a model that answers in prose, only
-            the answer.
+        reads: The expected form of the reply. `trace` scores everything, and a missing section counts as wrong.
+            `perception` (a cascade) skips the form of the trace. `answer` (a model in prose) scores only the answer.
     """
     truth = item.truth
     item_scores = ItemScores(
@@ -154,27 +154,26 @@ def _judge_trace(truth: Truth, reply: Reply) -> dict[str, Any]:
         outcomes["count_is_right"] = len(trace.speakers) == truth.num_speakers
         outcomes["fidelity"] = worth.fidelity
     if truth.transcript is not None:
-        reference, heard = words(truth.transcript), words(trace.transcript or "")
+        reference, hypothesis = words(truth.transcript), words(trace.transcript or "")
         outcomes |= {
-            "word_errors": edit_distance(reference, heard),
+            "word_errors": edit_distance(reference, hypothesis),
             "num_words": len(reference),
-            "char_errors": edit_distance(" ".join(reference), " ".join(heard)),
+            "char_errors": edit_distance(" ".join(reference), " ".join(hypothesis)),
             "num_chars": len(" ".join(reference)),
         }
         if not reference:
-            # No reply is no silence.
-            outcomes["invents_speech"] = bool(heard) or reply.error is not None
+            # A missing reply does not count as silence.
+            outcomes["invents_speech"] = bool(hypothesis) or reply.error is not None
             outcomes["is_silent"] = not trace.speakers and not outcomes["invents_speech"]
     return outcomes
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Says how a figure is made: of which part's items, of which outcome, and what is drawn together.
+    """The definition of a figure: part of the suite, outcome and resampling cluster.
 
     Attributes:
-        value: What an item adds: a number, or a pair of which the second is what the first is a share of; None where
-            the figure does not apply to it.
+        value: An item's contribution: a number, or a pair (part, total); None excludes the item.
     """
 
     name: str
@@ -256,7 +255,7 @@ FIGURES: tuple[Figure, ...] = (
         )
     ),
 )
-"""Every figure but the mean average precision, in the order in which they are shown; all are shares of sums."""
+"""All figures except the mean average precision, in display order; each is a ratio of sums."""
 
 MAP = "environment_map"
 
@@ -277,9 +276,9 @@ def _no(outcome: bool | None) -> bool | None:
 
 
 def summarize(items: Sequence[Item], item_scores: Sequence[ItemScores]) -> dict[str, Any]:
-    """Returns the figures, their intervals and breakdowns, and each item's outcomes, as plain data.
+    """Return the figures, their intervals and breakdowns, and each item's outcomes, as plain data.
 
-    A figure that no item of the suite defines is left out.
+    Figures without an item in the suite are left out.
     """
     result: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
@@ -298,7 +297,7 @@ def summarize(items: Sequence[Item], item_scores: Sequence[ItemScores]) -> dict[
     sums = _label_sums(pairs, labels)
     if sums.clusters:
         add(MAP, sums, mean_average_precision)
-    main = [(item, verdict) for item, verdict in pairs if item.part == "main"]
+    main = [(item, scores) for item, scores in pairs if item.part == "main"]
     for name in ("ttft", "e2e"):
         result |= latency(name, [value for _, j in main if (value := getattr(j, f"{name}_s")) is not None])
     counts = Counter(j.num_pauses for _, j in main if j.num_pauses is not None)
@@ -316,13 +315,13 @@ def summarize(items: Sequence[Item], item_scores: Sequence[ItemScores]) -> dict[
     result["num_items"] = len(main)
     result["num_choice_items"] = len(with_choices)
     result["num_environment_classes"] = len(labels)
-    result["items"] = {item.id: _row(item, verdict) for item, verdict in pairs}
+    result["items"] = {item.id: _row(item, scores) for item, scores in pairs}
     result["version"] = RESULT_VERSION
     return result
 
 
 def latency(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Returns the median and the 95th percentile of a latency; nothing where it was not measured."""
+    """Return the median and the 95th percentile of a latency; empty without measurements."""
     if not seconds:
         return {}
     return {f"{name}_p{percent}_s": round(float(np.percentile(seconds, percent)), 4) for percent in (50, 95)}
@@ -331,10 +330,10 @@ def latency(name: str, seconds: Sequence[float]) -> dict[str, float]:
 def _sums(each: Figure, pairs: Sequence[tuple[Item, ItemScores]]) -> Sums:
     rows: list[tuple[float, float]] = []
     clusters: list[str] = []
-    for item, verdict in pairs:
+    for item, scores in pairs:
         if item.part != each.part:
             continue
-        value = each.value(item, verdict)
+        value = each.value(item, scores)
         if value is not None:
             rows.append(value if isinstance(value, tuple) else (float(value), 1.0))
             clusters.append(getattr(item, each.cluster))
@@ -344,9 +343,9 @@ def _sums(each: Figure, pairs: Sequence[tuple[Item, ItemScores]]) -> Sums:
 def _label_sums(pairs: Sequence[tuple[Item, ItemScores]], labels: Sequence[str]) -> Sums:
     rows: list[list[float]] = []
     clusters: list[str] = []
-    for item, verdict in pairs:
-        if item.part == "main" and verdict.environment_named is not None:
-            named, true = set(verdict.environment_named), label_set(item.truth.environment or "")
+    for item, scores in pairs:
+        if item.part == "main" and scores.environment_named is not None:
+            named, true = set(scores.environment_named), label_set(item.truth.environment or "")
             rows.append([1.0, *(float(x) for label in labels for x in _membership(label, named, true))])
             clusters.append(item.background)
     return Sums(np.asarray(rows, np.float64).reshape(-1, 1 + 3 * len(labels)), tuple(clusters))
@@ -359,17 +358,17 @@ def _membership(label: str, named: set[str], true: set[str]) -> tuple[bool, bool
 def _by(
     pairs: Sequence[tuple[Item, ItemScores]], group: str, outcome: Callable[[ItemScores], bool | None]
 ) -> dict[str, float]:
-    found: defaultdict[str, list[bool]] = defaultdict(list)
-    for item, verdict in pairs:
-        value = outcome(verdict)
+    values_of: defaultdict[str, list[bool]] = defaultdict(list)
+    for item, scores in pairs:
+        value = outcome(scores)
         if value is not None and group in item.groups:
-            found[item.groups[group]].append(value)
-    return {name: round(_mean(values), 3) for name, values in sorted(found.items())}
+            values_of[item.groups[group]].append(value)
+    return {name: round(_mean(values), 3) for name, values in sorted(values_of.items())}
 
 
 def chance_accuracy(choices: Sequence[Sequence[str]]) -> float:
-    """Returns the accuracy of guessing uniformly among the choices of each item."""
-    return _mean([1 / len(each) for each in choices])
+    """Return the accuracy of a uniform guess among each item's choices."""
+    return _mean([1 / len(options) for options in choices])
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -377,7 +376,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def count_from_turns_accuracy(items: Sequence[Item]) -> float:
-    """Returns what counting turns alone could reach: for each number of turns, the best fixed guess of head count."""
+    """Return the accuracy of the best fixed guess of the speaker count for each number of turns."""
     counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for item in items:
         if item.truth.num_speakers and item.num_turns is not None:
@@ -386,17 +385,17 @@ def count_from_turns_accuracy(items: Sequence[Item]) -> float:
     return sum(max(counter.values()) for counter in counts.values()) / max(1, total)
 
 
-def _row(item: Item, verdict: ItemScores) -> dict[str, Any]:
-    """Returns what a later comparison needs of an item: what was asked, and every outcome that applies."""
-    outcomes = {name: value for name, value in asdict(verdict).items() if value is not None}
+def _row(item: Item, scores: ItemScores) -> dict[str, Any]:
+    """Return an item's data for later comparisons: its digest, its clusters and every outcome."""
+    outcomes = {name: value for name, value in asdict(scores).items() if value is not None}
     return {"digest": item.digest(), "voice": item.voice, "background": item.background, **outcomes}
 
 
 def differences(items: Sequence[Item], result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Compares two results figure by figure on the items that both answered: the first less the other.
+    """Compare two results figure by figure on their common items: the first minus the other.
 
     Raises:
-        ValueError: The other result holds no item that was asked here, with the same question and sound.
+        ValueError: The other result has no item with an equal question and clip.
     """
     rows, other_rows = result["items"], other.get("items") or {}
     shared = [
@@ -406,7 +405,7 @@ def differences(items: Sequence[Item], result: Mapping[str, Any], other: Mapping
         raise ValueError("the two results have no item in common: not the same suite, voices or number of items")
     ours = [(item, item_scores_of(rows[item.id])) for item in shared]
     theirs = [(item, item_scores_of(other_rows[item.id])) for item in shared]
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for each in FIGURES:
         both = [
             (one, two)
@@ -415,16 +414,16 @@ def differences(items: Sequence[Item], result: Mapping[str, Any], other: Mapping
         ]
         sums = _sums(each, [one for one, _ in both]), _sums(each, [two for _, two in both])
         if sums[0].clusters:
-            found[each.name] = _plain(compare(*sums))
+            figures[each.name] = _plain(compare(*sums))
     labels = sorted({label for item in shared for label in label_set(item.truth.environment or "")})
     sums = _label_sums(ours, labels), _label_sums(theirs, labels)
     if sums[0].clusters and sums[0].clusters == sums[1].clusters:
-        found[MAP] = _plain(compare(*sums, mean_average_precision))
-    return {"num_shared": len(shared), "num_left_out": len(items) - len(shared), "figures": found}
+        figures[MAP] = _plain(compare(*sums, mean_average_precision))
+    return {"num_shared": len(shared), "num_left_out": len(items) - len(shared), "figures": figures}
 
 
 def item_scores_of(row: Mapping[str, Any]) -> ItemScores:
-    """Reads an item's outcomes back from a result."""
+    """Read an item's outcomes back from a result."""
     fields = {name: value for name, value in row.items() if name in ItemScores.__dataclass_fields__}
     if "environment_named" in fields:
         fields["environment_named"] = tuple(fields["environment_named"])

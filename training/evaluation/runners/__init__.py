@@ -1,1 +1,1 @@
-"""Answer the items of a suite: a checkpoint in this process, a server over HTTP, the baseline cascade."""
+"""Runners for the items of a suite: a local checkpoint, a server over HTTP, and the baseline cascade."""

@@ -1,8 +1,8 @@
-"""Answers a question from what the cascade heard, by rules that read the question's words.
+"""Answer a question from the cascade's perception with rules on the question's words.
 
-The rules cover the kinds of question of `training.data.questions`, in any wording with the same key words, and
-treat every other question as one about what was said. Among choices, the one that is most like what the rule found is
-taken, by words and characters, so that a misheard word costs no answer. Knows no sound and no model.
+The rules cover the kinds of question of `training.data.questions`, in any wording with the same key words. Every other
+question counts as one about the transcript. Among choices, the most similar one to the rule's result wins, by words and
+characters, so that a misrecognised word costs no answer. This module depends on no audio and no model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cached_property
 from training.text_metrics import similarity, words
 
 BACKGROUND_DB = 9.0
-"""A turn this much below the loudest one is taken for a voice in the background."""
+"""Level difference to the loudest turn for a background voice."""
 
 _SMALL = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -35,7 +35,7 @@ _STOP_WORDS = set(
 
 
 def plain_words(word: str) -> tuple[str, ...]:
-    """Returns a recognised word as people say it: numbers and short forms spelled out, no marks."""
+    """Return a recognised word in spoken form: numbers and short forms spelled out, without marks."""
     spelled: list[str] = []
     for match in re.finditer(r"\d+|[^\W\d_]+(?:'[^\W\d_]+)?", word.replace(",", "")):
         piece = match[0]
@@ -51,7 +51,7 @@ def plain_words(word: str) -> tuple[str, ...]:
 
 
 def spell_number(number: int) -> list[str]:
-    """Returns the words of a number below a million; a larger one digit by digit."""
+    """Return the words of a number below a million; larger numbers digit by digit."""
     if number < 20:
         return [_SMALL[number]]
     if number < 100:
@@ -65,12 +65,12 @@ def spell_number(number: int) -> list[str]:
 
 @dataclass(frozen=True)
 class HeardTurn:
-    """What one person said without a break.
+    """An uninterrupted turn of one person.
 
     Attributes:
         words: With the recogniser's capitals.
-        level_db: Of the sound around it.
-        is_ended: Whether the recogniser put a full stop behind it.
+        level_db: Level of the audio around it.
+        is_ended: True if the recogniser put a full stop behind it.
     """
 
     speaker: int
@@ -80,21 +80,21 @@ class HeardTurn:
 
     @property
     def text(self) -> str:
-        """The words as one line."""
+        """Return the words as one line."""
         return " ".join(self.words)
 
     def with_words(self, more: Sequence[str], *, is_ended: bool) -> HeardTurn:
-        """Returns the turn with words behind it."""
+        """Return the turn with words appended."""
         return replace(self, words=(*self.words, *more), is_ended=is_ended)
 
 
 @dataclass(frozen=True)
 class Heard:
-    """All that the cascade knows of a clip.
+    """The cascade's perception of a clip.
 
     Attributes:
         sexes: "woman" or "man" of each person, by number.
-        environment_scores: The tagger's, by class.
+        environment_scores: Score of the tagger by class.
     """
 
     turns: tuple[HeardTurn, ...]
@@ -103,12 +103,12 @@ class Heard:
 
     @cached_property
     def environment(self) -> str:
-        """The class that scores highest."""
+        """Return the class with the highest score."""
         return max(self.environment_scores, key=lambda label: self.environment_scores[label])
 
     @cached_property
     def foreground(self) -> tuple[HeardTurn, ...]:
-        """The turns that are no voice in the background, by their level."""
+        """Return the turns above the level of background voices."""
         if not self.turns:
             return ()
         loudest = max(turn.level_db for turn in self.turns)
@@ -117,30 +117,30 @@ class Heard:
 
     @cached_property
     def people(self) -> tuple[tuple[int, str], ...]:
-        """The numbers and sexes of those who speak in the foreground, in order of first speech."""
+        """Return number and sex of each foreground speaker, in order of first speech."""
         numbers = dict.fromkeys(turn.speaker for turn in self.foreground)
         return tuple((number, self.sexes[number]) for number in numbers)
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """The words of the foreground, lower case."""
+        """Return the words of the foreground in lower case."""
         return tuple(word.lower() for turn in self.foreground for word in turn.words)
 
 
 def reply_to(question: str, choices: Sequence[str], heard: Heard) -> tuple[str, int | None]:
-    """Returns the answer and the index of the choice; None where there are no choices."""
-    asked = question.lower()
+    """Return the answer and the index of the choice, None without choices."""
+    lower_question = question.lower()
     for pattern, rule in _RULES:
-        match = pattern.search(asked)
+        match = pattern.search(lower_question)
         if match is not None:
-            found = rule(question, match, choices, heard)
-            if found is not None:
-                return _settle(found, choices)
+            result = rule(question, match, choices, heard)
+            if result is not None:
+                return _settle(result, choices)
     return _settle(_content(question, choices, heard), choices)
 
 
 def _settle(found: str, choices: Sequence[str]) -> tuple[str, int | None]:
-    """Takes the choice that is most like what was found."""
+    """Return the most similar choice to the result of a rule."""
     if not choices:
         return found, None
     index = max(range(len(choices)), key=lambda place: _likeness(choices[place], found))
@@ -148,7 +148,7 @@ def _settle(found: str, choices: Sequence[str]) -> tuple[str, int | None]:
 
 
 def _likeness(one: str, other: str) -> float:
-    """Returns how alike two texts are: characters, and the share of the first one's words that the other has."""
+    """Return the similarity of two texts: by characters, plus the share of the first one's words in the second."""
     wanted, had = words(one), set(words(other))
     shared = sum(word in had for word in wanted) / max(1, len(wanted))
     return similarity(one, other) + 0.5 * shared
@@ -157,10 +157,10 @@ def _likeness(one: str, other: str) -> float:
 def _count(_: str, __: re.Match[str], choices: Sequence[str], heard: Heard) -> str:
     number = min(len(heard.people), len(_COUNT_WORDS) - 1)
     numbers = [_number(choice) for choice in choices]
-    if any(each is not None for each in numbers):
-        # The nearest number that is offered.
+    if any(value is not None for value in numbers):
+        # Take the nearest number among the choices.
         return min(
-            (choice for choice, each in zip(choices, numbers, strict=True) if each is not None),
+            (choice for choice, value in zip(choices, numbers, strict=True) if value is not None),
             key=lambda choice: abs((_number(choice) or 0) - number),
         )
     return _COUNT_WORDS[number]
@@ -228,7 +228,7 @@ def _word(_: str, __: re.Match[str], choices: Sequence[str], heard: Heard) -> st
 
 
 def _said(text: str, spoken: Sequence[str]) -> float:
-    """Returns how nearly a text was said, anywhere: the best similarity of as many words in a row."""
+    """Return the best similarity of a text to any run of as many spoken words."""
     num = len(words(text))
     return max(
         (similarity(text, " ".join(spoken[at : at + num])) for at in range(max(1, len(spoken) - num + 1))), default=0.0
@@ -236,25 +236,25 @@ def _said(text: str, spoken: Sequence[str]) -> float:
 
 
 def _content(question: str, choices: Sequence[str], heard: Heard) -> str:
-    """Finds the turn that is about what is asked, and in it the choice, or the words of the kind that is asked for."""
-    asked = [word for word in words(question) if word not in _STOP_WORDS]
+    """Find the turn about the question, and in it the choice or the words of the wanted kind."""
+    question_words = [word for word in words(question) if word not in _STOP_WORDS]
     if not heard.foreground:
         return ""
 
     def about(turn: HeardTurn) -> float:
         spoken = [word.lower() for word in turn.words]
-        return sum(max((similarity(word, other) for other in spoken), default=0.0) ** 2 for word in asked)
+        return sum(max((similarity(word, other) for other in spoken), default=0.0) ** 2 for word in question_words)
 
     ranked = sorted(heard.foreground, key=about, reverse=True)
     if choices:
         best = [word.lower() for word in ranked[0].words]
         return max(choices, key=lambda choice: _said(choice, heard.words) + 0.5 * _said(choice, best))
-    left = [word for word in ranked[0].words if word.lower() not in {*asked, *_STOP_WORDS}]
+    left = [word for word in ranked[0].words if word.lower() not in {*question_words, *_STOP_WORDS}]
     return _of_kind(question.lower(), ranked[0], left)
 
 
 def _of_kind(question: str, turn: HeardTurn, left: Sequence[str]) -> str:
-    """Returns the words of a turn that a question of this kind wants: a number, a day, a name, a thing."""
+    """Return the words of a turn of the question's kind: a number, a day, a name or a thing."""
     lower = [word.lower() for word in left]
     kinds: list[tuple[str, Callable[[str, str], bool]]] = [
         ("how many|how much", lambda low, _: low in {*_SMALL, *_TENS}),
@@ -265,10 +265,10 @@ def _of_kind(question: str, turn: HeardTurn, left: Sequence[str]) -> str:
     ]
     for pattern, is_wanted in kinds:
         if re.search(pattern, question):
-            found = [word for word, low in zip(left, lower, strict=True) if is_wanted(low, word)]
-            if found:
-                return found[0]
-    # What is asked for mostly ends a sentence.
+            matching = [word for word, low in zip(left, lower, strict=True) if is_wanted(low, word)]
+            if matching:
+                return matching[0]
+    # The answer is mostly the end of a sentence.
     return left[-1] if left else turn.text
 
 

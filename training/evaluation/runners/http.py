@@ -1,12 +1,13 @@
-"""Asks a suite's items over HTTP: of a HyPeR service, or of a server of OpenAI's chat API that takes `input_audio`.
+"""Run the items of a suite over HTTP, on a HyPeR service or a server with OpenAI's chat API and `input_audio`.
 
-So newer audio models can be put beside ours by whoever runs them. Every model hears the same: 16 kHz, 16 bit, one
-channel, WAV. What came back is kept in a file, a line an item, as it came: a run that was interrupted goes on where it
-stopped, and replies can be scored again without asking again. What failed for a moment (no connection, a timeout, 408,
-429, 5xx) is tried again, later each time; what the server says it will never take is an item without a reply; what
-would fail for every item (an address where nobody answers, a wrong key or model) ends the run.
+Any audio model behind such a server can be compared with ours. Every model receives the same clip: 16 kHz, 16 bit, one
+channel, WAV. Replies are stored unchanged in a file, one line per item. An interrupted run therefore resumes, and
+stored replies can be scored again without requests.
 
-Knows the API by its public names alone, and nothing of truths and figures.
+Transient failures (no connection, a timeout, 408, 429, 5xx) are retried with increasing delay. An item refused by the
+server has no reply. An error for every item (an unreachable address, a wrong key or model) ends the run.
+
+This module depends only on the public names of the API, and on no truth or figure.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from training.text_metrics import chosen, named_choice
 Api = Literal["hyper", "openai"]
 
 INSTRUCTION = "Answer with the letter and the words of one choice."
-"""What is put behind the choices that an OpenAI-compatible server is given."""
+"""Text after the choices in a request to an OpenAI-compatible server."""
 
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
@@ -48,19 +49,19 @@ _HOPELESS_STATUS = frozenset({401, 403, 404, 405})
 
 
 class EndpointError(HyperError):
-    """Nobody answers there, or whoever does will answer no item; says what to look at."""
+    """The endpoint is unreachable or refuses every item; the message names the cause."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Says whom to ask, and how.
+    """Address, API and request settings of a server.
 
     Attributes:
         url: With or without `/v1`.
-        model: As the server names it; the first that it lists when None. A HyPeR service has one.
-        extra: Fields laid over an OpenAI request's body; one whose value is None is left out of it.
-        instruction: What follows the choices in an OpenAI request.
-        num_tries: Of each item.
+        model: Name of the model on the server; None takes the first listed one. A HyPeR service has one model.
+        extra: Fields to add to the body of an OpenAI request, or to replace in it; None removes a field.
+        instruction: Text after the choices in an OpenAI request.
+        num_tries: Tries per item.
     """
 
     url: str
@@ -76,24 +77,24 @@ class Endpoint:
 
     @property
     def base(self) -> str:
-        """The address up to and with `/v1`."""
+        """Return the address up to and including `/v1`."""
         base = self.url.rstrip("/").removesuffix("/chat/completions").removesuffix("/audio/qa")
         return base if base.endswith("/v1") else f"{base}/v1"
 
     def fingerprint(self, item: Item, model: str | None, *, cuts_long: bool) -> str:
-        """Returns what a kept reply must have been asked with to stand for this item's."""
-        asked = [self.base, self.api, model, self.max_tokens, self.instruction, dict(self.extra), cuts_long]
-        return hashlib.sha256(json.dumps([item.id, item.digest(), *asked], sort_keys=True).encode()).hexdigest()[:24]
+        """Return the key of a stored reply, a hash of the item and all request settings."""
+        settings = [self.base, self.api, model, self.max_tokens, self.instruction, dict(self.extra), cuts_long]
+        return hashlib.sha256(json.dumps([item.id, item.digest(), *settings], sort_keys=True).encode()).hexdigest()[:24]
 
 
 @dataclass(frozen=True)
 class Received:
-    """Holds what came back for one item, as it is kept.
+    """The reply to one item, as stored.
 
     Attributes:
-        text: The model's own words: of a HyPeR service the trace with its tags.
-        answer, choice_index, num_pauses, is_aborted: What a HyPeR service says beside them.
-        ttft_s, e2e_s: Of the try that succeeded.
+        text: The model's own text; from a HyPeR service, the trace with its tags.
+        answer, choice_index, num_pauses, is_aborted: Further fields of a HyPeR service.
+        ttft_s, e2e_s: Latencies of the successful try.
     """
 
     text: str = ""
@@ -108,7 +109,7 @@ class Received:
 
 
 class _PassingError(Exception):
-    """A failure that may pass, and how long the server asks to wait."""
+    """A transient failure, with the server's requested waiting time."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
@@ -123,16 +124,16 @@ def ask(
     cuts_long: bool = False,
     use_tqdm: bool = True,
 ) -> tuple[list[Reply], str]:
-    """Asks every item.
+    """Send every item to the server.
 
     Args:
-        kept: The file in which replies are kept, and from which an earlier run's are taken.
+        kept: File of stored replies; replies of an earlier run are reused.
 
     Returns:
-        The replies in the items' order, and the model's name as the server has it.
+        The replies in the items' order, and the server's name of the model.
 
     Raises:
-        EndpointError: Nobody answers, or whoever does will answer no item.
+        EndpointError: The endpoint is unreachable or refuses every item.
     """
     return asyncio.run(_ask(endpoint, items, kept, cuts_long=cuts_long, use_tqdm=use_tqdm))
 
@@ -146,15 +147,15 @@ async def _ask(
         model = endpoint.model or await _first_model(client, endpoint)
         keys = [endpoint.fingerprint(item, model, cuts_long=cuts_long) for item in items]
         known = _read_kept(kept) if kept is not None else {}
-        found = {key: known[key] for key in keys if key in known}
-        todo = iter([(key, item) for key, item in zip(keys, items, strict=True) if key not in found])
-        with tqdm(total=len(items), initial=len(found), desc="questions", disable=not use_tqdm) as bar:
+        replies = {key: known[key] for key in keys if key in known}
+        todo = iter([(key, item) for key, item in zip(keys, items, strict=True) if key not in replies])
+        with tqdm(total=len(items), initial=len(replies), desc="questions", disable=not use_tqdm) as bar:
 
             async def work() -> None:
                 for key, item in todo:
-                    found[key] = await _ask_one(client, endpoint, model, item, cuts_long=cuts_long)
-                    if kept is not None and found[key].error is None:
-                        _keep(kept, key, item, found[key])
+                    replies[key] = await _ask_one(client, endpoint, model, item, cuts_long=cuts_long)
+                    if kept is not None and replies[key].error is None:
+                        _keep(kept, key, item, replies[key])
                     bar.update()
 
             try:
@@ -162,18 +163,18 @@ async def _ask(
                     for _ in range(endpoint.concurrency):
                         group.create_task(work())
             except* EndpointError as failures:
-                # One that no item can escape ended all of them.
+                # An error for every item cancelled all workers.
                 raise EndpointError(str(failures.exceptions[0])) from failures
-    received = [found[key] for key in keys]
+    received = [replies[key] for key in keys]
     name = next((each.model for each in received if each.model), None) or model or endpoint.base
     return [read(item, each, endpoint.api) for item, each in zip(items, received, strict=True)], name
 
 
 def read(item: Item, received: Received, api: Api) -> Reply:
-    """Reads what came back: which choice it means, and the trace if it is one.
+    """Convert a stored reply: find its choice, and its trace if it has one.
 
-    A HyPeR service says itself which choice it took. Of any other reply the answer is what stands in FINAL_ANSWER,
-    RESPONSE or `<answer>`, else the whole text; `training.text_metrics.chosen` says how a choice is read from it.
+    A HyPeR service returns the index of its choice. In any other reply, the answer is the text of FINAL_ANSWER,
+    RESPONSE or `<answer>`, else the whole text. `training.text_metrics.chosen` matches it to a choice.
     """
     if received.error is not None:
         return Reply.failed(received.error)
@@ -186,7 +187,7 @@ def read(item: Item, received: Received, api: Api) -> Reply:
     return Reply(
         parsed,
         choice,
-        # By a letter alone no rule by words could be met.
+        # A letter alone would match no rule on words.
         answer.strip() if named is None else choices[named],
         num_pauses=received.num_pauses,
         is_aborted=received.is_aborted,
@@ -196,10 +197,10 @@ def read(item: Item, received: Received, api: Api) -> Reply:
 
 
 def _read_kept(path: Path) -> dict[str, Received]:
-    """Returns the replies of earlier runs; a last line that was cut off when a run ended is taken away."""
-    found: dict[str, Received] = {}
+    """Return the replies of earlier runs, and remove an incomplete last line from the file."""
+    stored: dict[str, Received] = {}
     if not path.exists():
-        return found
+        return stored
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
@@ -207,10 +208,10 @@ def _read_kept(path: Path) -> dict[str, Received]:
     for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            found[row["key"]] = Received(**row["received"])
+            stored[row["key"]] = Received(**row["received"])
         except (ValueError, TypeError, KeyError) as error:
             raise EndpointError(f"{path}, line {number}: no kept reply ({_reason(error)})") from error
-    return found
+    return stored
 
 
 def _keep(path: Path, key: str, item: Item, received: Received) -> None:
@@ -221,7 +222,7 @@ def _keep(path: Path, key: str, item: Item, received: Received) -> None:
 
 
 async def _first_model(client: httpx.AsyncClient, endpoint: Endpoint) -> str | None:
-    """Returns the first model that an OpenAI-compatible server lists; a HyPeR service names its own in each reply."""
+    """Return the first model listed by an OpenAI-compatible server; a HyPeR service names its model in each reply."""
     if endpoint.api == "hyper":
         return None
     url = f"{endpoint.base}/models"
@@ -241,7 +242,7 @@ async def _ask_one(
     except HyperError as error:
         return Received(error=str(error))
     ask_once = _ask_hyper if endpoint.api == "hyper" else _ask_openai
-    # The item's own, so that what one item waits does not depend on the others.
+    # Seeded per item, so that one item's delay does not depend on the others.
     rng = random.Random(item.id)
     reason, is_there, wait_s = "", True, 0.0
     for number in range(endpoint.num_tries):
@@ -265,10 +266,10 @@ async def _ask_one(
 
 
 def to_wav(item: Item, *, cuts_long: bool) -> bytes:
-    """Returns an item's clip as a WAV file: 16 kHz, 16 bit, one channel.
+    """Return an item's clip as a WAV file: 16 kHz, 16 bit, one channel.
 
     Raises:
-        HyperError: As `Item.load`.
+        HyperError: As in `Item.load`.
     """
     file = io.BytesIO()
     soundfile.write(file, item.load(cuts_long=cuts_long), SAMPLE_RATE_HZ, format="WAV", subtype="PCM_16")
@@ -338,7 +339,7 @@ async def _ask_openai(
 
 
 def openai_body(endpoint: Endpoint, model: str | None, item: Item, clip: bytes) -> dict[str, Any]:
-    """Returns the body of a chat request: the clip first, then question, choices and instruction as one text."""
+    """Return the body of a chat request: first the clip, then question, choices and instruction as one text."""
     truth = item.truth
     lines = [truth.question, *(render_choice(index, truth.choices) for index in range(len(truth.choices)))]
     if truth.choices and endpoint.instruction:
@@ -357,11 +358,11 @@ def openai_body(endpoint: Endpoint, model: str | None, item: Item, clip: bytes) 
 
 
 async def _refusal(response: httpx.Response) -> Received | None:
-    """Returns why an item will never be answered, None where it is being answered.
+    """Return the final refusal of an item as its reply, or None for a successful response.
 
     Raises:
         _PassingError: The server may answer later.
-        EndpointError: It will answer no item.
+        EndpointError: The server refuses every item.
     """
     if response.is_success:
         return None
@@ -377,12 +378,12 @@ async def _refusal(response: httpx.Response) -> Received | None:
 def _wait_s(header: str | None) -> float | None:
     try:
         return max(0.0, float(header)) if header else None
-    except ValueError:  # A date, which few servers send.
+    except ValueError:  # A date; few servers send one.
         return None
 
 
 async def _events(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, str]]:
-    """Yields (name, data) of each server-sent event; comments, which keep a connection alive, are passed over."""
+    """Yield (name, data) of each server-sent event, without keep-alive comments."""
     name, data = "message", list[str]()
     async for line in lines:
         if not line:
@@ -405,14 +406,14 @@ def _parsed(text: str) -> Any:
 
 
 def _part(reply: Any, name: str) -> dict[str, Any]:
-    """Returns the `message` or `delta` of a reply's first choice; an empty one where there is none (a usage chunk)."""
+    """Return the `message` or `delta` of a reply's first choice; empty if absent, as in a usage chunk."""
     choices = reply.get("choices") if isinstance(reply, dict) else None
     part = choices[0].get(name) if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
     return part if isinstance(part, dict) else {}
 
 
 def _content(message: Mapping[str, Any]) -> str:
-    """Returns a message's text; some servers send it in parts."""
+    """Return the text of a message; some servers send it in parts."""
     content = message.get("content")
     if isinstance(content, list):
         return "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
@@ -420,7 +421,7 @@ def _content(message: Mapping[str, Any]) -> str:
 
 
 def _error_text(text: str) -> str:
-    """Returns the message of an error object of either API, else the beginning of what came."""
+    """Return the message of an error object of either API, else the beginning of the text."""
     try:
         error = json.loads(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)[:300]
