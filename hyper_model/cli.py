@@ -65,7 +65,7 @@ def _unavailable(name: str, module: str) -> click.Command:
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="hyper-audio")
 def hyper() -> None:
-    """Ask a recording a question: what was heard, how it was reasoned, and the answer."""
+    """Answer questions about audio clips: serve, train and evaluate HyPeR checkpoints."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

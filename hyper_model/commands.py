@@ -28,11 +28,11 @@ def checkpoint() -> None:
 @checkpoint.command()
 @click.argument("directory", type=_DIRECTORY)
 def verify(directory: Path) -> None:
-    """Check everything in DIRECTORY: sums, names, tokens, and that nothing in it could run code."""
+    """Verify DIRECTORY: checksums, names, tokens, and the absence of executable code."""
     from hyper_model.checkpoint import open_checkpoint
 
     opened = open_checkpoint(directory)
-    click.echo(f"{opened.manifest.name}: {len(opened.manifest.files)} files are whole and can be served")
+    click.echo(f"{opened.manifest.name}: {len(opened.manifest.files)} files are complete and can be served")
     click.echo(f"manifest sha256 {opened.manifest_sha256}")
 
 
@@ -40,7 +40,7 @@ def verify(directory: Path) -> None:
 @click.argument("directory", type=_DIRECTORY)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(directory: Path, as_json: bool) -> None:
-    """Say what the checkpoint in DIRECTORY is; file sums are not checked (see verify)."""
+    """Describe the checkpoint in DIRECTORY without verifying checksums (see verify)."""
     from hyper_model import weights
     from hyper_model.checkpoint import open_checkpoint
 
@@ -86,26 +86,26 @@ def info(directory: Path, as_json: bool) -> None:
 @checkpoint.command()
 @click.argument("source", type=_DIRECTORY)
 @click.argument("destination", type=_DIRECTORY)
-@click.option("--name", help="The checkpoint's name.  [default: that of the SOURCE directory]")
+@click.option("--name", help="Name of the checkpoint.  [default: name of the SOURCE directory]")
 @click.option(
     "--tag-style",
     type=click.Choice(["token", "text"]),
-    help="How the model writes its tags; token adds them to the tokenizer.  "
-    "[default: token when it has them all, else text]",
+    help="Form of the tags; token adds them to the tokenizer.  "
+    "[default: token if the tokenizer has all of them, else text]",
 )
 @click.option(
     "--tag-names",
     type=click.Choice(["hyper", "r1"]),
-    help="Which tags it writes: those of published HyPeR models, or <think> and <answer>.  "
-    "[default: hyper when the tokenizer holds any of its tokens, else r1]",
+    help="Names of the tags: those of published HyPeR models, or <think> and <answer>.  "
+    "[default: hyper if the tokenizer has any of its tokens, else r1]",
 )
 @click.option(
     "--answer-style",
     type=click.Choice(["letter", "text"]),
-    help="Whether its answer to choices starts with a letter or is the choice's text.  "
+    help="Form of answers to multiple-choice questions: a letter, or the text of the choice.  "
     "[default: letter for hyper, text for r1]",
 )
-@click.option("--base-model", help="What to call the source in the manifest.  [default: the SOURCE directory's name]")
+@click.option("--base-model", help="Name of the source in the manifest.  [default: name of the SOURCE directory]")
 def adopt(
     source: Path,
     destination: Path,
@@ -115,10 +115,10 @@ def adopt(
     answer_style: str | None,
     base_model: str | None,
 ) -> None:
-    """Make a checkpoint at DESTINATION of a Qwen2-Audio model.
+    """Convert a Qwen2-Audio model into a checkpoint at DESTINATION.
 
-    SOURCE is a directory as transformers writes it, with config.json, tokenizer.json and safetensors. A published HyPeR
-    model whose tokenizer is Qwen's own cannot be told from others: give --tag-names hyper.
+    SOURCE is a directory in transformers' format, with config.json, tokenizer.json and safetensors files. A published
+    HyPeR model with Qwen's own tokenizer cannot be detected: use --tag-names hyper.
     """
     from typing import cast
 
@@ -151,9 +151,9 @@ def adopt(
 @click.argument("source", type=_DIRECTORY)
 @click.argument("destination", type=_DIRECTORY)
 def positions(source: Path, destination: Path) -> None:
-    """Give each position of SOURCE's parallel pauses a token of its own, in a checkpoint at DESTINATION.
+    """Add one token per position of SOURCE's parallel pauses; write the checkpoint to DESTINATION.
 
-    All begin as copies of the pause token, so the model says what it said: what follows from them is for training.
+    The tokens start as copies of the pause token, so outputs stay the same until training changes them.
     """
     from hyper_model.positions import give_positions
 

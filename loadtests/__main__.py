@@ -16,7 +16,7 @@ from loadtests.scenarios import SCENARIOS
 
 @click.group()
 def main() -> None:
-    """Measures the service: a running one over HTTP, or one of its own beside its peers."""
+    """Measure the service: load, stress and benchmark."""
 
 
 CLIPS_OPTION = click.option(
@@ -24,35 +24,37 @@ CLIPS_OPTION = click.option(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     default=Path("tests/assets/clips"),
     show_default=True,
-    help="Folder of good clips, which are asked about as they are, cut to other lengths, or broken.",
+    help="Folder of valid clips. They are sent unchanged, cut to other lengths, or broken.",
 )
-SEED_OPTION = click.option(
-    "--seed", type=int, default=20261125, show_default=True, help="Everything that is drawn follows from it."
-)
+SEED_OPTION = click.option("--seed", type=int, default=20261125, show_default=True, help="Seed of all random choices.")
 
 
 @main.command()
 @click.argument("name", metavar="SCENARIO", type=click.Choice(list(SCENARIOS)))
-@click.option("--url", help="A running service.  [default: starts `hyper serve` and ends it afterwards]")
-@click.option("--key", envvar="HYPER_KEY", help="An API key (HYPER_KEY), where the service asks for one.")
-@click.option("--metrics-url", help="Where /metrics is, if on a port of its own (HYPER_METRICS_PORT).")
+@click.option("--url", help="Address of a running service.  [default: start `hyper serve` and stop it afterwards]")
+@click.option("--key", envvar="HYPER_KEY", help="API key (HYPER_KEY), if the service requires one.")
+@click.option("--metrics-url", help="Address of /metrics, if it has its own port (HYPER_METRICS_PORT).")
 @click.option(
     "--serve",
     "variables",
     multiple=True,
     metavar="HYPER_NAME=VALUE",
-    help="A setting of the service that is started, such as HYPER_ENGINE=scripted; may be given several times.",
+    help="Setting of the started service, such as HYPER_ENGINE=scripted. Repeatable.",
 )
 @CLIPS_OPTION
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where the results go.")
-@click.option("--peak", type=click.FloatRange(min=0, min_open=True), help="Answers a second; else it is looked for.")
-@click.option("--slo", "slo_s", type=float, help="Seconds within which an answer is good.  [default: the scenario's]")
-@click.option("--scale", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Makes every period longer.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder of the results.")
+@click.option(
+    "--peak", type=click.FloatRange(min=0, min_open=True), help="Peak in answers per second.  [default: measured]"
+)
+@click.option("--slo", "slo_s", type=float, help="Latency objective in seconds.  [default: the scenario's]")
+@click.option(
+    "--scale", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Factor for the length of every period."
+)
 @SEED_OPTION
 @click.option(
     "--log",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where a service that is started here writes its messages.  [default: OUT/service.log]",
+    help="Log file of the started service.  [default: OUT/service.log]",
 )
 def run(
     name: str,
@@ -68,18 +70,18 @@ def run(
     seed: int,
     log: Path | None,
 ) -> None:
-    """Offers load to the service and measures it.
+    """Send load to the service and measure it.
 
-    Requests arrive as a Poisson process at rates that do not depend on the answers, and latency counts from when a
-    request was due. Ends with a table and one line of JSON; OUT gets all figures as JSON and a picture. Exits with 1
-    where a figure misses its aim or requests fail, and with 3 where the driver itself was too slow to tell.
+    Requests arrive as a Poisson process, independent of the answers, and latency counts from the planned time of a
+    request. Prints a table and one line of JSON; OUT gets all figures as JSON and a picture. Exits with 1 if a figure
+    misses its target or requests fail, and with 3 if the driver itself was too slow.
 
     \b
-    smoke     two questions a second for 15 s; all must be answered
+    smoke     two questions per second for 15 s; all must be answered
     capacity  growing rates: the peak, and latency by stage over the offered load
-    overload  0.8 and 3 times the peak: goodput, latency of what is admitted, refusals
-    soak      11,000 requests at 0.7 of the peak: memory, and every request accounted for
-    chaos     clients that leave, an engine that is killed and one that hangs, SIGTERM with 50 in flight
+    overload  0.8 and 3 times the peak: goodput, latency of admitted requests, refusals
+    soak      11,000 requests at 0.7 of the peak: memory, and a count of all outcomes
+    chaos     disconnecting clients, a killed and a hung engine, SIGTERM with 50 in flight
     """
     from loadtests.driver import DriverLateError
     from loadtests.experiment import Experiment, write
@@ -124,28 +126,28 @@ def run(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     default=Path("checkpoints/hyper-mini"),
     show_default=True,
-    help="The checkpoint that all of them serve.",
+    help="Checkpoint of all measured systems.",
 )
 @CLIPS_OPTION
-@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="How often the sides take turns.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Number of alternating rounds.")
 @click.option(
     "--part",
     "parts",
     type=click.Choice(["engine", "throughput"]),
     multiple=True,
-    help="Measure this part only.  [default: both]",
+    help="Measure only this part.  [default: both]",
 )
 @click.option(
     "--log",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("build/bench.log"),
     show_default=True,
-    help="Where the measured processes write their messages.",
+    help="Log file of the measured processes.",
 )
 def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], log: Path) -> None:
-    """Measures the service beside vLLM's own server, bare engines and transformers (about 12 minutes on two cores).
+    """Compare the service with vLLM's own server, bare engines and transformers (about 12 minutes on two cores).
 
-    They take turns in one run; every figure is a ratio within it. Ends with one JSON line.
+    The systems alternate in one run; every figure is a ratio within it. The last line is JSON.
     """
     from loadtests.bench import Bench, Figure, measure_engine, measure_throughput, table
 
@@ -169,19 +171,21 @@ def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], lo
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("build/stress"),
     show_default=True,
-    help="Where results are kept; a part whose result is there is not carried out again.",
+    help="Folder of the results; finished parts are not repeated.",
 )
 @CLIPS_OPTION
-@click.option("--files", "num_files", type=click.IntRange(1), help="Hostile files to send.  [default: 10000]")
-@click.option("--requests", "num_requests", type=click.IntRange(4), help="Requests to generate.  [default: 2000]")
-@click.option("--part", "parts", metavar="PART", multiple=True, help="Only this part; may be given several times.")
-@click.option("--quick", "is_quick", is_flag=True, help="Some minutes: few of everything, no soak, no vLLM.")
+@click.option("--files", "num_files", type=click.IntRange(1), help="Number of hostile files.  [default: 10000]")
+@click.option(
+    "--requests", "num_requests", type=click.IntRange(4), help="Number of generated requests.  [default: 2000]"
+)
+@click.option("--part", "parts", metavar="PART", multiple=True, help="Run only this part. Repeatable.")
+@click.option("--quick", "is_quick", is_flag=True, help="Run for some minutes: small numbers, no soak, no vLLM.")
 @click.option(
     "--overload-engine",
     type=click.Choice(["scripted", "vllm"]),
     default="scripted",
     show_default=True,
-    help="What is overloaded and soaked.",
+    help="Engine of the overload and soak parts.",
 )
 @SEED_OPTION
 def stress(
@@ -194,26 +198,26 @@ def stress(
     overload_engine: Literal["scripted", "vllm"],
     seed: int,
 ) -> None:
-    """Does to the service all that it promises to withstand (twenty minutes on two cores).
+    """Measure the documented limits under hostile input, overload and faults (twenty minutes on two cores).
 
-    Ends with a table and one line of JSON; OUT keeps all figures. Exits with 1 where a figure misses its aim, and with
-    3 where a part came to no result; the next run takes that up again.
+    Prints a table and one line of JSON; OUT keeps all figures. Exits with 1 if a figure misses its target, and with 3
+    if a part has no result; the next run repeats that part.
 
     \b
-    sandbox   clips decoded in the sandbox and beside it
-    auth     every address and method without a key
-    requests  requests generated from the service's own description
-    files     hostile files: broken ones, bombs, liars, traps that call a port or read a file
+    sandbox   clips decoded inside and outside the sandbox
+    auth      every address and method without a key
+    requests  requests generated from /openapi.json
+    files     hostile files: broken files, bombs, wrong headers, traps that call a port or read a file
     overload  0.8 and 3 times the peak
     soak      11,000 requests at 0.7 of the peak
-    chaos     clients that leave, an engine that is killed and one that hangs, SIGTERM with 50 in flight
+    chaos     disconnecting clients, a killed and a hung engine, SIGTERM with 50 in flight
     """
     from loadtests.scenarios import figures_json, figures_table
     from loadtests.stress import PARTS, StressRun, run
 
     if unknown := set(parts) - set(PARTS):
         raise click.BadParameter(
-            f"there is no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}", param_hint="--part"
+            f"unknown part {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}", param_hint="--part"
         )
     setup = StressRun(
         out=out,
@@ -236,26 +240,37 @@ def stress(
 
 
 @main.command()
-@click.option("--prometheus", "url", required=True, metavar="URL", help="A Prometheus that scrapes the service.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The PNG to write.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=60, show_default=True, help="How long.")
 @click.option(
-    "--until", type=click.DateTime(), metavar="UTC", help="When it ends: 2026-11-25T23:00:00.  [default: now]"
+    "--prometheus", "url", required=True, metavar="URL", help="Address of a Prometheus that scrapes the service."
 )
-@click.option("--instance", default=".*", show_default=True, help="Instances, as a regular expression.")
-@click.option("--rate", "rate_interval", default="1m", show_default=True, help="Rates are taken over this long.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="PNG file to write.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60,
+    show_default=True,
+    help="Length of the shown period.",
+)
+@click.option(
+    "--until",
+    type=click.DateTime(),
+    metavar="UTC",
+    help="End of the shown period, such as 2026-11-25T23:00:00.  [default: now]",
+)
+@click.option("--instance", default=".*", show_default=True, help="Regular expression of the instances.")
+@click.option("--rate", "rate_interval", default="1m", show_default=True, help="Window of rates.")
 @click.option(
     "--dashboard",
     "file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     default=Path("deploy/grafana/dashboards/hyper.json"),
     show_default=True,
-    help="The Grafana dashboard to draw.",
+    help="Grafana dashboard to draw.",
 )
 def dashboard(
     url: str, out: Path, minutes: float, until: datetime | None, instance: str, rate_interval: str, file: Path
 ) -> None:
-    """Draws the Grafana dashboard as a PNG, for those who have a Prometheus and no Grafana."""
+    """Draw the Grafana dashboard as a PNG from Prometheus, without Grafana."""
     from loadtests.dashboard import Prometheus, draw, window_of
 
     window = window_of(minutes, until, instance, rate_interval)

@@ -20,16 +20,20 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 @click.command()
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="The checkpoint's directory (HYPER_CHECKPOINT).")
-@click.option("--engine", type=click.Choice(["vllm", "scripted"]), help="What answers (HYPER_ENGINE).")
-@click.option("--host", help="The address to listen on (HYPER_HOST).")
-@click.option("--port", type=int, help="The port to listen on; 0 takes a free one (HYPER_PORT).")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Checkpoint directory (HYPER_CHECKPOINT).")
+@click.option(
+    "--engine",
+    type=click.Choice(["vllm", "scripted"]),
+    help="Engine: vllm, or scripted without a model (HYPER_ENGINE).",
+)
+@click.option("--host", help="Listening address (HYPER_HOST).")
+@click.option("--port", type=int, help="Listening port; 0 selects a free one (HYPER_PORT).")
 def serve(**options: Any) -> None:
     """Answer questions about clips over HTTP.
 
-    Everything else is set by HYPER_* variables; docs/operations.md explains them. Stops at SIGTERM when the requests in
-    flight are answered, with exit code 0; exits with 70 when the engine cannot be kept running and with 78 when the
-    checkpoint cannot be served.
+    HYPER_* variables set all other options; docs/operations.md explains them. SIGTERM stops the service after the
+    requests in flight, with exit code 0. Exit code 70: the engine cannot be kept running. Exit code 78: the checkpoint
+    cannot be served.
     """
     from pydantic import ValidationError
 
@@ -49,11 +53,11 @@ def serve(**options: Any) -> None:
 @click.command()
 @click.argument("clip", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("question")
-@click.option("--choice", "choices", multiple=True, help="An option to choose from; give it two times or more.")
-@click.option("--url", default=DEFAULT_URL, envvar="HYPER_URL", show_default=True, help="Where the service is.")
-@click.option("--key", envvar="HYPER_KEY", help="An API key (HYPER_KEY), where the service asks for one.")
-@click.option("--json", "as_json", is_flag=True, help="Print the whole reply as JSON; with --stream, every event.")
-@click.option("--stream", is_flag=True, help="Print what the model hears and thinks while it writes.")
+@click.option("--choice", "choices", multiple=True, help="One choice of a multiple-choice question; give at least two.")
+@click.option("--url", default=DEFAULT_URL, envvar="HYPER_URL", show_default=True, help="Address of the service.")
+@click.option("--key", envvar="HYPER_KEY", help="API key (HYPER_KEY), if the service requires one.")
+@click.option("--json", "as_json", is_flag=True, help="Print the whole reply as JSON; with --stream, each event.")
+@click.option("--stream", is_flag=True, help="Print the trace while the model writes it.")
 def ask(
     clip: Path, question: str, choices: tuple[str, ...], url: str, key: str | None, as_json: bool, stream: bool
 ) -> None:
@@ -77,18 +81,18 @@ def ask(
                 response.read()
                 show_reply(response.json(), as_json=as_json)
     except httpx.InvalidURL as error:
-        refuse(f"{url} is not an address: {error}.")
+        refuse(f"{url} is not a valid address: {error}.")
     except httpx.RequestError as error:
-        refuse(f"no answer from {url}: {error}. Is `hyper serve` running?")
+        refuse(f"no reply from {url}: {error}. Is `hyper serve` running?")
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
-        refuse(f"what answers at {url} does not answer as `hyper serve` does.")
+        refuse(f"the reply from {url} is not one of `hyper serve`. Check the address (--url).")
 
 
 @click.group()
 def keys() -> None:
-    """Make, list and revoke the API keys that a service asks for.
+    """Create, list and revoke the API keys of a service.
 
-    A running service whose HYPER_KEY_FILE is the same file heeds a change within a second.
+    A running service with this HYPER_KEY_FILE applies changes within a second.
     """
 
 
@@ -98,21 +102,33 @@ KEY_FILE_OPTION = click.option(
     type=click.Path(dir_okay=False, path_type=Path),
     envvar="HYPER_KEY_FILE",
     required=True,
-    help="The key file (HYPER_KEY_FILE).",
+    help="Key file (HYPER_KEY_FILE).",
 )
 
 
 @keys.command()
 @click.argument("name")
 @KEY_FILE_OPTION
-@click.option("--scope", "scopes", type=click.Choice(["ask", "metrics"]), multiple=True, help="What it opens  [ask]")
-@click.option("--priority", type=click.Choice(["interactive", "batch"]), default="interactive", show_default=True)
-@click.option("--requests-per-minute", type=float, help="Most requests a minute; as many may come at once.")
-@click.option("--concurrent", type=int, help="Most requests in flight at the same time.")
-@click.option("--audio-s-per-day", type=float, help="Most seconds of audio a day.")
-@click.option("--days", type=click.IntRange(min=1), help="Days until it expires.")
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice(["ask", "metrics"]),
+    multiple=True,
+    help="Endpoints of the key: questions or /metrics.  [default: ask]",
+)
+@click.option(
+    "--priority",
+    type=click.Choice(["interactive", "batch"]),
+    default="interactive",
+    show_default=True,
+    help="Class of the key's requests; batch requests wait behind interactive ones.",
+)
+@click.option("--requests-per-minute", type=float, help="Maximum requests per minute; as many may arrive at once.")
+@click.option("--concurrent", type=int, help="Maximum requests in flight.")
+@click.option("--audio-s-per-day", type=float, help="Maximum seconds of audio per day.")
+@click.option("--days", type=click.IntRange(min=1), help="Days until the key expires.")
 def add(name: str, path: Path, scopes: tuple[str, ...], days: int | None, **limits: Any) -> None:
-    """Make a key for NAME and print it, this once: the file keeps only its hash."""
+    """Create a key for NAME and print it once; the file stores only its hash."""
     from datetime import UTC, datetime, timedelta
 
     from server import api_keys as keys
@@ -124,7 +140,7 @@ def add(name: str, path: Path, scopes: tuple[str, ...], days: int | None, **limi
 @keys.command("list")
 @KEY_FILE_OPTION
 def list_keys(path: Path) -> None:
-    """Print the names of the keys, and what each allows."""
+    """List the keys with their scopes and limits."""
     from server import api_keys as keys
 
     for key in keys.read(path).keys:
@@ -143,7 +159,7 @@ def list_keys(path: Path) -> None:
 @click.argument("name")
 @KEY_FILE_OPTION
 def revoke(name: str, path: Path) -> None:
-    """End the key of NAME."""
+    """Revoke the key of NAME."""
     from server import api_keys as keys
 
     keys.revoke(path, name)
@@ -191,7 +207,7 @@ def show_stream(response: httpx.Response, *, as_json: bool) -> None:
             case _:
                 pass
     if name != "done":
-        refuse("the stream ended before the answer was complete, or is none of `hyper serve`.")
+        refuse("the stream ended without a complete answer, or does not come from `hyper serve`.")
 
 
 def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -217,7 +233,7 @@ def error_message(response: httpx.Response) -> str:
         error = response.json()["error"]
         return " ".join(part for part in (error["message"], error["hint"]) if part)
     except (ValueError, KeyError, TypeError):
-        return f"the service answered {response.status_code}"
+        return f"the service returned status {response.status_code} without an error object"
 
 
 def refuse(message: str) -> None:

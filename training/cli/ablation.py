@@ -19,35 +19,41 @@ from training.cli.data import work_option
     "--base",
     "base_dir",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="The Stage I checkpoint that every arm begins from, calibrated.",
+    help="Calibrated Stage I checkpoint, the start of every arm.",
 )
 @work_option
-@click.option("--steps", type=click.IntRange(1), default=300, show_default=True, help="Steps of Stage II.")
-@click.option("--sft-steps", type=click.IntRange(1), default=400, show_default=True, help="Steps of Stage I before it.")
+@click.option("--steps", type=click.IntRange(1), default=300, show_default=True, help="Number of Stage II steps.")
+@click.option(
+    "--sft-steps",
+    type=click.IntRange(1),
+    default=400,
+    show_default=True,
+    help="Number of Stage I steps before Stage II.",
+)
 @click.option(
     "--items",
     type=click.IntRange(6),
     default=1_200,
     show_default=True,
-    help=f"Questions to each arm, over {', '.join(SUITES)}.",
+    help=f"Number of questions per arm, over {', '.join(SUITES)}.",
 )
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How often each arm is trained.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of training seeds per arm.")
 @click.option(
     "--arm",
     "names",
     multiple=True,
     type=click.Choice([arm.name for arm in ARMS]),
-    help="Make this one; may be given more than once.  [default: all]",
+    help="Run only this arm. Repeatable.  [default: all]",
 )
-@click.option("--section", "sections", multiple=True, help="A section that may pause.  [default: the base's]")
+@click.option("--section", "sections", multiple=True, help="Section with pauses. Repeatable.  [default: the base's]")
 @click.option(
     "--wanted-aborts",
     type=click.FloatRange(0.0, 1.0),
-    help="The most given up, as a share, that gates are calibrated for.  [default: as the base's]",
+    help="Maximum share of aborted completions for calibration.  [default: the base's]",
 )
-@click.option("--sft-set", multiple=True, metavar="NAME=VALUE", help="Change a setting of every arm's Stage I.")
-@click.option("--grpo-set", multiple=True, metavar="NAME=VALUE", help="Change a setting of every arm's Stage II.")
-@click.option("--report", "only_reports", is_flag=True, help="Write the report of what is there, and nothing else.")
+@click.option("--sft-set", multiple=True, metavar="NAME=VALUE", help="Change a Stage I setting of every arm.")
+@click.option("--grpo-set", multiple=True, metavar="NAME=VALUE", help="Change a Stage II setting of every arm.")
+@click.option("--report", "only_reports", is_flag=True, help="Only write the report of the existing results.")
 def ablation(
     run_dir: Path,
     base_dir: Path | None,
@@ -63,10 +69,10 @@ def ablation(
     grpo_set: tuple[str, ...],
     only_reports: bool,
 ) -> None:
-    """Train variants of the embedded model from one base, ask all of them the same, and compare them in RUN_DIR.
+    """Train variants of the embedded model from one base and compare them on the same questions.
 
-    What is there already is not made again: the same command goes on where it stopped. Several may share RUN_DIR, each
-    with arms of its own. RUN_DIR gets ablation.md, ablation.json and ablation.png.
+    Existing results are kept, so the same command resumes an interrupted run. Several runs with different arms may
+    share RUN_DIR. RUN_DIR gets ablation.md, ablation.json and ablation.png.
     """
     from training.ablation.report import write_report
 
@@ -74,12 +80,12 @@ def ablation(
         click.echo(write_report(run_dir))
         return
     if base_dir is None:
-        raise click.UsageError("name the checkpoint that every arm begins from with --base")
+        raise click.UsageError("an ablation starts from a calibrated checkpoint: set --base")
     chosen = [arm for arm in ARMS if not names or arm.name in names]
     base = Base.read(base_dir)
     if base.wanted is None and any(arm.max_pauses for arm in chosen):
         raise click.UsageError(
-            f"{base_dir} has no calibrated gate: `hyper checkpoint calibrate {base_dir} --max-pauses 3` gives it one"
+            f"{base_dir} has no calibrated gate: run `hyper checkpoint calibrate {base_dir} --max-pauses 3`"
         )
     plan = Plan(steps, sft_steps, items, sections, wanted_aborts, sft_set, grpo_set)
     check_settings(run_dir, plan.said(base))

@@ -230,14 +230,14 @@ class Bench:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     default=Path("checkpoints/hyper-mini"),
     show_default=True,
-    help="What is trained.",
+    help="Checkpoint to train.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Steps of each kind.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Number of steps of each kind.")
 def bench(clips: Path, checkpoint: Path, rounds: int) -> None:
     """Measure Stage II on the audio files in CLIPS; the last line is JSON."""
     files = sorted(path for path in clips.iterdir() if path.suffix in (".wav", ".flac", ".mp3", ".ogg"))
     if not files:
-        raise click.ClickException(f"{clips} holds no audio file")
+        raise click.ClickException(f"{clips} has no audio file (.wav, .flac, .mp3, .ogg)")
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"

@@ -26,14 +26,14 @@ work_option = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("build"),
     show_default=True,
-    help="Folder of assets, bank and built clips.",
+    help="Folder of assets, voices and built clips.",
 )
 _workers = click.option(
     "--workers",
     type=click.IntRange(1),
     default=os.cpu_count() or 1,
-    show_default="one a core",
-    help="Processes to use.",
+    show_default="one per core",
+    help="Number of processes.",
 )
 
 
@@ -44,7 +44,7 @@ def _single_threaded() -> None:
 
 @click.group()
 def data() -> None:
-    """Build the audio that training and evaluation use."""
+    """Build and check the data of training and evaluation."""
 
 
 @data.command()
@@ -53,19 +53,19 @@ def data() -> None:
     "--format",
     "format_",
     type=click.Choice(["paqa", "sharegpt", "avqa", "mmau", "mmar", "csv", "plain"]),
-    help="What the file is.  [default: told from its name and first row]",
+    help="Format of the file.  [default: detected from its name and first row]",
 )
 @click.option(
     "--audio-root",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Where relative audio paths start.  [default: the file's folder]",
+    help="Folder of relative audio paths.  [default: the file's folder]",
 )
 def check(file: Path, format_: Format | None, audio_root: Path | None) -> None:
-    """Read a data set of questions about clips, count what it holds and name every row that cannot be used.
+    """Read a data set of questions about clips, count its rows and report every unusable row.
 
-    Reads PAQA and LLaMA-Factory's alpaca and ShareGPT forms, R1-AQA's AVQA lines, MMAU, MMAR, CSV (columns audio,
-    question, answer; optionally choices separated by |) and a JSON list of objects with file and question. Exits 1
-    when there is a bad row.
+    Formats: PAQA, LLaMA-Factory's alpaca and ShareGPT, R1-AQA's AVQA lines, MMAU, MMAR, CSV (columns audio, question,
+    answer; optionally choices separated by |) and a JSON list of objects with file and question. Exits with 1 if a row
+    is unusable.
     """
     from training.data.examples import check_examples
 
@@ -74,11 +74,11 @@ def check(file: Path, format_: Format | None, audio_root: Path | None) -> None:
     for category, number in found.by_category.items():
         click.echo(f"  {category}: {number}")
     if found.num_missing_audio:
-        click.echo(f"{found.num_missing_audio} audio files are not there")
+        click.echo(f"{found.num_missing_audio} audio files are missing")
     for fault in found.faults:
         click.echo(str(fault), err=True)
     if found.faults:
-        raise click.ClickException(f"{len(found.faults)} rows cannot be used")
+        raise click.ClickException(f"{len(found.faults)} unusable rows; correct or remove them")
 
 
 @data.command()
@@ -87,10 +87,10 @@ def check(file: Path, format_: Format | None, audio_root: Path | None) -> None:
 @click.option(
     "--split",
     type=click.Choice(["train", "validation", "test"]),
-    help="Let only the voices of this split speak.  [default: all]",
+    help="Synthesize only the voices of this split.  [default: all]",
 )
 def bank(work: Path, workers: int, split: Split | None) -> None:
-    """Fetch the assets and let every voice speak its lines (52,000; an hour of CPU time)."""
+    """Download the assets and synthesize the lines of every voice (52,000 lines; one hour of CPU time)."""
     _single_threaded()
     from training.data.sources.downloads import fetch, require_speech_programs
     from training.data.sources.voices import build_bank, list_voices
@@ -105,32 +105,36 @@ _noise = click.option(
     "--noise",
     multiple=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Take backgrounds from this folder of MUSAN or FSD50K, as it unpacks. May be given several times.",
+    help="Unpacked folder of MUSAN or FSD50K for background noise. Repeatable.",
 )
 
 
 @data.command()
 @work_option
 @_workers
-@click.option("--shards", type=click.IntRange(0), default=32, show_default=True, help="Shards of 500 scenes.")
+@click.option("--shards", type=click.IntRange(0), default=32, show_default=True, help="Number of shards of 500 scenes.")
 @click.option(
     "--speech-shards",
     type=click.IntRange(0),
     default=120,
     show_default=True,
-    help="Shards of 500 short clips of one voice and open text.",
+    help="Number of shards of 500 short clips with one voice and open text.",
 )
 @_noise
 @click.option(
-    "--noise-shards", type=click.IntRange(0), default=32, show_default=True, help="Shards of 500 scenes over --noise."
+    "--noise-shards",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Number of shards of 500 scenes with --noise.",
 )
 def scenes(
     work: Path, workers: int, shards: int, speech_shards: int, noise: tuple[Path, ...], noise_shards: int
 ) -> None:
-    """Build the training clips: render them and keep the encoder's states of each.
+    """Build the training clips and their encoder states.
 
-    A shard takes half a minute of one core. Shards that are there stay; a build that stopped goes on. All kinds of
-    clips lie in WORK/clips/train; what the files of --noise ask for is listed there in noise-licences.json.
+    One shard takes half a minute on one core. Existing shards are kept, so an interrupted build resumes. All kinds of
+    clips are in WORK/clips/train, with the licence terms of --noise files in noise-licences.json.
     """
     _single_threaded()
     from training.data.clips import ClipKind, build_clips
@@ -138,7 +142,7 @@ def scenes(
 
     missing = missing_rounds(work / "bank", [voice for voice in list_voices() if voice.split == "train"])
     if missing:
-        raise click.ClickException(f"the bank lacks {len(missing)} rounds: finish it first (make bank)")
+        raise click.ClickException(f"{len(missing)} rounds of voices are missing; run `make bank` first")
     wanted: dict[ClipKind, int] = {"speech": speech_shards, "scene": shards, "noise": noise_shards if noise else 0}
     for kind, number in wanted.items():
         if number:
@@ -158,13 +162,15 @@ def scenes(
 @work_option
 @_workers
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--items", type=click.IntRange(1), default=1_000, show_default=True, help="Questions, one a clip.")
+@click.option(
+    "--items", type=click.IntRange(1), default=1_000, show_default=True, help="Number of questions, one per clip."
+)
 @click.option(
     "--split",
     type=click.Choice(["train", "validation", "test"]),
     default="train",
     show_default=True,
-    help="Whose voices and recordings to use.",
+    help="Split of the voices and recordings.",
 )
 @click.option(
     "--suite",
@@ -172,8 +178,10 @@ def scenes(
     "contradicting-background.  [default: the usual mixture]",
 )
 @_noise
-@click.option("--audio", type=click.Choice(["flac", "wav"]), default="flac", show_default=True, help="Kind of file.")
-@click.option("--parts", is_flag=True, help="Also write each clip's speech and background apart.")
+@click.option(
+    "--audio", type=click.Choice(["flac", "wav"]), default="flac", show_default=True, help="Audio file format."
+)
+@click.option("--parts", is_flag=True, help="Also write speech and background of each clip as separate files.")
 def export(
     work: Path,
     workers: int,
@@ -185,11 +193,10 @@ def export(
     audio: Literal["flac", "wav"],
     parts: bool,
 ) -> None:
-    """Write scenes into FOLDER as a data set that others can train on.
+    """Write synthetic scenes into FOLDER as a data set.
 
-    FOLDER gets audio/, a JSON Lines file in PAQA's form (instruction, output, audios; `hyper data check` reads it) with
-    what is true of each clip, and LICENCES.json with what the sources of the sound ask for. An export that stopped goes
-    on; finished files are not made again.
+    FOLDER gets audio/, a JSON Lines file in PAQA's format with the truth of each clip (instruction, output, audios;
+    `hyper data check` reads it), and LICENCES.json with the terms of the audio sources. An interrupted export resumes.
     """
     _single_threaded()
     from training.data.export import ExportPlan, export_scenes
@@ -199,7 +206,7 @@ def export(
     if suite is not None and suite not in HARD_SETS:
         raise click.BadParameter(f"{suite!r} is none of {', '.join(HARD_SETS)}", param_hint="--suite")
     if suite is not None and noise:
-        raise click.UsageError("--suite has backgrounds of its own: leave --noise out")
+        raise click.UsageError("--suite defines its own backgrounds; omit --noise")
     plan = ExportPlan(
         work / "bank",
         work / "assets" / SOUNDS_FOLDER,
@@ -219,7 +226,7 @@ def export(
 @work_option
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def samples(work: Path, folder: Path) -> None:
-    """Write ten held-out clips in the formats people upload, with question and truth, into FOLDER."""
+    """Write ten held-out clips in common audio formats into FOLDER, with question and truth."""
     from training.data.samples import write_samples
     from training.data.scenes import SceneBuilder
     from training.data.sources.downloads import SOUNDS_FOLDER
@@ -236,52 +243,54 @@ def samples(work: Path, folder: Path) -> None:
 @click.option(
     "--examples",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Questions and clips of your own, in any format that `hyper data check` reads.  "
+    help="Your own questions and clips, in any format of `hyper data check`.  "
     "[default: synthetic scenes of the validation voices]",
 )
 @click.option(
     "--audio-root",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Where relative audio paths of --examples start.  [default: the file's folder]",
+    help="Folder of relative audio paths in --examples.  [default: the file's folder]",
 )
-@click.option("--items", type=click.IntRange(10), default=300, show_default=True, help="Questions to ask.")
+@click.option("--items", type=click.IntRange(10), default=300, show_default=True, help="Number of questions.")
 @click.option(
     "--wanted",
     type=(float, float),
     default=(0.45, 1.0),
     show_default=True,
-    help="The least and the most pauses a completion.",
+    help="Minimum and maximum pauses per completion.",
 )
 @click.option(
     "--wanted-aborts",
     type=float,
     default=0.01,
     show_default=True,
-    help="The most completions given up (too unsure throughout, or repeating themselves), as a share.",
+    help="Maximum share of aborted completions (low confidence throughout, or repetitions).",
 )
 @click.option(
-    "--max-pauses", type=click.IntRange(1, 16), help="Pauses a completion may have.  [default: the manifest's]"
+    "--max-pauses", type=click.IntRange(1, 16), help="Maximum pauses per completion.  [default: the manifest's]"
 )
 @click.option(
     "--window-tokens",
     type=click.IntRange(1),
-    help="Tokens whose mean confidence is compared with the threshold.  [default: the manifest's]",
+    help="Tokens of the confidence window.  [default: the manifest's]",
 )
 @click.option(
     "--rest-tokens",
     type=click.IntRange(0),
-    help="Tokens that must be written between two pauses.  [default: the manifest's]",
+    help="Minimum tokens between two pauses.  [default: the manifest's]",
 )
-@click.option("--latent-tokens", type=click.IntRange(1), help="Tokens of a pause.  [default: the manifest's]")
+@click.option("--latent-tokens", type=click.IntRange(1), help="Latent tokens per pause.  [default: the manifest's]")
 @click.option(
     "--section",
     "sections",
     multiple=True,
     metavar="NAME",
-    help="A section that may pause: ENV, SPEAKER, ASR, DESCRIPTION, REASONING, SUMMARY or REFLECT; may be given "
-    "several times.  [default: the manifest's]",
+    help="Section with pauses: ENV, SPEAKER, ASR, DESCRIPTION, REASONING, SUMMARY or REFLECT. Repeatable.  "
+    "[default: the manifest's]",
 )
-@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve there.")
+@click.option(
+    "--png", type=click.Path(dir_okay=False, path_type=Path), help="File for a plot of the calibration curve."
+)
 @work_option
 @_workers
 def calibrate(
@@ -297,18 +306,18 @@ def calibrate(
     workers: int,
     **fields: int | None,
 ) -> None:
-    """Set the thresholds at which CHECKPOINT pauses, from how sure it is of a validation set.
+    """Calibrate the pause thresholds of CHECKPOINT on a validation set.
 
-    The manifest gets the thresholds and the curve they were read from. Weights are not touched. Where no threshold
-    gives as many pauses as wanted and as few given up, the command says what it measured and changes nothing: then
-    another rate, other sections or a higher --wanted-aborts may be what this checkpoint can do.
+    The manifest gets the thresholds and their curve; the weights stay unchanged. If no threshold reaches both the pause
+    rate and the abort rate, the command reports its measurements and changes nothing. Then try another rate, other
+    sections or a higher --wanted-aborts.
     """
     from hyper_model.checkpoint import open_checkpoint
     from training.evaluation.calibrate import Wanted, draw_curve
     from training.evaluation.calibrate import calibrate as run
 
     if not 0 <= wanted[0] < wanted[1]:
-        raise click.BadParameter("the least must be below the most", param_hint="--wanted")
+        raise click.BadParameter("the minimum must be below the maximum", param_hint="--wanted")
     if png is not None:
         # What draws the curve is missed before the work, and not after it.
         import_module("matplotlib")
@@ -328,7 +337,7 @@ def calibrate(
     updated, calibration = run(opened, prompts, source=source, wanted=Wanted(wanted, wanted_aborts), fields=changes)
     pause = updated.manifest.pause
     click.echo(f"tau_pause {pause.tau_pause:.4f}, tau_abort {pause.tau_abort:.4f}, budget {pause.max_pauses}")
-    click.echo(f"{calibration.pauses:.2f} pauses a completion, {calibration.abort_rate:.1%} given up, on {source}")
+    click.echo(f"{calibration.pauses:.2f} pauses per completion, {calibration.abort_rate:.1%} aborted, on {source}")
     if png is not None:
         draw_curve(calibration, pause.tau_pause, png)
 

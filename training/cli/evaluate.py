@@ -77,11 +77,11 @@ class Asked:
         if self.suite == "human":
             return human_items()[: self.num_items]
         if self.data is None:
-            raise click.UsageError(f"--suite {self.suite} reads a data set: give its file with --data")
+            raise click.UsageError(f"--suite {self.suite} needs a data set: set --data")
         named: Format | None = next((name for name in DATA_SUITES if name == self.suite), None)
         items, faults = data_items(self.data, format=named, audio_root=self.audio_root, num_items=self.num_items)
         if faults:
-            click.echo(f"{len(faults)} rows cannot be asked and are left out, the first: {faults[0]}", err=True)
+            click.echo(f"left out {len(faults)} unusable rows, the first: {faults[0]}", err=True)
         return items
 
 
@@ -91,84 +91,87 @@ class Asked:
     type=click.Choice(NAMED_SUITES),
     default="held-out",
     show_default=True,
-    help="held-out: scenes of voices and recordings that nothing was trained or tuned on. validation: for choosing "
-    "settings. hard-multi-speaker, snr-20 to snr-0, overlap, contradicting-background: hard scenes. human: ten "
-    "recorded clips (needs apt-get install pocketsphinx-testdata). paqa, mmau, mmar, own: a data set's file, see "
-    "--data.",
+    help="held-out: scenes of voices and recordings never used for training or tuning. validation: for model "
+    "selection. hard-multi-speaker, snr-20 to snr-0, overlap, contradicting-background: hard scenes. human: ten "
+    "recorded clips (needs apt-get install pocketsphinx-testdata). paqa, mmau, mmar, own: a data set, see --data.",
 )
 @click.option(
     "--checkpoint",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("checkpoints/hyper-mini"),
     show_default=True,
-    help="The checkpoint to measure.",
+    help="Checkpoint to evaluate.",
 )
 @click.option(
     "--data",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="The questions of --suite paqa, mmau, mmar or own, in any format that `hyper data check` reads.",
+    help="Data set of --suite paqa, mmau, mmar or own, in any format of `hyper data check`.",
 )
 @click.option(
     "--audio-root",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Where relative audio paths of --data start.  [default: the file's folder]",
+    help="Folder of relative audio paths in --data.  [default: the file's folder]",
 )
 @click.option(
     "--cut-long",
     "cuts_long",
     is_flag=True,
-    help="Ask clips beyond 30 s by their beginning.  [default: such a clip is refused, and its item wrong]",
+    help="Use the first 30 s of longer clips.  [default: refuse such clips; their items count as wrong]",
 )
 @click.option(
     "--url",
-    help="Ask a running service instead of a checkpoint: a HyPeR service, or with --api openai any server that takes "
-    "input_audio in chat requests.",
+    help="Evaluate a running service instead of a checkpoint: a HyPeR service, or with --api openai any server with "
+    "OpenAI's chat API and input_audio.",
 )
 @click.option(
     "--baseline",
     type=click.Choice(["cascade"]),
-    help="Ask the rival instead: recogniser, voice activity, speaker clustering, sound tagger and rules "
-    "(needs `requirements/install.sh .venv cpu train data baseline`).",
+    help="Evaluate the baseline cascade instead: recogniser, voice activity, speaker clustering, sound tagger and "
+    "rules (needs `requirements/install.sh .venv cpu train data baseline`).",
 )
-@click.option("--api", type=click.Choice(["hyper", "openai"]), default="hyper", show_default=True, help="Its API.")
-@click.option("--model", help="The model's name there (openai).  [default: the first that the server lists]")
-@click.option("--api-key-env", help="Name of the environment variable that holds the key.")
-@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Requests at a time.")
-@click.option("--timeout", "timeout_s", type=float, default=120.0, show_default=True, help="Seconds for one request.")
-@click.option("--tries", "num_tries", type=click.IntRange(1), default=6, show_default=True, help="Of each item.")
-@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Of a reply (openai).")
+@click.option("--api", type=click.Choice(["hyper", "openai"]), default="hyper", show_default=True, help="API of --url.")
+@click.option("--model", help="Model name (openai).  [default: the server's first model]")
+@click.option("--api-key-env", help="Environment variable with the API key.")
+@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Concurrent requests.")
 @click.option(
-    "--instruction", help="What follows the choices (openai).  [default: Answer with the letter and the words ...]"
+    "--timeout", "timeout_s", type=float, default=120.0, show_default=True, help="Timeout of one request in seconds."
+)
+@click.option("--tries", "num_tries", type=click.IntRange(1), default=6, show_default=True, help="Attempts per item.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Maximum tokens of a reply (openai)."
+)
+@click.option(
+    "--instruction", help="Text after the choices (openai).  [default: Answer with the letter and the words ...]"
 )
 @click.option(
     "--extra-body",
-    help="JSON object of fields laid over each request (openai), such as '{\"skip_special_tokens\": false}' for a "
-    "HyPeR checkpoint on vLLM's own server; null leaves a field out.",
+    help="JSON object of additional request fields (openai), such as '{\"skip_special_tokens\": false}' for a HyPeR "
+    "checkpoint on vLLM's own server; null removes a field.",
 )
 @click.option(
     "--probe",
     is_flag=True,
-    help="Look at the hidden states of 300 completions as well: what pauses do on the way to the answer.",
+    help="Also measure the effect of pauses on the hidden states of 300 completions.",
 )
-@click.option("--pauses", type=click.IntRange(0), help="Lower the budget of pauses.  [default: the checkpoint's]")
+@click.option("--pauses", type=click.IntRange(0), help="Lower the pause budget.  [default: the checkpoint's]")
 @click.option(
     "--items",
     "num_items",
     type=click.IntRange(2),
-    help="Questions to ask.  [default: 1400 of scenes, all of a data set]",
+    help="Number of questions.  [default: 1400 for scenes, all of a data set]",
 )
 @click.option(
     "--against",
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
-    help="Compare with this, item by item: the result.json of an earlier run, its folder, or another checkpoint, which "
-    "is then asked first. May be given more than once.",
+    help="Compare item by item with the result.json of an earlier run, its folder, or another checkpoint, which is "
+    "evaluated first. Repeatable.",
 )
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Write result.json (with each item's outcome), report.md and pictures there; replies from --url are kept "
-    "there too, and an interrupted run goes on from them.",
+    help="Folder for result.json (with each item's outcome), report.md and figures. It also keeps replies of --url, so "
+    "an interrupted run resumes.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON line instead of a table.")
 @click.option(
@@ -176,14 +179,14 @@ class Asked:
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("build"),
     show_default=True,
-    help="Folder of assets and voices; a suite of scenes builds what it lacks.",
+    help="Folder of assets and voices; suites of scenes build missing parts.",
 )
 @click.option(
     "--workers",
     type=click.IntRange(1),
     default=os.cpu_count() or 1,
-    show_default="one a core",
-    help="Processes that build missing voices.",
+    show_default="one per core",
+    help="Number of processes that build missing voices.",
 )
 def evaluate(
     suite: str,
@@ -203,20 +206,20 @@ def evaluate(
     workers: int,
     **endpoint_options: Any,
 ) -> None:
-    """Ask a suite of questions and measure the replies: of a checkpoint through vLLM, of a service, or of a rival.
+    """Evaluate a checkpoint through vLLM, a running service, or the baseline on a suite of questions.
 
-    Builds the voices of a suite of scenes first if they are missing. docs/evaluation.md says what each figure is.
+    Suites of scenes build missing voices first. docs/evaluation.md defines each figure.
     """
     asked = Asked(suite, work, workers, num_items, data, audio_root, cuts_long, pauses, probe, not as_json)
     if url is not None and baseline is not None:
-        raise click.UsageError("ask either --url or --baseline")
+        raise click.UsageError("--url and --baseline exclude each other; omit one")
     if data is not None and suite not in FILE_SUITES:
-        raise click.UsageError(f"--suite {suite} has items of its own: --data is for {', '.join(FILE_SUITES)}")
+        raise click.UsageError(f"--suite {suite} has its own items; use --data with {', '.join(FILE_SUITES)}")
     asks_checkpoint = (url is None and baseline is None) or any((path / "hyper.json").is_file() for path in against)
     if pauses is not None and not asks_checkpoint:
-        raise click.UsageError("--pauses is for a checkpoint; a service has a budget of its own")
+        raise click.UsageError("--pauses applies to a --checkpoint; a service has its own budget")
     if probe and (url is not None or baseline is not None):
-        raise click.UsageError("--probe looks into a --checkpoint; neither --url nor --baseline shows its states")
+        raise click.UsageError("--probe needs a --checkpoint; --url and --baseline have no hidden states to measure")
     endpoint = None if url is None else _endpoint(url, **endpoint_options)
     others = [_other_result(path, asked) for path in against]
     items = asked.items()
@@ -267,12 +270,12 @@ def _endpoint(
     try:
         extra = json.loads(extra_body or "{}")
     except ValueError as error:
-        raise click.BadParameter(f"no JSON ({error})", param_hint="--extra-body") from error
+        raise click.BadParameter(f"not valid JSON ({error})", param_hint="--extra-body") from error
     if not isinstance(extra, dict):
-        raise click.BadParameter("no JSON object", param_hint="--extra-body")
+        raise click.BadParameter("must be a JSON object", param_hint="--extra-body")
     api_key = os.environ.get(api_key_env) if api_key_env else None
     if api_key_env and not api_key:
-        raise click.BadParameter(f"the environment has no {api_key_env}", param_hint="--api-key-env")
+        raise click.BadParameter(f"the environment variable {api_key_env} is not set", param_hint="--api-key-env")
     instruction = INSTRUCTION if instruction is None else instruction
     return Endpoint(url, api_key=api_key, instruction=instruction, extra=extra, **fields)
 
@@ -330,7 +333,7 @@ def _other_result(path: Path, asked: Asked) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise HyperError(f"--against {path}: neither a checkpoint nor a result ({error})") from error
     if not isinstance(result, dict) or result.get("version") != RESULT_VERSION or "items" not in result:
-        raise HyperError(f"--against {path}: no result of this version with its items; write one with --out")
+        raise HyperError(f"--against {path}: not a result of this version with items; create one with --out")
     return result
 
 

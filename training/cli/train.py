@@ -26,51 +26,53 @@ SEED = 0
 @click.command()
 @click.argument("recipe")
 @click.argument("run_dir", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--resume", is_flag=True, help="Go on with the run in RUN_DIR from its last whole checkpoint.")
+@click.option("--resume", is_flag=True, help="Resume the run in RUN_DIR from its last complete checkpoint.")
 @click.option(
     "--base",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="The HyPeR checkpoint to train on. Recipes that make a decoder of their own begin from its decoder, which "
-    "must have their shape; its vocabulary may be another.",
+    help="HyPeR checkpoint to start from. Recipes with their own decoder start from its decoder, which must have the "
+    "same shape; the vocabulary may differ.",
 )
 @click.option(
     "--data",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Questions and clips, in any format that `hyper data check` reads; for Stage I with gold completions, which "
-    "PAQA and ShareGPT have. qwen2_audio_7b_sft and mini_finetune need it.  [default: synthetic scenes under --work]",
+    help="Questions and clips, in any format of `hyper data check`; Stage I needs gold completions (PAQA, ShareGPT). "
+    "Required for qwen2_audio_7b_sft and mini_finetune.  [default: synthetic scenes under --work]",
 )
 @click.option(
     "--audio-root",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Where relative audio paths of --data start.  [default: its folder]",
+    help="Folder of relative audio paths in --data.  [default: its folder]",
 )
 @work_option
-@click.option("--export", "export_to", type=click.Path(file_okay=False, path_type=Path), help="Export here at the end.")
+@click.option(
+    "--export", "export_to", type=click.Path(file_okay=False, path_type=Path), help="Folder of the exported checkpoint."
+)
 @click.option(
     "--export-only",
     is_flag=True,
-    help="Report on the run in RUN_DIR, which may be going on, and with --export export its last checkpoint, by the "
-    "settings that it was begun with; --base and --data are named as then.",
+    help="Report on the run in RUN_DIR, also while it runs; with --export, export its last checkpoint. Uses the "
+    "settings from the run's start; repeat its --base and --data.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is at --export already.")
-@click.option("--name", help="What to call the exported checkpoint.  [default: the name of its folder]")
+@click.option("--overwrite", is_flag=True, help="Replace an existing checkpoint at --export.")
+@click.option("--name", help="Name of the exported checkpoint.  [default: name of its folder]")
 @click.option(
     "--processes",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Ranks on this machine, each with one thread on CPU. Across machines, start this command with torchrun.",
+    help="Ranks on this machine, each with one thread on a CPU. On several machines, start this command with torchrun.",
 )
 @click.option(
     "--set",
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Change a setting of the recipe, as JSON where it is no text; may be given several times. "
-    "training/recipes.py says what each is.",
+    help="Change a recipe setting; values other than text are JSON. Repeatable. training/recipes.py documents the "
+    "settings.",
 )
 @click.option(
-    "--loader-workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read ahead."
+    "--loader-workers", type=click.IntRange(0), default=0, show_default=True, help="Number of data loader processes."
 )
 def train(
     recipe: str,
@@ -90,12 +92,12 @@ def train(
 ) -> None:
     """Train RECIPE into RUN_DIR.
 
-    Stage I teaches the perceptual trace: mini_sft (the embedded checkpoint, from built clips), mini_finetune (a small
-    checkpoint, on a file of yours), qwen2_audio_7b_sft (sharded over GPUs). Stage II lets the checkpoint write and
-    rewards it: mini_grpo, qwen2_audio_7b_grpo. debug and debug_grpo take a few steps of a tiny model.
+    Stage I trains on perceptual traces: mini_sft (the embedded checkpoint, from built clips), mini_finetune (a small
+    checkpoint, on your data), qwen2_audio_7b_sft (sharded over GPUs). Stage II trains with rewards on the model's own
+    traces: mini_grpo, qwen2_audio_7b_grpo. debug and debug_grpo run a few steps of a tiny model.
 
-    RUN_DIR gets the last two checkpoints, which --resume goes on from (bit for bit on CPU), log.jsonl, TensorBoard
-    files, and at the end curves.png, report.md and, with --export, a checkpoint to serve.
+    RUN_DIR gets the last two checkpoints, log.jsonl and TensorBoard files; at the end also curves.png and report.md.
+    --resume continues bit for bit on CPU. --export writes a checkpoint to serve.
     """
     if processes > 1 and "RANK" not in os.environ:
         _launch(processes)
@@ -117,7 +119,7 @@ def train(
     checkpoint = last_checkpoint(run_dir)
     if export_only:
         if checkpoint is None:
-            raise click.ClickException(f"{run_dir} holds no whole checkpoint to export")
+            raise click.ClickException(f"{run_dir} has no complete checkpoint to export")
         # Whoever is training there may be half-way through writing the next one: nothing is removed.
         check_run(run_dir, chosen, origin)
     else:
@@ -127,7 +129,7 @@ def train(
     is_over = checkpoint is not None and _step_of(checkpoint) >= chosen.num_steps
     if is_over and not export_only and export_to is not None and _is_exported(export_to, chosen):
         # It may have been calibrated since.
-        click.echo(f"{run_dir} is over and exported to {export_to}; --export-only --overwrite would make that anew")
+        click.echo(f"{run_dir} is finished and exported to {export_to}; export again with --export-only --overwrite")
         return
     if export_only or is_over:
         model = None
@@ -171,9 +173,9 @@ def _as_begun(recipe: str, run_dir: Path, settings: tuple[str, ...]) -> Any:
 
     said = read_recipe(run_dir, RECIPES[recipe]())
     if settings:
-        raise click.UsageError("--export-only takes the settings that the run was begun with: no --set")
+        raise click.UsageError("--export-only uses the settings from the run's start; omit --set")
     if said["name"] != recipe:
-        raise click.BadParameter(f"{run_dir} holds a run of {said['name']}", param_hint="RECIPE")
+        raise click.BadParameter(f"{run_dir} is a run of recipe {said['name']}", param_hint="RECIPE")
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
     others = (f"{key}={text}" for key, text in texts.items() if key not in ("name", "origin"))
     return _changed(RECIPES[recipe](), tuple(others))
@@ -196,11 +198,13 @@ def _is_exported(directory: Path, recipe: Any) -> bool:
 def _check_recipe(recipe: Any) -> None:
     """Refuses what could not run: sharding over one process, and adapters on a decoder that is made anew."""
     if recipe.lora is not None and getattr(recipe, "decoder", None) is not None:
-        raise click.UsageError(f"{recipe.name} trains a whole decoder: lora is for recipes that train a checkpoint")
+        raise click.UsageError(
+            f"{recipe.name} trains a new decoder without lora; use lora with recipes that train a --base"
+        )
     if recipe.fsdp and "RANK" not in os.environ:
         raise click.UsageError(
-            f"{recipe.name} shards the model over several processes: start it with --processes N or torchrun, or keep "
-            "the model whole with `--set fsdp=`"
+            f"{recipe.name} shards the model over several processes: start it with --processes N or torchrun, or turn "
+            "sharding off with `--set fsdp=`"
         )
 
 
@@ -221,8 +225,8 @@ def _launch(processes: int) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise click.ClickException(
-            f"rank {rank} ended with exit code {failure.exitcode}, and the others with it; what it said stands above, "
-            "and --resume goes on from the last checkpoint"
+            f"rank {rank} failed with exit code {failure.exitcode} and stopped the others; see its messages above. "
+            "--resume continues from the last checkpoint"
         ) from error
 
 
@@ -243,7 +247,7 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
         try:
             value = text if isinstance(before, str) else json.loads(text)
         except ValueError as error:
-            raise click.BadParameter(f"{setting!r}: {text!r} is no JSON value", param_hint="--set") from error
+            raise click.BadParameter(f"{setting!r}: {text!r} is not a JSON value", param_hint="--set") from error
         if isinstance(before, tuple) and isinstance(value, list):
             value = tuple(value)
         try:
@@ -255,11 +259,11 @@ def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
             raise click.BadParameter(f"{setting!r}: {error}", param_hint="--set") from error
         allowed = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
         if allowed and value not in allowed:
-            raise click.BadParameter(f"{setting!r}: one of {', '.join(allowed)} is wanted", param_hint="--set")
+            raise click.BadParameter(f"{setting!r}: must be one of {', '.join(allowed)}", param_hint="--set")
         is_number = type(before) is float and type(value) is int
         is_left_out = value is None and type(None) in get_args(hints[name])
         if type(value) is not type(before) and not is_number and not is_left_out:
-            raise click.BadParameter(f"{setting!r}: a {type(before).__name__} is wanted", param_hint="--set")
+            raise click.BadParameter(f"{setting!r}: must be of type {type(before).__name__}", param_hint="--set")
         recipe = dataclasses.replace(recipe, **{name: value})
     return recipe
 
@@ -276,14 +280,14 @@ def _examples(data: Path, audio_root: Path | None, recipe: SftRecipe | GrpoRecip
     wants_answer = isinstance(recipe, GrpoRecipe)
     usable = [example for example in examples if (example.answer if wants_answer else example.completion)]
     if len(usable) < len(examples):
-        lacking = "answer to reward by" if wants_answer else "gold completion"
+        lacking = "answer for the reward" if wants_answer else "gold completion"
         click.echo(f"{len(examples) - len(usable)} rows left out: they have no {lacking}", err=True)
     # A clip is opened when its turn comes, which may be hours away.
     missing = [example for example in usable if not os.path.isfile(example.audio)]
     if missing:
         raise click.ClickException(
-            f"{len(missing)} of {len(usable)} rows name a clip that is not there, the first: {missing[0].source}: "
-            f"{missing[0].audio} (--audio-root says where relative paths start)"
+            f"{len(missing)} of {len(usable)} clips are missing, the first: {missing[0].source}: {missing[0].audio}. "
+            "Set the folder of relative paths with --audio-root"
         )
     return usable
 
@@ -309,7 +313,7 @@ def _model(recipe: Any, run_dir: Path, base: Path | None, work: Path) -> RunMode
             pause_mode=recipe.pause_mode,
         )
     if base is None:
-        raise click.UsageError(f"{recipe.name} trains a checkpoint: name it with --base")
+        raise click.UsageError(f"{recipe.name} needs a checkpoint: set --base")
     return model_of_checkpoint(base, dtype=dtype, lora=recipe.lora)
 
 
@@ -335,7 +339,7 @@ def _sft(
 
     if recipe.decoder is not None:
         if examples is not None:
-            raise click.UsageError(f"{recipe.name} makes a decoder of its own, on scenes: no --data")
+            raise click.UsageError(f"{recipe.name} trains a new decoder on scenes; omit --data")
         folder = work / "clips/train"
         scenes, speech = read_clips(folder, "scene", "noise"), read_clips(folder, "speech")
         # Open texts too, where speech was built from them: a vocabulary of scenes alone would spell other words out.
@@ -346,7 +350,7 @@ def _sft(
             elif base is not None:
                 shutil.copyfile(base / "tokenizer.json", run_dir / "tokenizer.json")
             else:
-                raise click.UsageError("vocab_size 0 takes the vocabulary of a checkpoint: name it with --base")
+                raise click.UsageError("vocab_size 0 uses the vocabulary of a checkpoint: set --base")
         model = _model(recipe, run_dir, base, work)
         if recipe.spelling is not None:
             # Learnt by the first rank; the others get its weights when the trainer wraps the policy.
@@ -354,9 +358,7 @@ def _sft(
                 file, clips = run_dir / "spelling.safetensors", speech or scenes
                 spelled = teach_spelling(model.core, model.tokenizer, clips, recipe.spelling, file, seed=recipe.seed)
             if spelled is not None:
-                click.echo(
-                    f"the projector alone spells {spelled.num_clips} clips with word error {spelled.word_error:.3f}"
-                )
+                click.echo(f"projector pre-training: word error {spelled.word_error:.3f} on {spelled.num_clips} clips")
         writer = None
         if recipe.read_size:
             turns = (turn for clip in (*scenes, *speech) for turn in clip.scene.turns)
@@ -365,7 +367,7 @@ def _sft(
         sequences: Any = ClipSequences(scenes, speech, model.tokenizer, recipe, writer)
     else:
         if examples is None:
-            raise click.UsageError(f"{recipe.name} trains on a data set: name it with --data")
+            raise click.UsageError(f"{recipe.name} needs a data set: set --data")
         model = _model(recipe, run_dir, base, work)
         sequences = ExampleSequences(
             examples,
@@ -404,8 +406,8 @@ def _grpo(
     gate = GateSettings.of(checkpoint.manifest, checkpoint.tokenizer) if recipe.max_pauses else None
     if recipe.max_pauses and gate is None:
         raise click.UsageError(
-            f"{base} has no gate to pause by: `hyper checkpoint calibrate {base} --max-pauses {recipe.max_pauses}` "
-            "gives it one, and `--set max_pauses=0` trains without"
+            f"{base} has no calibrated gate: run `hyper checkpoint calibrate {base} --max-pauses {recipe.max_pauses}`, "
+            "or train without pauses with `--set max_pauses=0`"
         )
     if gate is not None and gate.max_pauses < recipe.max_pauses:
         click.echo(f"{base} allows {gate.max_pauses} pauses, fewer than the recipe's {recipe.max_pauses}", err=True)
@@ -458,8 +460,8 @@ def _export(
     write_card(run_dir, checkpoint.path, num_steps=num_steps, data=None if data is None else data.name)
     budget = "" if checkpoint.manifest.pause.max_pauses else " --max-pauses 3"
     click.echo(
-        f"no threshold is calibrated for these weights: hyper checkpoint calibrate {export_to}{budget} "
-        "(docs/training.md, Calibration, has the settings for small ones)"
+        f"calibrate the gate of these weights next: hyper checkpoint calibrate {export_to}{budget} "
+        "(docs/training.md, Calibration, has the settings for small models)"
     )
 
 

@@ -53,7 +53,7 @@ def test_a_run_ends_with_a_checkpoint_that_has_a_card_and_a_name(work: Path, tmp
     said["name"] = "calibrated"
     (out / "hyper.json").write_text(json.dumps(said))
     again = run("debug", tmp_path / "run", "--work", work, "--export", out, "--overwrite", "--resume")
-    assert again.exit_code == 0 and "is over" in again.output
+    assert again.exit_code == 0 and "is finished" in again.output
     assert open_checkpoint(out).manifest.name == "calibrated"
     # Of another run, or of an earlier step, it is written over as asked.
     said["recipe"] = "{}"
@@ -83,7 +83,7 @@ def test_only_exporting_goes_by_the_run_and_leaves_it_as_it_is(work: Path, tmp_p
     (run_dir / "report.md").unlink()
     reported = run("debug", run_dir, "--export-only")
     assert "At step 3 of 3." in reported.output and (run_dir / "report.md").exists()
-    assert "holds a run of debug" in run("mini_sft", run_dir, "--export-only", "--export", tmp_path / "other").output
+    assert "is a run of recipe debug" in run("mini_sft", run_dir, "--export-only", "--export", tmp_path / "other").output
 
 
 def test_what_cannot_be_trained_is_said_and_the_folder_stays_free(work: Path, rows: Path, tmp_path: Path) -> None:
@@ -91,14 +91,14 @@ def test_what_cannot_be_trained_is_said_and_the_folder_stays_free(work: Path, ro
     for arguments, said in (
         (("qwen2_audio_7b_sft", "--base", MINI, "--data", rows), "--processes N or torchrun"),
         (("qwen2_audio_7b_grpo", "--base", MINI), "--set fsdp="),
-        (("debug_grpo", "--base", MINI, "--data", rows), "1 of 1 rows name a clip that is not there"),
+        (("debug_grpo", "--base", MINI, "--data", rows), "1 of 1 clips are missing"),
         (("mini_finetune", "--base", MINI, "--data", rows), "no example with a gold completion"),
-        (("mini_finetune", "--base", MINI), "name it with --data"),
-        (("mini_grpo",), "name it with --base"),
+        (("mini_finetune", "--base", MINI), "set --data"),
+        (("mini_grpo",), "set --base"),
         (("mini_grpo", "--base", MINI, "--set", "wanted_pause=1"), "NAME must be one of seed, num_steps"),
         (("debug", "--name", "my model"), "letters, digits"),
         (("debug", "--set", "name=other"), "NAME must be one of seed"),
-        (("debug", "--set", 'lora={"rank": 4, "alpha": 8}'), "lora is for recipes that train a checkpoint"),
+        (("debug", "--set", 'lora={"rank": 4, "alpha": 8}'), "use lora with recipes that train a --base"),
         (("nonsense",), "is none of mini_sft, mini_finetune"),
     ):
         recipe, *more = arguments

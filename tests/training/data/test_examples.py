@@ -664,7 +664,7 @@ def test_the_command_counts_a_good_set_and_names_the_faults_of_a_bad_one(tmp_pat
     assert good.exit_code == 0 and "plain, 10 examples, 10 with choices" in good.output
     path = write_array(tmp_path / "x.json", PLAIN, {**PLAIN, "answer": "Tina"})
     bad = CliRunner().invoke(data, ["check", str(path)])
-    assert bad.exit_code == 1 and "item 2" in bad.output and "1 rows cannot be used" in bad.output
+    assert bad.exit_code == 1 and "item 2" in bad.output and "1 unusable rows" in bad.output
 
 
 TEXTS = (

@@ -567,7 +567,7 @@ def test_a_killed_rank_ends_the_run_and_leaves_the_last_checkpoint(work: Path, t
         os.kill(int(children[-1]), signal.SIGKILL)
         _, said = process.communicate(timeout=90)
     assert process.returncode == 1
-    assert "ended with exit code -9" in said.replace("\n", " ") and "--resume" in said
+    assert "failed with exit code -9" in said.replace("\n", " ") and "--resume" in said
     saved = last_checkpoint(run_dir)
     assert saved is not None
     open_checkpoint(saved / "model")
