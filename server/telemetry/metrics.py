@@ -42,86 +42,122 @@ class Metrics:
             return Gauge(f"hyper_{name}", text, labels, registry=registry)
 
         self.request_seconds = histogram(
-            "request_seconds", "First byte in to last byte out, upload included", SECONDS, "endpoint", "outcome"
+            "request_seconds",
+            "Request duration from first byte received to last byte sent, upload included",
+            SECONDS,
+            "endpoint",
+            "outcome",
         )
         self.requests = counter(
-            "requests", "Requests by address and status; 499 for clients that left", "endpoint", "code"
+            "requests", "Requests by endpoint and status; 499 means that the client disconnected", "endpoint", "code"
         )
-        self.stage_seconds = histogram("stage_seconds", "Time of one stage of a request", SHORT_SECONDS, "stage")
+        self.stage_seconds = histogram("stage_seconds", "Duration of one stage of a request", SHORT_SECONDS, "stage")
         self.time_to_first_token = histogram(
-            "time_to_first_token_seconds", "First byte in to the first token of the trace", SECONDS
+            "time_to_first_token_seconds",
+            "Time from the first byte of a request to the first token of its trace",
+            SECONDS,
         )
         self.time_to_first_section = histogram(
-            "time_to_first_section_seconds", "First byte in to the first section of the trace", SECONDS
+            "time_to_first_section_seconds",
+            "Time from the first byte of a request to the first section of its trace",
+            SECONDS,
         )
         self.time_to_first_answer_token = histogram(
-            "time_to_first_answer_token_seconds", "First byte in to the first token of the answer", SECONDS
+            "time_to_first_answer_token_seconds",
+            "Time from the first byte of a request to the first token of its answer",
+            SECONDS,
         )
-        self.audio_duration = histogram("audio_duration_seconds", "Length of the clips", SECONDS)
-        self.audio_bytes = histogram("audio_bytes", "Size of the clips as uploaded", BYTES)
-        self.audio_processed = counter("audio_processed_seconds", "Audio answered about")
+        self.audio_duration = histogram("audio_duration_seconds", "Duration of uploaded clips", SECONDS)
+        self.audio_bytes = histogram("audio_bytes", "Size of uploaded clips", BYTES)
+        self.audio_processed = counter("audio_processed_seconds", "Seconds of audio in answered questions")
         self.key_audio = counter(
-            "key_audio_processed_seconds", "The same by key, where HYPER_METRICS_BY_KEY is set", "key"
+            "key_audio_processed_seconds",
+            "Seconds of audio in answered questions by API key, with HYPER_METRICS_BY_KEY",
+            "key",
         )
-        self.audio_rtf = histogram("audio_rtf", "Time of a whole answer over the length of its clip", FACTORS)
-        self.audio_cache_hits = counter("audio_cache_hits", "Clips most of which the engine had in its cache")
-        self.audio_cache_misses = counter("audio_cache_misses", "Clips that the engine had to hear anew")
-        self.audio_codec = counter("audio_codec", "Clips by codec", "codec")
-        self.audio_silence_ratio = histogram("audio_silence_ratio", "Share of a clip that is silent", SHARES)
-        self.section_seconds = histogram("section_seconds", "Time a section took to write", SECONDS, "section")
-        self.section_tokens = histogram("section_tokens", "Tokens of a section", TOKENS, "section")
-        self.sections_missing = counter("sections_missing", "Traces without a section that they should have", "section")
-        self.parse_failures = counter("parse_failures", "Traces that did not keep to the form, by how", "kind")
-        self.reflections = counter("reflections", "Traces that reflect, by whether the answer changed", "changed")
-        self.traces = counter("traces", "Traces by how they ended", "format", "termination")
+        self.audio_rtf = histogram(
+            "audio_rtf", "Real-time factor: time of a whole answer divided by the duration of its clip", FACTORS
+        )
+        self.audio_cache_hits = counter("audio_cache_hits", "Clips with most of their tokens in the engine's cache")
+        self.audio_cache_misses = counter("audio_cache_misses", "Clips that the engine had to encode")
+        self.audio_codec = counter("audio_codec", "Uploaded clips by codec", "codec")
+        self.audio_silence_ratio = histogram("audio_silence_ratio", "Share of silence in a clip", SHARES)
+        self.section_seconds = histogram(
+            "section_seconds", "Time to generate one section of a trace", SECONDS, "section"
+        )
+        self.section_tokens = histogram("section_tokens", "Tokens of one section of a trace", TOKENS, "section")
+        self.sections_missing = counter("sections_missing", "Traces without a required section, by section", "section")
+        self.parse_failures = counter("parse_failures", "Traces with a wrong format, by kind of failure", "kind")
+        self.reflections = counter(
+            "reflections", "Traces with a REFLECT section, by whether the answer changed", "changed"
+        )
+        self.traces = counter("traces", "Traces by format and termination", "format", "termination")
         self.answer_confidence = histogram("answer_confidence", "Probability of the chosen option", SHARES)
-        self.answer_empty = counter("answer_empty", "Replies without a word of answer")
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts, audio included")
-        self.audio_tokens = counter("audio_tokens", "Those of them that are audio")
-        self.cached_tokens = counter("cached_tokens", "Those of them that the engine had in its cache")
-        self.completion_tokens = counter("completion_tokens", "Visible tokens written")
-        self.pauses = counter("pauses", "Pauses taken", "section")
-        self.pause_tokens = counter("pause_tokens", "Latent tokens spent in pauses")
+        self.answer_empty = counter("answer_empty", "Replies with an empty answer")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, audio included")
+        self.audio_tokens = counter("audio_tokens", "Prompt tokens that encode audio")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens found in the engine's cache")
+        self.completion_tokens = counter("completion_tokens", "Visible tokens generated")
+        self.pauses = counter("pauses", "Pauses by section of the trace", "section")
+        self.pause_tokens = counter("pause_tokens", "Latent tokens generated in pauses")
         self.pause_tokens_per_answer = histogram(
-            "pause_tokens_per_answer", "Latent tokens of an answer that had a budget", (0, *TOKENS), "mode"
+            "pause_tokens_per_answer", "Latent tokens per answer, for answers with a pause budget", (0, *TOKENS), "mode"
         )
         self.pause_seconds = histogram(
-            "pause_seconds", "From the pause token to the first token behind the span", SECONDS
+            "pause_seconds", "Time from the pause token to the first token after the latent tokens", SECONDS
         )
-        self.pause_confidence = histogram("pause_confidence", "Confidence of the window that paused", SHARES)
-        self.pauses_per_answer = histogram("pauses_per_answer", "Pauses of an answer that had a budget", COUNTS)
-        self.lowest_confidence = histogram("lowest_group_confidence", "Lowest window of an answer with a gate", SHARES)
-        self.pause_budget_lowered = counter("pause_budget_lowered", "Requests whose auto budget was cut", "by")
-        self.pause_budget_spent = counter("pause_budget_spent", "Requests that used every pause they had")
+        self.pause_confidence = histogram(
+            "pause_confidence", "Mean confidence of the token window that triggered a pause", SHARES
+        )
+        self.pauses_per_answer = histogram(
+            "pauses_per_answer", "Pauses per answer, for answers with a pause budget", COUNTS
+        )
+        self.lowest_confidence = histogram(
+            "lowest_group_confidence", "Lowest window confidence of an answer, for answers with a gate", SHARES
+        )
+        self.pause_budget_lowered = counter(
+            "pause_budget_lowered", "Requests with a reduced pause=auto budget, by reason", "by"
+        )
+        self.pause_budget_spent = counter("pause_budget_spent", "Requests that used their whole pause budget")
         self.rejected = counter("rejected", "Requests that ended in an error, by status and reason", "code", "reason")
-        self.aborted = counter("aborted", "Requests that ended early", "phase", "by")
-        self.stream_errors = counter("stream_errors", "Streams that ended in an error event, behind a 200", "reason")
-        self.connections_dropped = counter("connections_dropped", "Connections closed because there were too many")
-        self.auth_failures = counter("auth_failures", "Requests without a key that opens the address", "reason")
-        self.waiting = gauge("queue_depth", "Requests that wait for a place in the engine", "class")
-        self.oldest_wait = gauge("queue_oldest_seconds", "How long the first of them has waited", "class")
-        self.queue_wait = histogram("queue_wait_seconds", "Time a request waited for its place", SECONDS, "class")
-        self.in_flight = gauge("in_flight", "Admitted requests")
-        self.batch_in_flight = gauge("batch_in_flight", "Those of them of the class batch")
-        self.max_in_flight = gauge("max_in_flight", "How many requests are admitted at most")
-        self.engine_in_flight = gauge("engine_in_flight", "Requests with a place in the engine")
-        self.decoding = gauge("decode_in_flight", "Clips being decoded or waiting for a decoder")
-        self.decoders_busy = gauge("decode_pool_busy", "Clips being decoded")
+        self.aborted = counter("aborted", "Requests that ended early, by phase and by cause", "phase", "by")
+        self.stream_errors = counter("stream_errors", "Streams with status 200 that ended in an error event", "reason")
+        self.connections_dropped = counter(
+            "connections_dropped", "Connections closed because the connection limit was reached"
+        )
+        self.auth_failures = counter(
+            "auth_failures", "Requests refused for a missing, wrong or insufficient API key", "reason"
+        )
+        self.waiting = gauge("queue_depth", "Requests that wait for a slot in the engine", "class")
+        self.oldest_wait = gauge(
+            "queue_oldest_seconds", "Waiting time of the oldest request in the engine queue", "class"
+        )
+        self.queue_wait = histogram(
+            "queue_wait_seconds", "Time that a request waited for a slot in the engine", SECONDS, "class"
+        )
+        self.in_flight = gauge("in_flight", "Admitted requests in progress")
+        self.batch_in_flight = gauge("batch_in_flight", "Admitted requests of class batch in progress")
+        self.max_in_flight = gauge("max_in_flight", "Limit of admitted requests (HYPER_MAX_IN_FLIGHT)")
+        self.engine_in_flight = gauge("engine_in_flight", "Requests with a slot in the engine")
+        self.decoding = gauge("decode_in_flight", "Clips that are decoded or wait for a decoder")
+        self.decoders_busy = gauge("decode_pool_busy", "Clips that are decoded now")
         self.decoders_queued = gauge("decode_pool_queued", "Clips that wait for a decoder")
-        self.decoders = gauge("decode_pool_size", "How many clips are decoded at the same time at most")
-        self.ready = gauge("ready", "1 while the service takes requests")
+        self.decoders = gauge("decode_pool_size", "Limit of clips decoded at the same time (HYPER_DECODE_WORKERS)")
+        self.ready = gauge("ready", "1 while the service accepts questions")
         self.draining = gauge("draining", "1 while the service shuts down")
-        self.engine_up = gauge("engine_up", "1 while the engine answers")
-        self.engine_restarts = counter("engine_restarts", "Times that the engine was started again", "reason")
-        self.canary_seconds = gauge("canary_seconds", "Time of the canary question at the engine's last start")
-        self.canary_ok = gauge("canary_ok", "1 once the engine has answered its canary question")
+        self.engine_up = gauge("engine_up", "1 while the engine runs")
+        self.engine_restarts = counter("engine_restarts", "Restarts of the engine by reason", "reason")
+        self.canary_seconds = gauge("canary_seconds", "Duration of the test question at the engine's last start")
+        self.canary_ok = gauge("canary_ok", "1 after the engine has answered its test question")
         self.suspected_clips = gauge("suspected_clips", "Clips that were in the engine when it failed")
-        self.poisoned_clips = gauge("poisoned_clips", "Clips that are refused since the engine failed on them twice")
-        self.event_loop_lag = histogram("event_loop_lag_seconds", "How late the event loop wakes", SECONDS)
-        self.decoder_deaths = counter("decoder_deaths", "Decoders that ended without a word", "reason")
-        self.decode_peak = gauge("decode_peak_bytes", "The most memory that decoding a clip has taken")
-        self.sandbox = Info("hyper_decode_sandbox", "What keeps the decoder in", registry=registry)
-        self.build = Info("hyper_build", "What is running", registry=registry)
+        self.poisoned_clips = gauge("poisoned_clips", "Clips that are refused because the engine failed twice on them")
+        self.event_loop_lag = histogram("event_loop_lag_seconds", "Delay of the event loop behind its timer", SECONDS)
+        self.decoder_deaths = counter(
+            "decoder_deaths", "Decoder processes that ended without a result, by reason", "reason"
+        )
+        self.decode_peak = gauge("decode_peak_bytes", "Largest memory use of a decoder process")
+        self.sandbox = Info("hyper_decode_sandbox", "Active sandbox layers of the decoder", registry=registry)
+        self.build = Info("hyper_build", "Version, checkpoint and engine of the running service", registry=registry)
         self.show_zeros()
 
     def show_zeros(self) -> None:

@@ -138,6 +138,12 @@ def test_names_and_labels_are_found_in_promql() -> None:
     assert labels_in(expression) == {"job", "le", "endpoint", "b"}
 
 
+def test_the_page_and_the_exposition_explain_a_metric_in_the_same_words() -> None:
+    page = dict(re.findall(r"^\| `(hyper_\w+)` \| \w+ \| [^|]* \| ([^|]*) \|", PAGE, flags=re.MULTILINE))
+    exported_help = dict(re.findall(r"^# HELP (hyper_\S+) (.*)$", Metrics().render().decode(), flags=re.MULTILINE))
+    assert page == {name: exported_help[name] for name in page}
+
+
 def test_the_page_lists_every_metric_with_its_type_and_labels() -> None:
     rows = re.findall(r"^\| `(hyper_\w+)` \| (\w+) \| ([^|]*) \|", PAGE, flags=re.MULTILINE)
     listed = {

@@ -83,7 +83,9 @@ def test_only_exporting_goes_by_the_run_and_leaves_it_as_it_is(work: Path, tmp_p
     (run_dir / "report.md").unlink()
     reported = run("debug", run_dir, "--export-only")
     assert "At step 3 of 3." in reported.output and (run_dir / "report.md").exists()
-    assert "is a run of recipe debug" in run("mini_sft", run_dir, "--export-only", "--export", tmp_path / "other").output
+    assert (
+        "is a run of recipe debug" in run("mini_sft", run_dir, "--export-only", "--export", tmp_path / "other").output
+    )
 
 
 def test_what_cannot_be_trained_is_said_and_the_folder_stays_free(work: Path, rows: Path, tmp_path: Path) -> None:
