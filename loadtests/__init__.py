@@ -1,1 +1,1 @@
-"""Drives a running service over HTTP, as its users do; knows nothing of how the service is built."""
+"""Load tests: drive a running service over HTTP, as its users do, without its internals."""

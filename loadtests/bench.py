@@ -1,9 +1,8 @@
-"""The benchmark: the service beside its peers in one run, taking turns, so that a noisy machine is noisy for all.
+"""Benchmark the service and its peers in one run, in turns, so that machine noise affects all of them.
 
-Every figure but the encoder's difference is a ratio within the run: the median of one side over the median of the
-other, with the spread of the ratios of single rounds beside it. The peers are processes of `loadtests.peers`, the
-service and vLLM's own server are asked over HTTP. Nothing here is a test; `make bench` prints a table and one line of
-JSON.
+Every figure except the encoder's difference is a ratio within the run. It is the median of one side over the median of
+the other, with the range of single-round ratios. The peers are processes of `loadtests.peers`; the service and vLLM's
+own server are measured over HTTP. Nothing here is a test; `make bench` prints a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ STEP_BATCH = 32
 STEP_TOKENS = 160
 DURATIONS_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 NUM_PAUSES, LATENT_TOKENS = 3, 64
-# A gate that pauses as soon as it may, three times. Completions run on past their end, to one length: what a small
-# model then repeats is no reason to give up. The sections are those of a checkpoint that says nothing.
+# This gate pauses as early as possible, three times. Completions run past their end to one length, so repetition must
+# not abort them. The sections are the defaults of a checkpoint.
 GATE: dict[str, Any] = {
     "max_pauses": NUM_PAUSES,
     "latent_tokens": LATENT_TOKENS,
@@ -55,7 +54,7 @@ GATE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One result: its value, the least and the most of single rounds, and what it is to reach."""
+    """One result: its value, minimum and maximum of single rounds, and its aim."""
 
     name: str
     value: float
@@ -66,31 +65,31 @@ class Figure:
 
 @dataclass
 class Rounds:
-    """Collects what the two sides of a ratio took, round by round."""
+    """Times of the two sides of a ratio, per round."""
 
     ours: list[float] = field(default_factory=list[float])
     theirs: list[float] = field(default_factory=list[float])
 
     def add(self, ours: float, theirs: float) -> None:
-        """Takes a round."""
+        """Add a round."""
         self.ours.append(ours)
         self.theirs.append(theirs)
 
     def figure(self, name: str, aim: str) -> Figure:
-        """Returns ours over theirs."""
+        """Return the ratio of ours to theirs."""
         ratios = [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
         value = statistics.median(self.ours) / statistics.median(self.theirs)
         return Figure(name, value, min(ratios), max(ratios), aim)
 
 
 class Peer:
-    """A process that measures when asked."""
+    """A process with measurements on request."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
 
     def wait(self) -> Any:
-        """Returns its next reply."""
+        """Return its next reply."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -98,7 +97,7 @@ class Peer:
         return json.loads(line)
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """Lets it measure."""
+        """Send a request for a measurement and return the reply."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self.process.stdin.flush()
@@ -107,11 +106,11 @@ class Peer:
 
 @dataclass(frozen=True)
 class Bench:
-    """Holds what every part of the benchmark goes by.
+    """Settings common to all parts of the benchmark.
 
     Attributes:
-        rounds: How often the sides take turns.
-        log: Where the errors of the child processes go.
+        rounds: Number of turns per side.
+        log: File for messages of the child processes.
     """
 
     checkpoint: Path
@@ -122,7 +121,7 @@ class Bench:
 
     @contextlib.contextmanager
     def peers(self, *kinds: tuple[str, dict[str, Any] | None]) -> Iterator[list[Peer]]:
-        """Starts peers, of a kind and with a gate each."""
+        """Start peers, each with its kind and gate."""
         with contextlib.ExitStack() as stack:
             peers: list[Peer] = []
             for kind, gate in kinds:
@@ -138,14 +137,14 @@ class Bench:
 
     @contextlib.contextmanager
     def service(self) -> Iterator[str]:
-        """Starts the service; yields its address."""
+        """Start the service; yield its address."""
         with serving(self.log, HYPER_CHECKPOINT=str(self.checkpoint)) as (_, url):
             self.say(f"{url} is ready")
             yield url
 
     @contextlib.contextmanager
     def stock_server(self) -> Iterator[str]:
-        """Starts vLLM's own server; yields its address."""
+        """Start vLLM's own server; yield its address."""
         port = free_port()
         command = [sys.executable, "-m", "loadtests.peers", "openai", "--checkpoint", str(self.checkpoint)]
         command += ["--clips", str(self.clips), "--port", str(port), "--max-num-seqs", str(CLIENTS)]
@@ -154,7 +153,7 @@ class Bench:
 
 
 def measure_engine(bench: Bench) -> list[Figure]:
-    """Measures pauses, the gate, the encoder and second questions on bare engines, one request at a time."""
+    """Measure pauses, gate, encoder and second questions on bare engines, one request at a time."""
     parallel, sampled = Rounds(), Rounds()
     costs: dict[str, list[float]] = {"parallel": [], "sampled": []}
     first, second, steps = Rounds(), Rounds(), Rounds()
@@ -170,7 +169,7 @@ def measure_engine(bench: Bench) -> list[Figure]:
                     "pauses", seed=seed, max_tokens=VISIBLE_TOKENS, is_paused=True
                 )
                 require_length(num_visible)
-                # A trace may end before it has room for all pauses; its time would say less about a pause.
+                # A trace may end before all pauses; its time would underestimate a pause.
                 if num_latent == NUM_PAUSES * span_tokens:
                     break
                 bench.say(f"clip {seed}: {num_latent} latent tokens, not {NUM_PAUSES * span_tokens}; next clip")
@@ -183,11 +182,11 @@ def measure_engine(bench: Bench) -> list[Figure]:
             costs[name].append((paused_s - plain_s) / NUM_PAUSES)
 
         for number in range(4 * bench.rounds):
-            # What is small beside the machine's noise takes more turns.
+            # Effects smaller than the machine's noise take more turns.
             for _ in range(3):
                 pause_round(ours, parallel, "parallel", LATENT_TOKENS)
             if number % 2:
-                pause_round(ours_sampled, sampled, "sampled", LATENT_TOKENS + 2)  # and its two tags
+                pause_round(ours_sampled, sampled, "sampled", LATENT_TOKENS + 2)  # plus its two tags
             bench.say(f"pauses {number + 1}/{4 * bench.rounds}")
         for number in range(2 * bench.rounds):
             first.add(ours.ask("first_token", seed=next(seeds)), stock.ask("first_token", seed=next(seeds)))
@@ -205,7 +204,7 @@ def measure_engine(bench: Bench) -> list[Figure]:
         f"{1000 * statistics.median(second.ours):.1f} ms for a second question; step "
         f"{1000 * statistics.median(steps.ours):.2f} ms armed, {1000 * statistics.median(steps.theirs):.2f} ms stock"
     )
-    # One parallel pause is less than the noise of a single round, so each sampled one is put over their median.
+    # One parallel pause is below the noise of a single round, so each sampled pause is divided by their median.
     speedups = [sampled_s / cost_parallel for sampled_s in costs["sampled"]]
     return [
         parallel.figure("pause_latency_ratio_parallel", "<= 1.08"),
@@ -218,13 +217,13 @@ def measure_engine(bench: Bench) -> list[Figure]:
 
 
 def require_length(num_visible: int) -> None:
-    """Stop the benchmark where a completion has another length than asked for: times would not be comparable."""
+    """Stop the benchmark if a completion has another length than requested, since times would not be comparable."""
     if num_visible != VISIBLE_TOKENS:
         raise click.ClickException(f"A completion has {num_visible} visible tokens, not {VISIBLE_TOKENS}.")
 
 
 def measure_throughput(bench: Bench) -> list[Figure]:
-    """Measures answers a second at 16 clients: the service, vLLM's own server, a bare engine and transformers."""
+    """Measure answers per second at 16 clients: the service, vLLM's own server, a bare engine and transformers."""
     fresh = FreshClips(bench.clips)
     stock_server, bare, batch = Rounds(), Rounds(), Rounds()
     tokens: dict[str, list[float]] = {}
@@ -235,11 +234,11 @@ def measure_throughput(bench: Bench) -> list[Figure]:
     ):
         difference = transformers.ask("encoder_difference", durations_s=DURATIONS_S)
         for number in range(-1, bench.rounds):
-            # The first round, which is not counted, is where each of them allocates what it needs.
+            # The first round is not counted; each side allocates its memory in it.
             seeds = range(1000 * (number + 2), 1000 * (number + 2) + 3 * CLIENTS)
             bodies = [wav(fresh.make(seed)) for seed in seeds]
-            # It answers whole batches, each as fast as the next.
-            some = slice(0, 2 * CLIENTS)
+            # transformers answers whole batches at constant speed, so fewer clips suffice.
+            part = slice(0, 2 * CLIENTS)
             rates = {
                 "ours": rate(asyncio.run(ask_all(ours_url, bodies, ask_ours)), len(bodies)),
                 "stock": rate(asyncio.run(ask_all(stock_url, bodies, ask_openai)), len(bodies)),
@@ -247,8 +246,8 @@ def measure_throughput(bench: Bench) -> list[Figure]:
                     engine.ask("throughput", seeds=list(seeds), clients=CLIENTS, max_tokens=MAX_TOKENS), len(bodies)
                 ),
                 "transformers": rate(
-                    transformers.ask("throughput", seeds=list(seeds)[some], clients=CLIENTS, max_tokens=MAX_TOKENS),
-                    len(bodies[some]),
+                    transformers.ask("throughput", seeds=list(seeds)[part], clients=CLIENTS, max_tokens=MAX_TOKENS),
+                    len(bodies[part]),
                 ),
             }
             bench.say("  ".join(f"{name} {speed:.2f}/s ({num:.0f} tokens)" for name, (speed, num) in rates.items()))
@@ -268,13 +267,13 @@ def measure_throughput(bench: Bench) -> list[Figure]:
 
 
 def rate(measured: Sequence[float], num_answers: int) -> tuple[float, float]:
-    """Returns answers a second and tokens an answer, of seconds and tokens in all."""
+    """Return answers per second and tokens per answer, from total seconds and tokens."""
     seconds, num_tokens = measured
     return num_answers / seconds, num_tokens / num_answers
 
 
 async def ask_all(url: str, bodies: Sequence[bytes], ask: Callable[[httpx.AsyncClient, Any], Any]) -> tuple[float, int]:
-    """Asks one question about each clip, 16 clients at a time: seconds in all, and tokens written."""
+    """Send one question about each clip with 16 clients at a time; return total seconds and written tokens."""
     prepared = iter([PREPARE[ask](body) for body in bodies])
     num_tokens = 0
     limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
@@ -292,7 +291,7 @@ async def ask_all(url: str, bodies: Sequence[bytes], ask: Callable[[httpx.AsyncC
 
 
 async def ask_ours(client: httpx.AsyncClient, clip: bytes) -> int:
-    """Asks the service; returns the tokens written."""
+    """Send a question to the service; return the written tokens."""
     data = {"question": QUESTION, "pause": "off", "max_tokens": str(MAX_TOKENS)}
     response = await client.post(QA_PATH, data=data, files={"file": ("clip.wav", clip)})
     response.raise_for_status()
@@ -300,28 +299,28 @@ async def ask_ours(client: httpx.AsyncClient, clip: bytes) -> int:
 
 
 async def ask_openai(client: httpx.AsyncClient, body: bytes) -> int:
-    """Asks vLLM's own server; returns the tokens written."""
+    """Send a question to vLLM's own server; return the written tokens."""
     response = await client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     response.raise_for_status()
     return response.json()["usage"]["completion_tokens"]
 
 
 def openai_body(clip: bytes) -> bytes:
-    """Writes the request that vLLM's own server takes."""
+    """Return the request body for vLLM's own server."""
     audio = {"data": base64.b64encode(clip).decode(), "format": "wav"}
     content = [{"type": "input_audio", "input_audio": audio}, {"type": "text", "text": QUESTION}]
     message = {"role": "user", "content": content}
     return json.dumps({"model": "stock", "messages": [message], "temperature": 0, "max_tokens": MAX_TOKENS}).encode()
 
 
-# Made before the clock runs: the clients share the cores with what they measure.
+# Built before the measurement, since the clients share the cores with the measured processes.
 PREPARE: Mapping[Any, Callable[[bytes], bytes]] = {ask_ours: bytes, ask_openai: openai_body}
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """Formats the figures for a person."""
+    """Format the figures as a text table."""
     lines = [f"{'figure':<32}{'value':>10}{'rounds':>22}   aim"]
-    for each in figures:
-        spread = f"{each.low:.3g} to {each.high:.3g}"
-        lines.append(f"{each.name:<32}{each.value:>10.3g}{spread:>22}   {each.aim}")
+    for figure in figures:
+        spread = f"{figure.low:.3g} to {figure.high:.3g}"
+        lines.append(f"{figure.name:<32}{figure.value:>10.3g}{spread:>22}   {figure.aim}")
     return "\n".join(lines)

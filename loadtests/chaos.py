@@ -1,7 +1,7 @@
-"""Faults brought about on purpose in a service that was started here, and what its clients see of them.
+"""Cause faults in a service started here, and measure their effect on its clients.
 
-The contract: when the engine dies or hangs, clients in flight get 503 within a second, /readyz says 503, and the
-service comes back by itself; SIGTERM loses no answer; a client that leaves gives back what it held.
+The contract for a dead or hanging engine: clients in flight get 503 within a second, /readyz returns 503, and the
+service recovers by itself. SIGTERM loses no answer. A leaving client frees its resources.
 """
 
 from __future__ import annotations
@@ -35,12 +35,16 @@ Fault = Callable[[Target, Clips, Mix, int, Say], list[Figure]]
 
 
 def questions(clips: Clips, mix: Mix, num: int, seed: int) -> list[Question]:
-    """Returns so many questions of the mix."""
-    return [each.question for each in plan(clips, mix, 1.0, 10.0 * num + 100, seed)[:num]]
+    """Return `num` questions of the mix."""
+    return [planned.question for planned in plan(clips, mix, 1.0, 10.0 * num + 100, seed)[:num]]
 
 
 async def in_flight(target: Target, asked: Sequence[Question], act: Callable[[], None]) -> tuple[list[Outcome], float]:
-    """Asks all at once, acts when the service has admitted them, and returns what became of them and when it acted."""
+    """Send all questions at once, and call `act` after the service has admitted them.
+
+    Returns:
+        The outcomes, and the time of the call.
+    """
     async with open_session(target.url, target.key, REPLY_TIMEOUT_S) as session:
         start_s = time.perf_counter()
         tasks = [asyncio.create_task(ask(session, question, start_s)) for question in asked]
@@ -55,7 +59,7 @@ async def in_flight(target: Target, asked: Sequence[Question], act: Callable[[],
 
 
 def watch_readiness(target: Target, since_s: float) -> tuple[float, float]:
-    """Returns when the service stopped and when it began again to be ready, in seconds after a moment."""
+    """Return the times of losing and regaining readiness, in seconds after `since_s`."""
     deadline_s = time.perf_counter() + RECOVERY_TIMEOUT_S
     down_s = float("inf")
     while time.perf_counter() < deadline_s:
@@ -68,11 +72,11 @@ def watch_readiness(target: Target, since_s: float) -> tuple[float, float]:
 
 
 def strike(target: Target, clips: Clips, mix: Mix, seed: int, sent: signal.Signals) -> tuple[list[float], float, float]:
-    """Sends a signal to the engine while clients wait.
+    """Send a signal to the engine while clients wait.
 
     Returns:
-        How long after it each client got 503, infinity for those that got something else; when the service said that
-        it was not ready; and when it was ready again.
+        Per client, the time until its 503, infinity for other outcomes; then the times of losing and regaining
+        readiness.
     """
     processes = target.engine_processes()
 
@@ -90,22 +94,22 @@ def strike(target: Target, clips: Clips, mix: Mix, seed: int, sent: signal.Signa
 
     (outcomes, acted_s), (down_s, up_s) = asyncio.run(act())
     waited_s = [
-        each.due_s + each.e2e_s - acted_s if each.error == GONE else float("inf")
-        for each in outcomes
-        # What was answered before is none of this.
-        if each.due_s + each.e2e_s > acted_s
+        outcome.due_s + outcome.e2e_s - acted_s if outcome.error == GONE else float("inf")
+        for outcome in outcomes
+        # Earlier answers do not count.
+        if outcome.due_s + outcome.e2e_s > acted_s
     ]
     return waited_s, down_s, up_s
 
 
 def engine_is_killed(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) -> list[Figure]:
-    """Kills the engine's processes with 20 requests in flight."""
+    """Kill the engine's processes with 20 requests in flight."""
     if not target.engine_processes():
         say("engine_is_killed: the engine has no process of its own here (HYPER_ENGINE=vllm has)")
         return []
     waited_s, down_s, up_s = strike(target, clips, mix, seed, signal.SIGKILL)
     num = len(waited_s)
-    within = sum(each <= ANSWERED_WITHIN_S for each in waited_s)
+    within = sum(wait_s <= ANSWERED_WITHIN_S for wait_s in waited_s)
     return [
         Figure("engine_kill_clients_answered", within / num if num else 0.0, num),
         Figure("engine_kill_not_ready_s", round(down_s, 3), 1),
@@ -114,7 +118,7 @@ def engine_is_killed(target: Target, clips: Clips, mix: Mix, seed: int, say: Say
 
 
 def engine_hangs(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) -> list[Figure]:
-    """Stops the engine's processes with 20 requests in flight, so that they live and do nothing."""
+    """Stop the engine's processes with 20 requests in flight, so that they hang without exiting."""
     processes = target.engine_processes()
     if not processes:
         say("engine_hangs: the engine has no process of its own here (HYPER_ENGINE=vllm has)")
@@ -132,7 +136,7 @@ def engine_hangs(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) ->
 
 
 def clients_leave(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) -> list[Figure]:
-    """Lets 100 clients leave, each at a time of its own, and sees what still holds a place 2 s after the last."""
+    """Let 100 clients leave at different times, and count the held places 2 s after the last one."""
     leaving = [
         dataclasses.replace(question, cancel_after_s=2.0 * number / NUM_LEAVING)
         for number, question in enumerate(questions(clips, mix, NUM_LEAVING, seed + 2))
@@ -148,7 +152,7 @@ def clients_leave(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) -
 
 
 def sigterm(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) -> list[Figure]:
-    """Ends the service with 50 requests in flight. It is gone afterwards, so this comes last."""
+    """Send SIGTERM to the service with 50 requests in flight. This fault must be the last one."""
     process = target.process
     if process is None:
         say("sigterm: only a service that was started here is ended")
@@ -156,9 +160,9 @@ def sigterm(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) -> list
     asked = questions(clips, mix, NUM_AT_SIGTERM, seed + 3)
     outcomes, acted_s = asyncio.run(in_flight(target, asked, process.terminate))
     code = process.wait(REPLY_TIMEOUT_S)
-    waiting = [each for each in outcomes if each.due_s + each.e2e_s > acted_s]
+    waiting = [outcome for outcome in outcomes if outcome.due_s + outcome.e2e_s > acted_s]
     return [
-        Figure("sigterm_lost", sum(each.error is not None for each in outcomes), len(waiting)),
+        Figure("sigterm_lost", sum(outcome.error is not None for outcome in outcomes), len(waiting)),
         Figure("sigterm_exit_code", code, 1),
     ]
 

@@ -1,7 +1,6 @@
-"""Asks one question over HTTP and notes what came of it and when, counted from the moment it was due.
+"""Send one question over HTTP and record its outcome and latency, counted from its due time.
 
-Reads replies and server-sent events by their public names only; it knows no type of the service and no meaning of a
-section.
+Replies and server-sent events are read by their public names only, without types of the service.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ import aiohttp
 QA_PATH = "/v1/audio/qa"
 FIRST_TOKEN_EVENTS = ("section.start", "section.delta", "answer.delta")
 CANCELLED = "client_cancelled"
-"""What a request that its client gave up on purpose counts under."""
+"""Code of requests cancelled by the client on purpose."""
 
-# The service closes idle connections after 5 s; one that is about to be closed must not be given to a request.
+# The service closes idle connections after 5 s, so the client drops them earlier.
 KEEP_ALIVE_S = 2.0
 
 
 @dataclass(frozen=True)
 class Question:
-    """One request, ready to be sent.
+    """One request, ready to send.
 
     Attributes:
-        body: The whole multipart body, made before the clock runs.
-        headers: Its content type, and what the request says besides.
-        is_stream: Whether the reply comes as events.
-        cancel_after_s: When the client leaves, counted from when the request was due; None where it stays.
+        body: The whole multipart body, built before the measurement.
+        headers: Content type and further headers.
+        is_stream: True for a reply as events.
+        cancel_after_s: Time of the client's cancellation, from the due time; None for no cancellation.
     """
 
     body: bytes
@@ -45,19 +44,19 @@ class Question:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request.
+    """The outcome of one request.
 
     Attributes:
-        due_s: When it was to be sent, as a reading of `time.perf_counter()`.
-        late_s: How much later than that the driver sent it: its own fault, not the service's.
-        e2e_s: From when it was due to the last byte, or until it failed.
-        ttft_s: From when it was due to the first event that carries model output; None when none came.
-        error: None for an answer; else the service's error code, `http_NNN` for a reply without one, or `client_...`
-            for a failure that the service never saw or never answered.
-        is_sent: Whether its head left; a client may have given up before, and then there was no request.
-        status: Of the reply; None when none came.
-        has_retry_after: Whether the reply said when to come again.
-        timings_ms: The reply's own account of its stages.
+        due_s: Due time, as a reading of `time.perf_counter()`.
+        late_s: Delay of the driver itself, not of the service.
+        e2e_s: From the due time to the last byte or the failure.
+        ttft_s: From the due time to the first event with model output; None without one.
+        error: None for an answer. Else the service's error code, `http_NNN` for a reply without one, or `client_...`
+            for a failure unseen or unanswered by the service.
+        is_sent: True if the request's head was sent; a client may cancel earlier, without any request.
+        status: Status of the reply; None without a reply.
+        has_retry_after: True if the reply has Retry-After.
+        timings_ms: Timings of the stages from the reply.
     """
 
     due_s: float
@@ -72,11 +71,11 @@ class Outcome:
 
 
 def open_session(url: str, key: str | None, timeout_s: float) -> aiohttp.ClientSession:
-    """Opens what holds the connections: as many as there are requests, since an open loop never waits for one.
+    """Open a session with unlimited connections, since an open loop never waits for one.
 
     Args:
-        key: The API key, where the service asks for one.
-        timeout_s: How long a reply may be silent.
+        key: The API key, if the service requires one.
+        timeout_s: Maximum silence of a reply.
     """
 
     async def note_sent(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
@@ -94,27 +93,27 @@ def open_session(url: str, key: str | None, timeout_s: float) -> aiohttp.ClientS
 
 
 async def ask(session: aiohttp.ClientSession, question: Question, due_s: float) -> Outcome:
-    """Sends a question and reads the reply to its end. Failures are outcomes, never exceptions."""
+    """Send a question and read the whole reply. Failures are outcomes, never exceptions."""
     late_s = time.perf_counter() - due_s
-    found = _Reply(due_s)
+    reply = _Reply(due_s)
     try:
         async with asyncio.timeout(_left(question, due_s)):
-            await found.read(session, question)
+            await reply.read(session, question)
     except TimeoutError as fault:
-        # aiohttp's own timeouts are of this class too.
-        found.error = "client_timeout" if isinstance(fault, aiohttp.ServerTimeoutError) else CANCELLED
+        # aiohttp's own timeouts have this class too.
+        reply.error = "client_timeout" if isinstance(fault, aiohttp.ServerTimeoutError) else CANCELLED
     except (aiohttp.ClientError, OSError) as fault:
-        found.error = f"client_{type(fault).__name__}"
+        reply.error = f"client_{type(fault).__name__}"
     return Outcome(
         due_s,
         late_s,
         time.perf_counter() - due_s,
-        found.ttft_s,
-        found.error,
-        found.is_sent,
-        found.status,
-        found.has_retry_after,
-        found.timings_ms,
+        reply.ttft_s,
+        reply.error,
+        reply.is_sent,
+        reply.status,
+        reply.has_retry_after,
+        reply.timings_ms,
     )
 
 
@@ -125,7 +124,7 @@ def _left(question: Question, due_s: float) -> float | None:
 
 
 class _Reply:
-    """What is known of a reply so far; kept outside of the reading, which may be cut short at any point."""
+    """State of a partial reply, kept outside of the reader, since a cancellation may interrupt it at any point."""
 
     def __init__(self, due_s: float) -> None:
         self.due_s = due_s
@@ -163,7 +162,7 @@ class _Reply:
 
 
 async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, bytes]]:
-    """Yields (name, data) of each server-sent event; comments, which keep a connection alive, are passed over."""
+    """Yield (name, data) of each server-sent event, without keep-alive comments."""
     rest = b""
     async for chunk in chunks:
         *blocks, rest = (rest + chunk).split(b"\n\n")
@@ -179,15 +178,15 @@ async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[str, bytes
 
 
 def timings(body: bytes) -> dict[str, float]:
-    """Returns the milliseconds of each stage that a reply tells of; none where it is something else."""
+    """Return the milliseconds of each stage from a reply; empty for other bodies."""
     with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
-        found: dict[str, Any] = json.loads(body)["timings_ms"]
-        return {name: value for name, value in found.items() if isinstance(value, int | float)}
+        stages: dict[str, Any] = json.loads(body)["timings_ms"]
+        return {name: value for name, value in stages.items() if isinstance(value, int | float)}
     return {}
 
 
 def error_code(body: bytes, default: str) -> str:
-    """Returns `error.code` of the service's error object, or the default where the body is something else."""
+    """Return `error.code` of the service's error object, or the default for other bodies."""
     try:
         parsed: Any = json.loads(body)
         return str(parsed["error"]["code"])

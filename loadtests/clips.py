@@ -1,6 +1,6 @@
-"""Makes clips that no cache has seen: real recordings, cut anew and with a whisper of noise, from a fixed seed.
+"""Cut clips unknown to any cache from real recordings, with faint noise, from a fixed seed.
 
-Knows nothing of the service; reads and writes files by soundfile.
+This module depends on no service; soundfile reads and writes the files.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import soundfile
 
 SAMPLE_RATE_HZ = 16_000
 NOISE_AMPLITUDE = 1e-3
-# What libsndfile decodes; the others of a folder are left out.
+# Formats of libsndfile; other files of a folder are skipped.
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 
 
 class FreshClips:
-    """Cuts clips of one length out of a folder's recordings.
+    """Clips of one length, cut from the recordings of a folder.
 
     Raises:
-        FileNotFoundError: The folder holds no recording at 16 kHz that is long enough.
+        FileNotFoundError: The folder has no recording at 16 kHz of sufficient length.
     """
 
     def __init__(self, folder: Path, duration_s: float = 5.0) -> None:
@@ -39,7 +39,7 @@ class FreshClips:
             raise FileNotFoundError(f"no recording of more than {duration_s:g} s at {SAMPLE_RATE_HZ} Hz in {folder}")
 
     def make(self, seed: int) -> np.ndarray:
-        """Returns clip number `seed`, float32 [S]; another number is another clip."""
+        """Return clip number `seed`, float32 [S]; another number gives another clip."""
         random = np.random.default_rng(seed)
         source = self.sources[seed % len(self.sources)]
         start = int(random.integers(0, len(source) - self.num_samples))
@@ -49,7 +49,7 @@ class FreshClips:
 
 
 def wav(samples_S: np.ndarray) -> bytes:
-    """Writes a clip as a WAV file."""
+    """Encode a clip as a WAV file."""
     file = io.BytesIO()
     soundfile.write(file, samples_S, SAMPLE_RATE_HZ, format="WAV", subtype="PCM_16")
     return file.getvalue()

@@ -1,6 +1,6 @@
-"""Draws the Grafana dashboard without Grafana: asks Prometheus exactly what its panels ask, and writes a PNG.
+"""Draw the Grafana dashboard without Grafana: send its panels' queries to Prometheus and write a PNG.
 
-Knows of the dashboard's JSON what `deploy/grafana/dashboards/hyper.json` uses: rows, time series and stats.
+It supports the features of `deploy/grafana/dashboards/hyper.json`: rows, time series and stats.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ INCHES_A_COLUMN = 0.8
 MAX_IN_LEGEND = 16
 TEXT_COLOURS = {"green": "#2c7a3f", "yellow": "#b58900", "red": "#b02a2a"}
 
-Series = tuple[str, list[float], list[float]]  # what the legend says, seconds since 1970, values
+Series = tuple[str, list[float], list[float]]  # legend text, seconds since 1970, values
 
 
 @dataclass(frozen=True)
 class Window:
-    """The time that is drawn, and what stands for the dashboard's variables.
+    """The time range of the plot, with values for the dashboard's variables.
 
     Attributes:
         instance: A regular expression of instances.
-        rate_interval: Over which rates are taken, as Prometheus writes it; at least four times the scrape interval.
+        rate_interval: Interval of rates in Prometheus notation; at least four times the scrape interval.
     """
 
     start_s: float
@@ -47,29 +47,29 @@ class Window:
 
     @property
     def step_s(self) -> float:
-        """The time between two points."""
+        """Return the time between two points."""
         return max(1.0, math.ceil((self.end_s - self.start_s) / NUM_POINTS))
 
     def fill(self, expression: str) -> str:
-        """Puts values in place of the variables, as Grafana does."""
+        """Replace the variables by values, as Grafana does."""
         return expression.replace("$__rate_interval", self.rate_interval).replace("$instance", self.instance)
 
 
 class Prometheus:
-    """Asks a Prometheus over its HTTP API."""
+    """A client of Prometheus' HTTP API."""
 
     def __init__(self, url: str) -> None:
         self.client = httpx.Client(base_url=url.rstrip("/"), timeout=30)
 
     def close(self) -> None:
-        """Gives back the connections."""
+        """Close the connections."""
         self.client.close()
 
     def read(self, target: Mapping[str, Any], window: Window) -> list[Series]:
-        """Returns the series of one target of a panel.
+        """Return the series of one target of a panel.
 
         Raises:
-            click.ClickException: Prometheus is not there, or does not understand the expression.
+            click.ClickException: Prometheus is unreachable or rejects the expression.
         """
         query = {
             "query": window.fill(target["expr"]),
@@ -86,28 +86,28 @@ class Prometheus:
             raise click.ClickException(f"{body.get('error')}: {query['query']}")
         return [
             (
-                legend(target["legendFormat"], each["metric"]),
-                [float(moment) for moment, _ in each["values"]],
-                [float(value) for _, value in each["values"]],
+                legend(target["legendFormat"], series["metric"]),
+                [float(moment) for moment, _ in series["values"]],
+                [float(value) for _, value in series["values"]],
             )
-            for each in body["data"]["result"]
+            for series in body["data"]["result"]
         ]
 
 
 def legend(pattern: str, labels: Mapping[str, str]) -> str:
-    """Writes a series' name as Grafana does."""
-    return re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda found: labels.get(found[1], ""), pattern)
+    """Return a series' name in Grafana's form."""
+    return re.sub(r"\{\{\s*(\w+)\s*\}\}", lambda match: labels.get(match[1], ""), pattern)
 
 
 def draw(dashboard_file: Path, prometheus: Prometheus, window: Window, path: Path) -> int:
-    """Draws every panel where the dashboard has it, and returns how many of them have data."""
+    """Draw every panel at its dashboard position; return the number of panels with data."""
     dashboard = json.loads(dashboard_file.read_text(encoding="utf-8"))
     num_rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in dashboard["panels"])
     figure = Figure(figsize=(GRID_COLUMNS * INCHES_A_COLUMN, num_rows * INCHES_A_ROW))
     num_with_data = 0
     for panel in dashboard["panels"]:
         place = panel["gridPos"]
-        # A margin inside each place, for titles above and axes below and to the left.
+        # Each panel has a margin for titles above, and axes below and to the left.
         left, width = place["x"] / GRID_COLUMNS + 0.03, place["w"] / GRID_COLUMNS - 0.04
         top = 1 - place["y"] / num_rows
         if panel["type"] == "row":
@@ -116,13 +116,13 @@ def draw(dashboard_file: Path, prometheus: Prometheus, window: Window, path: Pat
         height = place["h"] / num_rows
         axes = figure.add_axes((left, top - height + 1.1 / num_rows, width, height - 2.3 / num_rows))
         axes.set_title(panel["title"], fontsize=9, loc="left")
-        found = [series for target in panel["targets"] for series in prometheus.read(target, window)]
-        found = [series for series in found if any(map(math.isfinite, series[2]))]
-        num_with_data += bool(found)
+        with_values = [series for target in panel["targets"] for series in prometheus.read(target, window)]
+        with_values = [series for series in with_values if any(map(math.isfinite, series[2]))]
+        num_with_data += bool(with_values)
         if panel["type"] == "stat":
-            write_stat(axes, panel, found)
+            write_stat(axes, panel, with_values)
         else:
-            draw_lines(axes, panel, found, window)
+            draw_lines(axes, panel, with_values, window)
     start, end = (datetime.fromtimestamp(moment_s, UTC) for moment_s in (window.start_s, window.end_s))
     about = f"{dashboard['title']}, {start:%Y-%m-%d %H:%M:%S} to {end:%H:%M:%S} UTC"
     figure.text(0.992, 1 - 0.3 / num_rows, about, fontsize=8, ha="right", va="center", color="#666666")
@@ -131,7 +131,7 @@ def draw(dashboard_file: Path, prometheus: Prometheus, window: Window, path: Pat
 
 
 def draw_lines(axes: Axes, panel: Mapping[str, Any], found: Sequence[Series], window: Window) -> None:
-    """Draws a time series panel."""
+    """Draw a time series panel."""
     defaults = panel["fieldConfig"]["defaults"]
     moments = [window.start_s + number * window.step_s for number in range(NUM_POINTS + 1)]
     columns = [on_grid(series, window) for series in found]
@@ -158,7 +158,7 @@ def draw_lines(axes: Axes, panel: Mapping[str, Any], found: Sequence[Series], wi
 
 
 def on_grid(series: Series, window: Window) -> list[float]:
-    """Returns a series with a value, or none, for each moment that is drawn."""
+    """Return the value of a series at each plotted time, NaN if missing."""
     _, moments, values = series
     known = {
         round((moment - window.start_s) / window.step_s): value for moment, value in zip(moments, values, strict=True)
@@ -167,7 +167,7 @@ def on_grid(series: Series, window: Window) -> list[float]:
 
 
 def write_stat(axes: Axes, panel: Mapping[str, Any], found: Sequence[Series]) -> None:
-    """Writes the last value in the colour of its threshold; or, where the panel shows names, those."""
+    """Write the last value in the colour of its threshold, or the names for panels with names."""
     defaults = panel["fieldConfig"]["defaults"]
     axes.set_axis_off()
     if not found:
@@ -176,13 +176,13 @@ def write_stat(axes: Axes, panel: Mapping[str, Any], found: Sequence[Series]) ->
         text, colour, size = "\n".join(sorted({name for name, _, _ in found})), "#333333", 11
     else:
         last = next(value for value in reversed(found[0][2]) if math.isfinite(value))
-        steps = [each for each in defaults["thresholds"]["steps"] if each["value"] is None or last >= each["value"]]
+        steps = [step for step in defaults["thresholds"]["steps"] if step["value"] is None or last >= step["value"]]
         text, colour, size = formatted(last, defaults["unit"]), TEXT_COLOURS[steps[-1]["color"]], 20
     axes.text(0, 0.4, text, transform=axes.transAxes, fontsize=size, color=colour, va="center")
 
 
 def formatted(value: float, unit: str) -> str:
-    """Writes a value with its unit."""
+    """Return a value with its unit."""
     match unit:
         case "percentunit":
             return f"{100 * value:.3g} %"
@@ -199,6 +199,6 @@ def formatted(value: float, unit: str) -> str:
 
 
 def window_of(minutes: float, end: datetime | None, instance: str, rate_interval: str) -> Window:
-    """Returns the window that ends then, or now."""
+    """Return the window with this end, by default now."""
     end_s = time.time() if end is None else end.replace(tzinfo=UTC).timestamp()
     return Window(end_s - 60 * minutes, end_s, instance, rate_interval)

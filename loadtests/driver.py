@@ -1,8 +1,8 @@
-"""Sends requests when they are due, whatever became of those before them: an open loop.
+"""Send requests at their due times in an open loop, independent of earlier replies.
 
-A client that waits for its last answer before it asks again sends less when the service slows down, and so never sees
-how slow it is. Here the times are decided beforehand, and latency counts from the time a request was due: what the
-driver itself is late by is counted against the service too, and shown, and a run in which it was late is no result.
+A closed-loop client waits for its reply before its next request. It sends less to a slow service and so never measures
+the real delay. Here all times are fixed beforehand, and latency counts from the due time. The driver's own delay
+therefore counts against the service. It is reported, and a run with a late driver is invalid.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from loadtests.report import percentile
 from loadtests.workload import Planned
 
 MAX_LATE_S = 0.1
-"""A driver whose requests leave later than this, at the 99th percentile, measures itself."""
+"""Maximum delay of the driver at the 99th percentile; a later driver would measure itself."""
 
 TICK_S = 1.0
 NUM_OTHER_DESCRIPTORS = 100
 
 
 class DriverLateError(Exception):
-    """The driver could not keep up with its own plan; its figures would be about itself."""
+    """The driver was too slow for its own plan, so its figures are invalid."""
 
 
 async def run_open_loop(
     session: aiohttp.ClientSession, planned: Sequence[Planned], progress: Callable[[int, int], None] | None = None
 ) -> list[Outcome]:
-    """Sends every request at its time and returns what became of them, in the order in which they were due.
+    """Send every request at its time; return the outcomes in order of due time.
 
     Args:
-        progress: Called about once a second with the number of requests sent and of requests ended.
+        progress: Called about once per second with the number of sent and of ended requests.
     """
     raise_descriptor_limit(len(planned))
     num_ended = 0
@@ -45,16 +45,16 @@ async def run_open_loop(
         num_ended += 1
 
     tasks: list[asyncio.Task[Outcome]] = []
-    start_s = told_s = time.perf_counter()
-    for each in planned:
-        due_s = start_s + each.due_s
-        # Also when it is late already: replies must be read, and a loop that only sends would measure itself.
+    start_s = reported_s = time.perf_counter()
+    for request in planned:
+        due_s = start_s + request.due_s
+        # Yield even if late: replies must be read, and a loop of sends only would measure itself.
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-        task = asyncio.create_task(ask(session, each.question, due_s))
+        task = asyncio.create_task(ask(session, request.question, due_s))
         task.add_done_callback(count)
         tasks.append(task)
-        if progress is not None and time.perf_counter() > told_s + TICK_S:
-            told_s = time.perf_counter()
+        if progress is not None and time.perf_counter() > reported_s + TICK_S:
+            reported_s = time.perf_counter()
             progress(len(tasks), num_ended)
     pending = set(tasks)
     while pending:
@@ -65,12 +65,12 @@ async def run_open_loop(
 
 
 def require_punctual(outcomes: Sequence[Outcome], max_late_s: float = MAX_LATE_S) -> None:
-    """Refuses a run in which the driver was late.
+    """Reject a run with a late driver.
 
     Raises:
-        DriverLateError: At the 99th percentile, requests left later than allowed.
+        DriverLateError: The delay of requests at the 99th percentile is above the limit.
     """
-    late_s = percentile([each.late_s for each in outcomes], 99)
+    late_s = percentile([outcome.late_s for outcome in outcomes], 99)
     if late_s is not None and late_s > max_late_s:
         raise DriverLateError(
             f"The driver sent its requests {1000 * late_s:.0f} ms late (p99; at most {1000 * max_late_s:.0f} ms are "
@@ -80,7 +80,7 @@ def require_punctual(outcomes: Sequence[Outcome], max_late_s: float = MAX_LATE_S
 
 
 def raise_descriptor_limit(num_requests: int) -> None:
-    """Makes room for a connection each, as far as this process may: the usual soft limit is 1024 descriptors."""
+    """Raise the limit of file descriptors, usually 1024, for one connection per request, as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = num_requests + NUM_OTHER_DESCRIPTORS
     if soft != resource.RLIM_INFINITY and soft < wanted:

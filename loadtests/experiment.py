@@ -1,4 +1,4 @@
-"""Carries out a scenario against a service and tells what came of it. Talks to it through the driver and the target."""
+"""Run a scenario against a service, through driver and target, and compute its figures."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from loadtests.workload import Clips, Mix, plan
 SCRAPE_INTERVAL_S = 0.5
 REPLY_TIMEOUT_S = 120.0
 GOOD_SHARE = 0.85
-"""A rung with good answers to less than this share of its requests is beyond the peak; two of them end the ladder."""
+"""A rung with a lower share of good answers is beyond the peak; two of them end the ladder."""
 
 OVERLOAD = 1.0
-"""A step of more than this times the peak is an overload."""
+"""A step above this multiple of the peak is an overload."""
 
 
 @dataclass
 class Experiment:
-    """Runs periods of load and keeps what they gave.
+    """A run of load periods with its results.
 
     Attributes:
-        say: Where progress goes.
-        scrapes_s: What each scrape under load took, by the name of the period.
-        rss_mib: The service's memory when it was idle again after a period, by its name.
-        info: What the service said of itself.
+        say: Callback for progress messages.
+        scrapes_s: Duration of each scrape under load, by the period's name.
+        rss_mib: Memory of the idle service after a period, by the period's name.
+        info: The service's /v1/info.
     """
 
     target: Target
@@ -57,12 +57,12 @@ class Experiment:
     info: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def carry_out(self, scenario: Scenario) -> list[Figure]:
-        """Runs the whole scenario and returns its figures.
+        """Run the whole scenario and return its figures.
 
         Raises:
             DriverLateError: The driver was too slow for its plan.
         """
-        # Now, as a fault may end the service.
+        # Read now, since a fault may end the service.
         self.info = self.target.info()
         needs_peak = not scenario.steps or any(step.of_peak is not None for step in scenario.steps)
         if scenario.ladder is not None and needs_peak and self.peak_per_s is None:
@@ -72,13 +72,16 @@ class Experiment:
             self.run_step(step, scenario)
         figures = self.figures(scenario)
         for fault in scenario.faults:
-            found = chaos.FAULTS[fault](self.target, self.clips, scenario.mix, self.seed, self.say)
-            self.say(", ".join(f"{each.name} {each.value:g} of {each.num}" for each in found) or f"{fault}: left out")
-            figures += found
+            measured = chaos.FAULTS[fault](self.target, self.clips, scenario.mix, self.seed, self.say)
+            self.say(
+                ", ".join(f"{figure.name} {figure.value:g} of {figure.num}" for figure in measured)
+                or f"{fault}: left out"
+            )
+            figures += measured
         return figures
 
     def climb(self, ladder: Ladder, scenario: Scenario) -> float:
-        """Offers more and more, and returns the most good answers a second that any rate gave."""
+        """Increase the rate step by step; return the maximum rate of good answers."""
         rate_per_s, num_beyond = ladder.first_per_s, 0
         best_per_s = 0.0
         for number in range(ladder.max_rungs):
@@ -91,7 +94,7 @@ class Experiment:
         return best_per_s
 
     def run_step(self, step: Step, scenario: Scenario) -> Report:
-        """Runs one step."""
+        """Run one step."""
         if step.per_s is not None:
             rate_per_s = step.per_s
         else:
@@ -103,7 +106,7 @@ class Experiment:
         return self.load(step.name, rate_per_s, seconds, scenario.mix, scenario.slo_s)
 
     def load(self, name: str, rate_per_s: float, seconds: float, mix: Mix, slo_s: float) -> Report:
-        """Offers one rate for some time, and waits until the service is idle again."""
+        """Offer one rate for some time, then wait until the service is idle."""
         planned = plan(self.clips, mix, rate_per_s, seconds, self.seed)
         self.say(f"{name}: {len(planned)} requests, {rate_per_s:.2f} a second for {seconds:.0f} s")
         before = self.target.when_idle()
@@ -125,7 +128,7 @@ class Experiment:
     def keep(
         self, report: Report, outcomes: list[Outcome], before: Reading, after: Reading, scrapes_s: list[float]
     ) -> None:
-        """Remembers a period."""
+        """Store the results of a period."""
         self.reports.append(report)
         self.accounts[report.name] = account(outcomes, before.ended, after.ended)
         self.scrapes_s[report.name] = scrapes_s
@@ -133,7 +136,7 @@ class Experiment:
 
     @contextmanager
     def scraping(self) -> Iterator[list[float]]:
-        """Reads /metrics in a thread, as a Prometheus would while the load goes on, and collects what it takes."""
+        """Scrape /metrics in a thread, as a Prometheus would during the load; collect the durations."""
         seconds: list[float] = []
         is_over = threading.Event()
 
@@ -150,73 +153,73 @@ class Experiment:
             thread.join()
 
     def figures(self, scenario: Scenario) -> list[Figure]:
-        """Computes what the periods so far amount to."""
-        found: list[Figure] = []
+        """Compute the figures of all periods so far."""
+        figures: list[Figure] = []
         if not self.reports:
-            return found
-        found.append(
+            return figures
+        figures.append(
             Figure(
                 "unaccounted",
-                sum(each.unaccounted for each in self.accounts.values()),
-                sum(each.sent for each in self.accounts.values()),
+                sum(entry.unaccounted for entry in self.accounts.values()),
+                sum(entry.sent for entry in self.accounts.values()),
             )
         )
         if self.peak_per_s is not None:
-            found.append(
-                Figure("peak_per_s", round(self.peak_per_s, 3), sum(each.num_answers for each in self.reports))
+            figures.append(
+                Figure("peak_per_s", round(self.peak_per_s, 3), sum(entry.num_answers for entry in self.reports))
             )
         steps = {step.name: step for step in scenario.steps}
         failures = sum(
             num for report in self.reports for code, num in report.failures.items() if code not in scenario.allows
         )
-        found.append(Figure("failures", failures, sum(each.num_requests for each in self.reports)))
-        reports = {each.name: each for each in self.reports}
+        figures.append(Figure("failures", failures, sum(entry.num_requests for entry in self.reports)))
+        reports = {entry.name: entry for entry in self.reports}
         over = [reports[name] for name, step in steps.items() if (step.of_peak or 0) > OVERLOAD]
         under = [reports[name] for name, step in steps.items() if 0 < (step.of_peak or 0) < OVERLOAD]
         if over and under and self.peak_per_s:
-            found += overload_figures(over[0], under[0], self.peak_per_s)
+            figures += overload_figures(over[0], under[0], self.peak_per_s)
             scrapes_s = self.scrapes_s[over[0].name]
-            found.append(Figure("scrape_p99_ms", to_ms(percentile(scrapes_s, 99)), len(scrapes_s)))
+            figures.append(Figure("scrape_p99_ms", to_ms(percentile(scrapes_s, 99)), len(scrapes_s)))
         if len(under) == 2:
             first, last = under
             growth_mib = self.rss_mib[last.name] - self.rss_mib[first.name]
             per_10k = growth_mib * 10_000 / last.num_requests
-            found.append(Figure("rss_growth_mib_10k", round(per_10k, 2), last.num_requests))
-        return found
+            figures.append(Figure("rss_growth_mib_10k", round(per_10k, 2), last.num_requests))
+        return figures
 
     def result(self, name: str, figures: list[Figure]) -> dict[str, Any]:
-        """Returns all there is to keep of a run, ready for JSON."""
+        """Return the whole result of a run as plain data."""
         return {
             "scenario": name,
             "figures": figures_json(figures),
-            "is_met": all(each.is_met for each in figures),
+            "is_met": all(entry.is_met for entry in figures),
             "seed": self.seed,
             "service": {key: self.info.get(key) for key in ("version", "engine", "checkpoint", "decoding", "limits")},
             "machine": machine(),
-            "periods": [asdict(each) for each in self.reports],
-            "accounts": {key: asdict(each) for key, each in self.accounts.items()},
+            "periods": [asdict(entry) for entry in self.reports],
+            "accounts": {key: asdict(entry) for key, entry in self.accounts.items()},
             "rss_mib": self.rss_mib,
         }
 
 
 def overload_figures(over: Report, under: Report, peak_per_s: float) -> list[Figure]:
-    """Compares a period beyond the peak with one below it."""
-    found = [Figure("overload_goodput_ratio", round(over.goodput_per_s / peak_per_s, 3), over.num_answers)]
+    """Compare a period beyond the peak with one below it."""
+    figures = [Figure("overload_goodput_ratio", round(over.goodput_per_s / peak_per_s, 3), over.num_answers)]
     if over.e2e.p99_s and under.e2e.p99_s:
-        found.append(Figure("overload_p99_ratio", round(over.e2e.p99_s / under.e2e.p99_s, 3), over.num_answers))
+        figures.append(Figure("overload_p99_ratio", round(over.e2e.p99_s / under.e2e.p99_s, 3), over.num_answers))
     if over.refusals.num:
-        found.append(Figure("rejection_p99_ms", to_ms(over.refusals.p99_s), over.refusals.num))
-        found.append(Figure("rejections_without_retry_after", over.refusals_without_retry_after, over.refusals.num))
-    return found
+        figures.append(Figure("rejection_p99_ms", to_ms(over.refusals.p99_s), over.refusals.num))
+        figures.append(Figure("rejections_without_retry_after", over.refusals_without_retry_after, over.refusals.num))
+    return figures
 
 
 def to_ms(seconds: float | None) -> float:
-    """Returns milliseconds; nothing measured is infinitely long."""
+    """Return milliseconds; a missing value is infinity."""
     return float("inf") if seconds is None else round(1000 * seconds, 1)
 
 
 def machine() -> dict[str, Any]:
-    """Says where and of what a figure was taken."""
+    """Return time, commit and hardware of a measurement."""
 
     def git(*arguments: str) -> str:
         run = subprocess.run(
@@ -239,7 +242,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(out: Path, result: dict[str, Any], reports: list[Report]) -> None:
-    """Writes a run as JSON and, where it has periods, as a picture."""
+    """Write a run as JSON and, if it has periods, a plot."""
     out.mkdir(parents=True, exist_ok=True)
     name = result["scenario"]
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""Requests of strangers: generated from the service's own description, and addresses knocked at without a key.
+"""Fuzz the HTTP API with requests generated from its OpenAPI document, and probe every address without a key.
 
-What is held against the replies is what the description says of them, and that none tells of the service's inside or
-repeats what was sent. Knows the service by HTTP alone.
+Replies are checked against the document. They must also reveal nothing internal and echo no input. This module depends
+on the service's HTTP API alone.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ CHECKED = (
     "allow_header_conformance",
 )
 INSIDE = re.compile(r"/tmp|/usr|/home|/root|/proc|0x[0-9a-f]{6}|Traceback|ffmpeg|libsnd|\.py\b")
-"""What no reply of ours says: paths, addresses, source files, decoders."""
+"""Internal details forbidden in replies: paths, addresses, source files, decoders."""
 
 MIN_ECHO_CHARS = 8
 LATE_MS = 10_000
-"""A request that asks for an answer within less than this may rightly be told that it came too late."""
+"""Requests with a shorter timeout may get a deadline error."""
 
 TIMEOUT_S = 60.0
 MAX_KEPT = 50
@@ -57,12 +57,12 @@ MAX_SHOWN = 80
 
 @dataclass
 class Findings:
-    """What came of a number of requests.
+    """Results of a number of requests.
 
     Attributes:
-        statuses: How many replies had each status; 0 where none came.
-        num_ours: Failures that are the service's: 5xx, and connections that broke.
-        wrong: What was wrong with single replies, each with its request, the first few.
+        statuses: Number of replies by status; 0 stands for no reply.
+        num_ours: Failures of the service: 5xx and broken connections.
+        wrong: The first few wrong replies, each with its request.
     """
 
     statuses: Counter[int] = field(default_factory=Counter[int])
@@ -72,16 +72,16 @@ class Findings:
 
     @property
     def num(self) -> int:
-        """How many requests there were."""
+        """Return the number of requests."""
         return sum(self.statuses.values())
 
     def as_json(self) -> dict[str, Any]:
-        """Returns all of it, ready for JSON."""
+        """Return all findings as plain data."""
         statuses = {str(status): num for status, num in sorted(self.statuses.items())}
         return {"statuses": statuses, "num_ours": self.num_ours, "num_wrong": self.num_wrong, "wrong": self.wrong}
 
     def blame(self, reason: str) -> None:
-        """Notes a reply that should have been another."""
+        """Record a wrong reply."""
         self.num_wrong += 1
         if len(self.wrong) < MAX_KEPT:
             self.wrong.append(reason)
@@ -97,15 +97,16 @@ def generate(
     is_withheld: bool = False,
     document: dict[str, Any] | None = None,
 ) -> Findings:
-    """Sends requests that are generated from the service's own description, such as fit it and such as do not.
+    """Send requests generated from the service's OpenAPI document, both valid and invalid ones.
 
-    First those that each schema's bounds suggest, then drawn ones, always the same for one seed.
+    First come the boundary cases of each schema, then drawn ones, reproducible by the seed.
 
     Args:
-        key: An API key, where the service asks for one.
-        say: Called with the number of requests so far, now and then.
-        is_withheld: The key reads the description alone; requests go without, and all but probes must get 401.
-        document: What to hold the replies against instead of the service's own description.
+        key: An API key, if the service requires one.
+        say: Called now and then with the number of requests so far.
+        is_withheld: Use the key only for reading the document; other requests go without it, and all except probes must
+            get 401.
+        document: Replacement for the service's own document.
     """
     load_all_checks()
     clips = clip_bytes()
@@ -116,24 +117,24 @@ def generate(
     schema = schemathesis.openapi.from_dict(document)
     known = json.dumps(document)
     checks: Any = [CHECKS.get_one(name) for name in CHECKED]
-    found = Findings()
+    findings = Findings()
 
     def send(case: Case) -> None:
         try:
-            # On a connection of its own: one that is kept may rightly be closed while a long case is thought up.
+            # Each request has its own connection; the server may close an idle one while a long case is generated.
             reply = case.call(base_url=url, headers=headers, timeout=TIMEOUT_S)
         except requests.RequestException as fault:
-            found.statuses[0] += 1
-            found.num_ours += 1
-            found.blame(f"{case.method} {case.path}: no reply ({type(fault).__name__}) to {brief(case.body)}")
+            findings.statuses[0] += 1
+            findings.num_ours += 1
+            findings.blame(f"{case.method} {case.path}: no reply ({type(fault).__name__}) to {brief(case.body)}")
             return
-        found.statuses[reply.status_code] += 1
+        findings.statuses[reply.status_code] += 1
         for reason in judge(case, reply, checks, known, is_withheld=is_withheld):
-            found.num_ours += reason == OURS
+            findings.num_ours += reason == OURS
             sent = f"{case.media_type} {dict(case.headers)} {brief(case.body)}"
-            found.blame(f"{case.method} {case.path}: {reply.status_code}: {reason}: {sent}")
-        if found.num % 100 == 0:
-            say(found.num)
+            findings.blame(f"{case.method} {case.path}: {reply.status_code}: {reason}: {sent}")
+        if findings.num % 100 == 0:
+            say(findings.num)
 
     operations = [result.ok() for result in schema.get_all_operations() if isinstance(result, Ok)]
     for operation in operations:
@@ -144,18 +145,18 @@ def generate(
         )
         for case in islice(bounds, max(1, num // (4 * len(operations)))):
             send(case)
-    (question,) = (each for each in operations if each.path == QA_PATH)
-    left = max(0, num - found.num)
+    (question,) = (candidate for candidate in operations if candidate.path == QA_PATH)
+    left = max(0, num - findings.num)
     for mode, share in ((GenerationMode.POSITIVE, left // 2), (GenerationMode.NEGATIVE, left - left // 2)):
         draw(question.as_strategy(generation_mode=mode), share, seed_value, send)
-    return found
+    return findings
 
 
 OURS = "a failure of the service"
 
 
 def judge(case: Case, reply: Response, checks: Any, known: str, *, is_withheld: bool) -> Iterator[str]:
-    """Yields what is wrong with a reply."""
+    """Yield the faults of a reply."""
     text = reply.content.decode("utf-8", "replace")
     if reply.status_code >= 500 and not is_asked_for(case, reply.status_code, text):
         yield OURS
@@ -168,17 +169,17 @@ def judge(case: Case, reply: Response, checks: Any, known: str, *, is_withheld: 
         for failure in failures.exceptions:
             yield f"{type(failure).__name__}: {' '.join(str(failure).split()):.300}"
     request_id = reply.headers.get("x-request-id", [""])[0]
-    told = text.replace(request_id, "") if request_id else text
-    if case.path != "/metrics" and (inside := INSIDE.search(told)):
+    visible = text.replace(request_id, "") if request_id else text
+    if case.path != "/metrics" and (inside := INSIDE.search(visible)):
         yield f"tells of the inside: {inside[0]}"
     if reply.status_code >= 400:
         for word in words_of([case.body, dict(case.query or {}), dict(case.headers or {})]):
-            if len(word) >= MIN_ECHO_CHARS and word in told and word not in known:
+            if len(word) >= MIN_ECHO_CHARS and word in visible and word not in known:
                 yield f"repeats what was sent: {word:.40}"
 
 
 def brief(value: Any) -> Any:
-    """Shortens every long text inside a value, so that a request can be read."""
+    """Shorten every long text inside a value for display."""
     if isinstance(value, Mapping):
         return {name: brief(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -188,25 +189,25 @@ def brief(value: Any) -> Any:
 
 
 def is_asked_for(case: Case, status: int, text: str) -> bool:
-    """Whether a 5xx is what the request asked for: an answer sooner than one can be given."""
+    """Return True if a 5xx follows from the request's own short timeout."""
     body: Any = case.body
     if not isinstance(body, Mapping) or status not in (503, 504):
         return False
     try:
-        asked_ms = float(body.get("timeout_ms") or LATE_MS)
+        timeout_ms = float(body.get("timeout_ms") or LATE_MS)
         code = json.loads(text)["error"]["code"]
     except (ValueError, TypeError, LookupError):
         return False
-    return asked_ms < LATE_MS and code in ("deadline_exceeded", "overloaded")
+    return timeout_ms < LATE_MS and code in ("deadline_exceeded", "overloaded")
 
 
 def leaves_out(body: Any) -> bool:
-    """Whether a form of these fields has fewer: an empty list is no field at all, and so breaks no schema."""
+    """Return True if a field vanishes in a form: an empty list sends no field, so it breaks no schema."""
     return isinstance(body, Mapping) and [] in body.values()
 
 
 def words_of(value: Any) -> Iterator[str]:
-    """Yields every text inside a value."""
+    """Yield every text inside a value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -219,7 +220,7 @@ def words_of(value: Any) -> Iterator[str]:
 
 
 def draw(strategy: st.SearchStrategy[Case], num: int, seed_value: int, send: Callable[[Case], None]) -> None:
-    """Sends so many drawn requests; hypothesis looks for no smaller ones, for each is judged by itself."""
+    """Send `num` drawn requests. Hypothesis does not shrink them, since each reply is judged alone."""
     if not num:
         return
 
@@ -240,7 +241,7 @@ def draw(strategy: st.SearchStrategy[Case], num: int, seed_value: int, send: Cal
 
 
 def clip_bytes() -> st.SearchStrategy[bytes]:
-    """Draws clips of which most can be heard; else no generated request would get beyond the decoder."""
+    """Draw clips, most of them valid; otherwise no request would pass the decoder."""
     times_S = np.arange(SAMPLE_RATE_HZ // 5) / SAMPLE_RATE_HZ
     good = wav((0.3 * np.sin(2765 * times_S)).astype(np.float32))
     return st.one_of(st.just(good), st.just(good), st.just(good), st.binary(max_size=80), st.just(good[:400]))
@@ -253,21 +254,21 @@ STRAY_PATHS = (
     *("/", "/nothing", "/livez/../v1/info", "/livez/", "/readyz/x", "/LIVEZ", "/livez;/v1/info", "/static/x"),
     *("/redoc", "/health", "/v1/models", "/v1/chat/completions", "/invocations", "/pause", "/tokenize", "/version"),
 )
-"""Addresses that there are not, some of which vLLM's own server has."""
+"""Addresses outside the API; some exist in vLLM's own server."""
 
 REFUSED = frozenset({400, 401})
 
 
 def probe_without_key(url: str, key: str, say: Callable[[int], None]) -> Findings:
-    """Asks for every address by every method and in every disguise without a key, and with everything short of one.
+    """Request every address with every method and path variant, without a key and with wrong keys.
 
-    Each reply must be 401, or 400 where the request itself cannot be read.
+    Each reply must be 401, or 400 for an unreadable request.
 
     Args:
-        key: A key of the service, which reads its description and is what wrong ones resemble.
-        say: Called with the number of requests so far, now and then.
+        key: A valid key, for reading the document and deriving wrong keys.
+        say: Called now and then with the number of requests so far.
     """
-    found = Findings()
+    findings = Findings()
     routes = {*describe(url, bearer(key))["paths"], *UNDESCRIBED_PATHS} - set(PUBLIC_PATHS)
     paths = sorted({path for route in routes for path in disguises(route)} | set(STRAY_PATHS))
     attempts = [(method, path, headers) for path in paths for method in METHODS for headers in DISGUISED_HEADERS]
@@ -277,17 +278,17 @@ def probe_without_key(url: str, key: str, say: Callable[[int], None]) -> Finding
             request = client.build_request(method, url, headers=headers)
             request.url = request.url.copy_with(raw_path=path.encode())
             status = client.send(request).status_code
-            found.statuses[status] += 1
+            findings.statuses[status] += 1
             if status not in REFUSED:
-                found.num_ours += 1
-                found.blame(f"{method} {path} {headers}: {status}")
-            if found.num % 500 == 0:
-                say(found.num)
-    return found
+                findings.num_ours += 1
+                findings.blame(f"{method} {path} {headers}: {status}")
+            if findings.num % 500 == 0:
+                say(findings.num)
+    return findings
 
 
 def disguises(path: str) -> set[str]:
-    """Writes a path in ways that some server somewhere took for another."""
+    """Return variants of a path, each confused with the original by some server in the past."""
     return {
         path,
         f"{path}/",
@@ -303,7 +304,7 @@ def disguises(path: str) -> set[str]:
 
 
 def wrong_headers(key: str, *others: str) -> list[dict[str, str]]:
-    """Returns everything short of a key; `others` are keys that open nothing any more."""
+    """Return headers without a valid key; `others` are revoked keys."""
     values = [
         "",
         "Bearer",
@@ -327,12 +328,12 @@ def wrong_headers(key: str, *others: str) -> list[dict[str, str]]:
 
 
 def bearer(key: str | None) -> dict[str, str]:
-    """Returns the header that presents a key."""
+    """Return the header with a key."""
     return {} if key is None else {"authorization": f"Bearer {key}"}
 
 
 def describe(url: str, headers: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the service's description of itself."""
+    """Return the service's OpenAPI document."""
     reply = requests.get(f"{url}/openapi.json", headers=headers, timeout=TIMEOUT_S)
     reply.raise_for_status()
     return reply.json()

@@ -1,6 +1,6 @@
-"""Makes what strangers send: clips in every format and ten thousand ways to break them, the same ones every time.
+"""Generate hostile uploads: clips in every format, broken in ten thousand ways, reproducible by seed.
 
-Knows nothing of the service; formats are written by an ffmpeg program, everything else by hand.
+An ffmpeg program writes the formats; everything else is written here. This module depends on no service.
 """
 
 from __future__ import annotations
@@ -55,26 +55,26 @@ EXTREMES = (
 
 @cache
 def ffmpeg() -> str:
-    """Finds an ffmpeg program on PATH, else the one inside imageio-ffmpeg."""
-    if found := shutil.which("ffmpeg"):
-        return found
+    """Return the ffmpeg program on PATH, else the one of imageio-ffmpeg."""
+    if path := shutil.which("ffmpeg"):
+        return path
     import imageio_ffmpeg
 
     return cast(Any, imageio_ffmpeg).get_ffmpeg_exe()
 
 
 def clips(folder: Path) -> dict[str, bytes]:
-    """Encodes 0.6 s of a tone in every format, and writes AMR by hand: few builds of ffmpeg can encode it."""
-    found = {"amr": b"#!AMR\n" + (bytes([0x3C]) + bytes(range(31))) * 30}
+    """Encode 0.6 s of a tone in every format; AMR is written here, since few builds of ffmpeg encode it."""
+    encoded = {"amr": b"#!AMR\n" + (bytes([0x3C]) + bytes(range(31))) * 30}
     for name, arguments in FORMATS.items():
         path = folder / name.replace(" ", "-")
         subprocess.run([ffmpeg(), "-v", "error", "-y", *TONE, *arguments, str(path)], check=True)
-        found[name] = path.read_bytes()
-    return found
+        encoded[name] = path.read_bytes()
+    return encoded
 
 
 def mutants(good: dict[str, bytes], count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Yields so many broken clips, each with a name by which it can be made again."""
+    """Yield `count` broken clips with reproducible names."""
     names = sorted(good)
     for number in range(count):
         rng = random.Random(f"{seed} {number}")
@@ -86,7 +86,7 @@ def mutants(good: dict[str, bytes], count: int, seed: int) -> Iterator[tuple[str
 
 
 def blow(clip: bytearray, good: dict[str, bytes], rng: random.Random) -> None:
-    """Breaks a clip in one place; half of the blows fall on the header, where parsers live."""
+    """Break a clip in one place; half of the changes hit the header, the main input of parsers."""
     place = rng.randrange(min(200, len(clip)) if rng.random() < 0.5 else len(clip)) if clip else 0
     match rng.randrange(8):
         case 0:
@@ -136,7 +136,7 @@ MAX_FLAC_SAMPLES = 2**36 - 1
 
 
 def riff(*chunks: tuple[bytes, bytes], form: bytes = b"WAVE", size: int | None = None) -> bytes:
-    """Writes a RIFF file of chunks, and what its head says of its size where that shall be a lie."""
+    """Build a RIFF file from chunks; `size` overrides the size in its header."""
     body = b"".join(name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2) for name, data in chunks)
     return b"RIFF" + struct.pack("<I", len(body) + 4 if size is None else size) + form + body
 
@@ -144,14 +144,14 @@ def riff(*chunks: tuple[bytes, bytes], form: bytes = b"WAVE", size: int | None =
 def wave(
     data: bytes, *, form: int = PCM, channels: int = 1, rate_hz: int = 16_000, bits: int = 16, align: int | None = None
 ) -> bytes:
-    """Writes a WAV file whose head says what it likes."""
+    """Build a WAV file with arbitrary header fields."""
     align = channels * bits // 8 % 65_536 if align is None else align
     head = struct.pack("<HHIIHH", form, channels, rate_hz, rate_hz * align % 2**32, align, bits)
     return riff((b"fmt ", head), (b"data", data))
 
 
 def inventions(good: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    """Yields what mutation would hardly come upon: liars, bombs, numbers that are none, files inside of files."""
+    """Yield files out of reach of mutation: false sizes, decompression bombs, non-finite numbers, nested files."""
     noise = random.Random(1).randbytes(6_400)
     for rate_hz in RATES_HZ:
         yield f"wav of {rate_hz} Hz", wave(noise, rate_hz=rate_hz)
@@ -168,7 +168,7 @@ def inventions(good: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
         yield f"wav that says {size} bytes", whole[:4] + struct.pack("<I", size) + whole[8:]
         yield f"wav whose data says {size} bytes", whole[:40] + struct.pack("<I", size) + whole[44:]
         yield f"wav with a chunk of {size} bytes", whole[:36] + b"junk" + struct.pack("<I", size) + whole[36:]
-    # Ten minutes of one second each would be heard as a week.
+    # Read at 1 Hz, a small file would last six hours.
     yield "wav of 1 Hz, six hours", wave(bytes(2 * 21_600), rate_hz=1)
     yield "wav of 24 MiB of silence", wave(bytes(24 * 2**20), rate_hz=44_100, channels=2)
     yield "wav of 1000 Hz, three hours", wave(bytes(2 * 1000 * 10_800), rate_hz=1000)
@@ -180,8 +180,8 @@ def inventions(good: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:
         for kind, bits in (("<f", 32), ("<d", 64)):
             packed = struct.pack(kind, value if bits == 64 or abs(value) < 1e38 or value != value else float("inf"))
             yield f"wav of {name}, {bits} bits", wave(packed * 1600, form=FLOAT, bits=bits)
-            some = packed + struct.pack(kind, 0.25) * 1600
-            yield f"wav with one {name}, {bits} bits", wave(some, form=FLOAT, bits=bits)
+            samples_with_one = packed + struct.pack(kind, 0.25) * 1600
+            yield f"wav with one {name}, {bits} bits", wave(samples_with_one, form=FLOAT, bits=bits)
     for rate_hz, channels, samples in itertools.product((1, 44_100, 655_350), (1, 8), (0, MAX_FLAC_SAMPLES)):
         yield f"flac that says {samples} samples, {rate_hz} Hz, {channels}", flac_head(rate_hz, channels, samples)
         yield (
@@ -203,16 +203,16 @@ NUMBERS = {
 
 
 def flac_head(rate_hz: int, channels: int, samples: int) -> bytes:
-    """Writes the first block of a FLAC file, which says how much is to come."""
+    """Build the first block of a FLAC file, with its declared length."""
     packed = rate_hz << 44 | (channels - 1) << 41 | 15 << 36 | samples
     return b"fLaC\x80\0\0\x22" + struct.pack(">HH6x", 4096, 4096) + struct.pack(">Q", packed) + bytes(16)
 
 
 def wrapped(name: str, clip: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yields a clip inside, behind, before and again behind other things."""
+    """Yield a clip inside, after and before other data, and repeated."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-        # With a date of its own: the time of day would make it another file.
+        # A fixed date keeps the file reproducible.
         file.writestr(zipfile.ZipInfo("clip"), clip, zipfile.ZIP_DEFLATED)
     tag = b"ID3\x03\0\0" + bytes((0, 0, 0x1F, 0x7F))
     yield f"{name} in a zip", archive.getvalue()
@@ -249,7 +249,7 @@ SILENCES: dict[str, tuple[str, int, tuple[str, ...]]] = {
 
 
 def silences(folder: Path, names: Sequence[str] = tuple(SILENCES)) -> Iterator[tuple[str, bytes]]:
-    """Yields long silences, which take a few bytes until they are decoded."""
+    """Yield long silences, small until decoded."""
     for name in names:
         source, seconds, arguments = SILENCES[name]
         path = folder / name.replace(" ", "-").replace(",", "")
@@ -259,7 +259,7 @@ def silences(folder: Path, names: Sequence[str] = tuple(SILENCES)) -> Iterator[t
 
 
 def playlists(port: int, secret: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields texts that make some decoder fetch from a port or read a file, behind every format's first bytes."""
+    """Yield texts that make some decoder fetch from a port or read a file, behind every format's first bytes."""
     url = f"http://127.0.0.1:{port}/clip.ts"
     hls = "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{}\n#EXT-X-ENDLIST\n"
     texts = {
@@ -287,7 +287,7 @@ def playlists(port: int, secret: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def references(port: int, secret: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields well-formed MP4s whose samples lie in another file or at an address, as QuickTime allows."""
+    """Yield well-formed MP4s with samples in another file or at an address, as QuickTime allows."""
 
     def atom(name: bytes, *parts: bytes) -> bytes:
         body = b"".join(parts)
@@ -322,7 +322,7 @@ def references(port: int, secret: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def traps(port: int, secret: Path) -> list[tuple[str, bytes]]:
-    """Returns all files that make some decoder call a port or read a file."""
+    """Return all files that make some decoder call a port or read a file."""
     return [*playlists(port, secret), *references(port, secret)]
 
 
@@ -336,15 +336,15 @@ def files(
     *,
     has_silences: bool = True,
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields so many hostile files: traps, long silences and inventions, the rest broken clips and broken traps.
+    """Yield `num` hostile files: traps, long silences and inventions, then mutated clips and traps.
 
-    Where there is no room for all that is made by hand, some of it is drawn, so that a short run has every kind.
+    If the fixed files exceed half of `num`, a random sample of them is used, so that a short run has every kind.
 
     Args:
-        folder: Where the long silences are made.
-        port: What traps call.
-        secret: What traps read.
-        has_silences: Whether to make these, which takes a minute.
+        folder: Folder for the long silences.
+        port: Port called by traps.
+        secret: File read by traps.
+        has_silences: Generate long silences, a minute of work.
     """
     set_traps = traps(port, secret)
     by_hand = [*set_traps, *(silences(folder) if has_silences else ()), *inventions(good)]

@@ -1,8 +1,8 @@
-"""Load with a page to watch it on: `locust -f loadtests/locustfile.py --host http://127.0.0.1:8000`.
+"""Interactive load test with a web page: `locust -f loadtests/locustfile.py --host http://127.0.0.1:8000`.
 
-Users ask what `loadtests.workload` plans: uploads of the clips as they are and cut to other lengths, whole replies and
-streams, follow-up questions about a clip, clients that leave. A user waits for its reply before it asks again, so a
-service that slows down is offered less: how it fares beyond its peak is for `python -m loadtests run overload` to say.
+Users send the plan of `loadtests.workload`: unchanged and cut clips, whole replies and streams, follow-up questions,
+and cancellations. A user waits for its reply before its next request, so a slow service is offered less load. For
+behaviour beyond the peak, use `python -m loadtests run overload`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from loadtests.client import FIRST_TOKEN_EVENTS, QA_PATH, Question, error_code
 from loadtests.workload import Clips, Mix, plan
 
 NUM_PLANNED = 500
-"""About so many questions are planned; users take turns at them, again and again."""
+"""Approximate number of planned questions; users cycle through them."""
 
 REPLY_TIMEOUT_S = 120.0
 
 
 @events.init_command_line_parser.add_listener
 def add_options(parser: ArgumentParser) -> None:
-    """Adds what the page and the command line ask for besides users and rate."""
+    """Add the options of the page and command line, besides users and rate."""
     parser.add_argument("--clips", default="tests/assets/clips", help="Folder of audio files to ask about.")
     parser.add_argument("--key", default="", env_var="HYPER_KEY", help="An API key.")  # pyright: ignore[reportCallIssue]
     parser.add_argument("--share-stream", type=float, default=0.5, help="Share of replies that come as events.")
@@ -45,7 +45,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 @events.test_start.add_listener
 def prepare(environment: Environment, **_: Any) -> None:
-    """Plans what will be asked, before the clock runs."""
+    """Plan the questions before the measurement."""
     options = environment.parsed_options
     assert options is not None
     mix = Mix(
@@ -55,14 +55,14 @@ def prepare(environment: Environment, **_: Any) -> None:
         fields={"max_tokens": str(options.max_tokens), "pause": "off"},
     )
     planned = plan(Clips(Path(options.clips)), mix, 1.0, float(NUM_PLANNED), options.seed)
-    asked = itertools.cycle([each.question for each in planned])
-    Listener.questions = itertools.islice(asked, options.questions or None)
+    cycled = itertools.cycle([request.question for request in planned])
+    Listener.questions = itertools.islice(cycled, options.questions or None)
     Listener.wait_time = constant_throughput(options.questions_per_s)
     Listener.key_header = {"authorization": f"Bearer {options.key}"} if options.key else {}
 
 
 class Listener(HttpUser):
-    """Asks one question after another."""
+    """A user with one question after another."""
 
     host = "http://127.0.0.1:8000"
     questions: Iterator[Question]
@@ -70,10 +70,10 @@ class Listener(HttpUser):
 
     @task
     def ask(self) -> None:
-        """Asks the next question, reads the reply to its end or leaves when the plan says so."""
+        """Send the next question; read the whole reply, or cancel at the planned time."""
         question = next(self.questions, None)
         if question is None:
-            # Told in a greenlet of its own: who quits waits for users, and this one would wait for itself.
+            # Quit in a separate greenlet: `quit` waits for users, so this user would wait for itself.
             assert self.environment.runner is not None
             gevent.spawn(self.environment.runner.quit)
             raise StopUser
@@ -92,20 +92,20 @@ class Listener(HttpUser):
                 catch_response=True,
             ) as response,
         ):
-            told = cast("dict[str, Any]", response.request_meta)
+            meta = cast("dict[str, Any]", response.request_meta)
             if response.status_code != 200:
                 code = error_code(response.content, f"http_{response.status_code}")
-                told["name"] = f"{QA_PATH} {code}"
+                meta["name"] = f"{QA_PATH} {code}"
                 response.failure(code)
             elif not question.is_stream:
-                told["response_length"] = len(response.content)
-            # As they come: lines of a fixed number of bytes would wait for the next ones.
+                meta["response_length"] = len(response.content)
+            # Read lines as they arrive; a fixed chunk size would wait for more bytes.
             elif error := self.read(response.iter_lines(chunk_size=None), started_s):  # pyright: ignore[reportArgumentType]
                 response.failure(error)
-            told["response_time"] = 1000 * (time.perf_counter() - started_s)
+            meta["response_time"] = 1000 * (time.perf_counter() - started_s)
 
     def read(self, lines: Iterable[bytes], started_s: float) -> str | None:
-        """Reads a stream; notes when its first token came, and returns why it failed, or None."""
+        """Read a stream, record the time of its first token, and return the reason for a failure, or None."""
         name = ""
         is_first = True
         for line in lines:
@@ -121,7 +121,7 @@ class Listener(HttpUser):
         return "no done event"
 
     def note(self, name: str, started_s: float) -> None:
-        """Adds a line of its own to the statistics."""
+        """Add a separate line to the statistics."""
         milliseconds = 1000 * (time.perf_counter() - started_s)
         self.environment.events.request.fire(
             request_type="SSE", name=name, response_time=milliseconds, response_length=0, exception=None, context={}

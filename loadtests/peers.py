@@ -1,7 +1,8 @@
-"""What the benchmark compares the service with, each in a process of its own: bare engines, transformers, the decoder.
+"""Peers of the benchmark, each in its own process: bare engines, transformers, the decoder.
 
-`python -m loadtests.peers KIND ...` loads a checkpoint, says "ready", and then answers one JSON request a line with one
-JSON reply a line. The only module of this package that knows more than HTTP: what it measures has none.
+`python -m loadtests.peers KIND ...` loads a checkpoint and writes "ready". It then answers each line with a JSON
+request by a line with a JSON reply. Only this module of the package imports the service, since its subjects have no
+HTTP API.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int, pause: st
 
 
 def run(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int) -> None:
-    """Measures until standard input closes."""
+    """Serve measurements until standard input closes."""
     replies()
     if kind == "decode":
         asyncio.run(serve(DecodePeer(clips)))
@@ -68,7 +69,7 @@ def run(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int) -> None:
 
 
 def with_pause(checkpoint: Path, folder: Path, fields: dict[str, Any]) -> Path:
-    """Copies a checkpoint and gives the copy another gate."""
+    """Copy a checkpoint and change the copy's gate."""
     from hyper_model.checkpoint import update_pause
 
     copied = folder / checkpoint.resolve().name
@@ -78,7 +79,7 @@ def with_pause(checkpoint: Path, folder: Path, fields: dict[str, Any]) -> Path:
 
 
 def become_openai_server(checkpoint: Path, max_num_seqs: int, port: int | None) -> None:
-    """Runs vLLM's own server in this process's place, with its own model class."""
+    """Replace this process by vLLM's own server with its own model class."""
     from hyper_model.engine_environment import prepare_environment
 
     prepare_environment()
@@ -88,7 +89,7 @@ def become_openai_server(checkpoint: Path, max_num_seqs: int, port: int | None) 
 
 
 def openai_arguments(checkpoint: Path, max_num_seqs: int, port: int | None) -> list[str]:
-    """Returns the command line of vLLM's own server: as it comes, with the service's type, batch and eager mode."""
+    """Return the command line of vLLM's own server: defaults, with the service's dtype, batch size and eager mode."""
     arguments = ["--model", str(checkpoint), "--served-model-name", "stock", "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--dtype", DTYPE, "--max-num-seqs", str(max_num_seqs), "--enforce-eager"]
     return [*arguments, "--generation-config", "vllm", "--disable-uvicorn-access-log"]
@@ -96,19 +97,19 @@ def openai_arguments(checkpoint: Path, max_num_seqs: int, port: int | None) -> l
 
 @functools.cache
 def replies() -> TextIO:
-    """Keeps standard output for replies alone: vLLM and its children print there as well, and get standard error."""
-    kept = os.fdopen(os.dup(1), "w", buffering=1)
+    """Reserve standard output for replies; other prints of vLLM and its children go to standard error."""
+    original = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    return kept
+    return original
 
 
 def reply(value: Any) -> None:
-    """Writes one reply."""
+    """Write one reply."""
     replies().write(json.dumps(value) + "\n")
 
 
 def serve_sync(peer: Any) -> None:
-    """Answers requests until standard input closes."""
+    """Answer requests until standard input closes."""
     reply("ready")
     for line in sys.stdin:
         request = json.loads(line)
@@ -116,7 +117,7 @@ def serve_sync(peer: Any) -> None:
 
 
 async def serve(peer: EnginePeer | DecodePeer) -> None:
-    """Answers requests with an engine or a decoder until standard input closes."""
+    """Answer requests with an engine or a decoder until standard input closes."""
     await peer.start()
     reply("ready")
     while line := await asyncio.to_thread(sys.stdin.readline):
@@ -126,7 +127,7 @@ async def serve(peer: EnginePeer | DecodePeer) -> None:
 
 
 class DecodePeer:
-    """Decodes clips in this process and in the service's box."""
+    """Decoder of clips in this process and in the service's sandbox."""
 
     def __init__(self, clips: Path) -> None:
         from hyper_model.audio import AudioLimits
@@ -136,34 +137,34 @@ class DecodePeer:
         self.box = DecoderPool(AudioLimits(), memory_bytes=DECODE_MEMORY_BYTES)
 
     async def start(self) -> None:
-        """Starts the box."""
+        """Start the sandbox."""
         await self.box.start()
 
     async def stop(self) -> None:
-        """Ends the box."""
+        """Stop the sandbox."""
         await self.box.stop()
 
     async def layers(self) -> list[str]:
-        """Returns what the box is made of."""
+        """Return the protection layers of the sandbox."""
         return list(self.box.layers)
 
     async def overheads_ms(self, rounds: int) -> list[float]:
-        """Decodes each clip plainly and at once again in the box; returns how much longer that took, each time."""
+        """Decode each clip directly and then in the sandbox; return the additional milliseconds of each."""
         from hyper_model.audio import decode
 
-        found: list[float] = []
+        overheads: list[float] = []
         for _ in range(rounds):
             for clip in self.clips:
                 started_s = time.perf_counter()
                 decode(clip)
                 middle_s = time.perf_counter()
                 await self.box.decode(clip)
-                found.append(1000 * (time.perf_counter() - 2 * middle_s + started_s))
-        return found
+                overheads.append(1000 * (time.perf_counter() - 2 * middle_s + started_s))
+        return overheads
 
 
 class EnginePeer:
-    """vLLM's engine with nothing around it: with our model class and gate, or as it comes (`is_stock`)."""
+    """vLLM's engine without a server, with our model class and gate or unmodified (`is_stock`)."""
 
     def __init__(self, checkpoint: Path, fresh: FreshClips, max_num_seqs: int, *, is_stock: bool) -> None:
         from hyper_model.checkpoint import open_checkpoint
@@ -175,23 +176,23 @@ class EnginePeer:
         self.fresh = fresh
         self.numbers = itertools.count()
         if is_stock:
-            # vLLM then loads no plugin, and so not our model class.
+            # Without plugins, vLLM does not load our model class.
             os.environ["VLLM_PLUGINS"] = ""
         settings: Any = {"dtype": DTYPE, "max_num_seqs": max_num_seqs, "checkpoint": checkpoint}
         self.engine: Any = (StockEngine if is_stock else VllmEngine)(Settings(**settings), self.checkpoint)
 
     async def stop(self) -> None:
-        """Ends the engine."""
+        """Stop the engine."""
         await self.engine.stop()
 
     async def start(self) -> None:
-        """Loads the model, and touches every size that is measured once."""
+        """Load the model, and run each measured size once."""
         await self.engine.start()
         for seconds in (1, 5):
             await self.last(self.request(np.zeros(seconds * SAMPLE_RATE_HZ, np.float32), 4))
 
     def request(self, clip: np.ndarray, max_tokens: int, question: str = QUESTION, **fields: Any) -> Any:
-        """Asks about a clip; the answer goes on to its limit unless there are stop tokens."""
+        """Return a request about a clip; without stop tokens, the answer runs to its limit."""
         from hyper_model.audio import Waveform
         from hyper_model.trace import build_prompt
         from server.engines.protocol import GenerationRequest
@@ -202,7 +203,7 @@ class EnginePeer:
         return GenerationRequest(f"bench-{next(self.numbers)}", prompt, (clip,), max_tokens, **fields)
 
     async def last(self, request: Any) -> tuple[float, float, int, int]:
-        """Runs a request: seconds to its first token and to its last, visible tokens, latent tokens."""
+        """Run a request; return seconds to its first and last token, visible tokens and latent tokens."""
         started_s = time.perf_counter()
         first_s, num_visible, num_latent = 0.0, 0, 0
         async with aclosing(self.engine.generate(request)) as chunks:
@@ -213,18 +214,18 @@ class EnginePeer:
         return first_s, time.perf_counter() - started_s, num_visible, num_latent
 
     async def first_token(self, seed: int) -> float:
-        """Returns the seconds to the first token about a fresh clip."""
+        """Return the seconds to the first token about a new clip."""
         return (await self.last(self.request(self.fresh.make(seed), 1)))[0]
 
     async def second_question(self, seed: int) -> tuple[float, float]:
-        """Returns the seconds to the first token of a first and of a second question about a fresh clip."""
+        """Return the seconds to the first token of a first and of a second question about a new clip."""
         clip = self.fresh.make(seed)
         first, _, _, _ = await self.last(self.request(clip, 1))
         second, _, _, _ = await self.last(self.request(clip, 1, SECOND_QUESTION))
         return first, second
 
     async def pauses(self, seed: int, max_tokens: int, is_paused: bool) -> tuple[float, int, int]:
-        """Returns the seconds of a whole completion about a fresh clip, its visible and its latent tokens."""
+        """Return the seconds of a whole completion about a new clip, with its visible and latent tokens."""
         from hyper_model.pause import GateSettings
 
         gate = GateSettings.of(self.checkpoint.manifest, self.tokenizer) if is_paused else None
@@ -232,7 +233,7 @@ class EnginePeer:
         return (await self.last(request))[1:]
 
     async def step(self, batch: int, max_tokens: int, is_armed: bool) -> float:
-        """Returns the seconds of one decode step of a full batch, the gate armed and never firing, or not."""
+        """Return the seconds of one decode step of a full batch; an armed gate never fires."""
         from hyper_model.pause import GateSettings
 
         gate = None
@@ -243,14 +244,16 @@ class EnginePeer:
         clip = np.zeros(SAMPLE_RATE_HZ, np.float32)
         times = [time_tokens(self.engine, self.request(clip, max_tokens, gate=gate)) for _ in range(batch)]
         stamps = await asyncio.gather(*times)
-        # From the last request's first token on, all of them decode together.
-        started_s = max(each[0] for each in stamps)
-        ended_s = min(each[-1] for each in stamps)
-        num_steps = min(sum(started_s <= stamp <= ended_s for stamp in each) for each in stamps) - 1
+        # After the last request's first token, all requests decode together.
+        started_s = max(stamps_of_request[0] for stamps_of_request in stamps)
+        ended_s = min(stamps_of_request[-1] for stamps_of_request in stamps)
+        num_steps = (
+            min(sum(started_s <= stamp <= ended_s for stamp in stamps_of_request) for stamps_of_request in stamps) - 1
+        )
         return (ended_s - started_s) / num_steps
 
     async def throughput(self, seeds: Sequence[int], clients: int, max_tokens: int) -> tuple[float, int]:
-        """Answers one question about each fresh clip, `clients` at a time: seconds in all, and tokens written."""
+        """Answer one question about each new clip, `clients` at a time; return total seconds and written tokens."""
         from hyper_model.trace import Section
 
         clips = iter([self.fresh.make(seed) for seed in seeds])
@@ -270,7 +273,7 @@ class EnginePeer:
 
 
 async def time_tokens(engine: Any, request: Any) -> list[float]:
-    """Returns when each token of a request came; several at once where the reader was slower than the engine."""
+    """Return the arrival time of each token; a slow reader gets several at once."""
     stamps: list[float] = []
     async with aclosing(engine.generate(request)) as chunks:
         async for chunk in chunks:
@@ -279,7 +282,7 @@ async def time_tokens(engine: Any, request: Any) -> list[float]:
 
 
 class StockEngine:
-    """vLLM as it comes: its own Qwen2-Audio class, no logits processor, driven by AsyncLLM's own calls."""
+    """Unmodified vLLM: its own Qwen2-Audio class, no logits processor, driven by AsyncLLM's calls."""
 
     def __init__(self, settings: Any, checkpoint: Any) -> None:
         self.settings = settings
@@ -287,7 +290,7 @@ class StockEngine:
         self.llm: Any = None
 
     async def start(self) -> None:
-        """Starts vLLM's processes with the settings of the service."""
+        """Start vLLM's processes with the settings of the service."""
         from hyper_model.engine_environment import prepare_environment
 
         prepare_environment(kv_cache_gib=self.settings.kv_cache_gib)
@@ -305,18 +308,18 @@ class StockEngine:
             limit_mm_per_prompt={"audio": 1},
             enforce_eager=True,
             generation_config="vllm",
-            # What is compared here is the model class and the gate, and nothing else.
+            # The comparison covers only model class and gate, so all other settings are equal.
             **cpu_fields(),
         )
         self.llm = AsyncLLM.from_engine_args(args)
         await self.llm.reset_mm_cache()
 
     async def stop(self) -> None:
-        """Ends vLLM's processes."""
+        """Stop vLLM's processes."""
         await asyncio.to_thread(self.llm.shutdown)
 
     async def generate(self, request: Any) -> Any:
-        """Yields the completion as chunks of the service's own kind."""
+        """Yield the completion as chunks of the service's own type."""
         from server.engines.protocol import TokenChunk
         from server.engines.vllm import sampling_params
 
@@ -332,7 +335,7 @@ class StockEngine:
 
 
 class TransformersPeer:
-    """transformers' `generate` in batches of 16, which is how the published code evaluates."""
+    """transformers' `generate` in batches of 16, as in the published evaluation code."""
 
     def __init__(self, checkpoint: Path, fresh: FreshClips) -> None:
         import torch
@@ -349,17 +352,17 @@ class TransformersPeer:
         self.prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
 
     def throughput(self, seeds: Sequence[int], clients: int, max_tokens: int) -> tuple[float, int]:
-        """Answers one question about each fresh clip, `clients` in a batch: seconds in all, and tokens written."""
+        """Answer one question about each new clip, `clients` per batch; return total seconds and written tokens."""
         import torch
 
         clips = [self.fresh.make(seed) for seed in seeds]
         num_tokens = 0
         started_s = time.perf_counter()
         for start in range(0, len(clips), clients):
-            some = clips[start : start + clients]
+            batch = clips[start : start + clients]
             inputs = self.processor(
-                text=[self.prompt] * len(some),
-                audio=some,
+                text=[self.prompt] * len(batch),
+                audio=batch,
                 sampling_rate=SAMPLE_RATE_HZ,
                 return_tensors="pt",
                 padding=True,
@@ -371,7 +374,7 @@ class TransformersPeer:
         return time.perf_counter() - started_s, num_tokens
 
     def encoder_difference(self, durations_s: Sequence[float]) -> float:
-        """Returns the largest difference, in float32, between our packed encoder and transformers' padded one."""
+        """Return the largest difference, in float32, between our packed encoder and transformers' padded one."""
         import torch
 
         from hyper_model.audio_encoder import LogMel, encode
@@ -387,13 +390,13 @@ class TransformersPeer:
             for clip, together in zip(clips, packed.split(lengths), strict=True):
                 alone, _ = encode(tower, [log_mel(clip)])
                 padded = self.padded(tower, clip)
-                for each in (together, alone):
-                    worst = max(worst, float((each - padded).abs().max()))
+                for encoded in (together, alone):
+                    worst = max(worst, float((encoded - padded).abs().max()))
         self.model.to(dtype)
         return worst
 
     def padded(self, tower: Any, clip: np.ndarray) -> Any:
-        """Encodes a clip as transformers does: padded to 30 s, with a mask."""
+        """Encode a clip as transformers does: padded to 30 s, with a mask."""
         import torch
 
         features = self.processor.feature_extractor(
@@ -404,7 +407,7 @@ class TransformersPeer:
             return_tensors="pt",
         )
         frames = features["attention_mask"].sum(-1)
-        num_states, num_tokens = (int(each) for each in tower._get_feat_extract_output_lengths(frames))
+        num_states, num_tokens = (int(length) for length in tower._get_feat_extract_output_lengths(frames))
         mask = torch.zeros(1, 1, 1500, 1500)
         mask[..., num_states:] = float("-inf")
         return tower(features["input_features"], attention_mask=mask).last_hidden_state[0, :num_tokens]

@@ -1,4 +1,4 @@
-"""Turns outcomes into figures: what a period of load came to, and whether every request is accounted for. No HTTP."""
+"""Compute figures from outcomes: results of a load period, and an account of every request, without HTTP."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from math import ceil
 from loadtests.client import CANCELLED, Outcome
 
 WARM_UP_SHARE = 0.2
-"""How much of a period is left out of rates: the service is still filling up."""
+"""Share of a period excluded from rates, while the service fills up."""
 
 REFUSED = frozenset({429, 503})
 
 
 @dataclass(frozen=True)
 class Percentiles:
-    """A latency in seconds, and of how many requests; None where there were none."""
+    """Percentiles of a latency in seconds, None without values, and their number of requests."""
 
     num: int
     p50_s: float | None
@@ -27,9 +27,9 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Percentiles:
-        """Returns those of some values in seconds."""
-        found = sorted(values)
-        return cls(len(found), *(percentile(found, percent) for percent in (50, 95, 99, 100)))
+        """Return the percentiles of some values in seconds."""
+        ordered = sorted(values)
+        return cls(len(ordered), *(percentile(ordered, percent) for percent in (50, 95, 99, 100)))
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Report:
     """Figures of one period of load at one offered rate.
 
     Attributes:
-        offered_per_s: Requests due a second, as planned.
+        offered_per_s: Planned requests per second.
         num_good: Answers within the objective `slo_s`.
-        answers_per_s: Answers that ended within the period, but for its first fifth, a second.
-        goodput_per_s: The same, of good answers.
-        e2e: Of answers, from when a request was due to the last byte.
-        ttft: Of streamed answers, to the first model output.
-        refusals: Of replies 429 and 503.
-        refusals_without_retry_after: How many of these did not say when to come again.
-        stages: By the replies' own account.
-        late: How late the driver sent.
-        errors: Failed requests by code; those that their client gave up on purpose are among them.
+        answers_per_s: Answers per second, without the first fifth of the period.
+        goodput_per_s: The same for good answers.
+        e2e: Latency of answers, from the due time to the last byte.
+        ttft: Latency of streamed answers, to the first model output.
+        refusals: Latency of replies 429 and 503.
+        refusals_without_retry_after: Number of refusals without Retry-After.
+        stages: Timings from the replies.
+        late: Delay of the driver.
+        errors: Failed requests by code, cancelled ones included.
     """
 
     name: str
@@ -69,22 +69,24 @@ class Report:
 
     @property
     def failures(self) -> dict[str, int]:
-        """The errors but for clients that left on purpose."""
+        """Return the errors without deliberate cancellations."""
         return {code: num for code, num in self.errors.items() if code != CANCELLED}
 
 
 def summarize(
     outcomes: Sequence[Outcome], *, name: str, offered_per_s: float, duration_s: float, slo_s: float
 ) -> Report:
-    """Returns the figures of a period; latencies but those of refusals are of answered requests alone."""
-    answers = [each for each in outcomes if each.error is None]
-    refusals = [each for each in outcomes if each.status in REFUSED]
-    start_s = min((each.due_s for each in outcomes), default=0.0)
+    """Return the figures of a period; all latencies except those of refusals cover answered requests only."""
+    answers = [outcome for outcome in outcomes if outcome.error is None]
+    refusals = [outcome for outcome in outcomes if outcome.status in REFUSED]
+    start_s = min((outcome.due_s for outcome in outcomes), default=0.0)
     counted = [
-        each for each in answers if WARM_UP_SHARE * duration_s <= each.due_s + each.e2e_s - start_s <= duration_s
+        outcome
+        for outcome in answers
+        if WARM_UP_SHARE * duration_s <= outcome.due_s + outcome.e2e_s - start_s <= duration_s
     ]
     seconds = (1 - WARM_UP_SHARE) * duration_s
-    stages = sorted({stage for each in answers for stage in each.timings_ms})
+    stages = sorted({stage for outcome in answers for stage in outcome.timings_ms})
     return Report(
         name=name,
         offered_per_s=round(offered_per_s, 3),
@@ -92,31 +94,33 @@ def summarize(
         slo_s=slo_s,
         num_requests=len(outcomes),
         num_answers=len(answers),
-        num_good=sum(each.e2e_s <= slo_s for each in answers),
+        num_good=sum(outcome.e2e_s <= slo_s for outcome in answers),
         answers_per_s=round(len(counted) / seconds, 3),
-        goodput_per_s=round(sum(each.e2e_s <= slo_s for each in counted) / seconds, 3),
-        e2e=Percentiles.of(each.e2e_s for each in answers),
-        ttft=Percentiles.of(each.ttft_s for each in answers if each.ttft_s is not None),
-        refusals=Percentiles.of(each.e2e_s for each in refusals),
-        refusals_without_retry_after=sum(not each.has_retry_after for each in refusals),
+        goodput_per_s=round(sum(outcome.e2e_s <= slo_s for outcome in counted) / seconds, 3),
+        e2e=Percentiles.of(outcome.e2e_s for outcome in answers),
+        ttft=Percentiles.of(outcome.ttft_s for outcome in answers if outcome.ttft_s is not None),
+        refusals=Percentiles.of(outcome.e2e_s for outcome in refusals),
+        refusals_without_retry_after=sum(not outcome.has_retry_after for outcome in refusals),
         stages={
-            stage: Percentiles.of(each.timings_ms[stage] / 1000 for each in answers if stage in each.timings_ms)
+            stage: Percentiles.of(
+                outcome.timings_ms[stage] / 1000 for outcome in answers if stage in outcome.timings_ms
+            )
             for stage in stages
         },
-        late=Percentiles.of(each.late_s for each in outcomes),
-        errors=dict(sorted(Counter(each.error for each in outcomes if each.error is not None).items())),
+        late=Percentiles.of(outcome.late_s for outcome in outcomes),
+        errors=dict(sorted(Counter(outcome.error for outcome in outcomes if outcome.error is not None).items())),
     )
 
 
 @dataclass(frozen=True)
 class Account:
-    """What clients and service say of the same requests.
+    """Counts of the same requests by clients and service.
 
     Attributes:
-        sent: Requests that left; not those whose client gave up before.
-        counted: Requests whose end the service counted.
-        lost: Requests that broke off without a reply, though their client stayed.
-        contradictions: Ends that clients saw and the service did not count.
+        sent: Requests sent, without those cancelled before.
+        counted: Ended requests by the service's count.
+        lost: Requests broken off without a reply, although the client stayed.
+        contradictions: Outcomes seen by clients and not counted by the service.
     """
 
     sent: int
@@ -126,21 +130,21 @@ class Account:
 
     @property
     def unaccounted(self) -> int:
-        """Requests whose fate nobody can tell."""
+        """Return the number of requests with an unknown fate."""
         return self.lost + abs(self.sent - self.counted) + self.contradictions
 
 
 def account(outcomes: Sequence[Outcome], before: Mapping[str, int], after: Mapping[str, int]) -> Account:
-    """Compares clients' tallies with the service's counters by outcome, before and after a run.
+    """Compare the clients' counts with the service's counters by outcome, before and after a run.
 
-    A client that left may have been counted under any outcome, so the service may have counted more of one than
-    clients saw, never fewer.
+    The service may count a cancelled request under any outcome. Its count of an outcome may therefore exceed the
+    clients' count, but never fall below it.
     """
-    seen = Counter(each.error or "ok" for each in outcomes)
+    seen = Counter(outcome.error or "ok" for outcome in outcomes)
     ended = {code: after[code] - before.get(code, 0) for code in after}
     replies = {code: num for code, num in seen.items() if not code.startswith("client_")}
     return Account(
-        sent=sum(each.is_sent for each in outcomes),
+        sent=sum(outcome.is_sent for outcome in outcomes),
         counted=sum(ended.values()),
         lost=sum(num for code, num in seen.items() if code.startswith("client_") and code != CANCELLED),
         contradictions=sum(max(0, num - ended.get(code, 0)) for code, num in replies.items()),
@@ -148,7 +152,7 @@ def account(outcomes: Sequence[Outcome], before: Mapping[str, int], after: Mappi
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """Returns the smallest value that at least `percent` of all values do not exceed (nearest rank), or None."""
+    """Return the smallest value with at least `percent` of all values at or below it (nearest rank), or None."""
     if not values:
         return None
     rank = max(1, ceil(percent / 100 * len(values)))
@@ -172,7 +176,7 @@ COLUMNS = (
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Formats periods for a person, a line each, and below them the stages of each and its errors. Times in ms."""
+    """Format periods as text, one line each, followed by stages and errors. Times are in ms."""
 
     def ms(seconds: float | None) -> str:
         return "-" if seconds is None else f"{1000 * seconds:.0f}"

@@ -1,4 +1,4 @@
-"""The scenarios, as data: what is offered, for how long, to a service of which settings, and what is to come of it."""
+"""Load test scenarios as data: offered load, duration, service settings and aims."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loadtests.workload import Mix
 
 @dataclass(frozen=True)
 class Ladder:
-    """Finds the peak: rates that grow by a factor until answers no longer do."""
+    """A search for the peak: rates grow by a factor until the rate of answers stops growing."""
 
     first_per_s: float = 2.0
     factor: float = 1.5
@@ -21,10 +21,10 @@ class Ladder:
 
 @dataclass(frozen=True)
 class Step:
-    """One period of load, at a rate, or at a multiple of the peak.
+    """One period of load at a rate, or at a multiple of the peak.
 
     Attributes:
-        num_requests: How many to offer, on the mean; the period is as long as that takes. None: `seconds` says.
+        num_requests: Mean number of requests, the basis of the duration; None uses `seconds`.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What one run does.
+    """One run of load steps and faults.
 
     Attributes:
-        ladder: Finds the peak first, where a step is a multiple of it and no peak is given.
-        faults: Names of `loadtests.chaos`, each brought about once the steps are over.
-        environment: Settings of a service that is started for this.
-        slo_s: What counts as good: an answer within so many seconds from when it was due.
-        allows: Codes that are no failure of this scenario.
+        ladder: Search for the peak before the steps, if a step needs it and no peak is given.
+        faults: Names of `loadtests.chaos`, each caused after the steps.
+        environment: Settings of the service, if started here.
+        slo_s: Latency objective: a good answer ends within this time from its due time.
+        allows: Error codes accepted in this scenario.
     """
 
     about: str
@@ -56,7 +56,7 @@ class Scenario:
     allows: frozenset[str] = frozenset()
 
     def scaled(self, scale: float, slo_s: float | None = None) -> Scenario:
-        """Returns the same with longer or shorter periods, and another objective where one is given."""
+        """Return the scenario with scaled durations, and another latency objective if given."""
         return replace(
             self,
             ladder=None if self.ladder is None else replace(self.ladder, seconds=self.ladder.seconds * scale),
@@ -137,12 +137,12 @@ AIMS: Mapping[str, tuple[str, float]] = {
     "engine_kill_not_ready_s": ("<=", 1),
     "sigterm_exit_code": ("<=", 0),
 }
-"""What each figure is to reach; others are told without an aim."""
+"""Aim of each figure; figures without an entry have no aim."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One result: its value, and of how many requests, files or probes."""
+    """One result: its value, and its number of requests, files or probes."""
 
     name: str
     value: float
@@ -150,12 +150,12 @@ class Figure:
 
     @property
     def aim(self) -> str:
-        """What it is to reach, in words."""
+        """Return the aim in words."""
         return " ".join(map(str, AIMS[self.name])) if self.name in AIMS else ""
 
     @property
     def is_met(self) -> bool:
-        """Whether it reaches its aim; without one, it does."""
+        """Return True if the figure reaches its aim or has none."""
         if self.name not in AIMS:
             return True
         relation, bound = AIMS[self.name]
@@ -163,14 +163,14 @@ class Figure:
 
 
 def figures_json(figures: Sequence[Figure]) -> dict[str, dict[str, Any]]:
-    """Returns figures by name, ready for JSON."""
-    return {each.name: {"value": each.value, "of": each.num, "aim": each.aim} for each in figures}
+    """Return figures by name as plain data."""
+    return {figure.name: {"value": figure.value, "of": figure.num, "aim": figure.aim} for figure in figures}
 
 
 def figures_table(figures: Sequence[Figure]) -> str:
-    """Formats figures for a person."""
+    """Format figures as a text table."""
     lines = [f"{'figure':<34}{'value':>12}{'of':>10}   aim"]
-    for each in figures:
-        missed = "" if each.is_met else "   MISSED"
-        lines.append(f"{each.name:<34}{each.value:>12g}{each.num:>10}   {each.aim}{missed}")
+    for figure in figures:
+        missed = "" if figure.is_met else "   MISSED"
+        lines.append(f"{figure.name:<34}{figure.value:>12g}{figure.num:>10}   {figure.aim}{missed}")
     return "\n".join(lines)

@@ -1,8 +1,7 @@
-"""Everything at once that the service promises to withstand: hostile files and requests, knocks without a key, faults,
-too much load, and a long day. Each part starts services of its own and keeps its result, so that a run can go on.
+"""Stress the service with hostile files and requests, missing keys, faults, overload and a soak test.
 
-Knows the service by HTTP, and its processes where it has started them; what decoding in a box costs is measured by a
-peer of `loadtests.peers`.
+Each part starts its own services and stores its result, so that an interrupted run can continue. Everything is measured
+over HTTP, or from processes started here; a peer of `loadtests.peers` measures the cost of the sandbox.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ NUM_CLIENTS = 4
 FILE_TIMEOUT_S = 120.0
 MIN_FOR_SILENCES = 1_000
 DECODER = "server.decoding.worker"
-"""What stands in the command line of the processes that decode."""
+"""Part of the command line of decoder processes."""
 
 WATCH_INTERVAL_S = 0.2
 CANARY_RATE_HZ = 12_345
@@ -57,9 +56,9 @@ PACED = {"HYPER_ENGINE": "scripted", "HYPER_SCRIPTED_TOKEN_INTERVAL_S": "0.005"}
 SHORT_TRACES = {"HYPER_ENGINE": "scripted", "HYPER_DEFAULT_MAX_TOKENS": "8"}
 QUICK_SCALE = 0.1
 SUMMED = frozenset({"unaccounted", "failures"})
-"""Figures that several parts have, and that are counts."""
+"""Counts reported by several parts; the total is their sum."""
 
-# What a player that means well lets its input do. One set of options is not for every kind of trap.
+# Permissive options of an ordinary player. Each set of options works for some kinds of trap.
 UNBOXED_OPTIONS = (
     ("-protocol_whitelist", "file,http,tcp,udp,rtp,crypto,concat,subfile,data,pipe", "-allowed_extensions", "ALL"),
     ("-protocol_whitelist", "file,http,tcp,udp,rtp,crypto,concat,subfile,data,pipe", "-safe", "0", "-f", "concat"),
@@ -70,16 +69,16 @@ UNBOXED_TRAPS = ("hls as nothing", "hls of a file as nothing", "ffconcat of a fi
 
 @dataclass(frozen=True)
 class StressRun:
-    """Holds what every part goes by.
+    """Settings of a run, common to all parts.
 
     Attributes:
-        out: Where results, and the messages of the services, go.
+        out: Folder of results and service logs.
         clips: Folder of good clips.
-        num_files: Hostile files to send.
-        num_requests: Requests to generate.
-        is_quick: Makes everything a tenth as long, and leaves out vLLM.
-        overload_engine: What is overloaded and soaked.
-        say: Where progress goes.
+        num_files: Number of hostile files.
+        num_requests: Number of generated requests.
+        is_quick: Shorten everything to a tenth and leave out vLLM.
+        overload_engine: Engine of overload and soak.
+        say: Callback for progress messages.
     """
 
     out: Path
@@ -93,36 +92,36 @@ class StressRun:
 
     @property
     def log(self) -> Path:
-        """Where services write what is wrong."""
+        """Return the log file of the services."""
         return self.out / "service.log"
 
     def asked_of(self, part: str) -> dict[str, Any]:
-        """Returns what a result of a part depends on: one of other numbers is no result of this run."""
-        asked: dict[str, Any] = {"seed": self.seed, "is_quick": self.is_quick}
+        """Return the settings with an effect on a part; a stored result with other settings is invalid."""
+        settings: dict[str, Any] = {"seed": self.seed, "is_quick": self.is_quick}
         if part == "files":
-            asked["num_files"] = self.num_files
+            settings["num_files"] = self.num_files
         if part == "requests":
-            asked["num_requests"] = self.num_requests
+            settings["num_requests"] = self.num_requests
         if part in ("overload", "soak"):
-            asked["engine"] = self.overload_engine
-        return asked
+            settings["engine"] = self.overload_engine
+        return settings
 
     @contextlib.contextmanager
     def service(self, settings: Mapping[str, str], key: str | None = None) -> Iterator[Target]:
-        """Starts a service of one's own and ends it afterwards."""
+        """Start a service and end it after the block."""
         with target_of(None, key=key, metrics_url=None, settings=settings, log=self.log) as target:
             yield target
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[tuple[Target, str]]:
-        """Starts a service that asks for keys; yields it and a key that opens everything."""
+        """Start a service with API keys; yield it with a key for everything."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "keys.json"
             command = [sys.executable, "-m", "hyper_model.cli", "keys", "add", "stress"]
             command += ["--scope", "ask", "--scope", "metrics"]
             env = environment(HYPER_KEY_FILE=str(path))
-            said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-            key = next(word for word in said.split() if word.startswith("hyp_"))
+            output = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+            key = next(word for word in output.split() if word.startswith("hyp_"))
             with self.service({**SHORT_TRACES, "HYPER_KEY_FILE": str(path)}, key) as target:
                 yield target, key
 
@@ -131,7 +130,7 @@ Result = tuple[list[Figure], dict[str, Any]]
 
 
 class Listener:
-    """Counts who calls a port of its own, by TCP and by UDP, while the block lasts."""
+    """Counter of TCP and UDP calls to a local port, active during the block."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -143,8 +142,8 @@ class Listener:
         self.threads = [threading.Thread(target=self.listen, args=(each,)) for each in (self.tcp, self.udp)]
 
     def __enter__(self) -> Listener:
-        for each in (self.tcp, self.udp):
-            each.settimeout(WATCH_INTERVAL_S)
+        for port in (self.tcp, self.udp):
+            port.settimeout(WATCH_INTERVAL_S)
         for thread in self.threads:
             thread.start()
         return self
@@ -157,7 +156,7 @@ class Listener:
         self.udp.close()
 
     def listen(self, port: socket.socket) -> None:
-        """Takes calls and hangs up."""
+        """Accept calls and hang up."""
         while not self.is_over.is_set():
             with contextlib.suppress(TimeoutError):
                 if port is self.tcp:
@@ -168,11 +167,11 @@ class Listener:
 
 
 class Canary:
-    """A file that everybody may read and nobody should: a clip whose rate, or a word in it, would show in a reply."""
+    """A file readable for everybody but forbidden to the decoder; its rate or a word in it would show in a reply."""
 
     def __init__(self, folder: Path) -> None:
         self.word = f"HYPER-CANARY-{secrets.token_hex(8)}"
-        # Whoever runs the decoder must be able to get here: it is the box that keeps it away, and not the folder.
+        # The decoder's user may read the folder, so only the sandbox prevents it.
         folder.chmod(0o755)
         self.path = folder / "canary.wav"
         sound = bytes(2 * CANARY_RATE_HZ)
@@ -180,20 +179,20 @@ class Canary:
         words = self.word.encode() + b"\0"
         self.path.write_bytes(hostile.riff((b"fmt ", head), (b"LIST", b"INFOICMT" + words), (b"data", sound)))
         self.path.chmod(0o644)
-        # Most file systems note a reading only where it is the first since the last change.
+        # Most file systems record only the first read after a change.
         os.utime(self.path, (0, time.time()))
 
     def was_read(self) -> bool:
-        """Whether the file system has noted that somebody read the file."""
+        """Return True if the file system has recorded a read of the file."""
         return self.path.stat().st_atime_ns != 0
 
     def is_in(self, reply: httpx.Response) -> bool:
-        """Whether a reply tells of the file."""
+        """Return True if a reply reveals the file."""
         return self.word in reply.text or f'"sample_rate_hz":{CANARY_RATE_HZ},' in reply.text.replace(" ", "")
 
 
 def files(stress: StressRun) -> Result:
-    """Sends hostile files, and watches the port that they call and the file that they point at."""
+    """Send hostile files, and watch the port and the file of their traps."""
     statuses: collections.Counter[int] = collections.Counter()
     seconds: list[float] = []
     wrong: list[str] = []
@@ -251,7 +250,7 @@ def files(stress: StressRun) -> Result:
         num_ours += not target.is_ready()
         num_reads = num_betrayed + canary.was_read()
     num = len(seconds)
-    found = [
+    figures = [
         Figure("audio_5xx", num_ours, num),
         Figure("decoder_outbound", listener.num_calls + len(watch.sockets), num),
         Figure("foreign_reads", num_reads, num),
@@ -260,7 +259,7 @@ def files(stress: StressRun) -> Result:
         Figure("audio_p99_ms", round(1000 * (percentile(seconds, 99) or 0.0), 1), num),
         Figure("traps_sprung_unboxed", num_sprung, len(UNBOXED_TRAPS)),
     ]
-    return found, {
+    return figures, {
         "statuses": dict(sorted(statuses.items())),
         "wrong": wrong,
         "slowest_s": round(max(seconds), 2),
@@ -274,7 +273,7 @@ def files(stress: StressRun) -> Result:
 def each_with_a_bound(
     clients: ThreadPoolExecutor, send: Callable[[tuple[str, bytes]], None], sent: Iterator[tuple[str, bytes]]
 ) -> Iterator[None]:
-    """Sends files, holding no more of them than are about to leave."""
+    """Send files with a bound on pending ones, to limit memory."""
     pending: collections.deque[Any] = collections.deque()
     for file in sent:
         pending.append(clients.submit(send, file))
@@ -285,12 +284,12 @@ def each_with_a_bound(
 
 
 class DecoderWatch:
-    """Looks at the decoding processes while the block lasts: what keeps them in, and whether one has a network socket.
+    """Observer of decoder processes during the block: their confinement and their network sockets.
 
     Attributes:
-        num_looks: How often a process was seen.
-        state: What the kernel says of the last one: seccomp 2 is a filter.
-        sockets: Network sockets that one had.
+        num_looks: Number of observations.
+        state: Kernel status of the last process; seccomp 2 is a filter.
+        sockets: Network sockets of any process.
     """
 
     def __init__(self, target: Target) -> None:
@@ -311,9 +310,9 @@ class DecoderWatch:
         self.thread.join()
 
     def work(self) -> None:
-        """Looks, again and again."""
+        """Observe until the block ends."""
         while not self.is_over.wait(WATCH_INTERVAL_S):
-            # A worker lives for some milliseconds, and may be gone by now.
+            # A worker lives for some milliseconds and may be gone already.
             with contextlib.suppress(psutil.Error, OSError):
                 for process in self.service.children(recursive=True):
                     with contextlib.suppress(psutil.Error, OSError):
@@ -321,25 +320,27 @@ class DecoderWatch:
                             self.look(process)
 
     def look(self, process: psutil.Process) -> None:
-        """Notes what one process is and has."""
+        """Record status and sockets of one process."""
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        told = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-        self.state = {name: told[name] for name in ("Seccomp", "NoNewPrivs", "Uid") if name in told}
+        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        self.state = {name: status[name] for name in ("Seccomp", "NoNewPrivs", "Uid") if name in status}
         self.num_looks += 1
-        self.sockets |= {f"{each.type.name} {each.raddr}" for each in process.net_connections(kind="inet")}
+        self.sockets |= {
+            f"{connection.type.name} {connection.raddr}" for connection in process.net_connections(kind="inet")
+        }
 
 
 def reading_is_noted(folder: Path) -> bool:
-    """Whether this file system tells of readings at all; else that nobody read the canary shows in replies alone."""
-    twin = folder / "twin"
-    twin.write_bytes(b"twin")
-    os.utime(twin, (0, time.time()))
-    twin.read_bytes()
-    return twin.stat().st_atime_ns != 0
+    """Return True if this file system records reads; if not, only replies can reveal a read of the canary."""
+    probe = folder / "twin"
+    probe.write_bytes(b"twin")
+    os.utime(probe, (0, time.time()))
+    probe.read_bytes()
+    return probe.stat().st_atime_ns != 0
 
 
 def spring(folder: Path) -> int:
-    """Gives traps to a player outside of any box; returns how many of them call or read. None would be no traps."""
+    """Run the traps in an unsandboxed player; return the number with an effect. 0 would mean useless traps."""
     own = folder / "unboxed"
     own.mkdir()
     num_sprung = 0
@@ -359,46 +360,46 @@ def spring(folder: Path) -> int:
 
 
 def metrics_of(target: Target) -> dict[str, float]:
-    """Returns the figures of /metrics, each the sum over its labels, once they have settled."""
+    """Return the settled figures of /metrics, each summed over its labels."""
     target.when_idle()
     time.sleep(1.0)
-    found: dict[str, float] = {}
+    totals: dict[str, float] = {}
     for family in text_string_to_metric_families(target.scrape()[0]):
         for sample in family.samples:
-            found[sample.name] = found.get(sample.name, 0.0) + sample.value
-    return found
+            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+    return totals
 
 
 def requests(stress: StressRun) -> Result:
-    """Sends generated requests: most to an open service, some with a key and some without to one that asks for it."""
+    """Send generated requests: most to an open service, the others to one with API keys, with and without a key."""
     num_guarded = stress.num_requests // 4
-    found: dict[str, Findings] = {}
+    findings: dict[str, Findings] = {}
 
     def told(kind: str) -> Callable[[int], None]:
         return lambda num: stress.say(f"requests, {kind}: {num} sent")
 
     with stress.service({**SHORT_TRACES, "HYPER_MAX_AUDIO_S": "30"}) as target:
         num_open = stress.num_requests - 2 * num_guarded
-        found["open"] = generate(target.url, None, num_open, stress.seed, told("open"))
+        findings["open"] = generate(target.url, None, num_open, stress.seed, told("open"))
     with stress.guarded() as (target, key):
-        found["with a key"] = generate(target.url, key, num_guarded, stress.seed + 1, told("with a key"))
-        found["without"] = generate(target.url, key, num_guarded, stress.seed + 2, told("without"), is_withheld=True)
-    num = sum(each.num for each in found.values())
+        findings["with a key"] = generate(target.url, key, num_guarded, stress.seed + 1, told("with a key"))
+        findings["without"] = generate(target.url, key, num_guarded, stress.seed + 2, told("without"), is_withheld=True)
+    num = sum(result.num for result in findings.values())
     return [
-        Figure("http_5xx", sum(each.num_ours for each in found.values()), num),
-        Figure("http_undescribed", sum(each.num_wrong for each in found.values()), num),
-    ], {kind: each.as_json() for kind, each in found.items()}
+        Figure("http_5xx", sum(result.num_ours for result in findings.values()), num),
+        Figure("http_undescribed", sum(result.num_wrong for result in findings.values()), num),
+    ], {kind: result.as_json() for kind, result in findings.items()}
 
 
 def auth(stress: StressRun) -> Result:
-    """Tries every address by every method without a key."""
+    """Request every address with every method without a key."""
     with stress.guarded() as (target, key):
-        found = probe_without_key(target.url, key, lambda num: stress.say(f"auth: {num} tried"))
-    return [Figure("unauthenticated_reached", found.num_ours, found.num)], found.as_json()
+        findings = probe_without_key(target.url, key, lambda num: stress.say(f"auth: {num} tried"))
+    return [Figure("unauthenticated_reached", findings.num_ours, findings.num)], findings.as_json()
 
 
 def sandbox(stress: StressRun) -> Result:
-    """Decodes the same clips in the box and outside of it, in turns."""
+    """Decode the same clips inside and outside of the sandbox, in turns."""
     rounds = 3 if stress.is_quick else 20
     bench = Bench(Path("checkpoints/hyper-mini"), stress.clips, rounds, stress.log, stress.say)
     with bench.peers(("decode", None)) as (peer,):
@@ -410,27 +411,27 @@ def sandbox(stress: StressRun) -> Result:
 
 
 def overload(stress: StressRun) -> Result:
-    """Offers 0.8 and 3 times the peak."""
+    """Offer 0.8 and 3 times the peak."""
     return carry_out(stress, "overload")
 
 
 def soak(stress: StressRun) -> Result:
-    """Offers 11,000 requests at 0.7 of the peak that the overload found."""
+    """Offer 11,000 requests at 0.7 of the peak from the overload part."""
     if stress.is_quick:
         stress.say("soak: left out of a quick run, in which growth would be noise")
         return [], {}
-    kept = read_part(stress, "overload") or {}
-    peak = kept.get("figures", {}).get("peak_per_s", {}).get("value")
+    stored = read_part(stress, "overload") or {}
+    peak = stored.get("figures", {}).get("peak_per_s", {}).get("value")
     return carry_out(stress, "soak", peak)
 
 
 def chaos(stress: StressRun) -> Result:
-    """Lets clients leave, kills and stops the engine, and ends the service."""
+    """Let clients leave, kill and stop the engine, and end the service."""
     return carry_out(stress, "chaos")
 
 
 def carry_out(stress: StressRun, name: str, peak: float | None = None) -> Result:
-    """Runs a scenario of `python -m loadtests run` against a service of its own."""
+    """Run a scenario of `python -m loadtests run` against its own service."""
     scenario: Scenario = SCENARIOS[name].scaled(QUICK_SCALE if stress.is_quick else 1.0)
     settings = dict(scenario.environment)
     if stress.is_quick or (name != "chaos" and stress.overload_engine == "scripted"):
@@ -452,51 +453,51 @@ PARTS: Mapping[str, Callable[[StressRun], Result]] = {
 
 
 def run(stress: StressRun, parts: Sequence[str]) -> tuple[list[Figure], dict[str, str]]:
-    """Carries out parts, but for those whose result is there; returns all figures, and why a part has none."""
+    """Run the parts without a stored result; return all figures, and the reason for each missing result."""
     stress.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Figure] = {}
     failures: dict[str, str] = {}
     for part in parts:
-        kept = read_part(stress, part)
-        if kept is None:
+        stored = read_part(stress, part)
+        if stored is None:
             stress.say(f"{part}: {(PARTS[part].__doc__ or '').strip()}")
             started_s = time.monotonic()
             try:
-                found, details = PARTS[part](stress)
+                measured, details = PARTS[part](stress)
             except (DriverLateError, click.ClickException, httpx.HTTPError, subprocess.SubprocessError) as fault:
-                # The others may well have one, and this one is taken up again by the next run.
+                # Other parts may succeed, and the next run repeats this one.
                 failures[part] = str(fault)
                 stress.say(f"{part}: no result: {fault}")
                 continue
-            kept = {
+            stored = {
                 "asked": stress.asked_of(part),
-                "figures": figures_json(found),
+                "figures": figures_json(measured),
                 "seconds": round(time.monotonic() - started_s, 1),
                 "machine": machine(),
                 "details": details,
             }
             path = part_path(stress, part)
-            path.with_suffix(".new").write_text(json.dumps(kept, indent=1) + "\n")
+            path.with_suffix(".new").write_text(json.dumps(stored, indent=1) + "\n")
             path.with_suffix(".new").replace(path)
         else:
-            stress.say(f"{part}: kept from {kept['machine']['time']}")
-        for name, each in kept["figures"].items():
-            one = Figure(name, each["value"], each["of"])
+            stress.say(f"{part}: kept from {stored['machine']['time']}")
+        for name, entry in stored["figures"].items():
+            figure = Figure(name, entry["value"], entry["of"])
             if name in SUMMED and name in figures:
-                one = replace(one, value=one.value + figures[name].value, num=one.num + figures[name].num)
-            figures[name] = one
+                figure = replace(figure, value=figure.value + figures[name].value, num=figure.num + figures[name].num)
+            figures[name] = figure
     return list(figures.values()), failures
 
 
 def part_path(stress: StressRun, part: str) -> Path:
-    """Returns where a part's result is kept."""
+    """Return the path of a part's result."""
     return stress.out / f"{part}.json"
 
 
 def read_part(stress: StressRun, part: str) -> dict[str, Any] | None:
-    """Returns the result of a part, where there is one of the same numbers."""
+    """Return the stored result of a part with equal settings, or None."""
     try:
-        kept: dict[str, Any] = json.loads(part_path(stress, part).read_text())
+        stored: dict[str, Any] = json.loads(part_path(stress, part).read_text())
     except (FileNotFoundError, ValueError):
         return None
-    return kept if kept.get("asked") == stress.asked_of(part) else None
+    return stored if stored.get("asked") == stress.asked_of(part) else None

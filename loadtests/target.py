@@ -1,6 +1,6 @@
-"""The service that is measured: one that runs somewhere, or one of our own, started as an operator would start it.
+"""The measured service: a running one, or one started here by `hyper serve`.
 
-Knows its processes only where it has started them; all else it learns over HTTP.
+For a service started here, this module also reads its processes; everything else comes over HTTP.
 """
 
 from __future__ import annotations
@@ -24,28 +24,32 @@ from prometheus_client.parser import text_string_to_metric_families
 from loadtests.client import QA_PATH
 
 START_TIMEOUT_S = 300
-# OpenBLAS tuned for another machine would slow some peers and not others.
+# OpenBLAS settings of another machine would slow only some peers.
 LEFT_OUT = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 ENGINE_PROCESS = "VLLM"
-"""What vLLM writes into the titles of its processes."""
+"""Part of the process titles of vLLM."""
 
 COUNTED_ENDPOINTS = (QA_PATH, "other")
-"""Where the service counts a question: `other` when it was refused before it was known what it asked for."""
+"""Endpoint labels of a question: `other` if the service refuses it before routing."""
 
 MEBIBYTE = 2**20
 
 
 def environment(**fields: str) -> dict[str, str]:
-    """Returns what a child process shall see: nothing that configures the service of whoever runs this."""
-    kept = {k: v for k, v in os.environ.items() if k not in LEFT_OUT and not k.startswith("HYPER_")}
-    return kept | fields
+    """Return the environment of a child process, without settings of the caller's own service."""
+    inherited = {k: v for k, v in os.environ.items() if k not in LEFT_OUT and not k.startswith("HYPER_")}
+    return inherited | fields
 
 
 @contextlib.contextmanager
 def child(
     command: Sequence[str], env: Mapping[str, str], log: Path, *, is_read: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
-    """Starts a process, what it prints in a file (its output only where nobody reads it), and ends it."""
+    """Start a process and end it after the block; its messages go to a file.
+
+    Args:
+        is_read: Return its standard output to the caller instead of the file.
+    """
     with log.open("a") as errors:
         output = subprocess.PIPE if is_read else errors
         process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=output, stderr=errors, text=True)
@@ -55,7 +59,7 @@ def child(
         for stream in (process.stdin, process.stdout):
             if stream is not None:
                 stream.close()
-        # A peer ends when its input closes, and then removes what it wrote; a server is told.
+        # A peer ends and cleans up when its input closes; a server needs a signal.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20 if is_read else 0)
         process.terminate()
@@ -68,7 +72,7 @@ def child(
 
 @contextlib.contextmanager
 def serving(log: Path, **fields: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Starts `hyper serve` on a free port with these variables; yields its process and address when it is ready."""
+    """Start `hyper serve` on a free port with these variables; yield its process and address when it is ready."""
     port = free_port()
     env = environment(HYPER_PORT=str(port), **{"HYPER_LOG_LEVEL": "error", **fields})
     with child([sys.executable, "-m", "hyper_model.cli", "serve"], env, log) as process:
@@ -76,7 +80,7 @@ def serving(log: Path, **fields: str) -> Iterator[tuple[subprocess.Popen[str], s
 
 
 def when_up(process: subprocess.Popen[str], url: str, path: str, log: Path) -> str:
-    """Waits until an address answers, and returns it.
+    """Wait for an address to answer, and return it.
 
     Raises:
         click.ClickException: The process ended or took too long.
@@ -92,7 +96,7 @@ def when_up(process: subprocess.Popen[str], url: str, path: str, log: Path) -> s
 
 
 def free_port() -> int:
-    """Returns a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -100,10 +104,10 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at /metrics.
+    """Figures of one scrape of /metrics.
 
     Attributes:
-        ended: Questions that ended, by outcome.
+        ended: Ended questions by outcome.
         in_flight: Admitted requests.
         rss_mib: Resident memory of the service's own process.
     """
@@ -117,9 +121,9 @@ class Target:
     """A service at an address.
 
     Attributes:
-        key: The API key, where it asks for one; it must open /metrics as well, unless that has a port of its own.
-        metrics_url: Where /metrics is.
-        process: The service's own process, where it was started here.
+        key: The API key, if required. It needs access to /metrics too, unless /metrics has its own port.
+        metrics_url: Address of /metrics.
+        process: The service's own process, if started here.
     """
 
     def __init__(
@@ -137,26 +141,26 @@ class Target:
         self.client = httpx.Client(headers=headers, timeout=30)
 
     def close(self) -> None:
-        """Gives back the connections."""
+        """Close the connections."""
         self.client.close()
 
     def is_ready(self) -> bool:
-        """Whether the service says that it takes requests."""
+        """Return True if the service reports ready."""
         try:
             return self.client.get(f"{self.url}/readyz").status_code == 200
         except httpx.TransportError:
             return False
 
     def info(self) -> dict[str, Any]:
-        """Returns what the service says of itself; nothing where it says nothing."""
+        """Return the service's /v1/info, empty if unavailable."""
         reply = self.client.get(f"{self.url}/v1/info")
         return reply.json() if reply.status_code == 200 else {}
 
     def scrape(self) -> tuple[str, float]:
-        """Returns what /metrics says, and the seconds that it took to.
+        """Return the text of /metrics and the seconds of the scrape.
 
         Raises:
-            click.ClickException: It does not answer, or not to this key.
+            click.ClickException: /metrics does not answer, or refuses this key.
         """
         started_s = time.perf_counter()
         reply = self.client.get(f"{self.metrics_url}/metrics")
@@ -166,35 +170,35 @@ class Target:
         return reply.text, seconds
 
     def read(self) -> Reading:
-        """Reads the figures that /metrics has of the service itself. Raises what `scrape` raises."""
+        """Read the service's own figures from /metrics; errors as in `scrape`."""
         return parse_metrics(self.scrape()[0])
 
     def when_idle(self, timeout_s: float = 60.0) -> Reading:
-        """Waits until nothing is in flight, and returns that reading, or the last where something stays."""
+        """Wait until nothing is in flight; return this reading, or the last one after `timeout_s`."""
         deadline_s = time.monotonic() + timeout_s
         while True:
-            found = self.read()
-            if found.in_flight == 0 or time.monotonic() > deadline_s:
-                return found
+            reading = self.read()
+            if reading.in_flight == 0 or time.monotonic() > deadline_s:
+                return reading
             time.sleep(0.2)
 
     def engine_processes(self) -> list[psutil.Process]:
-        """Finds the processes of the engine; none where it is part of the service's own, or runs elsewhere."""
+        """Return the engine's processes; empty if it runs in the service's process or elsewhere."""
         if self.process is None:
             return []
-        found: list[psutil.Process] = []
-        for each in psutil.Process(self.process.pid).children(recursive=True):
+        processes: list[psutil.Process] = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if any(ENGINE_PROCESS in word for word in each.cmdline()):
-                    found.append(each)
-        return found
+                if any(ENGINE_PROCESS in word for word in process.cmdline()):
+                    processes.append(process)
+        return processes
 
 
 @contextlib.contextmanager
 def target_of(
     url: str | None, *, key: str | None, metrics_url: str | None, settings: Mapping[str, str], log: Path
 ) -> Iterator[Target]:
-    """Yields the service at an address, or one that is started with these settings and ended afterwards."""
+    """Yield the service at an address, or start one with these settings and end it after the block."""
     if url is not None:
         with contextlib.closing(Target(url, key, metrics_url)) as target:
             yield target
@@ -207,7 +211,7 @@ def target_of(
 
 
 def parse_metrics(text: str) -> Reading:
-    """Takes from an exposition what the figures need."""
+    """Extract the required figures from the text of /metrics."""
     ended: dict[str, int] = {}
     values: dict[str, float] = {}
     for family in text_string_to_metric_families(text):

@@ -1,6 +1,6 @@
-"""What is asked, and when: clips, questions, and arrivals that are all decided before the first request is sent.
+"""Plan the load: clips, questions and arrival times, all drawn before the first request.
 
-Everything follows from a seed, so that a run can be made again. Knows no HTTP but the shape of a form.
+Everything follows from a seed, so a run is reproducible. Of HTTP, only the form's encoding is used.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ CUT_SECONDS = (0.5, 2.0, 5.0, 8.0)
 CUTS_PER_LENGTH = 12
 BOUNDARY = "hyper-loadtest-4f1c9d"
 RECENT = 20
-"""A follow-up question is about one of so many clips before it."""
+"""Number of recent clips for follow-up questions."""
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of what clients do; each is drawn for every request by itself.
+    """Shares of client behaviour, each drawn independently per request.
 
     Attributes:
-        stream: Replies that come as events.
-        cancel: Clients that leave before the answer, after a time drawn up to `cancel_within_s`.
-        follow_up: Questions about a clip that was asked about a moment ago.
+        stream: Replies as events.
+        cancel: Clients leaving before the answer, after a drawn time of at most `cancel_within_s`.
+        follow_up: Questions about a recent clip.
         batch: Requests of the class `batch`.
-        cut: Clips cut anew from the recordings, of half a second to eight; the rest are the files as they are.
+        cut: Clips cut from the recordings, 0.5 to 8 s long; the others are the unchanged files.
     """
 
     stream: float = 0.5
@@ -52,17 +52,17 @@ class Mix:
 
 @dataclass(frozen=True)
 class Planned:
-    """A request and when it is due, in seconds after the start."""
+    """A request with its due time, in seconds after the start."""
 
     due_s: float
     question: Question
 
 
 class Clips:
-    """Holds the clips of a run: a folder's files as they are, and cuts of several lengths where it has recordings.
+    """The clips of a run: unchanged files of a folder, and cuts of several lengths from its recordings.
 
     Raises:
-        FileNotFoundError: There is no audio file in the folder.
+        FileNotFoundError: The folder has no audio file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,12 +76,12 @@ class Clips:
             self.cuts += [(f"cut{seconds:g}-{n}.wav", wav(fresh.make(n))) for n in range(CUTS_PER_LENGTH)]
 
     def draw(self, rng: random.Random, cut: float) -> tuple[str, bytes]:
-        """Returns a clip's name and bytes."""
+        """Draw a clip; return its name and bytes."""
         return rng.choice(self.cuts if self.cuts and rng.random() < cut else self.files)
 
 
 def find_clips(directory: Path) -> list[Path]:
-    """Returns the directory's audio files in order of name.
+    """Return the audio files of a directory, sorted by name.
 
     Raises:
         FileNotFoundError: There are none.
@@ -93,7 +93,7 @@ def find_clips(directory: Path) -> list[Path]:
 
 
 def arrivals(rate_per_s: float, duration_s: float, rng: random.Random) -> Iterator[float]:
-    """Yields the times of a Poisson process: each gap is drawn anew, whatever became of the requests before it."""
+    """Yield the times of a Poisson process; gaps are independent of the requests' outcomes."""
     due_s = rng.expovariate(rate_per_s)
     while due_s < duration_s:
         yield due_s
@@ -101,7 +101,7 @@ def arrivals(rate_per_s: float, duration_s: float, rng: random.Random) -> Iterat
 
 
 def plan(clips: Clips, mix: Mix, rate_per_s: float, duration_s: float, seed: int) -> list[Planned]:
-    """Decides every request of a run: when it is due, about which clip, how it is asked and when its client leaves."""
+    """Draw every request of a run: due time, clip, form fields and time of cancellation."""
     rng = random.Random(f"{seed} {rate_per_s} {duration_s}")
     form = cache(multipart)
     recent: list[tuple[str, bytes]] = []
@@ -122,7 +122,7 @@ def plan(clips: Clips, mix: Mix, rate_per_s: float, duration_s: float, seed: int
 
 
 def multipart(name: str, clip: bytes, fields: Sequence[tuple[str, str]]) -> bytes:
-    """Writes a form with one file, in one piece: the encoders of HTTP clients would do it while the clock runs."""
+    """Encode a form with one file in advance; the encoder of an HTTP client would run during the measurement."""
     parts = [
         f'--{BOUNDARY}\r\ncontent-disposition: form-data; name="{field}"\r\n\r\n{value}\r\n'.encode()
         for field, value in fields

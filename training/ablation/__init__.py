@@ -1,1 +1,1 @@
-"""Trains variants of the embedded model from one base and compares them."""
+"""Ablation: variants of the embedded model, trained from one base and compared."""

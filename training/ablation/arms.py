@@ -1,13 +1,18 @@
-"""Trains the embedded model's arms from one Stage I checkpoint, and asks all of them the same questions.
+"""Train the arms of the ablation from one Stage I checkpoint and evaluate all of them on the same questions.
 
-An arm is the rival, or: further steps of Stage I on traces of the arm's own form, which the base need never have
-written; a gate calibrated on these weights, where the arm pauses; Stage II, but for the arm that shows what Stage I
-alone is worth; the gate calibrated again, since Stage II moves its threshold for rollouts, which are drawn and so less
-sure than what is served; an evaluation. Each step is one of this project's commands in a process of its own, and is
-skipped where its result is there. Knows nothing of models: what it makes are command lines, and what it looks at are
-files.
+An arm is the baseline, or a checkpoint from these steps:
 
-RUN_DIR holds `stage-1/FORM/seed-N`, which arms of one form share, `ARM/seed-N`, and the report.
+1. Further steps of Stage I on traces of the arm's form; the base may not have this form.
+2. Calibration of the gate on these weights, for arms with pauses.
+3. Stage II, except in the arm for Stage I alone.
+4. A second calibration, since Stage II moves the threshold for sampled rollouts, less confident than greedy
+completions.
+5. The evaluation.
+
+Each step is a `hyper` command in its own process, skipped if its result exists. This module depends on no model: it
+builds command lines and checks for files.
+
+RUN_DIR holds `stage-1/FORM/seed-N`, shared by all arms of one form, `ARM/seed-N`, and the report.
 """
 
 from __future__ import annotations
@@ -38,32 +43,32 @@ STYLE_WEIGHTS: Mapping[TraceStyle, Mapping[str, object]] = {
     "short": _PERCEPTION | {"min_tokens": 8, "max_tokens": 120},
     "direct": _PERCEPTION | {"alignment": 0.0, "min_tokens": 1, "max_tokens": 60},
 }
-"""What a style's reward weighs otherwise than the recipe.
+"""Changes to the recipe's reward weights per trace style.
 
-A section that a style has not is not asked for; without SUMMARY there is no conclusion to agree with. The length that
-earns everything is that of nearly all gold traces of the style (first to 99th percentile: 10 to 117 and 2 to 54
-tokens). Every whole trace of these styles is weak and earns the same for its form, which advantages, differences
-within a group, leave out.
+Sections absent from a style have weight 0; without SUMMARY there is no conclusion for `alignment`. The length with full
+reward covers nearly all gold traces of the style: 10 to 117 and 2 to 54 tokens are the first to 99th percentile. Every
+whole trace of these styles is weak and earns the same for its form, so the form has no effect on advantages within a
+group.
 """
 
 _COLLAPSE_LENGTH: Mapping[TraceStyle, float] = {"explicit": 0.5, "short": 0.25, "direct": 0.1}
-"""Where a run ends for short traces: an answer of one word or of a sentence is no collapse."""
+"""Relative trace length of a collapsed run; short styles allow answers of one word or sentence."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant of the model, and how it is made of the base.
+    """One variant of the model, with its training settings.
 
     Attributes:
-        meaning: In words, for the report.
-        style: What its traces say.
-        pause_mode: What its pauses look like; None, and it has none.
-        max_pauses: Its budget.
-        wanted_pauses: Pauses a rollout that Stage II moves the threshold towards.
-        weights: Of the reward, besides those of its style.
-        has_stage_2: Whether Stage II comes after Stage I.
-        baseline: The rival that is asked instead of a checkpoint (`hyper eval --baseline`); it comes from no base.
-        has_position_ids: Whether each position of a span has an embedding of its own.
+        meaning: Description for the report.
+        style: Style of its traces.
+        pause_mode: Form of its pauses; None for an arm without pauses.
+        max_pauses: Its pause budget.
+        wanted_pauses: Target of Stage II, in pauses per rollout.
+        weights: Reward weights in addition to those of its style.
+        has_stage_2: True if Stage II follows Stage I.
+        baseline: Baseline in place of a checkpoint (`hyper eval --baseline`), without training.
+        has_position_ids: True if each position of a span has its own embedding.
     """
 
     name: str
@@ -79,13 +84,13 @@ class Arm:
 
     @property
     def form(self) -> str:
-        """Names what Stage I shows it; arms of one form share that."""
+        """Return the name of its Stage I data, shared by arms of one form."""
         parts = [self.style, self.pause_mode, "positions" if self.has_position_ids else None]
-        return "-".join(part for part in parts if part)
+        return "-".join(word for word in parts if word)
 
 
 WANTED_PAUSES = 0.75
-"""Pauses a rollout that arms are steered to; who is steered to twice as many is served by a gate of twice as many."""
+"""Target of pauses per rollout; an arm with twice the target also gets twice the rate in the served gate."""
 
 
 def _pausing(name: str, meaning: str, **changes: Any) -> Arm:
@@ -107,25 +112,25 @@ ARMS: tuple[Arm, ...] = (
     _pausing(
         "hyper-no-consistency",
         "as hyper, without the reward for consistency",
-        # The background gate takes from these two alone, so it goes with them.
+        # The background gate only lowers these two rewards, so it has no effect here.
         weights={"fidelity": 0.0, "alignment": 0.0},
     ),
     _pausing("hyper-sampled", "as hyper, with sampled spans", pause_mode="sampled"),
     _pausing("hyper-positions", "as hyper, one learned embedding a latent position", has_position_ids=True),
     _pausing("hyper-1", "as hyper, at most 1 pause", max_pauses=1),
-    # Twice the budget is of use to a threshold alone that lets it be spent.
+    # Twice the budget needs a threshold with twice the pause rate.
     _pausing("hyper-6", "as hyper, at most 6 pauses", max_pauses=6, wanted_pauses=1.5),
 )
 
 
 @dataclass(frozen=True)
 class Base:
-    """Says what the arms take from the checkpoint that they begin from.
+    """Properties of the arms' common initial checkpoint.
 
     Attributes:
         decoder: Fields of `recipes.Decoder`.
-        wanted: The least and the most pauses a completion that its gate was calibrated for; None where it was not.
-        wanted_aborts: The most completions given up, as a share, that it was calibrated for.
+        wanted: Range of pauses per completion of its calibration; None without a calibration.
+        wanted_aborts: Maximum share of aborted completions of its calibration.
     """
 
     path: Path
@@ -140,10 +145,10 @@ class Base:
 
     @classmethod
     def read(cls, path: Path) -> Base:
-        """Reads a checkpoint's manifest and its configuration.
+        """Read the manifest and configuration of a checkpoint.
 
         Raises:
-            CheckpointError: There is none, or it is not valid.
+            CheckpointError: There is no checkpoint, or it is invalid.
         """
         from hyper_model.checkpoint import open_checkpoint
 
@@ -174,14 +179,14 @@ class Base:
 
 @dataclass(frozen=True)
 class Plan:
-    """Says how much is done for each arm.
+    """Size of the ablation per arm.
 
     Attributes:
-        num_steps, num_sft_steps: Of Stage II, and of Stage I before it.
-        num_items: Questions to each arm, over all suites.
-        sections: Sections in which gates work; none, and those of the base.
-        wanted_aborts: The most completions given up, as a share, that gates are calibrated for; None: as the base's.
-        sft_set, grpo_set: Further settings of all arms' recipes, as `--set` takes them.
+        num_steps, num_sft_steps: Steps of Stage II, and of Stage I before it.
+        num_items: Questions per arm, over all suites.
+        sections: Sections with an active gate; empty means the base's.
+        wanted_aborts: Maximum share of aborted completions for calibrations; None means the base's.
+        sft_set, grpo_set: Further settings of all arms' recipes, as in `--set`.
     """
 
     num_steps: int
@@ -193,25 +198,25 @@ class Plan:
     grpo_set: tuple[str, ...] = ()
 
     def items_of(self, suite: str) -> int:
-        """Returns a suite's share of the questions."""
+        """Return the number of questions of a suite."""
         share, rest = divmod(self.num_items, len(SUITES))
         return share + (SUITES.index(suite) < rest)
 
     def said(self, base: Base) -> dict[str, Any]:
-        """Returns what results of one directory must have in common, as JSON would give it back."""
-        said = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-        return said | {"base": base.name, "base_sha256": base.sha256}
+        """Return the common settings of all results in a directory, as plain JSON data."""
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        return settings | {"base": base.name, "base_sha256": base.sha256}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command, and what is there when it has been run.
+    """One command and its result.
 
     Attributes:
-        arguments: Of `hyper`.
-        result: A folder or a file that appears whole, or not at all.
-        run_dir: A training run that is gone on with where it was begun; None for other commands.
-        copied: A checkpoint that the command changes in place: it works on a copy, which becomes the result.
+        arguments: Arguments of `hyper`.
+        result: A folder or file, written atomically.
+        run_dir: A training run to resume if it exists; None for other commands.
+        copied: A checkpoint changed in place by the command. It works on a copy, renamed to the result.
     """
 
     title: str
@@ -223,31 +228,31 @@ class Step:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is nothing to do."""
+        """Return True if the result exists."""
         return self.result.exists()
 
 
 def num_seeds_of(arm: Arm, num_seeds: int) -> int:
-    """Returns how often an arm is made: a rival is there once."""
+    """Return the number of seeds of an arm; a baseline has one."""
     return 1 if arm.baseline else num_seeds
 
 
 def arm_dir(run_dir: Path, arm: Arm, seed: int) -> Path:
-    """Returns where an arm's runs, checkpoint and results are."""
+    """Return the folder of an arm's runs, checkpoint and results."""
     return run_dir / arm.name / f"seed-{seed}"
 
 
 def steps_of(arm: Arm, seed: int, *, plan: Plan, base: Base, run_dir: Path, work: Path) -> list[Step]:
-    """Lists the steps of an arm, in their order."""
+    """List the steps of an arm in order."""
     folder, shared = arm_dir(run_dir, arm, seed), run_dir / "stage-1" / arm.form / f"seed-{seed}"
-    asked = base.path
+    evaluated = base.path
     steps: list[Step] = []
     if not arm.baseline:
-        begun_from = base.path
+        initial = base.path
         if arm.has_position_ids:
             steps.append(_positions(base, shared.parent))
-            begun_from = steps[-1].result
-        steps.append(_stage_1(arm, seed, plan, base, begun_from, shared, work))
+            initial = steps[-1].result
+        steps.append(_stage_1(arm, seed, plan, base, initial, shared, work))
         start = steps[-1].result
         if arm.max_pauses:
             steps.append(_calibration(arm, plan, base, start, shared / f"gated-{arm.max_pauses}", work))
@@ -256,8 +261,8 @@ def steps_of(arm: Arm, seed: int, *, plan: Plan, base: Base, run_dir: Path, work
             steps.append(_stage_2(arm, seed, plan, base, start, folder, work))
             if arm.max_pauses:
                 steps.append(_calibration(arm, plan, base, steps[-1].result, folder / "gated", work, is_served=True))
-        asked = steps[-1].result
-    return [*steps, *(_evaluation(arm, suite, plan, asked, folder, work) for suite in SUITES)]
+        evaluated = steps[-1].result
+    return [*steps, *(_evaluation(arm, suite, plan, evaluated, folder, work) for suite in SUITES)]
 
 
 def _positions(base: Base, folder: Path) -> Step:
@@ -269,16 +274,16 @@ def _stage_1(arm: Arm, seed: int, plan: Plan, base: Base, begun_from: Path, fold
     settings: dict[str, object] = {
         "num_steps": plan.num_sft_steps,
         "seed": seed,
-        # A fifth of the recipe's: the base has come to the end of its own decline.
+        # A fifth of the recipe's rate, since the base has finished its own decay.
         "learning_rate": 2e-4,
         "min_learning_rate": 2e-5,
         "warmup_steps": min(20, plan.num_sft_steps),
         "save_every_steps": 100,
         "speech_share": [0.25, 0.25],
         "cut_share": [0.0, 0.0],
-        # Not every form has something to read.
+        # Not every form works without audio.
         "read_size": 0,
-        # The base's projector spells already.
+        # The base's projector is already trained.
         "spelling": None,
         "decoder": {**base.decoder, **({"has_position_tokens": True} if arm.has_position_ids else {})},
         "trace_style": arm.style,
@@ -297,7 +302,7 @@ def _calibration(
     arm: Arm, plan: Plan, base: Base, checkpoint: Path, result: Path, work: Path, *, is_served: bool = False
 ) -> Step:
     assert base.wanted is not None
-    # The rate that Stage II steered to must not be taken back by the gate that is served.
+    # The served gate must keep the pause rate of Stage II.
     share = arm.wanted_pauses / WANTED_PAUSES if is_served else 1.0
     wanted = [round(share * pauses, 4) for pauses in base.wanted]
     wanted_aborts = base.wanted_aborts if plan.wanted_aborts is None else plan.wanted_aborts
@@ -358,10 +363,10 @@ def _partial(result: Path) -> Path:
 
 
 def run_step(step: Step) -> None:
-    """Runs a step, or waits until another process that runs it has come to an end.
+    """Run a step, or wait for another process with the same step.
 
     Raises:
-        HyperError: The command failed; the message names its log and the end of it.
+        HyperError: The command failed; the message has its log file and the last line.
     """
     import fcntl
     import shutil
@@ -369,7 +374,7 @@ def run_step(step: Step) -> None:
 
     step.log.parent.mkdir(parents=True, exist_ok=True)
     with step.log.open("ab") as log:
-        # The command inherits the lock with the file, and so holds it as long as it lives, whoever started it.
+        # The command inherits the lock with the file and holds it for its lifetime, even without its parent.
         fcntl.flock(log, fcntl.LOCK_EX)
         if step.is_done:
             return
@@ -384,7 +389,7 @@ def run_step(step: Step) -> None:
         command = [sys.executable, "-m", "hyper_model.cli", *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         started_s = time.monotonic()
-        # In a session of its own, so that it can be ended with the workers that it starts.
+        # A separate session allows ending the command together with its workers.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
@@ -404,7 +409,7 @@ def run_step(step: Step) -> None:
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits for a command's end; on a terminal its last line is shown."""
+    """Wait for a command's end; on a terminal, show its last line."""
     is_shown = sys.stderr.isatty()
     while True:
         try:
@@ -418,7 +423,7 @@ def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def _last_line(log: Path) -> str:
-    """Returns the last line of a log that says anything; a progress bar's last state is one."""
+    """Return the last non-empty line of a log, progress bars included."""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4_096))
         lines = file.read().decode("utf-8", errors="replace").replace("\r", "\n").split("\n")
@@ -428,7 +433,7 @@ def _last_line(log: Path) -> str:
 def run_arms(
     arms: Sequence[Arm], *, plan: Plan, base: Base, run_dir: Path, work: Path, num_seeds: int
 ) -> dict[str, str]:
-    """Makes and measures arms, one after the other; returns what failed, which holds up no other arm."""
+    """Train and evaluate arms in turn; return the failures, none of which stops another arm."""
     failed: dict[str, str] = {}
     broken: set[Path] = set()
     todo = [(arm, seed) for seed in range(num_seeds) for arm in arms if seed < num_seeds_of(arm, num_seeds)]
@@ -438,7 +443,7 @@ def run_arms(
         missing = [step for step in steps if not step.is_done]
         click.echo(f"[{place}/{len(todo)}] {name}: {len(missing)} of {len(steps)} steps to do", err=True)
         for step in missing:
-            # Arms of one form share what failed once.
+            # Arms of one form share a failed step.
             if step.result in broken:
                 failed[name] = f"{step.title} failed for another arm"
                 break
@@ -454,10 +459,10 @@ def run_arms(
 
 
 def check_settings(run_dir: Path, said: Mapping[str, Any]) -> None:
-    """Writes what a directory's results have in common, or compares it with what is there.
+    """Write the common settings of a directory, or compare them with the existing file.
 
     Raises:
-        HyperError: The directory was begun otherwise.
+        HyperError: The directory has other settings.
     """
     file = run_dir / SETTINGS_FILE
     if not file.exists():

@@ -1,8 +1,8 @@
-"""Puts the arms of an ablation beside each other: a page, the same as JSON, and a picture. Measures nothing itself.
+"""Write the comparison of the arms: a page, the same as JSON, and a plot. It measures nothing itself.
 
-Figures and intervals are those of `hyper eval`, from each item's outcomes. Seeds are put together: an arm's figure is
-over the items of all of its seeds, and a voice is drawn for all of them at once. Two arms are compared item by item,
-seed by seed; a rival, which has no seed, stands beside every seed of another.
+Figures and intervals follow `hyper eval`, from each item's outcomes. Seeds are pooled: a figure covers the items of all
+seeds of the arm, and the bootstrap draws a voice for all seeds at once. Two arms are compared item by item and seed by
+seed. The baseline has no seed and is compared with every seed of another arm.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from training.recipes import TraceStyle
 
 PAGE_FILE, JSON_FILE, PICTURE_FILE = "ablation.md", "ablation.json", "ablation.png"
 REFERENCES = ("sft", "grpo-explicit", "hyper")
-"""Arms that every other is compared with."""
+"""Arms compared with every other arm."""
 
 UNPAUSED = "grpo-explicit"
-"""What arms that pause are, but for their pauses."""
+"""The arm without pauses but otherwise equal to `hyper`."""
 PAUSE_GROUPS: Mapping[str, Callable[[ItemScores], bool]] = {
     "no pause": lambda j: not j.is_aborted and not j.num_pauses,
     "paused": lambda j: not j.is_aborted and bool(j.num_pauses),
     "given up": lambda j: bool(j.is_aborted),
 }
-"""Completions of an arm that pauses, by what its gate did."""
+"""Completions of an arm with pauses, grouped by the gate's actions."""
 
 Value = Callable[[ItemScores], float | tuple[float, float] | None]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of the table: of which suites, and what an item adds to it.
+    """One figure of the table: its suites and the value of an item.
 
     Attributes:
-        styles: The styles of which it says anything: no figure is made of a section that a style has not.
+        styles: Styles with a meaningful figure; a missing section gives no figure.
     """
 
     name: str
@@ -81,31 +81,31 @@ PAPER: Mapping[str, tuple[str, tuple[float, float, float, float]]] = {
     "grpo-explicit": ("GRPO + explicit CoT", (58.7, 47.6, 61.5, 60.8)),
     "hyper": ("HyPeR", (68.1, 57.8, 70.4, 69.5)),
 }
-"""The paper's rows, in percent, by PAPER_COLUMNS: its background-rich, 5 dB and hard multi-speaker sets of PAQA."""
+"""The paper's rows in percent, by PAPER_COLUMNS: its background-rich, 5 dB and hard multi-speaker sets of PAQA."""
 
 _NO_CONSISTENCY = (
     "Without the reward for consistency the paper's model lost 4.2 points of accuracy and 12.7 of consistency."
 )
 
 Rows = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""Of one seed of an arm: suite, item, the item's outcomes."""
+"""Results of one seed of an arm: suite -> item -> the item's outcomes."""
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes the page, the JSON and the picture of all arms that were asked anything; returns the page.
+    """Write page, JSON and plot of all arms with results; return the page's path.
 
     Raises:
-        HyperError: There are no results, or some cannot be read.
+        HyperError: There are no results, or some are unreadable.
     """
     try:
-        said = json.loads((run_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
+        settings = json.loads((run_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise HyperError(f"{run_dir} holds no ablation ({error.strerror})") from error
-    found = {arm.name: seeds for arm in ARMS if (seeds := read_results(run_dir, arm))}
-    if not found:
+    results = {arm.name: seeds for arm in ARMS if (seeds := read_results(run_dir, arm))}
+    if not results:
         raise HyperError(f"{run_dir} holds no results yet")
-    steps = {arm.name: _trained_steps(run_dir, arm, found[arm.name]) for arm in ARMS if arm.name in found}
-    summary = summarize(found, said, steps)
+    steps = {arm.name: _trained_steps(run_dir, arm, results[arm.name]) for arm in ARMS if arm.name in results}
+    summary = summarize(results, settings, steps)
     (run_dir / JSON_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     draw(summary, run_dir / PICTURE_FILE)
     page = run_dir / PAGE_FILE
@@ -114,8 +114,8 @@ def write_report(run_dir: Path) -> Path:
 
 
 def read_results(run_dir: Path, arm: Arm) -> dict[int, Rows]:
-    """Reads what an arm's seeds answered; a seed without any result is left out."""
-    found: dict[int, Rows] = {}
+    """Read the results of an arm by seed; seeds without any result are left out."""
+    seeds: dict[int, Rows] = {}
     for folder in (run_dir / arm.name).glob("seed-*"):
         rows: dict[str, Mapping[str, Mapping[str, Any]]] = {}
         for suite in SUITES:
@@ -123,29 +123,29 @@ def read_results(run_dir: Path, arm: Arm) -> dict[int, Rows]:
             if file.exists():
                 rows[suite] = json.loads(file.read_text(encoding="utf-8"))["items"]
         if rows:
-            found[int(folder.name.rpartition("-")[2])] = rows
-    return dict(sorted(found.items()))
+            seeds[int(folder.name.rpartition("-")[2])] = rows
+    return dict(sorted(seeds.items()))
 
 
 def _trained_steps(run_dir: Path, arm: Arm, seeds: Mapping[int, Rows]) -> list[int]:
-    """Reads how many steps of Stage II each seed's checkpoint has had: fewer than asked for where a run ended early."""
-    found: list[int] = []
+    """Read the number of Stage II steps of each seed's checkpoint; early ends give fewer than planned."""
+    num_steps: list[int] = []
     for seed in seeds:
         file = arm_dir(run_dir, arm, seed) / "checkpoint" / MANIFEST_FILE
         if file.exists():
-            found.append(json.loads(read_manifest(file.read_bytes()).recipe)["trained_steps"])
-    return found
+            num_steps.append(json.loads(read_manifest(file.read_bytes()).recipe)["trained_steps"])
+    return num_steps
 
 
 def summarize(
     found: Mapping[str, Mapping[int, Rows]], said: Mapping[str, Any], steps: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
-    """Returns all figures and comparisons as plain data.
+    """Return all figures and comparisons as plain data.
 
     Args:
-        found: The results of each arm, by seed.
-        said: What all of them have in common.
-        steps: Of Stage II, that each arm's seeds have had.
+        found: Results of each arm, by seed.
+        said: Common settings of all results.
+        steps: Stage II steps of each arm's seeds.
     """
     arms = [_arm_summary(arm, found, steps.get(arm.name, ())) for arm in ARMS if arm.name in found]
     return {"settings": dict(said), "arms": arms}
@@ -158,11 +158,11 @@ def _arm_summary(arm: Arm, found: Mapping[str, Mapping[int, Rows]], steps: Seque
         sums = _sums(column, list(seeds.values()))
         if arm.style in column.styles and sums.clusters:
             value, interval = figure(sums)
-            each = [figure(one)[0] for rows in seeds.values() if (one := _sums(column, [rows])).clusters]
+            by_seed = [figure(one)[0] for rows in seeds.values() if (one := _sums(column, [rows])).clusters]
             figures[column.name] = {
                 "value": round(value, 4),
                 "interval_95": [round(end, 4) for end in interval],
-                "by_seed": [round(one, 4) for one in each],
+                "by_seed": [round(one, 4) for one in by_seed],
             }
     return {
         "name": arm.name,
@@ -181,8 +181,8 @@ def _arm_summary(arm: Arm, found: Mapping[str, Mapping[int, Rows]], steps: Seque
 
 
 def _compared(arm: Arm, name: str, found: Mapping[str, Mapping[int, Rows]]) -> dict[str, Any]:
-    """Compares an arm with another on the items that both answered, seed by seed."""
-    other = next(each for each in ARMS if each.name == name)
+    """Compare an arm with another on their common items, seed by seed."""
+    other = next(candidate for candidate in ARMS if candidate.name == name)
     pairs = [
         _shared(rows, against)
         for seed, rows in found[arm.name].items()
@@ -197,17 +197,18 @@ def _compared(arm: Arm, name: str, found: Mapping[str, Mapping[int, Rows]]) -> d
         if ours.clusters and ours.clusters == theirs.clusters:
             difference = asdict(compare(ours, theirs))
             if len(pairs) > 1 or len(column.suites) > 1:
-                # The same question stands there more than once, which McNemar's test would take for so many questions.
+                # The same question occurs more than once, and McNemar's test would count each occurrence as a separate
+                # question.
                 difference["p_mcnemar"] = None
             compared[column.name] = {key: value for key, value in difference.items() if value is not None}
     return compared
 
 
 def _by_pauses(arm: Arm, found: Mapping[str, Mapping[int, Rows]]) -> dict[str, Any]:
-    """Compares choices with those of the same arm without pauses, apart where its gate paused and where it did not.
+    """Compare choices with those of the same arm without pauses, grouped by the gate's action.
 
-    A gate pauses where a model is unsure, so questions with pauses are the harder ones: how they fare is to be seen
-    beside the same questions without, and not beside the others.
+    A gate pauses at low confidence, so questions with pauses are harder. The fair comparison is with the same questions
+    without pauses, not with other questions.
     """
     groups: dict[str, list[tuple[bool, bool, str]]] = {name: [] for name in PAUSE_GROUPS}
     for seed, rows in found[arm.name].items():
@@ -219,14 +220,14 @@ def _by_pauses(arm: Arm, found: Mapping[str, Mapping[int, Rows]]) -> dict[str, A
                     (name,) = (name for name, holds in PAUSE_GROUPS.items() if holds(item_scores))
                     groups[name].append((item_scores.is_right, other.is_right, row["voice"]))
     compared: dict[str, Any] = {}
-    for name, some in groups.items():
-        if some:
-            ours, theirs, voices = zip(*some, strict=True)
+    for name, members in groups.items():
+        if members:
+            ours, theirs, voices = zip(*members, strict=True)
             difference = compare(shares(ours, voices), shares(theirs, voices))
             compared[name] = {
-                "num_items": len(some),
-                "value": round(sum(ours) / len(some), 4),
-                "other": round(sum(theirs) / len(some), 4),
+                "num_items": len(members),
+                "value": round(sum(ours) / len(members), 4),
+                "other": round(sum(theirs) / len(members), 4),
                 "difference": difference.value,
                 "interval_95": list(difference.interval),
             }
@@ -234,12 +235,12 @@ def _by_pauses(arm: Arm, found: Mapping[str, Mapping[int, Rows]]) -> dict[str, A
 
 
 def _shared(rows: Rows, against: Rows) -> tuple[Rows, Rows]:
-    """Returns what two results have in common: the same question about the same sound."""
-    kept = {
+    """Return the common part of two results: equal question and equal clip."""
+    shared = {
         suite: [id for id, row in items.items() if against.get(suite, {}).get(id, {}).get("digest") == row["digest"]]
         for suite, items in rows.items()
     }
-    return tuple({s: {id: each[s][id] for id in ids} for s, ids in kept.items() if ids} for each in (rows, against))  # pyright: ignore[reportReturnType]
+    return tuple({s: {id: each[s][id] for id in ids} for s, ids in shared.items() if ids} for each in (rows, against))  # pyright: ignore[reportReturnType]
 
 
 def _main(items: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -260,7 +261,7 @@ def _sums(column: Column, seeds: Sequence[Rows]) -> Sums:
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """Returns the page."""
+    """Return the page."""
     said, arms = summary["settings"], summary["arms"]
     lead = (
         f"All arms but the rival, `cascade`, begin from {said['base']} (manifest {said['base_sha256'][:12]}) and have "
@@ -300,11 +301,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(arm: Mapping[str, Any], name: str) -> str:
-    found = arm["figures"].get(name)
-    if found is None:
+    entry = arm["figures"].get(name)
+    if entry is None:
         return "-"
-    low, high = found["interval_95"]
-    return f"{found['value']:.3f} ({low:.3f} to {high:.3f})"
+    low, high = entry["interval_95"]
+    return f"{entry['value']:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _figures_table(arms: Sequence[Mapping[str, Any]]) -> str:
@@ -383,7 +384,7 @@ def _paper_table(arms: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(summary: Mapping[str, Any], path: Path) -> None:
-    """Draws the accuracies of all arms with their intervals as a PNG."""
+    """Plot the accuracies of all arms with intervals as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
