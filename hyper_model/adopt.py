@@ -140,21 +140,23 @@ def _adopt(
     is_tied = bool(config["text_config"].get("tie_word_embeddings") or config.get("tie_word_embeddings"))
     _check_source_tensors(entries, config, is_tied=is_tied)
     tokenizer = _read_tokenizer(root, config)
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    known_tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
 
-    style = tag_style or (TagStyle.TOKEN if all(set(section.tags) <= known for section in Section) else TagStyle.TEXT)
-    names: TagNames = tag_names or ("hyper" if style is TagStyle.TOKEN or known & _HYPER_MARKS else "r1")
+    style = tag_style or (
+        TagStyle.TOKEN if all(set(section.tags) <= known_tokens for section in Section) else TagStyle.TEXT
+    )
+    names: TagNames = tag_names or ("hyper" if style is TagStyle.TOKEN or known_tokens & _HYPER_MARKS else "r1")
     spellings = {section: section.tags for section in Section} if style is TagStyle.TOKEN else _SPELLINGS[names]
-    pause = _pause_fields(known, style)
+    pause = _pause_fields(known_tokens, style)
 
     num_trained = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     num_rows_before: int = config["text_config"]["vocab_size"]
     if num_trained > num_rows_before:
         raise CheckpointError(f"its tokenizer has {num_trained} tokens but its embedding only {num_rows_before} rows")
-    wanted = [pause["open"], pause["close"]]
+    special_tokens = [pause["open"], pause["close"]]
     if style is TagStyle.TOKEN:
-        wanted += [tag for tags in spellings.values() for tag in tags]
-    added = _add_tokens(tokenizer, wanted)
+        special_tokens += [tag for tags in spellings.values() for tag in tags]
+    added = _add_tokens(tokenizer, special_tokens)
     num_needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     num_rows = num_rows_before if num_needed <= num_rows_before else -(-num_needed // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
@@ -212,10 +214,10 @@ def _check_source_tensors(
     entries: Mapping[str, weights.TensorEntry], config: Mapping[str, Any], *, is_tied: bool
 ) -> None:
     """Refuse an unusable source before anything is written, because writing a 7B model takes minutes."""
-    found = {canonical: entries[name] for canonical, name in weights.canonical_names(list(entries)).items()}
-    if is_tied and weights.EMBEDDING in found:
-        found.setdefault(weights.LM_HEAD, found[weights.EMBEDDING])
-    weights.check_tensors(found, config)
+    tensors = {canonical: entries[name] for canonical, name in weights.canonical_names(list(entries)).items()}
+    if is_tied and weights.EMBEDDING in tensors:
+        tensors.setdefault(weights.LM_HEAD, tensors[weights.EMBEDDING])
+    weights.check_tensors(tensors, config)
 
 
 def _read_tokenizer(root: Path, config: Mapping[str, Any]) -> Tokenizer:
@@ -236,12 +238,12 @@ def _read_tokenizer(root: Path, config: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _pause_fields(known: set[str], style: TagStyle) -> dict[str, Any]:
-    has_span = set(_LATENT_SPAN) <= known
+def _pause_fields(known_tokens: set[str], style: TagStyle) -> dict[str, Any]:
+    has_span = set(_LATENT_SPAN) <= known_tokens
     open_tag, close_tag = _LATENT_SPAN if has_span else (PAUSE, PAUSE_CLOSE)
     # A new token's embedding row is a mean of other rows, so pauses need training first. Plain-text tags have no gate
     # (see `GateSettings.of`).
-    can_pause = style is TagStyle.TOKEN and open_tag in known
+    can_pause = style is TagStyle.TOKEN and open_tag in known_tokens
     budget = {} if can_pause else {"max_pauses": 0}
     return {"mode": "sampled" if has_span else "parallel", "open": open_tag, "close": close_tag} | budget
 
@@ -250,13 +252,13 @@ def _add_tokens(tokenizer: Tokenizer, wanted: list[str]) -> tuple[str, ...]:
     """Make all wanted tokens special, keep existing ids, and return the added ones."""
     from tokenizers import AddedToken
 
-    before = {token: tokenizer.token_to_id(token) for token in wanted}
+    ids_before = {token: tokenizer.token_to_id(token) for token in wanted}
     tokens = [AddedToken(token, special=True, normalized=False) for token in wanted]
     tokenizer.add_special_tokens(tokens)  # pyright: ignore[reportUnknownMemberType]
-    for token, token_id in before.items():
+    for token, token_id in ids_before.items():
         if token_id is not None and tokenizer.token_to_id(token) != token_id:
             raise CheckpointError(f"{token} cannot be made a special token of this tokenizer")
-    return tuple(token for token, token_id in before.items() if token_id is None)
+    return tuple(token for token, token_id in ids_before.items() if token_id is None)
 
 
 class _GrownTensors(Mapping[str, "torch.Tensor"]):

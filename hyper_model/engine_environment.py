@@ -56,8 +56,8 @@ def native_dtype() -> Literal["bfloat16", "float32"]:
     except OSError:
         return "float32"
     # x86 lists the instructions as avx512_bf16 and amx_bf16, Arm as bf16.
-    found = re.search(r"^(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b", text, re.MULTILINE)
-    return "bfloat16" if found else "float32"
+    has_bfloat16 = re.search(r"^(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b", text, re.MULTILINE)
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def _is_cpu_build() -> bool:

@@ -55,8 +55,8 @@ A set is a bit mask in the order of `Section`; its members form one chain of anc
 
 def innermost(open_sections: int) -> Section | None:
     """Return the deepest section of a set of open ones, or None for the empty set."""
-    held = [section for section in _SECTIONS if open_sections & _BIT[section]]
-    return max(held, key=_DEPTH.__getitem__, default=None)
+    sections = [section for section in _SECTIONS if open_sections & _BIT[section]]
+    return max(sections, key=_DEPTH.__getitem__, default=None)
 
 
 class TagEffect(NamedTuple):
@@ -162,7 +162,7 @@ class GateSettings:
             window_tokens=pause.window_tokens,
             rest_tokens=pause.rest_tokens,
             tags=tags,
-            gated=frozenset(held for held in range(NUM_OPEN_SETS) if innermost(held) in pause.sections),
+            gated=frozenset(mask for mask in range(NUM_OPEN_SETS) if innermost(mask) in pause.sections),
             closing_ids={section: ids[1] for section, ids in tokenizer.tag_ids.items()},
             answer_id=tokenizer.tag_ids[Section.FINAL_ANSWER][0],
             end_ids=(*tokenizer.stop_ids, *tokenizer.tag_ids[Section.FINAL_ANSWER]),
@@ -405,11 +405,11 @@ class Gate:
 
         If the final answer was opened already, the last id ends the completion instead.
         """
-        held = [section for section in _SECTIONS if self.open_sections & _BIT[section]]
-        held.sort(key=_DEPTH.__getitem__, reverse=True)
+        sections = [section for section in _SECTIONS if self.open_sections & _BIT[section]]
+        sections.sort(key=_DEPTH.__getitem__, reverse=True)
         has_answer = self.seen_sections & _BIT[Section.FINAL_ANSWER]
         last_id = self.settings.end_ids[0] if has_answer else self.settings.answer_id
-        return [*(self.settings.closing_ids[section] for section in held), last_id]
+        return [*(self.settings.closing_ids[section] for section in sections), last_id]
 
     def inherit(self, other: Gate, confidence: float | None) -> None:
         """Copy the confidences and pauses from the gate of the previous chunk.
@@ -460,7 +460,7 @@ class Gate:
         if state.keys() != {*_STATE_FIELDS, *_STATE_LISTS}:
             return False
         lists_fit = all(
-            isinstance(state[name], list) and all(isinstance(each, kind) for each in state[name])
+            isinstance(state[name], list) and all(isinstance(item, kind) for item in state[name])
             for name, kind in _STATE_LISTS.items()
         )
         sets = (state["open_sections"], state["seen_sections"])
@@ -468,7 +468,7 @@ class Gate:
             lists_fit
             and len(state["repeats"]) == LOOP_PERIOD_TOKENS
             and all(isinstance(state[name], kind) for name, kind in _STATE_FIELDS.items())
-            and all(0 <= each < NUM_OPEN_SETS for each in sets)
+            and all(0 <= item < NUM_OPEN_SETS for item in sets)
             and state["num_in_span"] >= 0
         )
 

@@ -66,8 +66,8 @@ def arguments(gate: Gate, key: str | None = None) -> dict[str, Any]:
     """
     settings = gate.settings
     taus = [settings.tau_pause, settings.tau_abort]
-    found = {BUDGET: settings.max_pauses, FED: int(settings.is_fed), TAU: taus, STATE: gate.state()}
-    return found if key is None else found | {KEY: key}
+    extra_args = {BUDGET: settings.max_pauses, FED: int(settings.is_fed), TAU: taus, STATE: gate.state()}
+    return extra_args if key is None else extra_args | {KEY: key}
 
 
 def processor_name(*, is_v2: bool) -> str:
@@ -111,8 +111,8 @@ def armed_settings(settings: GateSettings | None, params: SamplingParams) -> Gat
     if settings is None or BUDGET not in extra:
         return None
     tau_pause, tau_abort = extra.get(TAU) or (settings.tau_pause, settings.tau_abort)
-    lowered = settings.with_budget(extra[BUDGET])
-    return replace(lowered, tau_pause=tau_pause, tau_abort=tau_abort, is_fed=bool(extra.get(FED)))
+    budgeted = settings.with_budget(extra[BUDGET])
+    return replace(budgeted, tau_pause=tau_pause, tau_abort=tau_abort, is_fed=bool(extra.get(FED)))
 
 
 def checkpoint_settings(vllm_config: VllmConfig) -> GateSettings | None:
@@ -298,7 +298,7 @@ class GateReports:
     def gate_reports(self, keys: Sequence[str]) -> list[GateReport]:
         """Return the summaries of requests' gates; empty for an unknown or dropped key."""
         return [
-            next((found for each in _PROCESSORS if (found := each.report(key)) is not None), GateReport())
+            next((report for processor in _PROCESSORS if (report := processor.report(key)) is not None), GateReport())
             for key in keys
         ]
 
@@ -421,10 +421,10 @@ class PauseV2(LogitsProcessorV2):
         for token_id, effect in settings.tags.items():
             effects[token_id] = torch.tensor(effect)
         self.effects = effects.to(device)
-        self.gated = torch.tensor([held in settings.gated for held in range(NUM_OPEN_SETS)], device=device)
+        self.gated = torch.tensor([mask in settings.gated for mask in range(NUM_OPEN_SETS)], device=device)
         answers = [0, NUM_OPEN_SETS - 1]  # no answer yet, and one
         closings = [
-            [Gate(settings, open_sections=held, seen_sections=seen).ids_to_answer() for held in range(NUM_OPEN_SETS)]
+            [Gate(settings, open_sections=mask, seen_sections=seen).ids_to_answer() for mask in range(NUM_OPEN_SETS)]
             for seen in answers
         ]
         self.closings = torch.tensor([[_padded(ids, _NUM_FORCED, 0) for ids in each] for each in closings]).to(device)
@@ -471,13 +471,13 @@ class PauseV2(LogitsProcessorV2):
         place = None if key is None else self.places.pop(key, None)
         if key is None or place is None:
             return None
-        held = self.staged.get(place.row, place.row)
+        state = self.staged.get(place.row, place.row)
         if key in self.parked:
             del self.parked[key]
             self.free.append(place.row)
         else:
             del self.keys[place.row]
-        return held if place.prompt_len == prompt_len else None
+        return state if place.prompt_len == prompt_len else None
 
     def _vacate(self, slot: int) -> None:
         """Park the state of a slot with a key, because vLLM reports a preemption and an end alike."""
@@ -497,19 +497,22 @@ class PauseV2(LogitsProcessorV2):
         """Write the changes staged by `add_request` to the device, and read tokens without state again."""
         if self.settings is None or not self.staged:
             return
-        copies = [(row, held) for row, held in self.staged.items() if isinstance(held, int)]
-        writes = [(row, held) for row, held in self.staged.items() if not isinstance(held, int)]
+        copies = [(row, source) for row, source in self.staged.items() if isinstance(source, int)]
+        writes = [(row, source) for row, source in self.staged.items() if not isinstance(source, int)]
         self.staged.clear()
         if copies:
-            targets, sources = self._indices([row for row, _ in copies]), self._indices([held for _, held in copies])
+            targets, sources = (
+                self._indices([row for row, _ in copies]),
+                self._indices([source for _, source in copies]),
+            )
             # Read all sources before writing any row: one may be another's target.
             ints, floats = self.ints[sources], self.floats[sources]
             self.ints.index_copy_(0, targets, ints)
             self.floats.index_copy_(0, targets, floats)
         if writes:
             targets = self._indices([row for row, _ in writes])
-            self.ints.index_copy_(0, targets, self._to_device([held[0] for _, held in writes], torch.int64))
-            self.floats.index_copy_(0, targets, self._to_device([held[1] for _, held in writes], torch.float64))
+            self.ints.index_copy_(0, targets, self._to_device([source[0] for _, source in writes], torch.int64))
+            self.floats.index_copy_(0, targets, self._to_device([source[1] for _, source in writes], torch.float64))
         if self.num_unread:
             slots = self._indices(list(self.num_unread))
             rows, num_output = _Rows(self.ints[slots], self.floats[slots]), self._num_output(slots)

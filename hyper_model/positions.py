@@ -43,24 +43,26 @@ def give_positions(source: str | Path, destination: str | Path) -> Checkpoint:
     if pause.position_ids is not None:
         raise CheckpointError(f"{root}: each position of its pauses has a token of its own already")
     # Read the tokenizer anew, because the checkpoint's own must not change.
-    before = checkpoint.tokenizer
-    tokenizer = type(before.tokenizer).from_file(str(root / "tokenizer.json"))
+    old_tokenizer = checkpoint.tokenizer
+    tokenizer = type(old_tokenizer.tokenizer).from_file(str(root / "tokenizer.json"))
     add_position_tokens(tokenizer, pause.latent_tokens)
-    now = TraceTokenizer(tokenizer, before.tag_style, tags=before.tags, pause_tags=before.pause_tags)
-    positions = now.with_positions(pause.latent_tokens).position_ids
+    position_tokenizer = TraceTokenizer(
+        tokenizer, old_tokenizer.tag_style, tags=old_tokenizer.tags, pause_tags=old_tokenizer.pause_tags
+    )
+    positions = position_tokenizer.with_positions(pause.latent_tokens).position_ids
     fields = checkpoint.manifest.model_dump(mode="json", exclude={"files", "format_version"})
     fields["pause"]["position_ids"] = list(positions)
-    made = export(
+    converted = export(
         destination,
         state_dict=_SpreadTensors(weights.read_entries(weights.weight_files(root)), positions),
         config=parse_json((root / "config.json").read_bytes(), "config.json"),
         tokenizer_json=tokenizer.to_str(),
         manifest_fields=fields,
     )
-    for paper in ("README.md", *LICENCE_FILES):
-        if (root / paper).is_file():
-            shutil.copyfile(root / paper, made.path / paper)
-    return made
+    for name in ("README.md", *LICENCE_FILES):
+        if (root / name).is_file():
+            shutil.copyfile(root / name, converted.path / name)
+    return converted
 
 
 class _SpreadTensors(Mapping[str, "torch.Tensor"]):

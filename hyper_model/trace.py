@@ -326,12 +326,14 @@ class TraceTokenizer:
         self.pause_ids = frozenset(token_id for token_id in ends if token_id is not None)
         self.latent_ids = self.pause_ids - {self.pause_close_id}
         spellings = {section.tags: self.tags[section] for section in Section} | {(PAUSE, PAUSE_CLOSE): pause_tags}
-        own = {meaning: tag for pair, ours in spellings.items() for meaning, tag in zip(pair, ours, strict=True)}
-        for meaning, tag in own.items():
+        tag_of = {meaning: tag for pair, ours in spellings.items() for meaning, tag in zip(pair, ours, strict=True)}
+        for meaning, tag in tag_of.items():
             if TAG_MEANINGS.get(tag) != meaning:
                 raise CheckpointError(f"{tag!r} is not a known spelling of {meaning}")
         self._markup_ids = {
-            markup: self._encode_tag(own[TAG_MEANINGS[markup]]) if markup in TAG_MEANINGS else [self._added_ids[markup]]
+            markup: self._encode_tag(tag_of[TAG_MEANINGS[markup]])
+            if markup in TAG_MEANINGS
+            else [self._added_ids[markup]]
             for markup in MARKUP
         }
         self._token_bytes: dict[int, bytes] = {}
@@ -428,10 +430,10 @@ class TraceTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token; none for an id outside the vocabulary."""
-        known = self._token_bytes.get(token_id)
-        if known is None:
-            known = self._token_bytes[token_id] = self._look_up_bytes(token_id)
-        return known
+        cached = self._token_bytes.get(token_id)
+        if cached is None:
+            cached = self._token_bytes[token_id] = self._look_up_bytes(token_id)
+        return cached
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Decode ids to text with all their markup; bytes outside UTF-8 become U+FFFD."""

@@ -276,14 +276,14 @@ class _Scanner:
         at = 0
         while at < len(text):
             if not self._is_holding:
-                found = text.find("<", at)
-                words = text[at:] if found < 0 else text[at:found]
+                start = text.find("<", at)
+                words = text[at:] if start < 0 else text[at:start]
                 if words:
                     yield _Words(words, words)
-                if found < 0:
+                if start < 0:
                     return
                 self._is_holding = True
-                at = found + 1
+                at = start + 1
                 continue
             char = text[at]
             body = self._body + char
@@ -301,9 +301,9 @@ class _Scanner:
     def finish(self) -> Iterator[_Words]:
         """Release the buffered candidate as words."""
         if self._is_holding:
-            held = "<" + "\\" * self._num_slashes + self._body
+            text = "<" + "\\" * self._num_slashes + self._body
             self._is_holding, self._num_slashes, self._body = False, 0, ""
-            yield _Words(held, held)
+            yield _Words(text, text)
 
     def _take_markup(self, body: str) -> _Words | _Mark:
         num_slashes = self._num_slashes

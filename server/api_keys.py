@@ -104,9 +104,9 @@ class KeyRing:
 
     def refresh(self) -> None:
         """Read the file again if it has changed; keep the old keys if it is unreadable."""
-        if (now := self.look()) == self.seen:
+        if (stamp := self.look()) == self.seen:
             return
-        self.seen = now
+        self.seen = stamp
         try:
             self.keys = read(self.path).keys
         except KeyFileError as error:
@@ -117,11 +117,11 @@ class KeyRing:
     def find(self, presented: str) -> Key | None:
         """Return the presented key, or None; in constant time, whether it exists or not."""
         digest = digest_of(presented)
-        found = None
+        match = None
         for key in self.keys:
             if hmac.compare_digest(key.sha256, digest) and not key.is_expired():
-                found = key
-        return found
+                match = key
+        return match
 
 
 def read(path: Path) -> KeyFile:
@@ -155,10 +155,10 @@ def write(path: Path, file: KeyFile) -> None:
     try:
         with open(descriptor, "w", encoding="utf-8") as stream:
             with contextlib.suppress(FileNotFoundError):
-                before = path.stat()
+                old_status = path.stat()
                 with contextlib.suppress(PermissionError):
-                    os.fchown(descriptor, before.st_uid, before.st_gid)
-                os.fchmod(descriptor, before.st_mode & 0o666)
+                    os.fchown(descriptor, old_status.st_uid, old_status.st_gid)
+                os.fchmod(descriptor, old_status.st_mode & 0o666)
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -202,10 +202,10 @@ def revoke(path: Path, name: str) -> None:
         KeyFileError: If no key has the name.
     """
     file = read(path)
-    left = tuple(key for key in file.keys if key.name != name)
-    if len(left) == len(file.keys):
+    remaining = tuple(key for key in file.keys if key.name != name)
+    if len(remaining) == len(file.keys):
         raise KeyFileError(f"{path} has no key named {name}")
-    write(path, KeyFile(keys=left))
+    write(path, KeyFile(keys=remaining))
 
 
 def digest_of(secret: str) -> str:

@@ -47,7 +47,11 @@ class PriorityLimiter:
         """Return the waiting time so far, in seconds, of each waiting task of a class."""
         now_s = time.monotonic()
         rank = RANKS[priority]
-        return [now_s - since_s for of, _, since_s, future in self.waiting if of == rank and not future.done()]
+        return [
+            now_s - since_s
+            for class_rank, _, since_s, future in self.waiting
+            if class_rank == rank and not future.done()
+        ]
 
     @contextlib.asynccontextmanager
     async def slot(self, priority: Priority) -> AsyncGenerator[None]:

@@ -251,8 +251,8 @@ def bearer_of(headers: Headers) -> str:
 
 def is_domain(host: str) -> bool:
     """Return whether a Host header is a DNS name, possibly pointed at this machine by an attacker."""
-    found = HOST.fullmatch(host)
-    name = found[1] if found else host
+    host_match = HOST.fullmatch(host)
+    name = host_match[1] if host_match else host
     if "." not in name.rstrip("."):
         return False
     try:

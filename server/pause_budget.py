@@ -47,8 +47,8 @@ class PauseBudgeter:
 
     def record_late(self, trace_s: float, pause_s: Sequence[float]) -> None:
         """Add the durations of an answer after its deadline, as a lower bound for a complete one."""
-        late = smooth(self.trace_s, max(0.0, trace_s - sum(pause_s)))
-        self.trace_s = late if self.trace_s is None else max(self.trace_s, late)
+        lower_bound_s = smooth(self.trace_s, max(0.0, trace_s - sum(pause_s)))
+        self.trace_s = lower_bound_s if self.trace_s is None else max(self.trace_s, lower_bound_s)
 
     def budget(self, most: int, *, left_s: float, num_waiting: int, num_places: int) -> Budget:
         """Return the budget of an answer with `pause=auto`.

@@ -126,10 +126,10 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     pydantic-settings ignores unknown variables, so without this check a misspelt limit would have no effect.
     """
     known = [f"{PREFIX}{name}".upper() for name in Settings.model_fields]
-    found: list[str] = []
+    messages: list[str] = []
     for name, value in sorted(environment.items()):
         upper = name.upper()
         if value and upper.startswith(PREFIX) and upper not in known and upper not in NOT_OURS:
-            meant = get_close_matches(upper, known, n=1)
-            found.append(f"{name}: there is no such setting" + (f"; {meant[0]}?" if meant else ""))
-    return found
+            similar = get_close_matches(upper, known, n=1)
+            messages.append(f"{name}: there is no such setting" + (f"; {similar[0]}?" if similar else ""))
+    return messages

@@ -264,12 +264,12 @@ class ScriptedEngine:
     async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
         """Return log-probabilities derived from a hash of the clip, the prompt and the candidate."""
         await self.pace(self.ended)
-        seen = hashlib.sha256(np.asarray(request.prompt_token_ids, dtype=np.int64).tobytes())
+        prompt_hash = hashlib.sha256(np.asarray(request.prompt_token_ids, dtype=np.int64).tobytes())
         for clip in request.clips:
-            seen.update(clip.tobytes())
+            prompt_hash.update(clip.tobytes())
         logits = np.empty(len(candidates))
         for index, candidate in enumerate(candidates):
-            digest = hashlib.sha256(seen.digest() + np.asarray(candidate, dtype=np.int64).tobytes()).digest()
+            digest = hashlib.sha256(prompt_hash.digest() + np.asarray(candidate, dtype=np.int64).tobytes()).digest()
             logits[index] = int.from_bytes(digest[:4]) / 2**31
         return (logits - np.logaddexp.reduce(logits)).tolist()
 

@@ -247,13 +247,13 @@ class VllmEngine:
         llm: Any = self.llm
         try:
             async with asyncio.timeout(REPORT_TIMEOUT_S):
-                found = await llm.collective_rpc("gate_reports", args=([session.request.request_id],))
+                replies = await llm.collective_rpc("gate_reports", args=([session.request.request_id],))
         except TimeoutError:
             # vLLM never answers such a call if its processes die. The answer is complete without the report.
             logger.warning("the gate's report did not come", extra={"request_id": session.request.request_id})
             return GateReport()
         # Use the first worker: all follow the same tokens. The report arrives as a list of its fields.
-        lowest, confidences = found[0][0]
+        lowest, confidences = replies[0][0]
         return GateReport(lowest, tuple(confidences))
 
     async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
@@ -443,15 +443,15 @@ class Session:
 
     def read(self, output: RequestOutput, features_s: float | None = None) -> list[TokenChunk]:
         """Split new tokens into visible ones and spans."""
-        completion, found = output.outputs[0], chunk_from(output, features_s)
-        token_ids = found.token_ids
+        completion, chunk = output.outputs[0], chunk_from(output, features_s)
+        token_ids = chunk.token_ids
         self.unread.append((token_ids, completion.logprobs))
         settings, visible, chunks = self.gate.settings, list[int](), list[TokenChunk]()
-        finish_reason = None if settings.is_fed and found.finish_reason == "stop" else found.finish_reason
+        finish_reason = None if settings.is_fed and chunk.finish_reason == "stop" else chunk.finish_reason
 
         def flush(reason: FinishReason | None = None) -> None:
             if visible or reason is not None:
-                chunks.append(replace(found, token_ids=tuple(visible), finish_reason=reason))
+                chunks.append(replace(chunk, token_ids=tuple(visible), finish_reason=reason))
                 visible.clear()
 
         for token_id in token_ids:
@@ -465,7 +465,7 @@ class Session:
                 if is_over:
                     flush()
                     span = settings.span_ids if self.is_waiting else tuple(self.span)
-                    chunks.append(replace(found, token_ids=(), finish_reason=None, span=span))
+                    chunks.append(replace(chunk, token_ids=(), finish_reason=None, span=span))
                     self.span.clear()
                 continue
             if token_id == settings.close_id:
@@ -489,7 +489,7 @@ class Session:
                 confidence = None
                 if self.is_following:
                     position = cast("list[dict[int, Any]]", logprobs)[place]
-                    confidence = math.exp(max(each.logprob for each in position.values()))
+                    confidence = math.exp(max(entry.logprob for entry in position.values()))
                 self.gate.push(token_id, confidence)
         self.unread.clear()
         return self.gate
@@ -513,7 +513,7 @@ def cpu_fields() -> dict[str, Any]:
 
 def check_plugin() -> None:
     """Warn if vLLM will not load our model class: its own gives the same answers, but encodes 30 s per clip."""
-    names = [each.name for each in metadata.entry_points(group="vllm.general_plugins")]
+    names = [entry_point.name for entry_point in metadata.entry_points(group="vllm.general_plugins")]
     allowed = os.environ.get("VLLM_PLUGINS")
     if PLUGIN not in names or (allowed is not None and PLUGIN not in allowed.split(",")):
         logger.warning("vLLM does not load the plugin %r (installed: %s; VLLM_PLUGINS=%s)", PLUGIN, names, allowed)

@@ -164,7 +164,7 @@ class Metrics:
         """Initialise metrics with few labels to 0: otherwise a rate would miss the first event."""
         labelled: tuple[tuple[MetricWrapperBase, tuple[str, ...]], ...] = (
             (self.stage_seconds, STAGES),
-            *((each, get_args(Priority)) for each in (self.waiting, self.oldest_wait, self.queue_wait)),
+            *((collector, get_args(Priority)) for collector in (self.waiting, self.oldest_wait, self.queue_wait)),
             (self.sections_missing, tuple(section.value for section in REQUIRED_SECTIONS)),
             (self.parse_failures, get_args(FormFailure)),
             (self.reflections, ("false", "true")),

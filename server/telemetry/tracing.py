@@ -34,8 +34,8 @@ PARENTS = {"features": "first_token", "engine_queue": "first_token", "prefill": 
 
 def trace_id_of(traceparent: str) -> str | None:
     """Return the trace id of a W3C `traceparent`, or None for an invalid one."""
-    found = TRACEPARENT.fullmatch(traceparent)
-    return found[1] if found else None
+    matched = TRACEPARENT.fullmatch(traceparent)
+    return matched[1] if matched else None
 
 
 def tracer_from(environment: Mapping[str, str]) -> Tracer | None:
@@ -93,9 +93,9 @@ class Tracer:
             kind=SpanKind.SERVER,
             start_time=context.wall_ns(context.started_s),
         )
-        told: dict[str, str] = {}
-        self.propagator.inject(told, set_span_in_context(context.span))
-        context.traceparent = told.get("traceparent")
+        injected: dict[str, str] = {}
+        self.propagator.inject(injected, set_span_in_context(context.span))
+        context.traceparent = injected.get("traceparent")
         context.trace_id = trace_id_of(context.traceparent or "")
 
     def end(self, context: RequestContext, *, method: str, endpoint: str, status: int | None) -> None:
@@ -128,7 +128,7 @@ class Tracer:
         stages: dict[str, Span] = {}
         ends_s: dict[str, float] = {}
         # In order of their start; of two with the same start the longer one first, because it contains the other.
-        in_order = sorted(context.stages, key=lambda each: (each.started_s or 0.0, -each.seconds))
+        in_order = sorted(context.stages, key=lambda stage_time: (stage_time.started_s or 0.0, -stage_time.seconds))
         for stage, seconds, started_s in in_order:
             if started_s is None:
                 span.set_attribute(f"hyper.{stage}_ms", round(seconds * 1000, 3))
