@@ -1,4 +1,4 @@
-"""Builds small checkpoints for tests: real files of the real formats, with random weights."""
+"""Small checkpoints for tests: real files in real formats, with random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hyper_model.checkpoint import Checkpoint, export
 from hyper_model.trace import train_tokenizer
 from hyper_model.weights import DEFAULT_SHARD_BYTES
 
-# What the tokenizer learns its merges from: enough that common words are a few tokens, little enough to take no time.
+# Training texts of the tokenizer: long enough to make common words short, short enough to train fast.
 TOKENIZER_TEXTS = (
     "What does the first speaker say? Who cannot come on Friday? How many people talk, and what is heard behind them?",
     'S1 woman: "please close the window" S2 man: "the train leaves at nine"',
@@ -22,12 +22,12 @@ TOKENIZER_TEXTS = (
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """Trains a byte-level BPE tokenizer with every special token, of about 460 tokens."""
+    """Train a byte-level BPE tokenizer of about 460 tokens, with every special token."""
     return train_tokenizer(TOKENIZER_TEXTS, vocab_size=640)
 
 
 def tiny_config(vocab_size: int, **text_fields: Any) -> dict[str, Any]:
-    """Describes a Qwen2-Audio of about 0.4M parameters: encoder and decoder of 2 layers, 64 wide, 80 mel bins."""
+    """Return a Qwen2-Audio config of about 0.4M parameters: 2 + 2 layers, 64 wide, 80 mel bins."""
     return {
         "architectures": ["Qwen2AudioForConditionalGeneration"],
         "model_type": "qwen2_audio",
@@ -47,10 +47,10 @@ def tiny_config(vocab_size: int, **text_fields: Any) -> dict[str, Any]:
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
-            # Heads of 32: vLLM on a CPU has no attention kernel for 16, and says so only at the first request.
+            # Heads of 32: vLLM on a CPU has no attention kernel for 16, and fails only at the first request.
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
-            # Two whole windows, a question and a trace.
+            # Room for two full windows, a question and a trace.
             "max_position_embeddings": 2048,
             **text_fields,
         },
@@ -58,10 +58,10 @@ def tiny_config(vocab_size: int, **text_fields: Any) -> dict[str, Any]:
 
 
 def random_model(config: Mapping[str, Any], *, seed: int = 0) -> Any:
-    """Makes a transformers model with random weights, leaving torch's own random state as it was.
+    """Build a transformers model with random weights, without changing torch's random state.
 
-    The weights are wider than transformers' usual 0.02: with those every next token is about equally likely, and two
-    different models would hardly differ in what they say.
+    The weights are wider than transformers' usual 0.02. With the usual width all next tokens are about equally likely,
+    so two models would give almost the same output.
     """
     import torch
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
@@ -86,15 +86,16 @@ def build_random_checkpoint(
     dtype: Any = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Checkpoint:
-    """Exports a tiny random HyPeR checkpoint: its answers are noise, everything about it is otherwise real.
+    """Export a tiny HyPeR checkpoint with random weights; everything but its answers is realistic.
 
     Args:
-        directory: Where to; must not exist or be empty.
-        seed: Of the weights.
-        num_padding_rows: Rows of the embedding beyond the tokenizer's last id, such as Qwen's models have.
-        manifest_fields: Laid over the default fields, such as `{"pause": {"max_pauses": 1}}`.
+        directory: The new directory; must be missing or empty.
+        seed: Seed of the weights.
+        name: The checkpoint's name.
+        num_padding_rows: Rows of the embedding beyond the tokenizer's last id, as in Qwen's models.
+        manifest_fields: Fields to replace defaults, such as `{"pause": {"max_pauses": 1}}`.
         dtype: A torch dtype; None keeps float32.
-        max_shard_bytes: Splits the weights into several files.
+        max_shard_bytes: Size of a weight file.
     """
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer.get_vocab_size() + num_padding_rows)
@@ -117,10 +118,11 @@ def build_random_checkpoint(
 
 
 def write_entry_points(directory: Path, commands: Mapping[str, str]) -> None:
-    """Makes a directory on sys.path look like an installed package that brings `hyper` sub-commands.
+    """Make a directory on sys.path look like an installed package with `hyper` sub-commands.
 
     Args:
-        commands: Names and where they are, such as `{"checkpoint": "hyper_model.commands:checkpoint"}`.
+        directory: The directory.
+        commands: Targets by name, such as `{"checkpoint": "hyper_model.commands:checkpoint"}`.
     """
     installed = directory / "hyper_test_commands-0.dist-info"
     installed.mkdir()

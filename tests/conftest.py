@@ -1,4 +1,4 @@
-"""Services that tests share: one scripted, and one over vLLM with a tiny random checkpoint, started when asked for."""
+"""Shared services for tests: one scripted, and one over vLLM with a tiny random checkpoint, started on demand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-# Before anything loads torch: tests share the machine, and tiny models gain nothing from threads.
+# Set before torch is loaded: tests share the machine, and tiny models gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hyper_model.manifest import GATED_SECTIONS
@@ -29,11 +29,11 @@ PAUSING = {
     "rest_tokens": 9,
     "sections": [section.value for section in GATED_SECTIONS],
 }
-"""A gate that always wants to pause: with its rests, three pauses in every trace of some length."""
+"""A gate with a pause at every opportunity: with its rests, three pauses in every long trace."""
 
 
 class VllmHost:
-    """Keeps at most one vLLM engine alive: started when first asked for, again when a test has ended it."""
+    """Owner of at most one vLLM engine, started on first use and again after a test has ended it."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
@@ -41,19 +41,19 @@ class VllmHost:
         self.started: Live | None = None
 
     def live(self) -> Live:
-        """Returns the service over vLLM, starting it (20 to 90 s) if need be."""
+        """Return the service over vLLM, started (20 to 90 s) if needed."""
         if self.started is None:
             settings = Settings(
                 engine="vllm", port=0, checkpoint=self.checkpoint, dtype="float32", default_max_tokens=64
             )
             with warnings.catch_warnings():
-                # torch and vLLM deprecate parts of themselves as they are imported.
+                # torch and vLLM raise deprecation warnings at import.
                 warnings.simplefilter("ignore")
                 self.started = self.stack.enter_context(running(settings))
         return self.started
 
     def close(self) -> None:
-        """Ends the engine, for a test that needs one of its own."""
+        """End the engine, for a test with its own engine."""
         self.started = None
         with warnings.catch_warnings():
             # vLLM leaves sockets to the garbage collector.
@@ -64,21 +64,21 @@ class VllmHost:
 
 @pytest.fixture(scope="session")
 def live() -> Iterator[Live]:
-    """The service over the scripted engine."""
+    """Service over the scripted engine."""
     with running(scripted()) as service:
         yield service
 
 
 @pytest.fixture(scope="session")
 def slow() -> Iterator[Live]:
-    """The same at the pace of a slow model: about ten seconds a trace."""
+    """Service at the pace of a slow model: about ten seconds per trace."""
     with running(scripted(scripted_token_interval_s=0.04, ping_interval_s=0.5)) as service:
         yield service
 
 
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint with random weights."""
+    """Tiny checkpoint with random weights."""
     from tests.builders import build_random_checkpoint
 
     directory = tmp_path_factory.mktemp("checkpoint") / "random-tiny"
@@ -88,7 +88,7 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vllm_host(random_checkpoint: Path) -> Iterator[VllmHost]:
-    """Where tests get the one vLLM engine from."""
+    """Host of the shared vLLM engine."""
     host = VllmHost(random_checkpoint)
     yield host
     host.close()
@@ -96,7 +96,7 @@ def vllm_host(random_checkpoint: Path) -> Iterator[VllmHost]:
 
 @pytest.fixture(scope="session")
 def pausing_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded checkpoint with a gate that pauses as soon as a window is full, and as often as it may."""
+    """Embedded checkpoint with a gate that pauses at every full window, up to its budget."""
     from hyper_model.checkpoint import update_pause
 
     directory = tmp_path_factory.mktemp("checkpoint") / "hyper-mini"
@@ -107,7 +107,7 @@ def pausing_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pausing_host(pausing_checkpoint: Path) -> Iterator[VllmHost]:
-    """Where tests get the engine on that checkpoint from."""
+    """Host of the engine on the pausing checkpoint."""
     host = VllmHost(pausing_checkpoint)
     yield host
     host.close()
@@ -115,5 +115,5 @@ def pausing_host(pausing_checkpoint: Path) -> Iterator[VllmHost]:
 
 @pytest.fixture
 def live_vllm(vllm_host: VllmHost) -> Live:
-    """The service over vLLM."""
+    """Service over vLLM."""
     return vllm_host.live()

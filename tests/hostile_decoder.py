@@ -1,7 +1,7 @@
-"""Plays a decoder that its clip has taken over. Runs behind the very lock-down that the real one runs behind.
+"""Simulation of a decoder under an attacker's control, behind the real decoder's sandbox.
 
-The "clip" is a WAV header and the name of what to try; the answer says how far it came: the codec field stays honest
-and the number of samples is the errno that stopped the attempt, or 0 where nothing did.
+The "clip" is a WAV header and the name of an attempt. In the reply the codec field is valid. The number of samples is
+the errno of the blocked attempt, or 0 after a success.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def allocate() -> None:
 
 
 def call(name: str, *arguments: Any) -> None:
-    """Calls the C library, and raises what it reports."""
+    """Call the C library and raise its error."""
     if getattr(LIBC, name)(*arguments) < 0:
         raise OSError(ctypes.get_errno(), name)
 
@@ -201,7 +201,7 @@ LIES: Mapping[str, dict[str, Any]] = {
 
 
 def play(data: bytes, limits: AudioLimits) -> tuple[dict[str, Any], memoryview]:
-    """Tries what the clip names."""
+    """Make the attempt named by the clip."""
     name = data[12:].decode()
     stopped_by = NOT_STOPPED
     if name in LIES:

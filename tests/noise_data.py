@@ -1,4 +1,4 @@
-"""Writes folders of noise in the layouts of MUSAN and FSD50K."""
+"""Folders of noise in the layouts of MUSAN and FSD50K."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names the folders that tests read."""
+"""Paths of folders used by tests."""
 
 from pathlib import Path
 

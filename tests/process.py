@@ -1,4 +1,4 @@
-"""Runs `hyper serve` as a process of its own, for tests of signals and exit codes."""
+"""`hyper serve` as a process of its own, for tests of signals and exit codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import httpx
 from tests.paths import ROOT
 from tests.serving import tone
 
-# The root command finds its sub-commands by entry points, which only an installed project has.
+# The root command finds its sub-commands by entry points, present only in an installed project.
 SCRIPT = """
 from hyper_model.cli import hyper, main
 from server.commands import ask, keys, serve
@@ -30,7 +30,7 @@ main()
 def serve_process(
     environment: Mapping[str, str], ready_timeout_s: float = 30, **options: Any
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Starts a server on a free port and yields it and its address when it says that it is ready."""
+    """Start a server on a free port; yield its process and address once it is ready."""
     process = start(environment, **options)
     killer = threading.Timer(ready_timeout_s, process.kill)
     killer.start()
@@ -50,18 +50,18 @@ def serve_process(
 
 
 def start(environment: Mapping[str, str], prefix: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
-    """Starts `hyper serve` on a free port, as the installed script would; behind a prefix, inside another program."""
+    """Start `hyper serve` on a free port like the installed script; a prefix is an outer program's command."""
     command = [*prefix, sys.executable, "-c", SCRIPT, "serve"]
     full = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HYPER_PORT": "0", **environment}
     return subprocess.Popen(command, env=full, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
 
 
 def exit_code(process: subprocess.Popen[str], timeout_s: float) -> int:
-    """Waits for the end of a process."""
+    """Wait for the end of a process and return its exit code."""
     return process.wait(timeout_s)
 
 
 def post(url: str, **fields: Any) -> httpx.Response:
-    """Asks a second of tone a question."""
+    """Send a question about a second of tone."""
     fields = {"question": "What is heard?", **fields}
     return httpx.post(f"{url}/v1/audio/qa", data=fields, files={"file": ("clip", tone())}, timeout=60)

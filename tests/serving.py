@@ -1,4 +1,4 @@
-"""Runs the real service on a real port for tests, and makes the clips they send."""
+"""The real service on a real port for tests, and clips to send."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QUESTION = "What is heard?"
 
 @dataclass
 class Live:
-    """A running service: its address, a client, and its inside."""
+    """A running service: its address, a client, and its internals."""
 
     url: str
     client: httpx.Client
@@ -42,29 +42,29 @@ class Live:
     loop: asyncio.AbstractEventLoop
 
     def run(self, work: Coroutine[Any, Any, Result], timeout_s: float = 120) -> Result:
-        """Runs a coroutine on the service's own event loop, where its engine lives."""
+        """Run a coroutine on the service's event loop, shared with its engine."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout_s)
 
     def ask(self, clip: bytes | None = None, **fields: Any) -> httpx.Response:
-        """Posts a question as a form; a second of tone when no clip is given."""
+        """Post a question as a form; the default clip is a second of tone."""
         fields = {"question": QUESTION, **fields}
         return self.client.post("/v1/audio/qa", data=fields, files={"file": ("clip", clip or tone())})
 
     def events(self, clip: bytes | None = None, **fields: Any) -> list[tuple[str, dict[str, Any]]]:
-        """Posts a question and collects the stream's events."""
+        """Post a question and collect the stream's events."""
         response = self.ask(clip, stream="true", **fields)
         assert response.headers["content-type"].startswith("text/event-stream"), response.text
         return parse_events(response.text)
 
     def wait_until_idle(self, timeout_s: float = 5.0) -> None:
-        """Returns when nothing is in flight in the service and in the engine."""
+        """Wait until nothing is in flight in the service and the engine."""
         deadline_s = time.monotonic() + timeout_s
         while self.service.num_in_flight or self.service.engine.num_in_flight:
             assert time.monotonic() < deadline_s, "still in flight"
             time.sleep(0.02)
 
     def metric(self, name: str, **labels: str) -> float:
-        """Reads one of our figures, summed over the labels that are not named; 0 where it was never counted."""
+        """Return one of our metrics, summed over all labels not given; 0 if it was never counted."""
         found = (sample for family in self.service.metrics.registry.collect() for sample in family.samples)
         return sum(each.value for each in found if each.name == name and labels.items() <= each.labels.items())
 
@@ -76,14 +76,14 @@ def running(
     ready_timeout_s: float = 240,
     listeners: Sequence[socket.socket] = (),
 ) -> Iterator[Live]:
-    """Runs the service in a thread until the block ends, on further ports too; it is ready when the block begins."""
+    """Run the service in a thread until the block ends; it is ready, on all ports, when the block begins."""
     app = create_app(settings, engine)
     config = uvicorn_config(app, settings)
     listener = config.bind_socket()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     service: Service = app.state.service
     server = DrainingServer(config, service, url)
-    server.is_announced = True  # Its line would land in the output of whichever test comes first.
+    server.is_announced = True  # Its line would appear in the output of an arbitrary test.
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener, *listeners]})
     thread.start()
     try:
@@ -102,25 +102,25 @@ def running(
 
 
 def scripted(**fields: Any) -> Settings:
-    """Returns settings for the scripted engine on a free port."""
+    """Return settings for the scripted engine on a free port."""
     return Settings(engine="scripted", port=0, **fields)
 
 
 def wav(samples_S: Any, sample_rate_hz: int = SAMPLE_RATE_HZ) -> bytes:
-    """Writes samples as a WAV file."""
+    """Write samples as a WAV file."""
     file = io.BytesIO()
     soundfile.write(file, np.asarray(samples_S, dtype=np.float32), sample_rate_hz, format="WAV")
     return file.getvalue()
 
 
 def tone(duration_s: float = 1.0, amplitude: float = 0.3, hertz: float = 440.0) -> bytes:
-    """Writes a sine as a WAV file."""
+    """Write a sine as a WAV file."""
     times_S = np.arange(int(duration_s * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
     return wav(amplitude * np.sin(2 * np.pi * hertz * times_S))
 
 
 def parse_events(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Reads server-sent events, leaving out comments."""
+    """Parse server-sent events, without comments."""
     found: list[tuple[str, dict[str, Any]]] = []
     for block in text.split("\n\n"):
         lines = [line for line in block.split("\n") if line and not line.startswith(":")]
@@ -131,7 +131,7 @@ def parse_events(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def mp3(duration_s: float = 3.0) -> bytes:
-    """Writes a sine as an MP3 file."""
+    """Write a sine as an MP3 file."""
     file = io.BytesIO()
     times_S = np.arange(int(duration_s * 16000)) / 16000
     soundfile.write(file, 0.3 * np.sin(2765 * times_S), 16000, format="MP3")
@@ -139,31 +139,31 @@ def mp3(duration_s: float = 3.0) -> bytes:
 
 
 def post_json(live: Live, body: Any) -> httpx.Response:
-    """Posts a JSON body, given as an object or as the very bytes."""
+    """Post a JSON body, given as an object or as raw bytes."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return live.client.post("/v1/audio/qa", content=content, headers={"content-type": "application/json"})
 
 
 def json_question(**fields: Any) -> dict[str, Any]:
-    """Makes a JSON body of a question about a second of tone."""
+    """Return the JSON body of a question about a second of tone."""
     return {"question": QUESTION, "audio": {"data": base64.b64encode(tone()).decode()}, **fields}
 
 
 def assert_error(reply: httpx.Response, status: int, code: str, param: str | None = None) -> dict[str, Any]:
-    """Checks the shape of an error and returns the object."""
+    """Check the form of an error and return the object."""
     assert reply.status_code == status, reply.text
     error = reply.json()["error"]
     fields = {"type", "code", "message", "param", "request_id", "retryable", "limit", "actual", "hint"}
     assert set(error) == fields
     assert (error["code"], error["param"]) == (code, param)
     assert error["request_id"] == reply.headers["x-request-id"]
-    # Nothing of the machine: paths, classes, addresses, decoders.
+    # No internals of the machine: paths, classes, addresses, decoders.
     assert not re.search(r"/tmp|/usr|0x[0-9a-f]{6}|Traceback|ffmpeg|libsnd|\.py", reply.text)
     return error
 
 
 def wait_for(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Returns when it holds."""
+    """Wait until the condition holds."""
     deadline_s = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline_s, "waited in vain"
@@ -171,6 +171,6 @@ def wait_for(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 def slow_down(service: Live, token_interval_s: float) -> None:
-    """Makes the engine slow, once its canary is answered."""
+    """Make the engine slow after its canary question."""
     assert isinstance(service.service.engine, ScriptedEngine)
     service.service.engine.token_interval_s = token_interval_s

@@ -1,6 +1,6 @@
-"""Holds the house to its plan: who may import whom, names, settings that are read, locks that lock.
+"""Architecture tests: imports, names, unused settings and lock files.
 
-Reads syntax trees and text; imports nothing of the project into this process.
+They read syntax trees and text, and import nothing of the project into this process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "loadtests": set[str](),
     "tests": {"hyper_model", "server", "training", "loadtests"},
 }
-"""Which of our packages each may import besides itself; loadtests speaks HTTP."""
+"""Permitted imports between our packages; loadtests uses HTTP instead."""
 
 VLLM_MODULES = {
     "server.engines.vllm",
@@ -36,13 +36,13 @@ VLLM_MODULES = {
     "training.rl.rollout",
     "loadtests.peers",
 }
-"""The adapters, which alone may import vLLM: the engine changes most of all that we use."""
+"""The only modules with imports of vLLM, because vLLM changes faster than our other dependencies."""
 
 MEASURED_WITHOUT_HTTP = "loadtests.peers"
-"""Runs what the benchmark compares the service with, in processes of its own: engines and models that have no HTTP."""
+"""Module for the benchmark's peers in separate processes: engines and models without HTTP."""
 
 PURE_MODULES = ("hyper_model.errors", "hyper_model.trace", "hyper_model.pause", "training.rl.rewards")
-"""Modules that, with all that they import at any depth, are free of torch, transformers and vLLM."""
+"""Modules free of torch, transformers and vLLM, at any depth of imports."""
 
 HEAVY = {"torch", "transformers", "vllm"}
 
@@ -79,7 +79,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 """The units of a package (modules and sub-packages), lowest first: each imports only units of lower rows."""
 
 VAGUE_NAMES = re.compile(r"^(utils?|common|helpers?|misc|core|services?_?layer|base_.*|managers?|.*_v\d+|.*_utils)$")
-"""Names that say nobody decided where the thing belongs."""
+"""Module names without a meaning."""
 
 LOCKS = ("cpu", "gpu", "train", "data", "baseline", "dev", "load", "sbom")
 BROKEN_BESIDE_CPU_TORCH = {"torchvision", "torchaudio", "torchcodec"}
@@ -87,7 +87,7 @@ BROKEN_BESIDE_CPU_TORCH = {"torchvision", "torchaudio", "torchcodec"}
 
 @cache
 def modules() -> dict[str, Path]:
-    """Returns every module of the five packages by its dotted name; a package stands for its `__init__`."""
+    """Return the path of every module of the five packages by its dotted name; a package means its `__init__`."""
     found: dict[str, Path] = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -102,9 +102,9 @@ def tree(module: str) -> ast.Module:
 
 
 def imports(module: str, *, at_import_time_only: bool = False) -> set[str]:
-    """Returns the dotted names that a module imports; a name imported from a package counts as a possible sub-module.
+    """Return the dotted names imported by a module; a name from a package counts as a possible sub-module.
 
-    With `at_import_time_only`, imports inside functions and under `if TYPE_CHECKING:` are left out.
+    With `at_import_time_only`, imports inside functions and under `if TYPE_CHECKING:` are excluded.
     """
     names: set[str] = set()
     for node in statements(tree(module)) if at_import_time_only else ast.walk(tree(module)):
@@ -121,7 +121,7 @@ def imports(module: str, *, at_import_time_only: bool = False) -> set[str]:
 
 
 def absolute(node: ast.ImportFrom, module: str) -> str:
-    """Returns the full name of the module that a `from` import names."""
+    """Return the full name of the module in a `from` import."""
     if not node.level:
         return node.module or ""
     is_package = modules()[module].name == "__init__.py"
@@ -131,7 +131,7 @@ def absolute(node: ast.ImportFrom, module: str) -> str:
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Yields the nodes that run when a module is imported."""
+    """Yield the nodes executed at a module's import."""
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
@@ -150,13 +150,13 @@ def top(name: str) -> str:
 
 
 def mirror_of(module: str) -> str:
-    """Return the name of the test module that mirrors a module."""
+    """Return the name of a module's test module."""
     package, _, name = module.rpartition(".")
     return f"tests.{package}.test_{name}"
 
 
 def unit(module: str) -> str:
-    """Return the sub-package that holds a module, or the module itself where it stands directly in its package."""
+    """Return the sub-package of a module, or the module itself directly below its package."""
     return ".".join(module.split(".")[:2])
 
 
@@ -172,7 +172,7 @@ def unit_arrows(package: str) -> set[tuple[str, str]]:
 
 
 def cycles(graph: Mapping[str, set[str]]) -> list[set[str]]:
-    """Return the groups of nodes that reach one another."""
+    """Return the groups of mutually reachable nodes."""
     reach = {node: _reached(node, graph) for node in graph}
     loops = {frozenset({node, *(other for other in reach[node] if node in reach.get(other, ()))}) for node in graph}
     return [set(loop) for loop in loops if len(loop) > 1]
@@ -189,7 +189,7 @@ def _reached(start: str, graph: Mapping[str, set[str]]) -> set[str]:
 
 
 def reachable(module: str) -> set[str]:
-    """Returns all that importing a module brings in, through our own modules, by name."""
+    """Return the names of all modules loaded by importing a module, through our own modules."""
     seen: set[str] = set()
     outside: set[str] = set()
     todo = [module]
@@ -206,7 +206,7 @@ def reachable(module: str) -> set[str]:
 
 
 def may_import(module: str) -> set[str]:
-    """Returns which of our other packages a module may import."""
+    """Return our other packages permitted as imports of a module."""
     return {"hyper_model", "server"} if module == MEASURED_WITHOUT_HTTP else MAY_IMPORT[top(module)]
 
 
@@ -257,7 +257,7 @@ def test_loadtests_know_the_service_by_http_alone() -> None:
         for name in imports(module)
     }
     assert not names & (HEAVY | {"fastapi", "starlette"})
-    # The peers are run, and what they know stays in their own processes.
+    # The peers run in their own processes, and heavy imports stay there.
     assert not HEAVY & {top(name) for name in reachable("loadtests.bench")}
 
 
@@ -273,7 +273,7 @@ except SystemExit as exit:
 
 @pytest.mark.parametrize("code", ["import server, server.settings, server.commands", HELP], ids=["server", "help"])
 def test_help_and_import_stay_light(code: str) -> None:
-    """Runs in a fresh interpreter, because this one may have loaded torch for another test."""
+    """Run in a fresh interpreter, because this one may have loaded torch for another test."""
     check = f"import sys\n{code}\nprint(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
     command = [sys.executable, "-c", check]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
@@ -308,7 +308,7 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
 
 
 def configuration_fields() -> Iterator[tuple[str, str]]:
-    """Yields (class, field) of each class that holds configuration: Settings, ...Config, ...Recipe, ...Limits."""
+    """Yield (class, field) of each configuration class: Settings, ...Config, ...Recipe, ...Limits."""
     for module in modules():
         if top(module) == "tests":
             continue
@@ -349,11 +349,11 @@ def test_a_lock_leaves_out_the_three_wheels_that_break_transformers(name: str) -
 
 
 def test_the_locks_agree_on_every_version() -> None:
-    """An environment is built from several locks without a resolver, so the last one installed would win."""
+    """Environments are built from several locks without a resolver, so the last version installed would win."""
     versions: dict[str, set[str]] = {}
     for name in LOCKS:
         if name == "gpu":
-            continue  # an environment of its own
+            continue  # it has its own environment
         text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
         for package, version, marker in re.findall(r"^([a-z0-9._-]+)==(\S+)(?: ; (.*?))? \\", text, flags=re.MULTILINE):
             versions.setdefault(f"{package} {marker}", set()).add(version)

@@ -1,4 +1,4 @@
-"""Makes a small bank and stand-ins for the recordings, so that training code runs without synthesizers or downloads."""
+"""A small bank and substitutes for the recordings, to test training without synthesizers or downloads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from training.trainer import prepare_run_dir
 
 
 def write_bank(folder: Path, *, lines_per_voice: int = 3) -> Path:
-    """Let every voice "speak" with a tone of its own: real files of the bank's format."""
+    """Write a bank in the real format, with a tone of its own as the speech of every voice."""
     folder.mkdir(parents=True)
     for number, voice in enumerate(list_voices()):
         rng = random.Random(voice.name)
@@ -57,7 +57,7 @@ def _open_line(rng: random.Random, split: Split) -> str:
 
 
 def write_sounds(folder: Path) -> Path:
-    """Put 0.3 s of noise where each recording belongs; the files are WAV whatever their names say."""
+    """Write 0.3 s of noise for each recording; the files are WAV, whatever their names."""
     noise = np.random.default_rng(0).standard_normal(SAMPLE_RATE_HZ * 3 // 10).astype(np.float32) * 0.1
     for recording in list_recordings():
         for name in recording.files:
@@ -68,7 +68,7 @@ def write_sounds(folder: Path) -> Path:
 
 
 def write_clips(work: Path, *, num_clips: int = 12) -> Path:
-    """Fills a work folder with a bank, recordings, an encoder, and scenes of random states of the right length."""
+    """Fill a work folder with a bank, recordings, an encoder, and scenes of random states of the right length."""
     builder = SceneBuilder(Bank(write_bank(work / "bank")), write_sounds(work / "assets" / SOUNDS_FOLDER), "train")
     write_encoder(work / "assets" / ENCODER_FILE)
     out = work / "clips/train"
@@ -87,22 +87,22 @@ def write_clips(work: Path, *, num_clips: int = 12) -> Path:
 
 @dataclass
 class TinyRun:
-    """A Stage I run over clips of random states, on an encoder of random weights."""
+    """Stage I run over clips of random states, on an encoder of random weights."""
 
     trainer: Any
     checkpoint: Path | None
 
     def train(self) -> None:
-        """Runs to the end, from the checkpoint if there is one."""
+        """Train to the end, from the checkpoint if there is one."""
         self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Returns the weights."""
+        """Return the weights."""
         return self.trainer.run_model.policy.state_dict()
 
 
 def write_encoder(file: Path) -> Path:
-    """Writes a small random encoder of Whisper tiny.en's width, in CTranslate2's format."""
+    """Write a small random encoder of Whisper tiny.en's width, in CTranslate2's format."""
     if file.exists():
         return file
     rng = np.random.default_rng(0)
@@ -144,7 +144,7 @@ def write_encoder(file: Path) -> Path:
 
 
 def tiny_run(recipe: SftRecipe, work: Path, run_dir: Path, *, is_resumed: bool) -> TinyRun:
-    """Makes what `hyper train` makes, without the command."""
+    """Build the same run as `hyper train`, without the command."""
     checkpoint = prepare_run_dir(run_dir, recipe, is_resumed=is_resumed)
     torch.manual_seed(recipe.seed)
     clips = read_clips(work / "clips/train")
@@ -161,7 +161,7 @@ def tiny_run(recipe: SftRecipe, work: Path, run_dir: Path, *, is_resumed: bool) 
 
 
 def write_wordnet(folder: Path) -> Path:
-    """Write files of WordNet's form with sentences of our own, enough of them for every split to have some."""
+    """Write files in WordNet's format with our own sentences, enough for every split."""
     folder.mkdir(parents=True)
     rng = random.Random(0)
     for part in ("noun", "verb", "adj", "adv"):
