@@ -20,23 +20,39 @@ import io
 import math
 import struct
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hyper_model.audio_formats import (
+    DEMUXERS,
+    FORMATS,
+    clean_amr,
+    find_joined,
+    locate,
+    mpeg_frame_bytes,
+    skip_id3,
+    sniff,
+)
 from hyper_model.audio_limits import (
+    MAX_CODEC_PADDING_S,
     SAMPLE_RATE_HZ,
     Allowance,
     AudioLimits,
     refuse_broken_off,
     refuse_damaged,
+    refuse_track,
 )
-from hyper_model.errors import AudioTooLargeError, AudioTooLongError, InvalidAudioError, UnsupportedAudioError
+from hyper_model.audio_warnings import AudioWarning
+from hyper_model.downmix import Downmix
+from hyper_model.errors import AudioTooLargeError, AudioTooLongError, InvalidAudioError
 from hyper_model.ffmpeg import find_ffmpeg
-from hyper_model.libav import decode_with_libav
+from hyper_model.libav import Decoded, decode_with_libav
+from hyper_model.pcm_files import PCM_CONTAINERS, PcmFile, find_samples, with_true_size
 from hyper_model.resampling import Gatherer, resample
 
 if TYPE_CHECKING:
@@ -47,6 +63,8 @@ __all__ = [
     "SAMPLE_RATE_HZ",
     "WINDOW_S",
     "AudioLimits",
+    "AudioWarning",
+    "Channel",
     "Quality",
     "Waveform",
     "decode",
@@ -59,47 +77,36 @@ __all__ = [
 
 WINDOW_S = 30.0
 
-# Container as we name it -> FFmpeg's demuxer, which is told and not guessed.
-_DEMUXERS = {
-    "wav": "wav",
-    "flac": "flac",
-    "mp3": "mp3",
-    "ogg": "ogg",
-    "m4a": "mov",
-    "webm": "matroska",
-    "aac": "aac",
-    "aiff": "aiff",
-    "caf": "caf",
-    "amr": "amr",
-    "wma": "asf",
-    "w64": "w64",
-}
-FORMATS = tuple(_DEMUXERS)
-
-# What libsndfile is asked to decode, by its names and FFmpeg's; ADPCM, GSM and MPEG inside a WAV are left to FFmpeg.
-_SNDFILE_CODECS = {
-    "PCM_U8": "pcm_u8",
-    "PCM_S8": "pcm_s8",
-    "PCM_16": "pcm_s16le",
-    "PCM_24": "pcm_s24le",
-    "PCM_32": "pcm_s32le",
-    "FLOAT": "pcm_f32le",
-    "DOUBLE": "pcm_f64le",
-    "ULAW": "pcm_mulaw",
-    "ALAW": "pcm_alaw",
-}
-
 _BLOCK_SAMPLES = 2**18
 # Delay and padding that an MP3 encoder counts as frames and a decoder takes off again: at most two and a half frames.
 _MP3_PADDING_SAMPLES = 2880
-# libsndfile reports 2**63 - 1 frames for a FLAC stream that does not state its length, and then fails in seeking.
-_LENGTH_NOT_STATED = 2**62
-# Sizes that streaming writers leave in a header they could not go back to: 2**31 - 1 less a little, or 2**32 - 1.
-_SIZE_NOT_STATED = 0x7FFF_0000
 
+_ASF_DATA = b"\x36\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c"
+# Their readers stop at the end of the first of two joined files.
+_JOINED_CONTAINERS = ("wav", "m4a", "caf", "aiff", "wma")
 _WEBM_SEGMENT = b"\x18\x53\x80\x67"
+# Elements of a segment: its index, description, tracks, chapters, clusters, cues, attachments, tags, and padding.
+_WEBM_ELEMENTS = frozenset(
+    bytes.fromhex(name)
+    for name in (
+        *("114d9b74", "1549a966", "1654ae6b", "1043a770", "1f43b675", "1c53bb6b", "1941a469", "1254c367"),
+        *("ec", "bf", "1a45dfa3", "18538067"),
+    )
+)
+_MIN_JUNK_BYTES = 4
 # Top-level elements of a WebM that are looked at: a file of nothing but two-byte ones would take seconds.
 _MAX_ELEMENTS = 100_000
+
+Channel = Literal["mix", "left", "right"]
+"""Channels of a clip to use."""
+
+_WEIGHTS: Mapping[Channel, NDArray[np.float32]] = {
+    "left": np.array([1, 0], np.float32),
+    "right": np.array([0, 1], np.float32),
+}
+_CHANNEL_NAMES = {0: "the left channel", 1: "the right channel"}
+# An encoder's delay decodes to less than this.
+_PADDING_LEVEL = 1e-3
 
 _SILENT_DBFS = -50.0
 _LOWEST_DBFS = -120.0
@@ -131,12 +138,20 @@ class Waveform:
         codec: How the clip was coded, such as "mp3"; the container's name where the decoder did not tell.
         source_sample_rate_hz: Rate before resampling; 0 where the decoder did not tell.
         source_channels: Channels before the down-mix, which is their mean; 0 where the decoder did not tell.
+        num_tracks: Audio tracks of the file.
+        track: The track that was decoded, from 1.
+        missing_s: Seconds that the file's header states and the file does not hold.
+        warnings: Odd things about the file.
     """
 
     samples_S: NDArray[np.float32]  # noqa: N815
     codec: str = "pcm"
     source_sample_rate_hz: int = SAMPLE_RATE_HZ
     source_channels: int = 1
+    num_tracks: int = 1
+    track: int = 1
+    missing_s: float = 0.0
+    warnings: tuple[AudioWarning, ...] = ()
 
     def __post_init__(self) -> None:
         if self.samples_S.ndim != 1 or self.samples_S.dtype != np.float32:
@@ -247,84 +262,87 @@ def mix(foreground_S: NDArray[np.float32], background_S: NDArray[np.float32], sn
     return (mixed / max(1.0, float(np.abs(mixed).max()))).astype(np.float32)
 
 
-def sniff(data: bytes) -> str:
-    """Names the container by its magic bytes, one of FORMATS; file names and content types are a client's word only.
-
-    Raises:
-        InvalidAudioError: There are no bytes.
-        UnsupportedAudioError: Anything else: text, playlists, session descriptions, pictures, archives.
-    """
-    if not data:
-        raise InvalidAudioError("The clip is empty.", code="empty_audio", limit=1, actual=0)
-    start = _skip_id3(data)
-    head = data[start : start + 64]
-    kind = head[8:12]
-    if (head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64")) and kind == b"WAVE":
-        return "wav"
-    if head[:4] == b"FORM" and kind in (b"AIFF", b"AIFC"):
-        return "aiff"
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide"):
-        return "m4a"
-    for magic, container in (
-        (b"fLaC", "flac"),
-        (b"OggS", "ogg"),
-        (b"\x1a\x45\xdf\xa3", "webm"),
-        (b"caff", "caf"),
-        (b"#!AMR", "amr"),
-        (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "wma"),
-        (b"riff\x2e\x91\xcf\x11", "w64"),
-    ):
-        if head.startswith(magic):
-            return container
-    if len(head) >= 4 and head[0] == 0xFF:
-        if head[1] & 0xF6 == 0xF0:
-            return "aac"
-        # Sync word, MPEG 1 / 2 / 2.5, layer III, and neither a reserved bit rate nor a reserved sample rate.
-        if head[1] & 0xE6 == 0xE2 and head[1] & 0x18 != 0x08 and head[2] & 0xF0 != 0xF0 and head[2] & 0x0C != 0x0C:
-            return "mp3"
-    if start:
-        return "mp3"
-    raise UnsupportedAudioError(
-        f"This is not audio that we decode. We decode {', '.join(FORMATS)}.",
-        actual="text" if _looks_like_text(data[:512]) else "unknown",
-        hint="Send the recording itself, not a playlist, a link or an archive.",
-    )
-
-
-def decode(data: bytes, limits: AudioLimits | None = None) -> Waveform:
-    """Decodes a clip within the limits.
+def decode(
+    data: bytes, limits: AudioLimits | None = None, *, track: int | None = None, channel: Channel = "mix"
+) -> Waveform:
+    """Decode a clip within the limits.
 
     Blocks for as long as decoding takes. Safe in several threads at once.
 
     Args:
         data: The whole file.
-        limits: What it may cost; AudioLimits() when left out.
+        limits: Bounds the cost; AudioLimits() when left out.
+        track: Audio track to decode, from 1; the default track, or one with sound, when left out.
+        channel: "mix" for the mean of all channels, or a better mix where the mean cancels; "left" or "right" for one.
 
     Raises:
         UnsupportedAudioError: Not a container or codec we decode.
-        InvalidAudioError: Empty, damaged, broken off, too short, without audio, or too slow to decode.
+        InvalidAudioError: Empty, damaged, broken off, too short, without audio or that track, or too slow to decode.
         AudioTooLargeError: More bytes or more decoded seconds than the limits allow.
     """
     limits = limits or AudioLimits()
-    container = identify(data, limits)
+    container, start = identify(data, limits)
+    clip = data[start:] if start else data
     allowance = Allowance(limits)
-    waveform = _read_in_blocks(data, allowance) if container in ("wav", "flac") else None
-    if waveform is None:
-        waveform = _read_with_libav(data, container, allowance)
-    if _breaks_off(data, container):
+    weights_C = None if channel == "mix" else _WEIGHTS[channel]
+    decoded = _decode_once(clip, container, allowance, track, weights_C)
+    warnings = [*decoded.warnings]
+    if start and start != _skip_tags(data):
+        warnings.insert(0, AudioWarning("junk_skipped", f"{start} bytes before the audio were skipped."))
+    if channel == "mix" and decoded.source_channels > 1:
+        statistics = decoded.gatherer.channels
+        downmix = statistics.choose()
+        if downmix.weights_C is not None:
+            # The same track again: which one was used is known now.
+            again = _decode_once(clip, container, allowance, decoded.track, downmix.weights_C)
+            decoded = replace(decoded, samples_S=again.samples_S)
+        if downmix.cancelled_s:
+            warnings.append(_cancellation(downmix))
+        elif differing_s := statistics.differing_s():
+            message = "The two channels hold different sound, perhaps one person each; their mean was used."
+            warnings.append(
+                AudioWarning(
+                    "channels_differ",
+                    f"{message} Send `channel` with left or right to use one.",
+                    round(differing_s, 2),
+                )
+            )
+    if _breaks_off(clip, container):
         refuse_broken_off()
-    if waveform.duration_s < limits.min_duration_s:
+    samples_S, trimmed_s = _trim_padding(decoded, limits)
+    if trimmed_s:
+        message = f"{trimmed_s:.3f} s at the end were cut as padding of the codec."
+        warnings.append(AudioWarning("padding_trimmed", message, trimmed_s))
+    if decoded.missing_s > limits.max_duration_s:
+        # No clip of that length would be taken: a writer's placeholder.
+        decoded = replace(decoded, missing_s=0.0)
+        message = "The header states no true length; the clip was read to the end of the file."
+        warnings.append(AudioWarning("size_mismatch", message))
+    elif decoded.missing_s:
+        message = f"The header states {decoded.missing_s:.2f} s of sound that are not in the file."
+        warnings.append(AudioWarning("audio_missing", message, decoded.missing_s))
+    if len(samples_S) < limits.min_duration_s * SAMPLE_RATE_HZ:
+        duration_s = len(samples_S) / SAMPLE_RATE_HZ
         raise InvalidAudioError(
-            f"The clip holds {waveform.duration_s:.3f} s of audio; at least {limits.min_duration_s:g} s are needed.",
+            f"The clip holds {duration_s:.3f} s of audio; at least {limits.min_duration_s:g} s are needed.",
             code="audio_too_short",
             limit=limits.min_duration_s,
-            actual=round(waveform.duration_s, 4),
+            actual=round(duration_s, 4),
         )
-    return waveform
+    return Waveform(
+        samples_S,
+        decoded.codec,
+        decoded.source_sample_rate_hz,
+        decoded.source_channels,
+        num_tracks=decoded.num_tracks,
+        track=decoded.track,
+        missing_s=decoded.missing_s,
+        warnings=tuple(warnings),
+    )
 
 
-def identify(data: bytes, limits: AudioLimits) -> str:
-    """Names the container of a clip of allowed size, by a look at its first bytes and without a decoder.
+def identify(data: bytes, limits: AudioLimits) -> tuple[str, int]:
+    """Name the container of a clip of allowed size and find its first byte, without a decoder.
 
     Raises:
         UnsupportedAudioError: Not a container that we decode.
@@ -338,50 +356,145 @@ def identify(data: bytes, limits: AudioLimits) -> str:
             actual=len(data),
             hint="Send a shorter clip, or a compressed format such as mp3, m4a or opus.",
         )
-    return sniff(data)
+    return locate(data)
 
 
-def _read_in_blocks(data: bytes, allowance: Allowance) -> Waveform | None:
-    """Reads WAV or FLAC with libsndfile; None where FFmpeg has to (a rare codec, a stream that states no length)."""
+def _decode_once(
+    data: bytes, container: str, allowance: Allowance, track: int | None, weights_C: NDArray[np.float32] | None
+) -> Decoded:
+    """Decode with the library that the container and its codec ask for."""
+    if container in PCM_CONTAINERS:
+        source = find_samples(data, container, allowance.limits.max_bytes)
+        if source is not None:
+            if track not in (None, 1):
+                refuse_track(track, 1)
+            return _read_samples(data, source, allowance, weights_C)
+    stated_share, warnings = 1.0, list[AudioWarning]()
+    if container == "wav":
+        data, stated_share = with_true_size(data)
+    elif container == "wma":
+        stated_share = _asf_share(data)
+    elif container == "amr":
+        data, num_left_out = clean_amr(data)
+        if num_left_out:
+            message = f"{num_left_out} bytes behind the last frame are no audio and were left out."
+            warnings.append(AudioWarning("damage_skipped", message))
+    decoded = decode_with_libav(data, DEMUXERS[container], allowance, track=track, weights_C=weights_C)
+    decoded_s = len(decoded.samples_S) / SAMPLE_RATE_HZ
+    if stated_share < 1:
+        message = "The header states less than the file holds; all of it was read."
+        warnings.append(AudioWarning("size_mismatch", message, round((1 - stated_share) * decoded_s, 2)))
+    elif stated_share > 1:
+        decoded = replace(decoded, missing_s=round((stated_share - 1) * decoded_s, 3))
+    if container in _JOINED_CONTAINERS and (place := find_joined(data, container)) is not None:
+        message = f"A second recording begins at byte {place} of the file and was not used."
+        warnings.append(AudioWarning("unused_sound", message))
+    decoded = replace(decoded, warnings=(*decoded.warnings, *warnings))
+    if container == "mp3" and (stated_samples := _stated_mp3_samples(data)) is not None:
+        missing_samples = stated_samples - decoded.num_source_samples
+        if missing_samples > _MP3_PADDING_SAMPLES:
+            if _ends_in_a_frame(data):
+                refuse_broken_off()
+            # An editor that cuts between frames leaves the old count in the first one.
+            return replace(decoded, missing_s=round(missing_samples / decoded.source_sample_rate_hz, 3))
+    return decoded
+
+
+def _read_samples(data: bytes, source: PcmFile, allowance: Allowance, weights_C: NDArray[np.float32] | None) -> Decoded:
+    """Read the plain samples of a file with libsndfile, from the places that were found in it."""
     import soundfile  # pyright: ignore[reportMissingTypeStubs]
 
-    gatherer = Gatherer(allowance)
+    rate_hz, channels = source.rate_hz, source.channels
+    allowance.set_source(rate_hz, channels)
+    allowance.allow_padding(False)
+    seconds_a_byte = 1 / (source.frame_bytes * rate_hz)
+    allowance.require_duration(source.num_bytes // source.frame_bytes / rate_hz)
+    gatherer = Gatherer(allowance, weights_C)
+    endian = "BIG" if source.sample_format.is_big_endian else "LITTLE"
     try:
-        with cast(Any, soundfile).SoundFile(io.BytesIO(data)) as file:
-            rate_hz, channels, stated_frames = int(file.samplerate), int(file.channels), int(file.frames)
-            if file.subtype not in _SNDFILE_CODECS or stated_frames >= _LENGTH_NOT_STATED:
-                return None
-            codec = "flac" if file.format == "FLAC" else _SNDFILE_CODECS[file.subtype]
-            allowance.set_source(rate_hz, channels)
-            allowance.require_duration(stated_frames / rate_hz)
-            # One block at a time: `read()` without a size would allocate whatever the header says.
-            while len(block_SC := file.read(_BLOCK_SAMPLES // channels, dtype="float32", always_2d=True)):
-                gatherer.add(block_SC, rate_hz)
+        for start, end in source.spans:
+            raw = io.BytesIO(data[start : end - (end - start) % source.frame_bytes])
+            with cast(Any, soundfile).SoundFile(
+                raw,
+                samplerate=rate_hz,
+                channels=channels,
+                subtype=source.sample_format.subtype,
+                endian=endian,
+                format="RAW",
+            ) as file:
+                while len(block_SC := file.read(_BLOCK_SAMPLES // channels, dtype="float32", always_2d=True)):
+                    gatherer.add(block_SC, rate_hz)
     except soundfile.SoundFileError:
         refuse_damaged()
-    if gatherer.num_source_samples < stated_frames:
-        refuse_broken_off()
-    return Waveform(gatherer.finish(), codec, rate_hz, channels)
+    warnings: list[AudioWarning] = []
+    missing_s = 0.0
+    difference_s = round((source.stated_bytes - source.num_bytes) * seconds_a_byte, 3)
+    if source.is_size_wrong and source.is_placeholder:
+        message = "The header states no true size of the samples; they were read to the end of the file."
+        warnings.append(AudioWarning("size_mismatch", message))
+    elif source.is_size_wrong and difference_s > 0:
+        missing_s = difference_s
+    elif source.is_size_wrong:
+        message = f"The header states {-difference_s:.2f} s less than the file holds; all of it was read."
+        warnings.append(AudioWarning("size_mismatch", message, -difference_s))
+    if source.unread_bytes:
+        message = "A second recording in another sample format follows in the file and was not read."
+        warnings.append(AudioWarning("unused_sound", message, round(source.unread_bytes * seconds_a_byte, 2)))
+    return Decoded(
+        gatherer.finish(),
+        source.sample_format.codec,
+        rate_hz,
+        channels,
+        gatherer.num_source_samples,
+        gatherer,
+        missing_s=missing_s,
+        warnings=tuple(warnings),
+    )
 
 
-def _read_with_libav(data: bytes, container: str, allowance: Allowance) -> Waveform:
-    decoded = decode_with_libav(data, _DEMUXERS[container], allowance)
-    stated_samples = _stated_mp3_samples(data) if container == "mp3" else None
-    if stated_samples is not None and stated_samples - decoded.num_source_samples > _MP3_PADDING_SAMPLES:
-        refuse_broken_off()
-    return Waveform(decoded.samples_S, decoded.codec, decoded.source_sample_rate_hz, decoded.source_channels)
+def _cancellation(downmix: Downmix) -> AudioWarning:
+    """Describe channels that cancel, and the mix that was used instead."""
+    if downmix.weights_C is None:
+        used = "No other mix loses less"
+    elif downmix.channel is None:
+        used = "Channels of opposite sign were inverted before the mean"
+    else:
+        used = f"Only {_CHANNEL_NAMES.get(downmix.channel, f'channel {downmix.channel + 1}')} was used"
+    lost = f"; {downmix.lost_s:.1f} s are still lost" if downmix.lost_s >= 0.1 else ""
+    message = f"The channels are out of phase: their mean would cancel {downmix.cancelled_s:.1f} s. {used}{lost}."
+    return AudioWarning("channels_out_of_phase", message, round(downmix.cancelled_s, 2))
+
+
+def _trim_padding(decoded: Decoded, limits: AudioLimits) -> tuple[NDArray[np.float32], float]:
+    """Cut the delay and padding of a codec where they alone make a clip longer than a window or the limit.
+
+    Silence at the beginning is cut first: an encoder's delay stands there.
+
+    Returns:
+        The samples, and the audible seconds that were cut.
+    """
+    samples_S = decoded.samples_S
+    if decoded.is_exact:
+        return samples_S, 0.0
+    for bound_s in (limits.max_duration_s, WINDOW_S):
+        excess = len(samples_S) - round(bound_s * SAMPLE_RATE_HZ)
+        if not 0 < excess <= MAX_CODEC_PADDING_S * SAMPLE_RATE_HZ + 1:
+            continue
+        is_sound_S = np.abs(samples_S[:excess]) > _PADDING_LEVEL
+        lead = int(np.argmax(is_sound_S)) if is_sound_S.any() else excess
+        end = len(samples_S) - (excess - lead)
+        cut_S = samples_S[end:]
+        samples_S = samples_S[lead:end]
+        if len(cut_S) and float(np.sqrt(np.mean(np.square(cut_S)))) > 10 ** (_SILENT_DBFS / 20):
+            return samples_S, round(len(cut_S) / SAMPLE_RATE_HZ, 4)
+    return samples_S, 0.0
 
 
 def _breaks_off(data: bytes, container: str) -> bool:
     """Tells whether the end of the file is missing, for the containers whose decoders keep quiet about it."""
     match container:
-        case "wav":
-            return _wav_breaks_off(data)
         case "webm":
             return _webm_breaks_off(data)
-        case "aiff":
-            (size,) = struct.unpack_from(">I", data, 4)
-            return 8 + size > len(data) and size < _SIZE_NOT_STATED
         case "ogg":
             page = data.rfind(b"OggS")
             sizes = data[page + 27 : page + 27 + data[page + 26]] if page + 26 < len(data) else b""
@@ -390,21 +503,23 @@ def _breaks_off(data: bytes, container: str) -> bool:
             return False
 
 
-def _wav_breaks_off(data: bytes) -> bool:
-    """Tells whether the data chunk states more bytes than follow it."""
-    if data[:4] != b"RIFF":
-        return False
-    position = 12
-    while position + 8 <= len(data):
-        (size,) = struct.unpack_from("<I", data, position + 4)
-        if data[position : position + 4] == b"data":
-            return position + 8 + size > len(data) and size < _SIZE_NOT_STATED
-        position += 8 + size + size % 2
-    return False
+def _asf_share(data: bytes) -> float:
+    """Return the size that the data object of an ASF file states, as a multiple of what is there; 1 where it is right.
+
+    Live streams state zero, or a size below its own header.
+    """
+    place = data.find(_ASF_DATA)
+    if place < 0 or place + 24 > len(data):
+        return 1.0
+    stated, there = int.from_bytes(data[place + 16 : place + 24], "little"), len(data) - place
+    return stated / there if stated > there else 1.0
 
 
 def _webm_breaks_off(data: bytes) -> bool:
-    """Tells whether the segment, or the last element in it, states more bytes than follow it."""
+    """Tell whether the segment, or the last element in it, states more bytes than follow it.
+
+    What follows a whole segment, or is no element, is junk and not a part of it.
+    """
     position, is_inside = 0, False
     for _ in range(_MAX_ELEMENTS):
         if position >= len(data):
@@ -412,6 +527,9 @@ def _webm_breaks_off(data: bytes) -> bool:
         id_bytes = _ebml_width(data, position, longest=4)
         size_bytes = _ebml_width(data, position + id_bytes, longest=8)
         start = position + id_bytes + size_bytes
+        name = data[position : position + id_bytes]
+        if is_inside and name not in _WEBM_ELEMENTS:
+            return not name and len(data) - position < _MIN_JUNK_BYTES and any(data[position:])
         if not id_bytes or not size_bytes or start > len(data):
             return True
         mask = (1 << 7 * size_bytes) - 1
@@ -419,7 +537,9 @@ def _webm_breaks_off(data: bytes) -> bool:
         is_stated = size != mask
         if is_stated and start + size > len(data):
             return True
-        if not is_inside and data[position : position + id_bytes] == _WEBM_SEGMENT:
+        if not is_inside and name == _WEBM_SEGMENT:
+            if is_stated:
+                return False
             is_inside, position = True, start
         elif is_stated:
             position = start + size
@@ -436,7 +556,7 @@ def _ebml_width(data: bytes, position: int, *, longest: int) -> int:
 
 def _stated_mp3_samples(data: bytes) -> int | None:
     """Returns the samples that an MP3's encoder counted, delay and padding included; None where it left no count."""
-    start = _skip_id3(data)
+    start = 0
     head = data[start : start + 4]
     if len(head) < 4 or head[0] != 0xFF:
         return None
@@ -448,16 +568,17 @@ def _stated_mp3_samples(data: bytes) -> int | None:
     return num_frames * (1152 if is_mpeg_1 else 576) if flags & 1 else None
 
 
-def _skip_id3(data: bytes) -> int:
-    """Gives the offset behind an ID3v2 tag, which may stand before MP3, AAC or FLAC."""
-    if len(data) < 10 or data[:3] != b"ID3":
-        return 0
-    size = 0
-    for byte in data[6:10]:
-        size = size << 7 | byte & 0x7F
-    return 10 + size + (10 if data[5] & 0x10 else 0)
+def _skip_tags(data: bytes) -> int:
+    """Return the place behind all ID3v2 tags at the beginning."""
+    start = 0
+    while (behind := skip_id3(data, start)) > start:
+        start = behind
+    return start
 
 
-def _looks_like_text(head: bytes) -> bool:
-    text = head.decode("utf-8", "replace").rstrip("\ufffd")
-    return bool(text) and "\0" not in text and text.translate({9: None, 10: None, 13: None}).isprintable()
+def _ends_in_a_frame(data: bytes) -> bool:
+    """Tell whether an MP3 ends within a frame, which happens to a file that was cut off."""
+    position = 0
+    while size := mpeg_frame_bytes(data, position):
+        position += size
+    return position > len(data) or 0 < len(data) - position < 4

@@ -19,6 +19,8 @@ MAX_SOURCE_RATE_HZ = 384_000
 MAX_SOURCE_CHANNELS = 32
 # Ten minutes of 48 kHz stereo, and a little. A megabyte of constant FLAC frames holds a hundred times that.
 MAX_SOURCE_SAMPLES = 2**26
+# Delay and padding of lossy codecs: up to 0.1 s more than was recorded.
+MAX_CODEC_PADDING_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,20 @@ class Allowance:
         self.limits = limits
         self._deadline_s = time.monotonic() + limits.decode_timeout_s
         self._max_duration_s = limits.max_duration_s
+        self._padding_s = 0.0
+
+    @property
+    def is_half_spent(self) -> bool:
+        """Whether half of the time has gone."""
+        return time.monotonic() > self._deadline_s - self.limits.decode_timeout_s / 2
+
+    def allow_padding(self, is_allowed: bool) -> None:
+        """Tolerate the delay and padding of a codec, which no clip was recorded with, or stop to."""
+        self._padding_s = MAX_CODEC_PADDING_S if is_allowed else 0.0
+
+    def is_too_long(self, duration_s: float) -> bool:
+        """Whether a duration is above the limit."""
+        return duration_s > self._max_duration_s + self._padding_s
 
     def check(self) -> None:
         if time.monotonic() > self._deadline_s:
@@ -74,7 +90,7 @@ class Allowance:
         self._max_duration_s = min(self.limits.max_duration_s, MAX_SOURCE_SAMPLES / (rate_hz * channels))
 
     def require_duration(self, duration_s: float) -> None:
-        if duration_s > self._max_duration_s:
+        if self.is_too_long(duration_s):
             is_wide = self._max_duration_s < self.limits.max_duration_s
             raise AudioTooLargeError(
                 f"The clip lasts longer than {self._max_duration_s:.4g} s"
@@ -101,4 +117,14 @@ def refuse_broken_off() -> NoReturn:
         "The clip breaks off: its end is missing.",
         code="truncated_audio",
         hint="Send the whole file, or export it anew.",
+    )
+
+
+def refuse_track(track: int, num_tracks: int) -> NoReturn:
+    raise InvalidAudioError(
+        f"The file has no audio track {track}; it has {num_tracks}, counted from 1.",
+        code="no_such_track",
+        limit=num_tracks,
+        actual=track,
+        hint="Leave `track` out, or send one that the file has.",
     )

@@ -32,6 +32,7 @@ AudioCode = Literal[
     "decode_timeout",
     "empty_audio",
     "no_audio_stream",
+    "no_such_track",
     "truncated_audio",
     "unsupported_codec",
 ]

@@ -1,8 +1,12 @@
-"""Decodes one clip with FFmpeg's libraries, from memory and in this process.
+"""Decode one clip with FFmpeg's libraries, from memory and in this process.
 
 The demuxer is named and no other is tried, so a playlist that slipped past the magic bytes is read as (bad) sound; it
 reads from the bytes it is given and may use no protocol; and only the codecs below are opened. What the libraries print
 is never read.
+
+Every stream of the container is counted. The default audio track is decoded, or the one that the caller names. A track
+that is silent, damaged or in a codec off the list is passed over for one with sound. Pictures, subtitles, attachments,
+data and chapters are not read.
 
 Their code is C that meets hostile bytes: whoever decodes for strangers does it in a process that may do nothing else
 (`server.decoding.pool`). Knows nothing of clients, windows or models.
@@ -13,14 +17,16 @@ Axes: S samples, C channels.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hyper_model.audio_limits import Allowance, refuse_broken_off, refuse_damaged
-from hyper_model.errors import InvalidAudioError, UnsupportedAudioError
+from hyper_model.audio_limits import SAMPLE_RATE_HZ, Allowance, refuse_broken_off, refuse_damaged, refuse_track
+from hyper_model.audio_warnings import AudioWarning
+from hyper_model.errors import AudioError, InvalidAudioError, UnsupportedAudioError
 from hyper_model.resampling import Gatherer
 
 if TYPE_CHECKING:
@@ -28,8 +34,8 @@ if TYPE_CHECKING:
 
 CODECS = frozenset(
     "pcm_s8 pcm_u8 pcm_s16le pcm_s16be pcm_s24le pcm_s24be pcm_s32le pcm_s32be pcm_f32le pcm_f32be pcm_f64le pcm_f64be "
-    "pcm_mulaw pcm_alaw adpcm_ms adpcm_ima_wav adpcm_ima_qt mp3float mp3 flac vorbis libvorbis opus libopus aac "
-    "aac_fixed alac amrnb amrwb libopencore_amrnb libopencore_amrwb wmav1 wmav2".split()
+    "pcm_mulaw pcm_alaw adpcm_ms adpcm_ima_wav adpcm_ima_qt mp3float mp3 mp2float mp2 mp1float mp1 flac vorbis "
+    "libvorbis opus libopus aac aac_fixed alac amrnb amrwb libopencore_amrnb libopencore_amrwb wmav1 wmav2".split()
 )
 """The decoders, by FFmpeg's names, that a clip may ask for."""
 
@@ -39,19 +45,34 @@ _OPTIONS = {
     "codec_whitelist": ",".join(sorted(CODECS)),
     "probesize": "1048576",
     "analyzeduration": "5000000",
-    "max_streams": "8",
+    "max_streams": "4096",
     "max_probe_packets": "256",
     "threads": "1",
 }
 # MP3 decoders are made to find their step again after joins, tags and junk; elsewhere an error is damage.
 _MAX_MP3_ERROR_SHARE = 0.1
 # Their headers state no length, and FFmpeg makes one up from the bit rate.
-_GUESSED_LENGTH = ("mp3", "aac", "amr")
+_GUESSED_LENGTH = ("mp3", "aac", "amr", "asf")
 # Less than this may be an encoder's padding, which is not sound.
 _PADDING_S = 1.0
+# What a last frame of a codec may add to the length that the header states.
+_FRAME_PADDING_S = 0.1
+# A header that states this much more than there is announces sound that is not in the file.
+_MIN_MISSING_S = 0.25
+# An edit list that leaves out more than an encoder's delay and padding was meant to cut the recording.
+_MIN_EDITED_S = 0.5
+# One that leaves less than this of a longer recording is wrong.
+_MIN_KEPT_S = 0.1
+_NO_EDITS = {"ignore_editlist": "1"}
+_MATROSKA_HEAD_BYTES = 2**16
 _MICROSECONDS = 1_000_000
 # Integers to [-1, 1): offset and scale by FFmpeg's names of sample formats, planar or not.
 _SCALES = {"u8": (128, 2.0**-7), "s16": (0, 2.0**-15), "s32": (0, 2.0**-31), "s64": (0, 2.0**-63)}
+# Silence, as `Quality.silence_ratio` counts it: no 20 ms louder than -50 dBFS.
+_SILENT_POWER = 10 ** (-50 / 10)
+_SILENCE_FRAME_SAMPLES = SAMPLE_RATE_HZ // 50
+# Tracks for other listeners than most are tried last.
+_LESS_LIKELY = ("comment", "hearing_impaired", "visual_impaired", "dub", "karaoke", "clean_effects", "descriptions")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +85,11 @@ class Decoded:
         source_sample_rate_hz: Rate before resampling.
         source_channels: Channels before the down-mix.
         num_source_samples: Samples before resampling, a channel.
+        gatherer: Took the samples; measured the channels.
+        num_tracks: Audio tracks of the container.
+        track: The one that was decoded, from 1.
+        missing_s: Seconds that the header states and the file does not hold.
+        warnings: What is odd about the file.
     """
 
     samples_S: NDArray[np.float32]  # noqa: N815
@@ -71,52 +97,214 @@ class Decoded:
     source_sample_rate_hz: int
     source_channels: int
     num_source_samples: int
+    gatherer: Gatherer
+    num_tracks: int = 1
+    track: int = 1
+    missing_s: float = 0.0
+    warnings: tuple[AudioWarning, ...] = ()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the codec adds no delay and no padding."""
+        return self.codec.startswith(("pcm_", "flac", "alac"))
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether no 20 ms of it are louder than -50 dBFS."""
+        starts = np.arange(0, len(self.samples_S), _SILENCE_FRAME_SAMPLES)
+        if not len(starts):
+            return True
+        lengths = np.diff(starts, append=len(self.samples_S))
+        powers = np.add.reduceat(np.square(self.samples_S, dtype=np.float64), starts) / lengths
+        return bool(powers.max() < _SILENT_POWER)
 
 
-def decode_with_libav(data: bytes, demuxer: str, allowance: Allowance) -> Decoded:
-    """Decodes, down-mixes and resamples; counts what comes out.
+def decode_with_libav(
+    data: bytes,
+    demuxer: str,
+    allowance: Allowance,
+    *,
+    track: int | None = None,
+    weights_C: NDArray[np.float32] | None = None,
+) -> Decoded:
+    """Decode, down-mix and resample; count what comes out.
 
     Args:
         data: The whole file.
         demuxer: FFmpeg's name of the container that the magic bytes announce; no other is tried.
         allowance: Bounds the work.
+        track: Audio track to decode, from 1; the default track, or one with sound, when left out.
+        weights_C: Weights of the channels, float32 [C]; their mean when left out.
 
     Raises:
         UnsupportedAudioError: The codec is not on our list.
-        InvalidAudioError: Damaged, without audio, or too slow to decode.
+        InvalidAudioError: Damaged, without audio, without that track, or too slow to decode.
         AudioTooLargeError: More decoded seconds than the limits allow.
     """
+    order, num_tracks, first_error = _read_tracks(data, demuxer, track)
+    fallback: Decoded | None = None
+    passed_over: list[str] = []
+    for index in order:
+        try:
+            decoded = _decode_track(data, demuxer, index, allowance, weights_C)
+        except AudioError as error:
+            # A late or damaged second track must not take the first one's place.
+            if track is not None:
+                raise
+            first_error = first_error or error
+            passed_over.append(f"track {index + 1} is {'late' if error.code == 'decode_timeout' else 'damaged'}")
+            if error.code in ("decode_timeout", "audio_duration_too_large"):
+                break
+            continue
+        decoded = replace(decoded, num_tracks=num_tracks, track=index + 1)
+        if track is not None or num_tracks == 1 or not decoded.is_silent:
+            return _with_track_warnings(decoded, order, passed_over, is_chosen=track is not None)
+        fallback = fallback or decoded
+        passed_over.append(f"track {index + 1} is silent")
+        # The clip that is there must not be lost to the search for a better one.
+        if allowance.is_half_spent:
+            break
+    if fallback is None:
+        raise first_error or InvalidAudioError("The file holds no audio.", code="no_audio_stream")
+    return _with_track_warnings(fallback, order, [], is_chosen=False)
+
+
+def _with_track_warnings(
+    decoded: Decoded, order: Sequence[int], passed_over: Sequence[str], *, is_chosen: bool
+) -> Decoded:
+    """Add the warnings about the choice of the track."""
+    warnings: list[AudioWarning] = []
+    if decoded.num_tracks > 1 and not is_chosen:
+        message = f"The file holds {decoded.num_tracks} audio tracks; track {decoded.track} was used."
+        warnings.append(AudioWarning("several_tracks", f"{message} Send `track` to choose another."))
+    if passed_over or (not is_chosen and decoded.num_tracks > 1 and decoded.track - 1 != order[0]):
+        named = "; ".join(passed_over[:3]) + (f"; and {len(passed_over) - 3} more" if len(passed_over) > 3 else "")
+        warnings.append(AudioWarning("track_skipped", f"Track {decoded.track} was used instead: {named}."))
+    return replace(decoded, warnings=(*warnings, *decoded.warnings))
+
+
+def _open(data: bytes, demuxer: str, options: dict[str, str] | None = None) -> Any:
     import av
+
+    return av.open(io.BytesIO(data), "r", format=demuxer, options=_OPTIONS | (options or {}), metadata_errors="replace")
+
+
+# FFmpeg's errors, and what PyAV makes of tags, layouts and numbers that no file should have.
+def _library_errors() -> tuple[type[Exception], ...]:
     import av.error
 
+    return (av.error.FFmpegError, ArithmeticError, LookupError, OSError, ValueError, RuntimeError, AssertionError)
+
+
+def _read_tracks(data: bytes, demuxer: str, track: int | None) -> tuple[list[int], int, AudioError | None]:
+    """Return the audio tracks to try, from 0, their number, and why the first choice is not among them.
+
+    Raises:
+        UnsupportedAudioError: No track has a codec of our list.
+        InvalidAudioError: Damaged, without audio, or without that track.
+    """
     try:
-        with av.open(io.BytesIO(data), "r", format=demuxer, options=_OPTIONS, metadata_errors="replace") as container:
-            return _decode(container, demuxer, allowance)
-    # FFmpeg's errors, and what PyAV makes of tags, layouts and numbers that no file should have.
-    except (av.error.FFmpegError, ArithmeticError, LookupError, OSError, ValueError, RuntimeError):
+        with _open(data, demuxer) as container:
+            streams = container.streams.audio
+            num_tracks = len(streams)
+            if not num_tracks:
+                has_video = bool(container.streams.video)
+                message = (
+                    "The file holds a video or a picture and no audio." if has_video else "The file holds no audio."
+                )
+                raise InvalidAudioError(message, code="no_audio_stream")
+            names = [None if stream.codec_context is None else stream.codec_context.codec.name for stream in streams]
+            ranks = [_rank(int(stream.disposition)) for stream in streams]
+    except _library_errors():
+        refuse_damaged()
+    if track is not None:
+        if not 1 <= track <= num_tracks:
+            refuse_track(track, num_tracks)
+        order = [track - 1]
+    else:
+        order = sorted(range(num_tracks), key=lambda index: (ranks[index], index))
+    usable = [index for index in order if names[index] in CODECS]
+    error = None
+    if not usable or usable[0] != order[0]:
+        name = names[order[0]]
+        error = UnsupportedAudioError(
+            "The file is audio, but in a codec that we do not decode.",
+            code="unsupported_codec",
+            actual=name if name is None or len(name) <= 40 else None,
+            hint="Convert the clip to wav, flac, mp3 or opus.",
+        )
+    if not usable:
+        assert error is not None
+        raise error
+    return usable, num_tracks, error
+
+
+def _rank(disposition: int) -> int:
+    """Return the place of a track in the order of trial: the default one first, tracks for few listeners last."""
+    from av.stream import Disposition
+
+    if disposition & Disposition.default:
+        return 0
+    return 2 if any(disposition & Disposition[name] for name in _LESS_LIKELY) else 1
+
+
+def _decode_track(
+    data: bytes, demuxer: str, index: int, allowance: Allowance, weights_C: NDArray[np.float32] | None
+) -> Decoded:
+    """Decode one audio track, counted from 0."""
+    try:
+        with _open(data, demuxer) as container:
+            decoded = _decode(container, data, demuxer, index, allowance, weights_C)
+        if demuxer != "mov" or b"elst" not in data:
+            return decoded
+        whole_s = _packets_s(data, demuxer, index, _NO_EDITS)
+        decoded_s = len(decoded.samples_S) / SAMPLE_RATE_HZ
+        if decoded_s < _MIN_KEPT_S < whole_s:
+            with _open(data, demuxer, _NO_EDITS) as container:
+                decoded = _decode(container, data, demuxer, index, allowance, weights_C)
+            message = "The file's edit list keeps none of its sound and was not applied."
+            return replace(decoded, warnings=(*decoded.warnings, AudioWarning("edit_list_applied", message)))
+        if whole_s - decoded_s > _MIN_EDITED_S:
+            removed_s = round(whole_s - decoded_s, 2)
+            message = f"The file's edit list leaves out {removed_s:.2f} s of its sound; they were not used."
+            return replace(decoded, warnings=(*decoded.warnings, AudioWarning("edit_list_applied", message, removed_s)))
+        return decoded
+    except _library_errors():
         refuse_damaged()
 
 
-def _decode(container: Any, demuxer: str, allowance: Allowance) -> Decoded:
+def _decode(
+    container: Any,
+    data: bytes,
+    demuxer: str,
+    index: int,
+    allowance: Allowance,
+    weights_C: NDArray[np.float32] | None,
+) -> Decoded:
     import av.error
+    from av.stream import Discard
 
-    if not container.streams.audio:
-        raise InvalidAudioError("The file holds no audio.", code="no_audio_stream")
-    stream = container.streams.audio[0]
+    stream = container.streams.audio[index]
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = Discard.all
     context = stream.codec_context
-    if context is None or context.codec.name not in CODECS:
-        raise UnsupportedAudioError(
-            "The file is audio, but in a codec that we do not decode.",
-            code="unsupported_codec",
-            actual=None if context is None else context.codec.name,
-            hint="Convert the clip to wav, flac, mp3 or opus.",
-        )
     context.thread_count = 1
-    if demuxer not in _GUESSED_LENGTH:
-        _refuse_by_header(container, stream, allowance)
-    gatherer = Gatherer(allowance)
+    is_exact = context.codec.canonical_name.startswith(("pcm_", "flac", "alac"))
+    allowance.allow_padding(not is_exact)
+    if demuxer == "flac":
+        # The library otherwise returns the noise that a damaged frame decodes to.
+        context.options = {"err_detect": "crccheck+explode"}
+    stated_s = _stated_s(container, stream, data, demuxer)
+    if stated_s is not None:
+        allowance.set_source(context.sample_rate, context.layout.nb_channels)
+        if allowance.is_too_long(stated_s - _PADDING_S):
+            # The header may be wrong; the packets tell without being decoded.
+            allowance.require_duration(min(stated_s, _packets_s(data, demuxer, index)) - _PADDING_S)
+    gatherer = Gatherer(allowance, weights_C)
     is_mp3 = demuxer == "mp3"
     num_packets = num_errors = rate_hz = channels = 0
+    lost_s = 0.0
     for packet in container.demux(stream):
         allowance.check()
         num_packets += 1
@@ -126,6 +314,7 @@ def _decode(container: Any, demuxer: str, allowance: Allowance) -> Decoded:
             if not is_mp3:
                 raise
             num_errors += 1
+            lost_s += float((packet.duration or 0) * (packet.time_base or 0))
             continue
         if packet.is_corrupt and not is_mp3:
             refuse_broken_off()
@@ -136,25 +325,56 @@ def _decode(container: Any, demuxer: str, allowance: Allowance) -> Decoded:
                 rate_hz, channels = frame.sample_rate, frame.layout.nb_channels
             allowance.set_source(frame.sample_rate, frame.layout.nb_channels)
             gatherer.add(_samples_of(frame), frame.sample_rate)
-    if num_errors > _MAX_MP3_ERROR_SHARE * num_packets:
+    # The first frames of an MP3 that was cut out of a longer one refer to what is not there.
+    if num_errors > max(2, _MAX_MP3_ERROR_SHARE * num_packets):
         refuse_damaged()
+    warnings: list[AudioWarning] = []
+    if lost_s > 2 * _FRAME_PADDING_S:
+        message = f"{lost_s:.2f} s of the clip are damaged and were left out."
+        warnings.append(AudioWarning("damage_skipped", message, round(lost_s, 2)))
+    samples_S = gatherer.finish()
+    missing_s = 0.0
+    if stated_s is not None and demuxer == "mov":
+        excess = len(samples_S) - round(stated_s * SAMPLE_RATE_HZ)
+        if 0 < excess <= _FRAME_PADDING_S * SAMPLE_RATE_HZ:
+            samples_S = samples_S[: len(samples_S) - excess]
+    decoded_s = len(samples_S) / SAMPLE_RATE_HZ
+    if stated_s is not None and stated_s - decoded_s > max(_MIN_MISSING_S, 0.01 * stated_s):
+        missing_s = round(stated_s - decoded_s, 3)
     # A stream of no samples is too short, which the caller says; its source is what its header states.
     return Decoded(
-        gatherer.finish(),
+        samples_S,
         context.codec.canonical_name,
         rate_hz or context.sample_rate,
         channels or context.layout.nb_channels,
         gatherer.num_source_samples,
+        gatherer,
+        missing_s=missing_s,
+        warnings=tuple(warnings),
     )
 
 
-def _refuse_by_header(container: Any, stream: Any, allowance: Allowance) -> None:
-    """Refuses a clip whose header states more than the limits allow; what is allowed is counted all the same."""
-    allowance.set_source(stream.codec_context.sample_rate, stream.codec_context.layout.nb_channels)
-    if stream.duration is not None:
-        allowance.require_duration(float(stream.duration * stream.time_base) - _PADDING_S)
-    elif container.duration is not None:
-        allowance.require_duration(container.duration / _MICROSECONDS - _PADDING_S)
+def _stated_s(container: Any, stream: Any, data: bytes, demuxer: str) -> float | None:
+    """Return the seconds that the header states for a track; None where it states none, or only for all tracks."""
+    if demuxer in _GUESSED_LENGTH:
+        return None
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    if container.duration is None or len(container.streams) > 1:
+        return None
+    # Without this element FFmpeg makes a length up from the bit rate.
+    if demuxer == "matroska" and b"\x44\x89" not in data[:_MATROSKA_HEAD_BYTES]:
+        return None
+    return container.duration / _MICROSECONDS
+
+
+def _packets_s(data: bytes, demuxer: str, index: int, options: dict[str, str] | None = None) -> float:
+    """Return the seconds that the packets of a track last, without decoding them."""
+    seconds = 0.0
+    with _open(data, demuxer, options) as container:
+        for packet in container.demux(container.streams.audio[index]):
+            seconds += float((packet.duration or 0) * (packet.time_base or 0))
+    return seconds
 
 
 def _samples_of(frame: AudioFrame) -> NDArray[np.float32]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hyper_model.audio_limits import SAMPLE_RATE_HZ, Allowance, refuse_damaged
+from hyper_model.downmix import ChannelStatistics
 
 # Frames of a codec are a thousand samples; the resampler likes more at once.
 _BLOCK_SAMPLES = 2**15
@@ -37,10 +38,19 @@ class Gatherer:
 
     Attributes:
         num_source_samples: Samples taken so far, a channel.
+        channels: Energies and products of the channels so far.
     """
 
-    def __init__(self, allowance: Allowance) -> None:
+    def __init__(self, allowance: Allowance, weights_C: NDArray[np.float32] | None = None) -> None:
+        """Prepare for one clip.
+
+        Args:
+            allowance: Bounds the work.
+            weights_C: Weights of the channels, float32 [C]; their mean when left out, and for blocks of another width.
+        """
         self._allowance = allowance
+        self._weights_C = weights_C
+        self.channels = ChannelStatistics()
         self._duration_s = 0.0
         self._rate_hz = 0
         self._stream: Any = None
@@ -67,7 +77,12 @@ class Gatherer:
         if rate_hz != self._rate_hz:
             self._flush(is_last=True)
             self._open(rate_hz)
-        self._waiting.append(np.clip(samples_SC, -1.0, 1.0).mean(axis=1, dtype=np.float32))
+        clipped_SC = np.clip(samples_SC, -1.0, 1.0)
+        self.channels.add(clipped_SC, rate_hz)
+        if self._weights_C is not None and len(self._weights_C) == clipped_SC.shape[1]:
+            self._waiting.append(clipped_SC @ self._weights_C)
+        else:
+            self._waiting.append(clipped_SC.mean(axis=1, dtype=np.float32))
         self._num_waiting += len(samples_SC)
         if self._num_waiting >= _BLOCK_SAMPLES:
             self._flush()

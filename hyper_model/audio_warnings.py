@@ -1,0 +1,42 @@
+"""Warnings about a clip that was decoded: codes, messages and seconds.
+
+A clip is refused where its sound cannot be trusted. It is decoded with a warning where something about it is odd.
+The codes are a closed set: programs branch on them and metrics use them as labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+AudioWarningCode = Literal[
+    "several_tracks",
+    "track_skipped",
+    "channels_out_of_phase",
+    "channels_differ",
+    "size_mismatch",
+    "audio_missing",
+    "edit_list_applied",
+    "junk_skipped",
+    "damage_skipped",
+    "padding_trimmed",
+    "unused_sound",
+]
+"""Every reason for a warning about a clip; `docs/audio.md` describes each."""
+
+WARNING_CODES: frozenset[str] = frozenset(get_args(AudioWarningCode))
+
+
+@dataclass(frozen=True)
+class AudioWarning:
+    """Describes one odd thing about a clip that was decoded all the same.
+
+    Attributes:
+        code: A stable word for programs.
+        message: One or two sentences for a person, without any text of the clip.
+        seconds: Length of the sound that the warning concerns; None where no length applies.
+    """
+
+    code: AudioWarningCode
+    message: str
+    seconds: float | None = None
