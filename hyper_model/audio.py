@@ -228,7 +228,8 @@ def require_single_window(waveform: Waveform) -> None:
     """
     if waveform.num_samples > WINDOW_S * SAMPLE_RATE_HZ:
         raise AudioTooLongError(
-            f"The clip lasts {waveform.duration_s:.2f} s; one window holds {WINDOW_S:g} s.",
+            # Rounded up, so that the two figures differ.
+            f"The clip lasts {math.ceil(100 * waveform.duration_s) / 100:.2f} s; one window holds {WINDOW_S:g} s.",
             limit=WINDOW_S,
             actual=round(waveform.duration_s, 4),
             hint="Send a shorter clip, or choose how a long one is divided.",
@@ -369,6 +370,8 @@ def _decode_once(
             if track not in (None, 1):
                 refuse_track(track, 1)
             return _read_samples(data, source, allowance, weights_C)
+    if container == "m4a":
+        _require_index(data)
     stated_share, warnings = 1.0, list[AudioWarning]()
     if container == "wav":
         data, stated_share = with_true_size(data)
@@ -501,6 +504,37 @@ def _breaks_off(data: bytes, container: str) -> bool:
             return not sizes or page + 27 + len(sizes) + sum(sizes) > len(data)
         case _:
             return False
+
+
+def _require_index(data: bytes) -> None:
+    """Refuse an MP4 whose index is missing: the one that was cut off, was never completed, or is a part of a stream.
+
+    Raises:
+        InvalidAudioError: There is no index.
+    """
+    position, names = 0, set[bytes]()
+    for _ in range(_MAX_ELEMENTS):
+        if position + 8 > len(data):
+            break
+        size, name = struct.unpack_from(">I4s", data, position)
+        names.add(name)
+        if size == 1 and position + 16 <= len(data):
+            (size,) = struct.unpack_from(">Q", data, position + 8)
+        if size < 8 or name == b"moov":
+            break
+        position += size
+    if b"moov" not in names and (b"moof" in names or b"styp" in names):
+        raise InvalidAudioError(
+            "The file is one segment of a stream; its index (moov) is in another file.",
+            code="damaged_audio",
+            hint="Send the initialization segment and the segments joined in one file.",
+        )
+    if b"moov" not in names and position >= len(data):
+        raise InvalidAudioError(
+            "The file's index (moov) is missing: the upload was cut off, or the recording was never completed.",
+            code="truncated_audio",
+            hint="Send the whole file, or export it anew.",
+        )
 
 
 def _asf_share(data: bytes) -> float:

@@ -71,6 +71,11 @@ _SCALES = {"u8": (128, 2.0**-7), "s16": (0, 2.0**-15), "s32": (0, 2.0**-31), "s6
 # Silence, as `Quality.silence_ratio` counts it: no 20 ms louder than -50 dBFS.
 _SILENT_POWER = 10 ** (-50 / 10)
 _SILENCE_FRAME_SAMPLES = SAMPLE_RATE_HZ // 50
+# Marks of encryption: sample entries of MP4, and the Content Encryption Object of ASF.
+_ENCRYPTED = {
+    "mov": (b"enca", b"drms"),
+    "asf": (b"\xfb\xb3\x11\x22\x23\xbd\xd2\x11\xb4\xb7\x00\xa0\xc9\x55\xfc\x6e",),
+}
 # Tracks for other listeners than most are tried last.
 _LESS_LIKELY = ("comment", "hearing_impaired", "visual_impaired", "dub", "karaoke", "clean_effects", "descriptions")
 
@@ -148,6 +153,8 @@ def decode_with_libav(
         try:
             decoded = _decode_track(data, demuxer, index, allowance, weights_C)
         except AudioError as error:
+            if error.code == "damaged_audio" and any(mark in data for mark in _ENCRYPTED.get(demuxer, ())):
+                raise _unsupported(data, demuxer, None) from None
             # A late or damaged second track must not take the first one's place.
             if track is not None:
                 raise
@@ -226,17 +233,24 @@ def _read_tracks(data: bytes, demuxer: str, track: int | None) -> tuple[list[int
     usable = [index for index in order if names[index] in CODECS]
     error = None
     if not usable or usable[0] != order[0]:
-        name = names[order[0]]
-        error = UnsupportedAudioError(
-            "The file is audio, but in a codec that we do not decode.",
-            code="unsupported_codec",
-            actual=name if name is None or len(name) <= 40 else None,
-            hint="Convert the clip to wav, flac, mp3 or opus.",
-        )
+        error = _unsupported(data, demuxer, names[order[0]])
     if not usable:
         assert error is not None
         raise error
     return usable, num_tracks, error
+
+
+def _unsupported(data: bytes, demuxer: str, name: str | None) -> UnsupportedAudioError:
+    """Describe a track that cannot be decoded: encrypted, or in a codec off the list."""
+    message = "The file is audio, but in a codec that we do not decode."
+    if any(mark in data for mark in _ENCRYPTED.get(demuxer, ())):
+        message = "The file is encrypted, as those of shops and streaming services are."
+    return UnsupportedAudioError(
+        message,
+        code="unsupported_codec",
+        actual=name if name is None or len(name) <= 40 else None,
+        hint="Convert the clip to wav, flac, mp3 or opus.",
+    )
 
 
 def _rank(disposition: int) -> int:
