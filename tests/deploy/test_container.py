@@ -1,7 +1,7 @@
-"""The service as a container runs it: a read-only root, no capability, no right to namespaces, tini as process 1.
+"""The service as in a container: a read-only root, no capabilities, no namespaces, tini as process 1.
 
-bubblewrap stands in for the container's runtime. Where it is not installed or may not make namespaces, and where there
-is no tini, there is nothing to test with.
+bubblewrap replaces the container runtime. The tests are skipped without tini, or if bubblewrap is missing or may not
+create namespaces.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.process import ROOT, exit_code, post, serve_process, start
 from tests.serving import tone, wait_for
 
 UID = "10001"
-SHM_BYTES = 64 * 1024 * 1024  # What Docker gives a container.
+SHM_BYTES = 64 * 1024 * 1024  # Docker's default for a container.
 MAKE_NAMESPACES = ["bwrap", "--unshare-user", "--disable-userns", "--ro-bind", "/", "/", "--proc", "/proc"]
 
 pytestmark = pytest.mark.skipif(
@@ -39,11 +39,11 @@ pytestmark = pytest.mark.skipif(
 
 @dataclass
 class Container:
-    """What it starts with, and the two places that it may write to.
+    """Start options of a container, and its two writable folders.
 
     Attributes:
-        options: What starts a process in it.
-        about: Where bubblewrap says what it has started.
+        options: Command to start a process in it.
+        about: File with bubblewrap's report on the started process.
     """
 
     environment: dict[str, str]
@@ -54,19 +54,19 @@ class Container:
 
     @contextlib.contextmanager
     def running(self, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
-        """Starts the service and yields bubblewrap's process, the address, and tini's process id as it is outside."""
+        """Start the service; yield bubblewrap's process, the address, and tini's process id outside."""
         with serve_process({**self.environment, **environment}, 60, **self.options) as (process, url):
             yield process, url, json.loads(os.read(self.about, 4096))["child-pid"]
 
 
 @pytest.fixture
 def container(tmp_path: Path) -> Iterator[Container]:
-    """What deploy/compose.yaml and the Dockerfile say, in the words of bubblewrap."""
+    """The settings of deploy/compose.yaml and the Dockerfile as options of bubblewrap."""
     tmp, cache = tmp_path / "tmp", tmp_path / "cache"
     tmp.mkdir()
     cache.mkdir()
     about, theirs = os.pipe()
-    # The tree of these tests and its environment may lie in /tmp, which is another one inside.
+    # These tests and their environment may be in /tmp, replaced by another one inside.
     trees = [str(place) for place in (ROOT, Path(sys.prefix).resolve()) if place.is_relative_to("/tmp")]
     prefix = [
         *("bwrap", "--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--disable-userns"),
@@ -85,13 +85,13 @@ def container(tmp_path: Path) -> Iterator[Container]:
 
 
 def service_pid(first_pid: int) -> int:
-    """Returns the process id of tini's child."""
+    """Return the process id of tini's child."""
     (child,) = psutil.Process(first_pid).children()
     return child.pid
 
 
 def status_of(pid: int) -> dict[str, str]:
-    """Reads what the kernel says of a process."""
+    """Read the kernel's status of a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
@@ -102,7 +102,7 @@ def test_it_answers_drains_and_ends_with_0(container: Container) -> None:
         assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == int(status["CapBnd"], 16) == 0
         assert status["NoNewPrivs"] == "1"
         assert set(httpx.get(f"{url}/v1/info").json()["decoding"]["sandbox"]) & {"landlock", "seccomp"}
-        # Of more than 1 MiB, so that it lies in /tmp while it is read.
+        # More than 1 MiB, so it is stored in /tmp while it is read.
         clip = {"file": ("clip", tone(40.0))}
         refused = httpx.post(f"{url}/v1/audio/qa", data={"question": "What?"}, files=clip, timeout=60)
         assert (refused.status_code, refused.json()["error"]["code"]) == (422, "audio_too_long")
@@ -138,7 +138,7 @@ def test_the_services_own_exit_code_comes_out(container: Container, tmp_path: Pa
 
 
 def test_outside_of_its_two_places_it_can_write_nothing(container: Container) -> None:
-    """The negative control: the walls around the tests above are there."""
+    """Negative control for the tests above: the restrictions exist."""
     places = ("/", "/etc", "/var/tmp", "/root", str(ROOT), sys.prefix)
     tries = "; ".join(f"touch {place}/.written && echo {place}" for place in places)
     tries += "; touch /tmp/a /mnt/b && echo fine; unshare -U true && echo namespaces"

@@ -1,4 +1,4 @@
-"""What is deployed says what the service is: compose and systemd files, and the image."""
+"""The deployment files agree with the service: compose and systemd files, and the image."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def service_of_ours(name: str) -> dict[str, Any]:
 
 
 def unit() -> dict[str, list[str]]:
-    """Reads the unit's directives; one that stands there twice has two values."""
+    """Return the unit's directives; a repeated one has two values."""
     found: dict[str, list[str]] = {}
     for line in UNIT.read_text(encoding="utf-8").splitlines():
         if line and line[0] not in "#[":
@@ -48,12 +48,12 @@ def unit() -> dict[str, list[str]]:
 
 
 def image_variables() -> dict[str, str]:
-    """Reads what the Dockerfile sets for the service."""
+    """Return the variables set for the service by the Dockerfile."""
     return dict(re.findall(r"^\s+(?:ENV )?(HYPER_\w+)=(\S+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.M))
 
 
 def settings_of(variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Reads variables as the service would."""
+    """Read variables like the service."""
     assert unknown_variables(variables) == []
     for name in [name for name in os.environ if name.startswith("HYPER_")]:
         monkeypatch.delenv(name)
@@ -67,7 +67,7 @@ def seconds(text: str) -> int:
 
 
 def end_s(settings: Settings) -> float:
-    """The longest that an orderly end may take."""
+    """Return the longest duration of an orderly shutdown, in seconds."""
     return settings.drain_timeout_s + CLOSE_TIMEOUT_S + STOP_TIMEOUT_S
 
 
@@ -113,7 +113,7 @@ def test_only_prometheus_reaches_the_metrics_and_nothing_reaches_out() -> None:
 
 
 def mounts() -> Iterator[str]:
-    """Yields what compose takes from this folder."""
+    """Yield compose's mounts from this folder."""
     for service in compose()["services"].values():
         yield from (mount.split(":")[0] for mount in service["volumes"] if mount.startswith("."))
     yield from (secret["file"] for secret in compose()["secrets"].values())
@@ -144,7 +144,7 @@ def test_the_unit_ends_and_restarts_as_the_service_does(monkeypatch: pytest.Monk
     ours = {name: value for name, value in variables.items() if name.startswith("HYPER_")}
     settings = settings_of(ours, monkeypatch)
     assert seconds(directives["TimeoutStopSec"][0]) >= end_s(settings)
-    # The engine must not get the signal before what is in flight is answered.
+    # The engine must not get the signal before the requests in flight are answered.
     assert (directives["KillMode"], directives["KillSignal"]) == (["mixed"], ["SIGTERM"])
     assert directives["OOMPolicy"] == ["continue"], "the service starts its engine again"
     codes = set(map(int, directives["RestartPreventExitStatus"][0].split()))
@@ -155,7 +155,7 @@ def test_the_unit_ends_and_restarts_as_the_service_does(monkeypatch: pytest.Monk
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
 def test_systemd_takes_the_unit_and_finds_it_closed(tmp_path: Path) -> None:
-    # As it is but for what a machine has only where the service is installed.
+    # Unchanged except for paths of an installed service.
     text = UNIT.read_text(encoding="utf-8").replace("/opt/hyper/.venv/bin/hyper serve", "/bin/true")
     text = re.sub(r"^(User|Group)=.*$", r"\1=root", text, flags=re.M).replace("/opt/hyper", str(tmp_path))
     copy = tmp_path / "hyper.service"
@@ -165,7 +165,7 @@ def test_systemd_takes_the_unit_and_finds_it_closed(tmp_path: Path) -> None:
     assert about_it == []
     command = ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", UNIT]
     measured = subprocess.run(command, capture_output=True, text=True)
-    # Before version 250 systemd measures only what runs.
+    # Before version 250 systemd measures only running units.
     if "offline" not in measured.stderr:
         assert measured.returncode == 0, measured.stdout.splitlines()[-1]
 
@@ -178,5 +178,5 @@ def test_the_image_is_named_as_it_is() -> None:
     base = re.search(r"^ARG PYTHON_IMAGE=(\S+)$", text, re.M)
     assert base is not None and labels["base.name"] == f"docker.io/library/{base[1]}"
     assert re.fullmatch(r"python:3\.1[12]\.\d+-slim-\w+", base[1])
-    # Each target ends as the user that every stage before it became.
+    # Each target ends with the user set by every earlier stage.
     assert re.findall(r"^USER (\S+)$", text, re.M)[-1] == "10001:10001"

@@ -1,4 +1,4 @@
-"""The list of what the service is made of: valid CycloneDX, and with what wheels bring along."""
+"""The software bill of materials: valid CycloneDX, including libraries inside wheels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.process import ROOT
 
 @pytest.fixture(scope="module")
 def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The list of three packages that bring libraries along; of all of them it takes a minute."""
+    """The list for three packages with libraries; all packages would take a minute."""
     folder = tmp_path_factory.mktemp("sbom")
     lock = folder / "some.txt"
     locked = (ROOT / "requirements/cpu.txt").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = folder / "sbom.cdx.json"
     command = [sys.executable, ROOT / "requirements/sbom.py", out, "--lock", lock]
     done = subprocess.run(command, capture_output=True, text=True)
-    # It has held the result to the schema of CycloneDX 1.6.
+    # It has validated the result against the schema of CycloneDX 1.6.
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text(encoding="utf-8"))
 
@@ -47,5 +47,5 @@ def test_the_list_leaves_out_what_is_not_locked(contents: dict[str, Any]) -> Non
     text = json.dumps(contents)
     packages = {each["name"] for each in contents["components"] if each.get("purl", "").startswith("pkg:pypi/")}
     assert packages == {"av", "soundfile", "numpy"}
-    # Nothing of the machine on which it was made.
+    # Nothing of the build machine.
     assert str(ROOT) not in text and sys.prefix not in text and "file:///" not in text

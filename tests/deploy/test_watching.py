@@ -1,6 +1,6 @@
-"""What operators watch with: the dashboard, the alerts and the page about them hold to what the service exports.
+"""The dashboard, the alerts and their page agree with the service's metrics.
 
-promtool and Prometheus are Debian's `prometheus`; the tests that run them are left out only where it is not installed.
+promtool and Prometheus are Debian's `prometheus`. Tests with them are skipped only if it is not installed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def expressions() -> list[str]:
 
 
 def names_in(expression: str) -> set[str]:
-    """Returns the metrics of a PromQL expression: its words but for functions, labels and the language's own."""
+    """Return the metrics of a PromQL expression: its words without functions, labels and keywords."""
     bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]', "", re.sub(r'"[^"]*"', "", expression))
     bare = re.sub(r"\b(by|on|without|ignoring|group_left|group_right)\s*\([^)]*\)", " ", bare)
     words = re.findall(r"[A-Za-z_:][\w:]*(?!\w)(?!\s*\()", bare)
@@ -85,7 +85,7 @@ def names_in(expression: str) -> set[str]:
 
 
 def labels_in(expression: str) -> set[str]:
-    """Returns the labels that an expression chooses or groups by."""
+    """Return the labels selected or grouped by an expression."""
     lists = re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", expression)
     matchers = re.findall(r"\{([^}]*)\}", re.sub(r'"[^"]*"', '""', expression))
     grouped = {word.strip() for each in lists for word in each.split(",") if word.strip()}
@@ -93,7 +93,7 @@ def labels_in(expression: str) -> set[str]:
 
 
 def collectors() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Returns the type and the labels of each of our metrics, by the name on the wire."""
+    """Return the type and the labels of each of our metrics, by its exposed name."""
     found: dict[str, tuple[str, tuple[str, ...]]] = {}
     for collector in vars(Metrics()).values():
         if isinstance(collector, MetricWrapperBase):
@@ -104,7 +104,7 @@ def collectors() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def exported(text: str) -> set[str]:
-    """Returns the names of all samples that an exposition may have, by the types that it declares."""
+    """Return the possible sample names of an exposition, by its declared types."""
     names: set[str] = set()
     for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, flags=re.MULTILINE):
         names |= {name, *(f"{name}{ending}" for ending in ("_bucket", "_sum", "_count") if kind == "histogram")}
@@ -114,7 +114,7 @@ def exported(text: str) -> set[str]:
 def test_every_metric_of_the_dashboard_and_the_rules_is_exported_by_the_running_service(live: Live) -> None:
     known = exported(live.client.get("/metrics").text) | {rule["record"] for rule in RULES if "record" in rule} | {"up"}
     wanted = {name for expression in expressions() for name in names_in(expression)}
-    # vLLM's are looked for where vLLM runs, in test_engine_vllm.py.
+    # vLLM's metrics are checked with vLLM, in test_vllm.py.
     assert not {name for name in wanted - known if not name.startswith("vllm:")}
     assert len([name for name in wanted if name.startswith("hyper_")]) > 50
 
@@ -175,7 +175,7 @@ def test_errors_of_ours_are_all_that_the_table_of_faults_has() -> None:
 
 
 def lost(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
-    """Names what a dashboard has that is not there any more when Grafana's types have read and written it."""
+    """Yield the parts of a dashboard lost after reading and writing with Grafana's types."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key, value in ours.items():
             yield from lost(value, theirs[key], f"{path}/{key}") if key in theirs else [f"{path}/{key}"]
@@ -247,7 +247,7 @@ def test_each_alert_fires_when_it_should_and_none_on_a_healthy_service() -> None
 
 @contextmanager
 def scraping(target: str, folder: Path) -> Iterator[str]:
-    """Runs a Prometheus with our configuration, but for the target and its pace; yields its address."""
+    """Run a Prometheus with our configuration except target and interval; yield its address."""
     config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(DEPLOY / "prometheus/rules.yml")]
@@ -292,7 +292,7 @@ def test_a_real_prometheus_scrapes_the_service_and_the_dashboard_is_drawn_from_i
         started_s = time.time()
         for number in range(3):
             assert live.ask(tone(1.0 + number), choices=["one", "two"]).status_code == 200
-        # Two scrapes that saw them, for a rate.
+        # A rate needs two scrapes with them.
         wait_for(lambda: bool(values(url, "rate(hyper_time_to_first_token_seconds_count[10s]) > 0")), timeout_s=30)
         (up,) = values(url, 'up{job="hyper"}')
         assert up["value"][1] == "1"
@@ -305,7 +305,7 @@ def test_a_real_prometheus_scrapes_the_service_and_the_dashboard_is_drawn_from_i
         assert result.exit_code == 0, result.output
         assert picture.read_bytes().startswith(b"\x89PNG") and time.time() > started_s
         found = re.search(r"(\d+) panels have data", result.output)
-        # Those of vLLM, of refusals and of decoders that died are empty here.
+        # Panels for vLLM, refusals and dead decoders are empty here.
         assert found and int(found[1]) > 0.7 * len(panels())
 
 

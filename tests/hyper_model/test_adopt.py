@@ -25,7 +25,7 @@ LATENT_SPAN = ("<IMPLICIT_THINK>", "</IMPLICIT_THINK>")
 
 
 def stock_tokenizer(extra: Sequence[str] = ()) -> Tokenizer:
-    """Has Qwen2-Audio's control tokens and none of ours, but for `extra`."""
+    """Return a tokenizer with Qwen2-Audio's control tokens, none of ours, and `extra`."""
     document = json.loads(tiny_tokenizer().to_str())
     document["added_tokens"] = [token for token in document["added_tokens"] if token["content"] in CONTROL_TOKENS]
     tokenizer = Tokenizer.from_str(json.dumps(document))
@@ -36,7 +36,7 @@ def stock_tokenizer(extra: Sequence[str] = ()) -> Tokenizer:
 def write_source(
     directory: Path, *, extra_tokens: Sequence[str] = (), num_padding_rows: int = 40, max_shard_size: str = "10GB"
 ) -> Path:
-    """Writes a Qwen2-Audio as transformers does, under names that vLLM refuses, and what a Trainer leaves beside it."""
+    """Write a Qwen2-Audio in transformers' layout, with names refused by vLLM and a Trainer's other files."""
     tokenizer = stock_tokenizer(extra_tokens)
     config = tiny_config(tokenizer.get_vocab_size() + num_padding_rows)
     model = random_model(config | {"audio_token_index": tokenizer.token_to_id(AUDIO)})
@@ -87,7 +87,7 @@ def test_a_stock_model_is_adopted_with_its_padding_rows_and_pauses_off(tmp_path:
     assert {path.name: path.read_bytes() for path in source.iterdir()} == bytes_before
     assert not list((tmp_path / "out").glob("*.bin"))
     assert (tmp_path / "out" / "LICENSE").read_text() == "Apache-2.0"
-    # To be trained, its tags must be tokens.
+    # A model must have its tags as tokens for training.
     with pytest.raises(CheckpointError, match="--tag-style token"):
         model_of_checkpoint(tmp_path / "out", dtype=torch.float32)
 
@@ -105,7 +105,7 @@ def test_an_embedding_without_room_grows_and_old_tokens_keep_their_logits(tmp_pa
             for path in (source, tmp_path / "out")
         )
     torch.testing.assert_close(new[..., :num_trained], old)
-    # A token that was never trained is as likely as the average one: it cannot take the model over.
+    # An untrained token is as likely as the average one, so it cannot dominate the model.
     torch.testing.assert_close(
         new[..., num_trained:], old.mean(-1, keepdim=True).expand(-1, -1, new.shape[-1] - num_trained)
     )
@@ -139,7 +139,7 @@ def test_a_published_hyper_model_keeps_its_latent_span_and_its_spellings(tmp_pat
     assert manifest.trace.tags[Section.ENV].open == "<BGM>"
     assert (manifest.pause.mode, manifest.pause.open, manifest.pause.close) == ("sampled", *LATENT_SPAN)
     assert manifest.pause.open_id == stock_tokenizer(["<PAUSE>", *LATENT_SPAN]).token_to_id(LATENT_SPAN[0])
-    # Its tags are text, so no gate can know where it is.
+    # Its tags are text, so a gate has no section boundaries.
     assert manifest.pause.max_pauses == 0
     before, after = stored(source), stored(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)

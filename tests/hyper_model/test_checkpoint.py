@@ -28,7 +28,7 @@ from hyper_model.trace import AUDIO, Section, build_prompt
 from tests.builders import build_random_checkpoint, random_model, tiny_config, tiny_tokenizer, write_entry_points
 from tests.process import ROOT
 
-# transformers' own annotations do not hold for what these return.
+# transformers' own annotations are wrong for the results of these.
 MODEL: Any = Qwen2AudioForConditionalGeneration
 PROCESSOR: Any = Qwen2AudioProcessor
 CLIP_S = (np.sin(np.arange(32_000) * 0.05) * 0.3).astype(np.float32)
@@ -61,7 +61,7 @@ def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], obje
 
 
 def reseal(directory: Path) -> None:
-    """Writes the sums of what lies in the directory, so that a change is met by the check behind the sums."""
+    """Write the sums of the directory's files, so that later checks see a change."""
     files = [path for path in directory.iterdir() if path.name != MANIFEST_FILE]
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     edit_json(directory / MANIFEST_FILE, lambda manifest: manifest.update(files=sums))
@@ -320,7 +320,7 @@ def in_config(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None
 
 
 def in_positions(*others: int, **fields: Any) -> Callable[[Path], None]:
-    """Names a token for each of a pause's two positions, the pause token first."""
+    """Return an edit with one token per position of a pause of two, the pause token first."""
 
     def edit(manifest: dict[str, Any]) -> None:
         pause = manifest["pause"]
@@ -333,7 +333,7 @@ def add_file(name: str, content: bytes = b"{}") -> Callable[[Path], object]:
     return lambda directory: (directory / name).write_bytes(content)
 
 
-# What is done to a whole checkpoint, whether its sums are then made to fit, and what the refusal says.
+# Change to a whole checkpoint, whether its sums are updated, and the expected refusal.
 REFUSALS: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "no directory": (shutil.rmtree, False, "no such directory"),
     "no manifest": (lambda path: (path / MANIFEST_FILE).unlink(), False, "no hyper.json"),
@@ -475,7 +475,7 @@ if __name__ == "__main__":
 
 
 def test_vllm_loads_an_export_and_answers_as_transformers_does(tmp_path: Path) -> None:
-    # The least usual of what export writes: shards, rows that no token uses, a head that is a copy of the embedding.
+    # The rarest outputs of export: shards, unused rows, and a head equal to the embedding.
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer.get_vocab_size() + 10)
     state = random_model(config, seed=3).state_dict()
@@ -495,7 +495,7 @@ def test_vllm_loads_an_export_and_answers_as_transformers_does(tmp_path: Path) -
     lines = [line for line in ran.stdout.splitlines() if line.startswith("RESULT")]
     assert lines, ran.stdout[-2000:] + ran.stderr[-4000:]
     prompt_ids, token_ids, logprobs = json.loads(lines[0].removeprefix("RESULT"))
-    assert len(prompt_ids) == len(prompt) - 1 + 50  # 25 tokens a second, two seconds
+    assert len(prompt_ids) == len(prompt) - 1 + 50  # 25 tokens per second, two seconds
 
     model = MODEL.from_pretrained(path).eval()
     extract = PROCESSOR.from_pretrained(path).feature_extractor

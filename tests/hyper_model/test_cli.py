@@ -27,7 +27,7 @@ def fail(kind):
 
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
-    """Brings three sub-commands: a real one, one that fails as asked, and one whose package is not installed."""
+    """Three sub-commands: a real one, one that fails on request, and one of a missing package."""
     (tmp_path / "faults_for_tests.py").write_text(FAULTS)
     targets = {
         "checkpoint": "hyper_model.commands:checkpoint",

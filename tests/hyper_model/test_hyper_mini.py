@@ -1,7 +1,7 @@
-"""The embedded checkpoint as a user meets it: `hyper serve`, ten held-out clips in formats people upload, the truth.
+"""The embedded checkpoint in use: `hyper serve`, ten held-out clips in common upload formats, and their truth.
 
-The clips are drawn by `hyper data samples` with fixed seeds, from voices and recordings nothing was trained on. A small
-model errs; the bounds below are what ten clips must reach together, well under the card's figures.
+`hyper data samples` draws the clips with fixed seeds, from voices and recordings outside the training data. A small
+model makes errors. The bounds below are for ten clips together, well under the card's figures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def post(url: str, path: Path, **fields: Any) -> httpx.Response:
 
 @pytest.fixture(scope="module")
 def replies(url: str) -> list[dict[str, Any]]:
-    """The answers to the ten questions, asked at once."""
+    """Replies to the ten questions, sent at once."""
 
     def ask_one(row: dict[str, Any]) -> dict[str, Any]:
         response = post(url, CLIPS / row["file"], question=row["question"], choices=row["choices"])

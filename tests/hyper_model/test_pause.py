@@ -1,4 +1,4 @@
-"""The gate keeps its promises whatever a model writes and however sure it is, and however the completion is cut up."""
+"""Properties of the gate for any model output, any confidence, and any division into chunks."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from hyper_model.trace import (
 from hyper_model.trace_parser import TraceParser
 from server.engines.scripted import scripted_checkpoint
 
-unhurried = settings(deadline=None)  # other work may keep the cores busy
+unhurried = settings(deadline=None)  # other work may occupy the cores
 CHECKPOINT = scripted_checkpoint()
 MAX_LATENT = 4
 add_position_tokens(CHECKPOINT.tokenizer.tokenizer, MAX_LATENT)
 TOKENIZER = TraceTokenizer(CHECKPOINT.tokenizer.tokenizer)
-# By the length of a span: as a checkpoint opens it that has a token for each position.
+# By length of the span: the tokenizer of a checkpoint with one token per position.
 POSITIONED = {num: TOKENIZER.with_positions(num) for num in range(1, MAX_LATENT + 1)}
 POSITIONS = POSITIONED[MAX_LATENT].position_ids
 OPEN, CLOSE = CHECKPOINT.manifest.pause.open_id, CHECKPOINT.manifest.pause.close_id
@@ -50,7 +50,7 @@ REASONING = (TOKENIZER.tag_ids[Section.THINK][0], TOKENIZER.tag_ids[Section.REAS
 
 
 def gate_settings(*, is_fed: bool = False, **fields: Any) -> GateSettings:
-    """Returns the scripted checkpoint's settings with other figures in its manifest."""
+    """Return the scripted checkpoint's settings with changed manifest values."""
     manifest = CHECKPOINT.manifest
     fields = {"window_tokens": 4, "rest_tokens": 3, "latent_tokens": 3, "loop_tokens": 16} | fields
     found = GateSettings.of(manifest.model_copy(update={"pause": manifest.pause.model_copy(update=fields)}), TOKENIZER)
@@ -59,13 +59,13 @@ def gate_settings(*, is_fed: bool = False, **fields: Any) -> GateSettings:
 
 
 def resumed(gate: Gate) -> Gate:
-    """Returns the gate of the next chunk, whose state travelled as JSON."""
+    """Return the next chunk's gate, from a state passed through JSON."""
     return Gate.resume(gate.settings, json.loads(json.dumps(gate.state())))
 
 
 @dataclass
 class Step:
-    """Records one step: the state before it, what the gate said, and what came."""
+    """One step: the state before it, the gate's decision, and the token."""
 
     before: dict[str, Any]
     decision: Decision
@@ -84,7 +84,7 @@ class Step:
 
 @dataclass
 class Run:
-    """Records a completion; `token_ids` holds the fed spans too."""
+    """A completion; `token_ids` includes fed spans."""
 
     gate: Gate
     steps: list[Step] = field(default_factory=list[Step])
@@ -96,11 +96,12 @@ Draws = Sequence[tuple[int, float]]
 
 
 def write(found: GateSettings, draws: Draws, *, cuts: frozenset[int] = frozenset()) -> Run:
-    """Writes a completion as an engine does: each token is drawn, unless the gate forces it or forbids the draw.
+    """Write a completion like an engine: each token is drawn unless the gate forces another or bans it.
 
     Args:
-        draws: What the model would write at each step, and how sure it is.
-        cuts: The steps before which the gate's state is carried to another gate.
+        found: The gate's settings.
+        draws: The model's token and confidence at each step.
+        cuts: Steps before which the gate's state moves to another gate.
     """
     gate = Gate(found)
     run = Run(gate)
@@ -129,7 +130,7 @@ def write(found: GateSettings, draws: Draws, *, cuts: frozenset[int] = frozenset
 
 
 def spans(found: GateSettings, token_ids: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-    """Cuts the whole spans out of a completion by the manifest's words alone; returns them, and what an end cut off."""
+    """Return the whole spans of a completion, from the manifest's values alone, and the tokens of a cut one."""
     whole: list[list[int]] = []
     span: list[int] = []
     for token_id in token_ids:
@@ -165,7 +166,7 @@ draws = st.builds(
 
 @st.composite
 def any_settings(draw: st.DrawFn, **fixed: Any) -> GateSettings:
-    """Draws small settings of every kind."""
+    """Draw small settings of every kind."""
     mode = draw(st.sampled_from(["parallel", "sampled"]))
     latent_tokens = draw(st.integers(1, MAX_LATENT))
     fields: dict[str, Any] = {
@@ -366,7 +367,7 @@ def test_the_lowest_group_confidence_is_the_least_mean_of_any_window(found: Gate
 
 
 def in_reasoning(found: GateSettings, window: Sequence[float] = ()) -> Gate:
-    """Returns a gate inside REASONING that has seen these confidences there."""
+    """Return a gate inside REASONING with these confidences so far."""
     gate = Gate(found)
     for tag_id in REASONING:
         gate.push(tag_id, 1.0)
@@ -415,7 +416,7 @@ def parser_of(found: GateSettings) -> TraceParser:
 @given(any_settings(tau_pause=1.0, tau_abort=1.0), draws)
 def test_an_abort_closes_what_is_open_and_opens_the_answer(found: GateSettings, draws: Draws) -> None:
     found = replace(found, is_fed=False)
-    # Whatever was written before, an endless run is given up.
+    # An endless run is aborted, whatever was written before.
     unending = [(WORDS[1] if token_id in END_IDS else token_id, confidence) for token_id, confidence in draws]
     run = write(found, [*unending, *[(WORDS[0], 0.0)] * 60])
     at = next(place for place, step in enumerate(run.steps) if step.decision.verdict is Verdict.ABORT)

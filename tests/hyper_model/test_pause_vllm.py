@@ -1,4 +1,4 @@
-"""Inside vLLM the gate does what the pure gate does, row for row, in either runner's interface and whatever happens."""
+"""The gates inside vLLM equal the pure gate, row for row, for both runners and all events."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hyper_model.trace import PauseMode, Section, TraceTokenizer, add_position_t
 from server.engines.scripted import scripted_checkpoint
 
 with warnings.catch_warnings():
-    # torch and vLLM deprecate parts of themselves as they are imported.
+    # torch and vLLM raise deprecation warnings at import.
     warnings.simplefilter("ignore")
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
@@ -38,13 +38,13 @@ OPEN, CLOSE = CHECKPOINT.manifest.pause.open_id, CHECKPOINT.manifest.pause.close
 TAGS = TOKENIZER.tag_ids
 TAG_IDS = [tag_id for ids in TAGS.values() for tag_id in ids]
 WORDS = TOKENIZER.encode_text("abcd")
-VOCAB_SIZE = TOKENIZER.vocab_size + 3  # an output layer is padded
+VOCAB_SIZE = TOKENIZER.vocab_size + 3  # the output layer is padded
 MAX_LEN, MAX_REQS = 600, 6
 POSITIONS = TOKENIZER.with_positions(3).position_ids
 
 
 def gate_settings(*, is_fed: bool = False, **fields: Any) -> GateSettings:
-    """Returns settings with other figures; the mode "positions" is parallel with a token for each position."""
+    """Return settings with changed values; the mode "positions" is parallel with one token per position."""
     manifest = CHECKPOINT.manifest
     fields = {"window_tokens": 3, "rest_tokens": 2, "latent_tokens": 3, "loop_tokens": 16} | fields
     if fields.get("mode") == "positions":
@@ -55,7 +55,7 @@ def gate_settings(*, is_fed: bool = False, **fields: Any) -> GateSettings:
 
 
 def config(**fields: Any) -> Any:
-    """Returns what the processors read of vLLM's configuration."""
+    """Return the part of vLLM's configuration read by the processors."""
     return SimpleNamespace(
         model_config=SimpleNamespace(model=""),
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_REQS),
@@ -66,7 +66,7 @@ def config(**fields: Any) -> Any:
 
 
 def request_states() -> Any:
-    """Returns the V2 runner's buffers, as tensors of the CPU; a `np` and a `gpu` side share their memory."""
+    """Return the V2 runner's buffers as CPU tensors; their `np` and `gpu` sides share memory."""
 
     def shared() -> SimpleNamespace:
         gpu = torch.zeros(MAX_REQS, dtype=torch.int32)
@@ -100,7 +100,7 @@ def sampling(extra: dict[str, Any] | None) -> SamplingParams:
 
 
 def expected(row: torch.Tensor, decision: Decision, settings: GateSettings) -> torch.Tensor:
-    """Applies a decision to one row, as the interface of `Decision` says."""
+    """Apply a decision to one row, as documented in `Decision`."""
     row = row.clone()
     if decision.forced_id is not None:
         row.fill_(-math.inf)
@@ -122,7 +122,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def state_of(processor: PauseV2, row: int) -> dict[str, Any]:
-    """Reads a row of the tensors as `Gate.state` writes it."""
+    """Return a row of the tensors in the form of `Gate.state`."""
     assert processor.settings is not None
     size = processor.settings.window_tokens
     rows = pause_vllm._Rows(processor.ints[row : row + 1], processor.floats[row : row + 1])
@@ -147,7 +147,7 @@ def state_of(processor: PauseV2, row: int) -> dict[str, Any]:
 
 
 def assert_same_state(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Compares states; confidences may differ in their last bit, as torch's exp in double precision is another."""
+    """Compare states; confidences may differ in their last bit, because torch's exp in double precision does."""
     numbers = ("total", "lowest", "window")
     assert {name: found[name] for name in found if name not in numbers} == {
         name: wanted[name] for name in wanted if name not in numbers
@@ -244,7 +244,7 @@ def test_a_checkpoint_without_a_gate_arms_nothing() -> None:
 
 
 def context(slots: Sequence[int]) -> LogitsContext:
-    """Returns the layout of a step without speculative decoding: a row a request."""
+    """Return the layout of a step without speculative decoding: one row per request."""
     mapping = torch.tensor(slots, dtype=torch.int32)
     nothing = torch.zeros(len(slots), dtype=torch.int32)
     return LogitsContext(
@@ -263,7 +263,7 @@ def context(slots: Sequence[int]) -> LogitsContext:
 
 @dataclass(eq=False)
 class Request:
-    """Follows one request of the scheduler's: what the engine holds of it, and the gate that should be in there."""
+    """One request of the scheduler: its state in the engine, and the expected gate."""
 
     params: SamplingParams
     gate: Gate | None
@@ -280,10 +280,10 @@ class Request:
 
 
 class Engine:
-    """Drives both processors as their runners do, and holds them to the pure gate at every step.
+    """Driver of both processors, in the way of their runners, compared with the pure gate at every step.
 
-    Of the V1 runner: the persistent batch, which is condensed, reordered and told of in one BatchUpdate a step. Of the
-    V2 runner: the slots, and tokens that get into the buffers after sampling.
+    For V1: the persistent batch, condensed, reordered and reported in one BatchUpdate per step. For V2: the slots, and
+    tokens written into the buffers after sampling.
     """
 
     def __init__(self, found: GateSettings, seed: int = 0) -> None:
@@ -299,14 +299,14 @@ class Engine:
         self.seen: set[str] = set()
 
     def make(self, gate: Gate | None, prompt_len: int = 4, *, has_key: bool = True) -> Request:
-        """Makes a request; a gate of None is one that is not armed."""
+        """Make a request; without a gate it is not armed."""
         self.num_made += 1
         key = f"request-{self.num_made}"
         extra = None if gate is None else arguments(gate, key if has_key else None)
         return Request(sampling(extra), gate, key, [WORDS[0]] * prompt_len)
 
     def start(self, request: Request, *, slot: int | None = None, num_partial: int = 0) -> None:
-        """Puts a request into the batch: a new one, a preempted one, or the next chunk."""
+        """Add a request to the batch: a new one, a preempted one, or the next chunk."""
         request.slot = self.free.pop() if slot is None else slot
         if slot is not None:
             self.free.remove(slot)
@@ -319,7 +319,7 @@ class Engine:
         assert self.v2.add_request(request.slot, request.params) == (request.gate is not None)
 
     def stop(self, request: Request) -> None:
-        """Takes a request out of the batch, for good or because it is preempted; neither runner says which."""
+        """Remove a request from the batch, finished or preempted; neither runner reports the difference."""
         assert request.slot is not None
         self.free.append(request.slot)
         request.slot = None
@@ -328,7 +328,7 @@ class Engine:
         self.removed.append(index)
 
     def next_chunk(self, request: Request, fed: Sequence[int], *, slot: int | None = None) -> None:
-        """Goes on with a session: what was sampled becomes prompt, and the same list begins anew."""
+        """Continue a session: sampled tokens become prompt, and the same list starts anew."""
         assert request.gate is not None
         self.stop(request)
         request.prompt = request.prompt + request.output + list(fed)
@@ -338,7 +338,7 @@ class Engine:
         self.start(request, slot=slot)
 
     def update_batch(self) -> None:
-        """Tells V1 what changed: new rows fill the holes, then the last rows do; sometimes two change places."""
+        """Report changes to V1: new rows fill the gaps, then the last rows do; sometimes two swap places."""
         removed, added, moved = sorted(self.removed), list[Any](), list[Any]()
         for request in self.added:
             index = removed.pop(0) if removed else len(self.batch)
@@ -362,12 +362,12 @@ class Engine:
         self.removed, self.added = [], []
 
     def logits(self) -> torch.Tensor:
-        """Draws one row: of a model that is sure, or is not, or is at a loss."""
+        """Draw one row, of a confident, an unsure or an undecided model."""
         scale = self.chance.choice([0.2, 0.2, 2.0, 4.0, 8.0])
         return torch.randn(VOCAB_SIZE, generator=self.generator) * scale
 
     def step(self, choices: dict[str, int] | None = None, rows: dict[str, torch.Tensor] | None = None) -> None:
-        """Runs one step and checks it; draws logits and tokens where none are given."""
+        """Run one step and check it; draw missing logits and tokens."""
         self.update_batch()
         self.v2.apply_staged_writes()
         batch = [request for request in self.batch if request is not None]
@@ -420,14 +420,14 @@ class Engine:
 
 
 def row_with(confidence: float, token_id: int = WORDS[0]) -> torch.Tensor:
-    """Returns logits whose likeliest token has about this probability."""
+    """Return logits with about this probability for the likeliest token."""
     row = torch.full((VOCAB_SIZE,), math.log((1 - confidence) / (VOCAB_SIZE - 1) + 1e-30))
     row[token_id] = math.log(confidence)
     return row
 
 
 def write(engine: Engine, request: Request, token_ids: Sequence[int], confidence: float = 0.9) -> None:
-    """Lets a request that is alone, or the only one that matters, write these tokens."""
+    """Make a request write these tokens; it is the only one, or the only one of interest."""
     for token_id in token_ids:
         engine.step({request.key: token_id}, {request.key: row_with(confidence)})
         assert request.output[-1] == token_id
@@ -445,9 +445,9 @@ MODES = pytest.mark.parametrize(
 @pytest.mark.parametrize("bias", [0.0, 5.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_happens_both_are_the_pure_gate_row_for_row(mode: str, is_fed: bool, bias: float, seed: int) -> None:
-    # The manifest never says whether spans are fed: each request does.
+    # The manifest never defines whether spans are fed: each request does.
     found = gate_settings(mode=mode, tau_pause=0.5, tau_abort=0.02 if seed % 2 else 0.0, acoustic_bias=bias)
-    # In place of words like "tone", which a random text does not hold.
+    # In place of words like "tone", absent from a random text.
     found = replace(found, keyword_ids=((WORDS[1], WORDS[2]), (WORDS[3],)) if bias else ())
     engine, chance = Engine(found, seed), random.Random(seed)
     preempted: list[Request] = []
@@ -482,7 +482,7 @@ def test_whatever_happens_both_are_the_pure_gate_row_for_row(mode: str, is_fed: 
             elif gate is not None and draw < 0.10 and not request.num_partial:
                 engine.next_chunk(request, [])
         while engine.free and chance.random() < 0.6:
-            # As in vLLM's queue, those who come back are before those who are new.
+            # As in vLLM's queue, returning requests precede new ones.
             if preempted:
                 request = preempted.pop(chance.randrange(len(preempted)))
                 if request.output and chance.random() < 0.5:
@@ -585,7 +585,7 @@ def test_a_preempted_request_that_wrote_nothing_begins_anew() -> None:
 
 @MODES
 def test_without_its_state_a_request_keeps_its_budget_and_its_place(mode: str, is_fed: bool) -> None:
-    """As a request without a key in the V2 runner, or one that was preempted so long ago that it is forgotten."""
+    """Cover a request without a key in the V2 runner, and one whose state was dropped after a long preemption."""
     found = gate_settings(mode=mode, is_fed=is_fed, tau_pause=0.5, tau_abort=0.0)
     engine = Engine(found)
     request = engine.make(Gate(found), has_key=False)
@@ -594,7 +594,7 @@ def test_without_its_state_a_request_keeps_its_budget_and_its_place(mode: str, i
     engine.step(rows={request.key: row_with(0.2)})
     assert request.output[-1] == OPEN
     engine.stop(request)
-    # V1 is made to forget; the pure gate is told what both read again.
+    # Make V1 drop its state; give the pure gate the tokens read again by both.
     engine.v1.parked.clear()
     engine.update_batch()
     engine.v1.parked.clear()
@@ -655,12 +655,12 @@ def test_with_v1_a_session_keeps_its_window_though_its_reader_hears_no_confidenc
     assert report == pure.report() and report.lowest is not None and report.confidences[0] is not None
     processor.update_state(BatchUpdate(batch_size=0, removed=[0], added=[], moved=[]))
     assert worker.gate_reports(["one", "another"]) == [pure.report(), GateReport()]
-    # Told once, it is forgotten: nothing in the engine grows with requests that are over.
+    # A report is dropped after its first reading, so finished requests leave nothing in the engine.
     assert worker.gate_reports(["one"]) == [GateReport()]
 
 
 def test_a_step_that_was_under_way_when_a_chunk_ended_leaves_no_trace() -> None:
-    """With asynchronous scheduling the engine has begun the next step before it sees that the pause token ends it."""
+    """With asynchronous scheduling the next step starts before the pause token's end of the chunk is known."""
     found = gate_settings(tau_pause=0.5, tau_abort=0.0, is_fed=True)
     engine = Engine(found)
     request = engine.make(Gate(found))
@@ -675,7 +675,7 @@ def test_a_step_that_was_under_way_when_a_chunk_ended_leaves_no_trace() -> None:
 
 
 def test_tokens_that_are_dropped_and_sampled_again_are_told_once() -> None:
-    """Where the prefix cache is reset under a running request, vLLM forgets what is under way, and samples it anew."""
+    """After a reset of the prefix cache under a running request, vLLM drops its tokens and samples them again."""
     engine = Engine(gate_settings())
     request = engine.make(Gate(engine.found))
     engine.start(request, slot=1)
@@ -734,7 +734,7 @@ def test_the_oldest_of_too_many_parked_requests_is_forgotten() -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes which operators run."""
+    """Record of the operators run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -794,7 +794,7 @@ def test_both_force_the_token_of_each_position_and_ban_it_elsewhere(mode: str) -
     request = engine.make(Gate(found))
     engine.start(request)
     write(engine, request, [*REASONING, *WORDS[:2]], confidence=0.2)
-    # Whatever the model is sure of.
+    # Whatever the model prefers.
     for token_id in POSITIONS if mode == "positions" else [OPEN] * 3:
         engine.step({request.key: WORDS[3]}, {request.key: row_with(0.2, WORDS[3])})
         assert request.output[-1] == token_id
@@ -830,6 +830,6 @@ def test_forced_and_banned_logits_are_what_the_decision_says() -> None:
     logits = row_with(0.2)[None]
     hidden = engine.v1.apply(logits.clone())[0]
     banned = {int(token_id) for token_id in (hidden == -math.inf).nonzero()}
-    # Nor the answer's tags: they would end the part of the trace that may pause, in the middle of a span.
+    # The answer's tags are banned too: they would end the part with pauses in the middle of a span.
     assert banned == {OPEN, *TOKENIZER.stop_ids, *TAGS[Section.FINAL_ANSWER]}
     assert found.mode is PauseMode.SAMPLED

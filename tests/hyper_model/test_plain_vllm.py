@@ -1,4 +1,4 @@
-"""A checkpoint served by vLLM's own OpenAI server, without our service: our model class and our gate still work."""
+"""A checkpoint in vLLM's own OpenAI server, without our service, still uses our model class and gate."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_an_evaluation_asks_it_and_reads_traces_or_prose(url: str, tags: str, tm
         assert sum(each.is_right is True for each in judged) >= 2
         assert sum(each.environment_is_right is True for each in judged) >= 2
     else:
-        # Words of every section run into each other: that is what a client of vLLM's own server sees by default.
+        # Words of all sections run together: the default view of a client of vLLM's own server.
         assert all(not reply.parsed.texts and reply.parsed.raw for reply in replies)
     assert evaluation_ask(endpoint, items, kept=tmp_path / "replies.jsonl", use_tqdm=False)[0] == replies
 

@@ -1,4 +1,4 @@
-"""A checkpoint that gets a token for each latent position says what it said before, or is refused with the reason."""
+"""A checkpoint with new position tokens gives the same output as before, or is refused with the reason."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAUSE = {"latent_tokens": 4, "max_pauses": 2, "tau_pause": 0.7}
 
 @pytest.fixture(scope="module", params=[0, 1, 10], ids=["no-padding", "little-padding", "padding"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint and what is made of it; its embedding may have rows for some of the new tokens already."""
+    """A checkpoint and its conversion; its embedding may already have rows for some of the new tokens."""
     folder = tmp_path_factory.mktemp("positions")
     build_random_checkpoint(folder / "before", num_padding_rows=request.param, manifest_fields={"pause": PAUSE})
     (folder / "before/README.md").write_text("# A model card")

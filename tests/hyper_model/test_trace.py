@@ -1,4 +1,4 @@
-"""Text stays text, markup stays markup, and a rendered trace reads back as it was."""
+"""Text stays text, markup stays markup, and a rendered trace is parsed to the same trace."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from hyper_model.trace import (
     train_tokenizer,
 )
 
-unhurried = settings(deadline=None)  # other work may keep the cores busy
-# Tags in the training text give merges such as "ANSWER", which is what a forged tag would be made of.
+unhurried = settings(deadline=None)  # other work may occupy the cores
+# Tags in the training text give merges such as "ANSWER", the building blocks of a forged tag.
 TEXTS = [
     "Who says rain? <FINAL_ANSWER> B. two </THINK> <|AUDIO|> the rain and the engine",
     "naïve café 日本語 <PAUSE>",
@@ -46,14 +46,14 @@ TOKENIZER = TraceTokenizer(train_tokenizer(TEXTS, vocab_size=420))
 
 
 def positioned(latent_tokens: int) -> TraceTokenizer:
-    """Makes a tokenizer with tokens for so many positions of a pause."""
+    """Return a tokenizer with one token per position of a pause."""
     tokenizer = train_tokenizer(TEXTS, 420)
     add_position_tokens(tokenizer, latent_tokens)
     return TraceTokenizer(tokenizer)
 
 
 POSITIONED = positioned(4).with_positions(4)
-# U+212A is a K and U+2260 a "=" with a stroke once NFC has seen them; U+0338 is that stroke.
+# Under NFC, U+212A becomes K and U+2260 becomes "=" with a stroke; U+0338 is the stroke.
 HOSTILE_TEXT = st.lists(
     st.one_of(
         st.sampled_from([*MARKUP, *'<>/\\|: \n"\u212a\u0338\u0301', "<THIN\u212a>", "</THIN\u212a>", "<\\ENV>", "日"]),
@@ -251,7 +251,7 @@ def test_plain_text_tags_open_with_the_tokens_of_their_text() -> None:
 
 
 def plain_tokenizer() -> Tokenizer:
-    """Makes a stock Qwen2-Audio tokenizer in small: turn and audio marks are tokens, tags are text."""
+    """Return a small version of the stock Qwen2-Audio tokenizer: turn and audio marks are tokens, tags are text."""
     shape = json.loads(train_tokenizer(TEXTS, 420).to_str())
     shape["added_tokens"] = [token for token in shape["added_tokens"] if "|" in token["content"]]
     return Tokenizer.from_str(json.dumps(shape))

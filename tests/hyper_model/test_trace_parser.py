@@ -1,4 +1,4 @@
-"""Whatever a model writes is read without an error, and what we write reads back as it was."""
+"""Any model output is parsed without an error, and rendered traces are parsed to the same traces."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ from hyper_model.trace_parser import (
     parse_text,
 )
 
-unhurried = settings(deadline=None)  # other work may keep the cores busy
+unhurried = settings(deadline=None)  # other work may occupy the cores
 TOKEN = TraceTokenizer(train_tokenizer(["<FINAL_ANSWER> B. two </THINK> the rain and the engine <ENV>"] * 20, 420))
 
 
 def text_tokenizer() -> TraceTokenizer:
-    """Makes a tokenizer as adopted checkpoints have it: turn and audio marks are tokens, tags and pauses are text."""
+    """Return a tokenizer like an adopted checkpoint's: turn and audio marks are tokens, tags and pauses are text."""
     shape = json.loads(TOKEN.tokenizer.to_str())
     shape["added_tokens"] = [token for token in shape["added_tokens"] if "|" in token["content"]]
     return TraceTokenizer(Tokenizer.from_str(json.dumps(shape)), TagStyle.TEXT)
@@ -61,14 +61,14 @@ TEXT = text_tokenizer()
 
 
 def positioned_tokenizer() -> TraceTokenizer:
-    """Makes a tokenizer with a token for each of a pause's four positions."""
+    """Return a tokenizer with one token for each of a pause's four positions."""
     tokenizer = Tokenizer.from_str(TOKEN.tokenizer.to_str())
     add_position_tokens(tokenizer, 4)
     return TraceTokenizer(tokenizer).with_positions(4)
 
 
 POSITIONED = positioned_tokenizer()
-# Both begin with the byte alphabet: one token for each byte, from which any text can be spelt.
+# Both begin with the byte alphabet: one token per byte, enough to spell any text.
 BYTE_IDS = {TOKEN.token_bytes(token_id)[0]: token_id for token_id in range(256)}
 STRICT = (
     "<THINK><PLANNING>p</PLANNING><CAPTION><ENV>rain</ENV><SPEAKER></SPEAKER><ASR></ASR></CAPTION>"
@@ -102,7 +102,7 @@ strict_traces = st.builds(
     reflection=st.none() | canonical_texts,
     final_answer=canonical_texts,
 )
-# Every id of the vocabulary, special ones as often as words, and ids that no vocabulary has.
+# All ids of the vocabulary, special ones as often as words, and ids outside every vocabulary.
 token_ids = st.lists(
     st.one_of(
         st.sampled_from(sorted(POSITIONED.special_ids)),
@@ -412,7 +412,7 @@ def test_a_pause_with_a_token_for_each_position_is_one_pause_and_invisible() -> 
         assert parsed.section_num_tokens == {Section.ENV: len(opening) + len(closing) - 4}
     twice = parse([*opening, *span, *span, *span[:2], *closing], POSITIONED, latent_tokens=4)
     assert twice.pauses == (PauseSeen(Section.ENV, 4), PauseSeen(Section.ENV, 4), PauseSeen(Section.ENV, 2))
-    # Those who do not know of positions see control tokens, and show them as little.
+    # A tokenizer without positions treats them as control tokens and hides them too.
     assert parse([*opening, *span, *closing], TraceTokenizer(POSITIONED.tokenizer)).raw == twice.raw
 
 
@@ -473,7 +473,7 @@ def test_reading_costs_the_same_for_each_token(tokenizer: TraceTokenizer, unit: 
         return time.process_time() - start_s
 
     small_s = min(cost_s(1000) for _ in range(3))
-    # 16 times as much would be 256 times as dear if it were quadratic.
+    # If it were quadratic, 16 times as much would take 256 times as long.
     assert min(cost_s(16_000) for _ in range(3)) < 64 * small_s
 
 

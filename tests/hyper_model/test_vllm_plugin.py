@@ -1,6 +1,6 @@
-"""What holds of the Qwen2-Audio class that takes the place of vLLM's own: lengths, refusals, and the same answers.
+"""The unpadded Qwen2-Audio class in vLLM: lengths, refusals, and the same answers.
 
-Most of it needs vLLM's processor alone; one test starts an engine, in a process of its own.
+Most tests need vLLM's processor only; one starts an engine in its own process.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CLIPS = ("environment-only.wav", "one-voice-count.ogg", "two-voices-last.webm", 
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    """vLLM's processor of the embedded checkpoint, found as the engine finds it."""
+    """vLLM's processor of the embedded checkpoint, found as in the engine."""
     prepare_environment()
     with warnings.catch_warnings():
-        # torch and vLLM deprecate parts of themselves as they are imported.
+        # torch and vLLM raise deprecation warnings at import.
         warnings.simplefilter("ignore")
         from vllm.config import ModelConfig
         from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -54,7 +54,7 @@ def noise(num_samples: int, seed: int = 0) -> np.ndarray:
 
 
 def process(processor: Any, clips: Any, prompt: Sequence[int] | None = None) -> Any:
-    """Returns what vLLM hands to its engine for a prompt about some clips."""
+    """Return vLLM's engine input for a prompt about some clips."""
     prompt = prompt or [1, *([processor.audio_token_id, 2] * len(clips))]
     return processor(prompt=list(prompt), mm_items=processor.info.parse_mm_data({"audio": clips}))
 
@@ -92,7 +92,7 @@ def test_clips_of_one_prompt_keep_their_own_lengths(processor: Any) -> None:
 
 
 def test_the_number_of_tokens_is_that_of_vllms_own_class(processor: Any) -> None:
-    """Around the borders of frames, states and tokens."""
+    """Test the borders of frames, states and tokens."""
     from vllm.model_executor.models.qwen2_audio import (
         Qwen2AudioDummyInputsBuilder,
         Qwen2AudioMultiModalProcessor,
@@ -179,7 +179,7 @@ if __name__ == "__main__":
 
 
 def test_vllm_answers_as_transformers_does_with_padding(tmp_path: Path) -> None:
-    """Whole greedy traces, in float32: the same token ids; and the clips of a step reach the tower in one call."""
+    """Whole greedy traces in float32 have the same token ids; the clips of a step reach the tower in one call."""
     tokenizer = open_checkpoint(CHECKPOINT).tokenizer
     (stop,) = tokenizer.stop_ids[:1]
     clips = [decode((ROOT / "tests/assets/clips" / name).read_bytes()).samples_S for name in CLIPS]
@@ -195,7 +195,7 @@ def test_vllm_answers_as_transformers_does_with_padding(tmp_path: Path) -> None:
     (tmp_path / "ask.py").write_text(ASK)
     ran = subprocess.run(
         [sys.executable, str(tmp_path / "ask.py"), str(tmp_path / "job.json")],
-        # apply_model takes a function, which vLLM pickles only when told that it may.
+        # apply_model takes a function, and vLLM pickles it only with this permission.
         env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
         cwd=ROOT,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Keys: what a key file may hold, how it changes under a running service, and that every address asks for one."""
+"""API keys: valid key files, changes under a running service, and authentication of every path."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def secrets(key_file: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def guarded(key_file: Path, secrets: dict[str, str]) -> Iterator[Live]:
-    """A service that asks for keys."""
+    """Service with authentication."""
     with running(scripted(key_file=key_file)) as service:
         yield service
 
@@ -72,7 +72,7 @@ def test_a_key_opens_and_is_named_in_the_log_but_never_shown(
 
     with caplog.at_level("INFO"):
         assert ask(guarded, secrets["anna"]).status_code == 200
-        # It is written when the reply has left; its reader may be faster.
+        # It is written after the reply, so the client may be faster.
         wait_for(lambda: bool(lines()))
     (record,) = lines()
     assert vars(record)["key"] == "anna"
@@ -82,7 +82,7 @@ def test_a_key_opens_and_is_named_in_the_log_but_never_shown(
 
 
 def test_without_a_key_no_address_answers(guarded: Live, secrets: dict[str, str]) -> None:
-    """Every route and what looks like one, by every method, under several hosts, with no key and with a wrong one."""
+    """Try every route and similar paths, by every method, under several hosts, without a key and with a wrong one."""
     app = guarded.server.config.loaded_app
     routes = {route.path for route in guarded_routes(guarded)}
     assert {"/v1/audio/qa", "/v1/info", "/metrics", "/docs", "/openapi.json", *PUBLIC_PATHS} <= routes
@@ -108,7 +108,7 @@ def test_without_a_key_no_address_answers(guarded: Live, secrets: dict[str, str]
 
 
 def guarded_routes(service: Live) -> list[Route]:
-    """Lists the routes of an application like the running one."""
+    """Return the routes of an application like the running one."""
     app = create_app(service.service.settings)
     app.state.service.pool.shutdown()
     found: list[Route] = []

@@ -1,4 +1,4 @@
-"""`hyper serve` and `hyper ask` as processes: readiness line, signals, exit codes, and what a person sees."""
+"""`hyper serve` and `hyper ask` as processes: readiness line, signals, exit codes and output."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_ask_says_that_another_service_answers(clip: Path, body: bytes, options:
 
 
 def assert_one_line(result: Result, named: str) -> None:
-    """Checks that a command ended with one line that names this."""
+    """Check that a command ended with one line and this text in it."""
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result
     lines = result.output.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], result.output
@@ -182,7 +182,7 @@ def assert_one_line(result: Result, named: str) -> None:
 
 @contextlib.contextmanager
 def answering(body: bytes) -> Iterator[str]:
-    """Answers one request with 200 and this body, whatever was asked."""
+    """Answer one request with 200 and this body, whatever its content."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -204,7 +204,7 @@ def answering(body: bytes) -> Iterator[str]:
 
 def test_a_clip_that_finds_no_room_on_the_disk_is_refused_until_there_is_some() -> None:
     with serve_process(SCRIPTED) as (process, url):
-        # The kernel fails the write as it does on a full disk; only clips of more than 1 MiB are written.
+        # The kernel fails the write as on a full disk; only clips of more than 1 MiB are written.
         kept = resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (65536, -1))
         reply = httpx.post(f"{url}/v1/audio/qa", data={"question": "What?"}, files={"file": ("clip", tone(40.0))})
         error = reply.json()["error"]

@@ -1,4 +1,4 @@
-"""Connections before there is a request: heads that do not come, that are too much, or that are no HTTP."""
+"""Connections before a request: heads that are late, too large, or not HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.serving import Live, running, scripted, wait_for
 
 @pytest.fixture(scope="module")
 def strict() -> Iterator[Live]:
-    """A service with little patience and few connections."""
+    """Service with short timeouts and few connections."""
     with running(scripted(head_timeout_s=0.4, upload_idle_timeout_s=0.4, max_connections=40)) as service:
         yield service
 
@@ -31,7 +31,7 @@ def connected(service: Live) -> Iterator[socket.socket]:
 
 
 def reply_to(service: Live, *parts: bytes, pause_s: float = 0.0) -> tuple[bytes, float]:
-    """Sends the parts and returns everything until the connection closes, and the seconds that took."""
+    """Send the parts; return everything until the connection closes, and the seconds it took."""
     started_s = time.monotonic()
     received = b""
     with connected(service) as connection, contextlib.suppress(ConnectionError):
@@ -149,7 +149,7 @@ def test_what_is_no_http_is_a_bad_request_and_never_an_error_of_ours(strict: Liv
 
 
 def num_closed(connections: Iterable[socket.socket]) -> int:
-    """Counts those that the service has closed."""
+    """Return the number of connections closed by the service."""
     found = 0
     for connection in connections:
         connection.setblocking(False)
@@ -163,7 +163,7 @@ def num_closed(connections: Iterable[socket.socket]) -> int:
 
 
 def test_connections_beyond_the_bound_are_dropped_and_the_others_served() -> None:
-    # Patient: who was let in must not be closed for a late head before all is counted.
+    # A long timeout: accepted connections must not be closed for a late head during the count.
     with running(scripted(max_connections=40)) as service:
         with contextlib.ExitStack() as stack:
             connections = [stack.enter_context(connected(service)) for _ in range(80)]

@@ -1,4 +1,4 @@
-"""The error tree: what callers may catch, read and send between processes."""
+"""The error tree: catching, reading and pickling errors."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Lines: who goes first, what happens to those who leave, and what a wait is foretold to be."""
+"""The limiter: order of requests, cancellation, and predicted waiting times."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_place_that_is_given_to_somebody_who_leaves_goes_on() -> None:
         second = asyncio.create_task(line.take("interactive"))
         await asyncio.sleep(0)
         line.give()
-        # The place is the first one's now, but it has not woken yet.
+        # The place is now the first one's, but its task has not run yet.
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         async with asyncio.timeout(1):
@@ -132,7 +132,7 @@ def test_a_request_that_would_wait_too_long_is_refused_before_its_body() -> None
                 reply = connection.recv(65536).decode()
             assert time.monotonic() - started_s < 1
             assert reply.startswith("HTTP/1.1 503") and '"overloaded"' in reply
-            # Thirty seconds of work less the five that it may wait, and a place's time, spread by a quarter.
+            # Thirty seconds of work less the five permitted, and a place's time, spread by a quarter.
             (retry_after,) = re.findall(r"retry-after: (\d+)\r", reply)
             assert 55 <= int(retry_after) <= 60
         service.service.limiter.work_s = 0.1
@@ -146,7 +146,7 @@ def test_a_deadline_before_its_turn_is_refused_before_decoding() -> None:
         reply = ask(service, timeout_ms=2000)
         assert_error(reply, 503, "overloaded")
         assert int(reply.headers["retry-after"]) >= 1
-        # Its stages are counted when it has been answered.
+        # Its stages are counted after its reply.
         wait_for(lambda: service.metric("hyper_rejected_total", reason="overloaded") == 1)
         assert service.metric("hyper_stage_seconds_count", stage="decode") == decoded
 
@@ -173,7 +173,7 @@ def test_the_interactive_overtake_batch_in_the_engines_line() -> None:
                 thread.start()
                 threads.append(thread)
                 wait_for(lambda number=number: service.service.limiter.num_waiting == number + 1)
-            # Fast, but slow enough for the clients to see one after the other.
+            # Fast, but slow enough to separate the clients in time.
             service.service.engine.token_interval_s = 0.005  # pyright: ignore
             for thread in threads:
                 thread.join()
@@ -212,13 +212,13 @@ def test_a_client_that_leaves_the_line_leaves_no_trace() -> None:
 
 
 def leave(service: Live) -> None:
-    """Asks, and hangs up half a second later."""
+    """Send a question, and close the connection half a second later."""
     with contextlib.suppress(httpx.ReadTimeout):
         ask(service, timeout_s=0.5)
 
 
 def test_every_request_is_accounted_for_under_overload() -> None:
-    """Clients and counters agree, whoever is refused, answered or gone."""
+    """Clients and counters agree on refused, answered and cancelled requests."""
     with running(scripted(max_num_seqs=2, max_in_flight=6, scripted_token_interval_s=0.0005)) as service:
         statuses: list[int] = []
         refused_ms: list[float] = []
@@ -251,7 +251,7 @@ def test_every_request_is_accounted_for_under_overload() -> None:
         print(
             f"overload_rejection_ms p50 {refused_ms[len(refused_ms) // 2]:.0f} p99 {refused_ms[-1]:.0f}, unaccounted 0"
         )
-        # A client may leave just as its answer is on its way.
+        # A client may leave just as its answer is being sent.
         assert sum(counted.values()) == len(statuses) == 72
         assert statuses.count(200) <= counted[200] and statuses.count(503) <= counted[503]
         assert service.service.limiter.num_working == 0 and service.service.decode_limiter.num_working == 0
@@ -263,7 +263,7 @@ def outcome(service: Live, name: str) -> int:
 
 
 class busy:  # noqa: N801
-    """Holds places in the engine for as long as the block lasts, unless `fast` lets them go."""
+    """Context in which places in the engine are occupied, unless `fast` releases them."""
 
     def __init__(self, service: Live, count: int) -> None:
         self.service = service

@@ -1,4 +1,4 @@
-"""The edge: request ids, the body limit while the body arrives, slow uploads, and the last-resort error."""
+"""The middleware: request ids, the body limit during upload, slow uploads, and the last-resort error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEBIBYTE = 1024 * 1024
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[Live]:
-    """A service with room for clips of 1 MiB, and little patience."""
+    """Service with room for clips of 1 MiB, and short timeouts."""
     settings = scripted(max_audio_bytes=MEBIBYTE, upload_idle_timeout_s=0.3, upload_timeout_s=1.0)
     with running(settings) as service:
         yield service
@@ -141,24 +141,24 @@ def test_headers_without_end_are_refused(live: Live) -> None:
     ],
 )
 def test_an_open_service_does_not_answer_to_a_domain(live: Live, host: str, status: int) -> None:
-    """A page from that domain would run in the browser of somebody on this machine."""
+    """A page of such a domain would run in a browser on this machine."""
     assert live.client.get("/v1/info", headers={"host": host}).status_code == status
 
 
 class BrokenEngine(ScriptedEngine):
-    """Works until `breaks` is set, and then fails in a way that nobody foresaw."""
+    """Engine with an unexpected failure once `breaks` is set."""
 
     breaks = False
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Yields the script, or fails."""
+        """Yield the script, or fail."""
         if self.breaks:
             raise ZeroDivisionError("secret: /srv/models/key")
         async for chunk in super().generate(request):
             yield chunk
 
     async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
-        """Scores the candidates."""
+        """Score the candidates."""
         return await super().score(request, candidates)
 
 
@@ -179,7 +179,7 @@ def test_an_unforeseen_error_tells_the_client_nothing(caplog: pytest.LogCaptureF
 def test_the_log_has_one_json_line_a_request_and_no_words_of_it(live: Live, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         reply = live.ask(question="Where is the treasure buried?", choices=["under the oak", "in the cellar"])
-        # It is written when the reply has left; its reader may be faster.
+        # It is written after the reply, so the client may be faster.
         wait_for(lambda: any(each.name == "hyper.access" for each in caplog.records))
     assert reply.status_code == 200
     lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
@@ -191,7 +191,7 @@ def test_the_log_has_one_json_line_a_request_and_no_words_of_it(live: Live, capl
 
 @contextlib.contextmanager
 def raw_post(service: Live, *headers: str) -> Iterator[socket.socket]:
-    """Opens a connection and sends the head of a POST."""
+    """Open a connection and send the head of a POST."""
     address = service.server.servers[0].sockets[0].getsockname()
     head = ["POST /v1/audio/qa HTTP/1.1", "host: test", "content-type: application/json", *headers]
     with socket.create_connection(address, timeout=10) as connection:

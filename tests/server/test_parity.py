@@ -1,8 +1,7 @@
-"""The service says what the model says: its tokens and scores are those of a plain loop over transformers' model.
+"""The service's tokens and scores equal those of a plain loop over transformers' model.
 
-Twenty clips, greedy, in float32, on the embedded checkpoint with a gate that pauses three times a trace. The loop
-shares nothing with the service but the prompt and the gate: the padded features, the encoder, the attention and the
-cache are transformers' own.
+Twenty clips, greedy, in float32, on the embedded checkpoint with a gate of three pauses per trace. The loop shares only
+the prompt and the gate with the service. Padded features, encoder, attention and cache are transformers' own.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def clips() -> list[tuple[Waveform, str, tuple[str, ...]]]:
 
 
 class PlainLoop:
-    """Greedy decoding, a token a step and a span a chunk, by transformers alone."""
+    """Greedy decoding with transformers alone, one token per step and one span per chunk."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -54,7 +53,7 @@ class PlainLoop:
         self.settings = settings
 
     def embeds(self, waveform: Waveform, token_ids: list[int]) -> torch.Tensor:
-        """Embeds a prompt, with the clip's states where its placeholder stands: [1, T, H]."""
+        """Return the embeddings of a prompt, with the clip's states at its placeholder: [1, T, H]."""
         model, audio_id = self.model, self.checkpoint.tokenizer.audio_id
         features = self.extractor(
             waveform.samples_S,
@@ -77,7 +76,7 @@ class PlainLoop:
         return torch.cat([embed(before), audio, embed(after)], dim=1)
 
     def logits(self, embeds: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Returns the logits behind each of the tokens, [T, V]; the cache grows by them."""
+        """Return the logits after each of the tokens, [T, V], and extend the cache by them."""
         decoder = self.model.model.language_model
         start = cache.get_seq_length()
         positions = torch.arange(start, start + embeds.shape[1])[None]
@@ -89,7 +88,7 @@ class PlainLoop:
 
     @torch.inference_mode()
     def write(self, waveform: Waveform, prompt: list[int], stop: set[int]) -> list[int]:
-        """Writes a completion with its spans, the stop token included."""
+        """Return a completion with its spans, the stop token included."""
         gate, cache, written = Gate(self.settings), DynamicCache(), list[int]()
         row = self.logits(self.embeds(waveform, prompt), cache)[-1]
         for _ in range(MAX_TOKENS):
@@ -108,7 +107,7 @@ class PlainLoop:
 
     @torch.inference_mode()
     def score(self, waveform: Waveform, prompt: list[int], candidates: list[list[int]]) -> list[float]:
-        """Returns the log-probability of each candidate behind a prompt."""
+        """Return the log-probability of each candidate after a prompt."""
         totals: list[float] = []
         for candidate in candidates:
             cache = DynamicCache()
@@ -120,7 +119,7 @@ class PlainLoop:
 
 @pytest.fixture(scope="module")
 def positioned_host(pausing_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmHost]:
-    """Where tests get the engine from on the same checkpoint with a token for each position of a pause."""
+    """Host of the engine on the same checkpoint with one token per position of a pause."""
     directory = tmp_path_factory.mktemp("positions") / "hyper-mini"
     give_positions(pausing_checkpoint, directory)
     host = VllmHost(directory)
@@ -139,7 +138,7 @@ def loop(host: VllmHost) -> PlainLoop:
 
 
 def ask(host: VllmHost, waveform: Waveform, prompt: list[int], choices: tuple[str, ...]) -> tuple[QaRun, QaReply]:
-    """Asks the running service's own path; HTTP adds nothing to tokens and scores."""
+    """Ask through the running service's code; HTTP adds nothing to tokens and scores."""
     live = host.live()
     question = Question(choices, tuple(prompt), max_tokens=MAX_TOKENS, max_pauses=PAUSING["max_pauses"])
     run = QaRun(live.service, RequestContext("parity", is_body_complete=True), question, waveform)
@@ -156,7 +155,7 @@ def test_twenty_clips_get_the_tokens_and_the_scores_of_a_plain_loop(host: VllmHo
         stop = {*tokenizer.stop_ids, opens_answer if choices else closes_answer}
         written = loop.write(waveform, prompt, stop)
         if written[-1] in tokenizer.stop_ids:
-            del written[-1]  # It ends a turn and is no part of the trace.
+            del written[-1]  # It ends a turn and is not part of the trace.
         assert run.written[: len(written)] == written, question
         num_pauses.append(reply.pause.count)
         assert reply.usage.pause_tokens == reply.pause.count * PAUSING["latent_tokens"]

@@ -1,4 +1,4 @@
-"""The budget of `pause=auto`: less when the deadline or the queue says so, and never what a request fixed."""
+"""The budget of `pause=auto`: smaller for a short deadline or a long queue, and never below a request's own value."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_answer_that_missed_its_deadline_is_remembered_as_long() -> None:
     pace.record_late(2.0, [])
     assert pace.budget(3, left_s=2.0, **NO_QUEUE) == Budget(0, "deadline")
     pace = learned(trace_s=5.0)
-    # Cut short after a second it says nothing new: a whole one takes that long or longer.
+    # An answer cut after a second adds nothing: a complete one takes at least as long.
     pace.record_late(1.0, [])
     assert pace.trace_s == 5.0
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""What a key may use: rates, places and seconds of audio, each refused by name with a time to come again."""
+"""Quotas of a key: rate, concurrency and seconds of audio, each refused with its name and a time to retry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.serving import QUESTION, Live, assert_error, running, scripted, tone
 
 
 def tenant(**limits: Any) -> Tenant:
-    """Makes the account of a key with these limits."""
+    """Return the account of a key with these limits."""
     return Tenant(keys.Key(name="a", sha256="0" * 64, starts="hyp_", created="2026-01-01T00:00:00Z", **limits))  # pyright: ignore
 
 
@@ -74,7 +74,7 @@ def test_seconds_of_audio() -> None:
     account.charge(60.0)
     fault = refusal(lambda: account.charge(60.0))
     assert (fault.code, fault.limit) == ("audio_quota_exceeded", 100.0)
-    # Twenty seconds of a hundred a day.
+    # Twenty seconds of a hundred per day.
     assert fault.retry_after_s == pytest.approx(0.2 * 86_400, rel=0.01)
     account.charge(40.0)
     assert refusal(lambda: enter(account)).code == "audio_quota_exceeded"
@@ -134,7 +134,7 @@ def test_limits_hold_over_http_and_for_their_own_key_alone(tmp_path: Path) -> No
 
 
 def second_of(name: str, ask: Callable[[str], httpx.Response], service: Live) -> None:
-    """Asks twice at once, of which one is too many."""
+    """Send two requests at once, one above the limit."""
     assert isinstance(service.service.engine, ScriptedEngine)
     service.service.engine.token_interval_s = 0.002
     replies: list[httpx.Response] = []

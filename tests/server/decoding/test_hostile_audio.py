@@ -1,4 +1,4 @@
-"""A thousand broken clips and a hundred traps, through the whole service: refused or answered, and nothing else."""
+"""A thousand broken clips and a hundred traps, through the whole service: each is refused or answered."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.serving import QUESTION, Live, running, scripted, wav
 NUM_MUTANTS = 1000
 SEED = 20261125
 ALLOWED = {200, 400, 413, 415, 422}
-# Most take 20 ms; the rest is patience with a machine that does other work.
+# Most take 20 ms; the rest is tolerance for a busy machine.
 PATIENCE_S = 10.0
 
 
@@ -68,7 +68,7 @@ def test_a_thousand_broken_clips_are_refused_or_answered(service: Live, good: di
     print(f"hostile_audio_5xx {sum(count for status, count in statuses.items() if status >= 500)}")
     assert not wrong, wrong[:5]
     assert sum(statuses.values()) == NUM_MUTANTS
-    # Else the mutants would test nothing.
+    # Otherwise the mutants would test nothing.
     assert statuses[200] > 50 and statuses[400] > 300, statuses
     assert service.metric("hyper_decoder_deaths_total") <= NUM_MUTANTS / 100
     service.wait_until_idle()
@@ -104,7 +104,7 @@ def test_traps_fetch_nothing_read_nothing_and_take_no_time(
 
 
 def test_clips_that_take_all_decoders_do_not_stop_probes_and_small_requests(service: Live) -> None:
-    """Liveness answers at once while every decoder is busy."""
+    """Liveness probes get an immediate reply while every decoder is busy."""
     long = wav(np.zeros(55 * 16_000, np.float32))
     threads = [
         threading.Thread(

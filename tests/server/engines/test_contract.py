@@ -1,4 +1,4 @@
-"""What every engine promises, asked of each of them: the scripted one, and vLLM on a tiny random checkpoint."""
+"""The contract of every engine, tested with the scripted one and with vLLM on a tiny random checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLIP = CLIPS / "one-voice.mp3"
 
 @pytest.fixture(params=["scripted", "vllm"])
 def host(request: pytest.FixtureRequest, live: Live, vllm_host: VllmHost) -> Iterator[Live]:
-    """A running service whose engine is under test."""
+    """Running service over the engine under test."""
     service = live if request.param == "scripted" else vllm_host.live()
     yield service
     service.wait_until_idle()
@@ -45,14 +45,14 @@ def clip(duration_s: float = 1.0, hertz: float = 300.0) -> np.ndarray:
 
 
 def ask(host: Live, max_tokens: int = 24, duration_s: float = 1.0, **fields: object) -> GenerationRequest:
-    """Makes a request of its own id."""
+    """Return a request with its own id."""
     prompt = build_prompt(host.service.checkpoint.tokenizer, "What is heard?", ("one", "two"))
     request = GenerationRequest(f"contract-{next(NUMBERS)}", prompt, (clip(duration_s),), max_tokens, cache_salt="test")
     return dataclasses.replace(request, **fields)  # pyright: ignore
 
 
 def collect(host: Live, request: GenerationRequest) -> list[TokenChunk]:
-    """Reads a completion to its end."""
+    """Read a completion to its end."""
 
     async def read() -> list[TokenChunk]:
         async with aclosing(host.service.engine.generate(request)) as chunks:
@@ -190,7 +190,7 @@ def test_many_at_once_do_not_mix(host: Live, engine: Engine) -> None:
 
 @pytest.fixture(params=["scripted", "vllm"])
 def pausing(request: pytest.FixtureRequest, live: Live) -> Iterator[Live]:
-    """A running service whose engine wants to pause in the clip of `ask_pausing`."""
+    """Running service over an engine with a pause in the clip of `ask_pausing`."""
     service = live if request.param == "scripted" else request.getfixturevalue("pausing_host").live()
     yield service
     service.wait_until_idle()
@@ -198,7 +198,7 @@ def pausing(request: pytest.FixtureRequest, live: Live) -> Iterator[Live]:
 
 @pytest.fixture
 def pausing_vllm(pausing_host: VllmHost) -> Iterator[Live]:
-    """The same over vLLM alone, for what only a real engine has: a key-value cache and metrics of its own."""
+    """The same over vLLM alone, for properties of a real engine: a key-value cache and metrics of its own."""
     service = pausing_host.live()
     yield service
     service.wait_until_idle()
@@ -210,7 +210,7 @@ def gate_of(host: Live) -> GateSettings:
 
 
 def ask_pausing(host: Live, max_tokens: int = 400, **fields: object) -> GenerationRequest:
-    """Asks about silence, where the script pauses, or about a voice, where the gate of the real engine does."""
+    """Return a request about silence, with a scripted pause, or about a voice, with a pause by the real gate."""
     is_scripted = host.service.settings.engine == "scripted"
     samples_S = np.zeros(SAMPLE_RATE_HZ, np.float32) if is_scripted else decode(CLIP.read_bytes()).samples_S
     prompt = build_prompt(host.service.checkpoint.tokenizer, "What is heard?")
@@ -291,7 +291,7 @@ def test_vllm_counts_the_time_of_a_pausing_request_from_its_arrival(pausing_vllm
     before, started_s = total_s(), time.monotonic()
     num_chunks = 1 + len(spans(collect(pausing_vllm, ask_pausing(pausing_vllm))))
     took_s = time.monotonic() - started_s
-    # vLLM counts a step behind its output, so the last reply may be read before it is counted.
+    # vLLM counts a step after its output, so the last reply may arrive before its count.
     while (counted_s := total_s() - before) == 0 and time.monotonic() - started_s < took_s + 10:
         time.sleep(0.05)
     assert 0 < counted_s <= num_chunks * took_s

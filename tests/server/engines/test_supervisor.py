@@ -1,4 +1,4 @@
-"""Tests for server/engines/supervisor.py; what it does with real vLLM is in test_engine_vllm.py."""
+"""Tests for server/engines/supervisor.py with simulated engines; test_vllm.py has the tests with real vLLM."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_idle_engine_that_hangs_is_found_too(monkeypatch: pytest.MonkeyPatch)
 
 
 class SickEngine(ScriptedEngine):
-    """Dies or gets stuck on one clip, and starts only so many times."""
+    """Engine that dies or hangs on one clip, and starts a limited number of times."""
 
     deadly_samples = 16_000 * 2
     num_starts = 100
@@ -59,7 +59,7 @@ class SickEngine(ScriptedEngine):
     is_stuck = False
 
     async def start(self) -> None:
-        """Starts, as long as it may."""
+        """Start, up to the limit."""
         self.num_starts -= 1
         if self.num_starts < 0:
             raise RuntimeError("no memory")
@@ -67,13 +67,13 @@ class SickEngine(ScriptedEngine):
         await super().start()
 
     async def pace(self, ended: asyncio.Event) -> None:
-        """Takes for ever when it is stuck."""
+        """Wait forever while hung."""
         if self.is_stuck:
             await ended.wait()
         await super().pace(ended)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Ends its life, or its work, when it meets the clip."""
+        """Die or hang at the clip."""
         async with contextlib.aclosing(super().generate(request)) as chunks:
             async for chunk in chunks:
                 if len(request.clips) and len(request.clips[0]) == self.deadly_samples:
@@ -152,7 +152,7 @@ def test_a_drain_during_a_restart_ends_well(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock set by hand."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -216,7 +216,7 @@ def test_a_ban_ends_and_memory_is_bounded() -> None:
             quarantine.renew()
             async with quarantine.enter("a"):
                 quarantine.record_failure()
-                # As in the service: the clip that was in there does not come out well.
+                # As in the service: the request with the clip fails.
                 held = dict(quarantine.suspects)
             quarantine.suspects.update(held)
         with pytest.raises(PoisonedClipError):

@@ -1,4 +1,4 @@
-"""The service over vLLM: an untrained model behind the real engine, its metrics, its death and a clean end."""
+"""The service over vLLM with an untrained model: the engine, its metrics, its death and a clean shutdown."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_all_of_the_window_is_heard(live_vllm: Live) -> None:
 
 
 def test_a_client_that_leaves_frees_the_engine(live_vllm: Live) -> None:
-    # Without the gate: its loop guard would soon give up what an untrained model writes.
+    # Without the gate: its loop guard would soon abort the text of an untrained model.
     fields = {"question": "What?", "max_tokens": "900", "pause": "off"}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{live_vllm.url}/v1/audio/qa", data=fields, files={"file": ("clip", tone())}, timeout=0.4)
@@ -68,7 +68,7 @@ def test_the_metrics_of_the_engine_pass_through(live_vllm: Live) -> None:
     text = live_vllm.client.get("/metrics").text
     assert "vllm:num_requests_running" in text and "vllm:prefix_cache_queries_total" in text
     assert 'hyper_build_info{checkpoint="random-tiny",dtype="float32",engine="vllm"' in text
-    # Those that the dashboard and the alerts ask for: vLLM renames its figures now and then.
+    # Metrics used by the dashboard and the alerts; vLLM renames its metrics now and then.
     wanted = {name for path in WATCHING for name in re.findall(r"vllm:\w+", (ROOT / path).read_text(encoding="utf-8"))}
     exported = set(re.findall(r"^(vllm:\w+)[ {]", text, flags=re.MULTILINE))
     assert len(wanted) >= 5 and wanted <= exported
@@ -86,7 +86,7 @@ def test_what_the_engine_took_is_told_apart(live_vllm: Live) -> None:
     clip = tone(12.0, hertz=321.0)
     for _ in range(2):
         assert live_vllm.ask(clip, max_tokens=8, choices=CHOICES).status_code == 200
-    # Counted when a request has been answered.
+    # Counted after a request's reply.
     wait_for(lambda: total("stage_seconds_count", stage="score") == num_scored + 2)
     took = {stage: total("stage_seconds_sum", stage=stage) - seconds for stage, seconds in before.items()}
     assert (
@@ -135,7 +135,7 @@ def test_an_engine_that_is_killed_or_hangs_is_started_again(vllm_host: VllmHost,
             found: list[tuple[httpx.Response, float]] = []
 
             def ask(found: list[tuple[httpx.Response, float]] = found) -> None:
-                # Again and again, as an answer may be short: the engine always has something to do when it is struck.
+                # Repeatedly, as an answer may be short: the engine must be busy when it is killed.
                 while (reply := post(url, max_tokens=1900, pause="off")).status_code == 200:
                     pass
                 found.append((reply, time.monotonic()))
@@ -181,7 +181,7 @@ def test_when_the_service_is_killed_its_engine_ends_too(vllm_host: VllmHost, ran
 
 
 def runs(pid: int) -> bool:
-    """Tells whether a process runs; one that has ended and waits for init to collect it does not."""
+    """Return whether a process runs; an ended process waiting for init does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
@@ -189,7 +189,7 @@ def runs(pid: int) -> bool:
 
 
 def vllm_processes(parent: int) -> list[int]:
-    """Finds the engine's processes: the parent's children and grandchildren named VLLM."""
+    """Return the engine's processes: the parent's children and grandchildren named VLLM."""
     found: list[int] = []
     for path in Path("/proc").glob("[0-9]*"):
         try:

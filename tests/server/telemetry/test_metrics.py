@@ -1,4 +1,4 @@
-"""Metrics tell the truth: what clients counted is what the service counted, and labels stay closed."""
+"""Metrics match the clients' own counts, and labels stay closed sets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.serving import Live, running, scripted, tone, wait_for
 
 @pytest.fixture(scope="module")
 def fresh() -> Iterator[Live]:
-    """A service that nobody has asked anything, and what three good and three bad requests leave behind."""
+    """Unused service, and its metrics after three good and three bad requests."""
     with running(scripted()) as service:
         assert service.ask(tone(2.0)).status_code == 200
         assert service.ask(tone(1.0), choices=["one", "two"]).status_code == 200
@@ -33,7 +33,7 @@ def fresh() -> Iterator[Live]:
 
 
 def samples(live: Live) -> dict[str, float]:
-    """Scrapes; a sample is named with its labels."""
+    """Scrape the metrics; a sample's name includes its labels."""
     text = live.client.get("/metrics").text
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
@@ -63,7 +63,7 @@ def test_counts_are_what_the_client_counted(fresh: Live) -> None:
         "hyper_audio_duration_seconds_count{}": 4,
         "hyper_audio_codec_total{codec=pcm_s16le}": 4,
         "hyper_section_seconds_count{section=REASONING}": 3,
-        # One that is refused in a stage has spent its time there all the same.
+        # A request refused in a stage has still spent its time there.
         "hyper_stage_seconds_count{stage=receive}": 5,
         "hyper_stage_seconds_count{stage=validate}": 5,
         "hyper_stage_seconds_count{stage=prompt}": 5,
@@ -136,7 +136,7 @@ def test_the_lag_of_the_event_loop_is_measured(fresh: Live) -> None:
 
 def test_the_stages_of_a_request_are_within_its_time(fresh: Live) -> None:
     found = samples(fresh)
-    # Of a stream the making of JSON lies inside the other stages.
+    # In a stream, JSON is written during the other stages.
     in_a_row = [stage for stage in (*get_args(StageBeforeEngine), *get_args(StageInEngine)) if stage != "serialize"]
     stages_s = sum(found[f"hyper_stage_seconds_sum{{stage={stage}}}"] for stage in in_a_row)
     requests_s = sum(value for name, value in found.items() if "hyper_request_seconds_sum{endpoint=/v1/audio" in name)

@@ -1,4 +1,4 @@
-"""Tests for server/telemetry/tracing.py: spans arrive where an OTLP receiver listens, and say when, not what."""
+"""Tests for server/telemetry/tracing.py: spans reach an OTLP receiver, with times and without content."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECRET = "what does the penguin whisper"
 
 @dataclass
 class Receiver:
-    """What an OTLP collector has been sent."""
+    """Spans received by an OTLP collector."""
 
     url: str
     bodies: list[bytes] = field(default_factory=list[bytes])
@@ -44,7 +44,7 @@ class Receiver:
         ]  # fmt: skip
 
     def trace(self, trace_id: str) -> dict[str, Span]:
-        """Returns a trace's spans by name, once its root has come."""
+        """Return a trace's spans by name, after the arrival of its root."""
 
         def found() -> list[Span]:
             return [span for span in self.spans if span.trace_id.hex() == trace_id]
@@ -55,7 +55,7 @@ class Receiver:
 
 @contextlib.contextmanager
 def receiving() -> Iterator[Receiver]:
-    """Listens as a collector would."""
+    """Run an OTLP collector."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -66,7 +66,7 @@ def receiving() -> Iterator[Receiver]:
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
-            """Says nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         receiver = Receiver(f"http://127.0.0.1:{server.server_address[1]}")
@@ -81,7 +81,7 @@ def receiving() -> Iterator[Receiver]:
 
 @pytest.fixture(scope="module")
 def traced() -> Iterator[tuple[Live, Receiver]]:
-    """A service that sends its traces to a receiver."""
+    """Service with traces sent to a receiver."""
     with receiving() as receiver, contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
@@ -101,7 +101,7 @@ def attributes(span: Span) -> dict[str, object]:
 
 
 def access_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    """Returns the log lines of questions; one is written behind its reply."""
+    """Return the log lines of questions; each is written after its reply."""
     return [vars(record) for record in caplog.records if vars(record).get("endpoint") == "/v1/audio/qa"]
 
 
