@@ -18,6 +18,7 @@ class JsonFormatter(logging.Formatter):
     """Formatter for a record and its extra fields, as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line of JSON."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

@@ -1,4 +1,4 @@
-"""The benchmark's own parts: fresh clips, ratios, and what the measured processes see."""
+"""Parts of the benchmark: fresh clips, ratios, and the environment of measured processes."""
 
 from __future__ import annotations
 

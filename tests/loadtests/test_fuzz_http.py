@@ -1,4 +1,4 @@
-"""Requests generated from the service's own description: what it says of its replies holds, with keys and without."""
+"""Requests generated from the service's OpenAPI document: replies match it, with keys and without."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from server import api_keys as keys
 from tests.serving import Live, running, scripted
 
 SEED = 20261125
-# `make stress` sends thousands; these are as many as a change may cost.
+# `make stress` sends thousands; these numbers are affordable for every change.
 NUM_OPEN, NUM_WITH_KEY, NUM_WITHOUT = 300, 120, 80
 
 
 def silent(num: int) -> None:
-    """Says nothing."""
+    """Print nothing."""
 
 
 def check(found: Findings, num: int) -> None:
@@ -29,7 +29,7 @@ def test_replies_are_as_described_without_keys() -> None:
     with running(scripted(default_max_tokens=8, max_audio_s=5.0)) as service:
         found = generate(service.url, None, NUM_OPEN, SEED, silent)
         check(found, NUM_OPEN)
-        # Else hardly one of them would have got beyond the door.
+        # Otherwise hardly a request would have passed authentication.
         assert found.statuses[200] > NUM_OPEN / 10 and found.statuses[400] > NUM_OPEN / 10
         service.wait_until_idle()
 
@@ -47,13 +47,13 @@ def test_replies_are_as_described_with_a_key_and_refused_without(tmp_path: Path)
 
 
 def test_an_open_service_is_reached_by_whoever_knocks(live: Live) -> None:
-    """What counts knocks that were let in does see them."""
+    """The count of unauthenticated requests detects an open service."""
     found = probe_without_key(live.url, "hyp_nobody", silent)
     assert found.num > 1000 and found.statuses[200] > 100 and found.num_ours >= found.statuses[200]
 
 
 def test_a_description_that_is_wrong_is_found_out(live: Live) -> None:
-    """What the generator checks, it checks: a reply that the description does not have fails it."""
+    """The generator's check works: a reply outside the description fails it."""
     document = httpx.get(f"{live.url}/openapi.json").json()
     responses = document["paths"]["/v1/audio/qa"]["post"]["responses"]
     del responses["400"]

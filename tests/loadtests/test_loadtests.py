@@ -1,4 +1,4 @@
-"""The load driver: what it plans and counts, and true runs against the service with its scripted engine."""
+"""The load driver: plans, counts, and real runs against the service with its scripted engine."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_arrivals_are_poisson() -> None:
     # Five standard deviations of a Poisson count; the spread of exponential gaps is their mean.
     assert abs(len(times_s) - 20_000) < 5 * 20_000**0.5
     assert statistics.stdev(gaps_s) == pytest.approx(statistics.mean(gaps_s), rel=0.03)
-    # Counts of single seconds vary as their mean does; those of a clock would not vary.
+    # Counts per second have a variance equal to their mean; a regular clock's would not vary.
     counts = [sum(1 for _ in arrivals(20.0, 1.0, random.Random(seed))) for seed in range(2000)]
     assert statistics.variance(counts) == pytest.approx(20.0, rel=0.15)
 
@@ -123,7 +123,7 @@ def test_only_audio_files_are_clips(clips: Path) -> None:
 
 
 def test_a_server_that_stands_still_does_not_slow_what_is_offered(clips: Path) -> None:
-    """A closed loop would stop at its number of clients, and would count the wait of one request of many."""
+    """A closed loop would stop at its number of clients, and would count the delay for one request of many."""
     rate_per_s, seconds = 100.0, 1.0
     planned = plan(Clips(clips), Mix(stream=0.0), rate_per_s, seconds, SEED)
     with socket.create_server(("127.0.0.1", 0), backlog=1000) as stalled:
@@ -158,7 +158,7 @@ def test_latency_counts_from_when_a_request_was_due(live: Live, clips: Path) -> 
 
     async def drive() -> list[Outcome]:
         async with open_session(live.url, None, timeout_s=30.0) as session:
-            asyncio.get_running_loop().call_later(0.05, time.sleep, 0.6)  # The driver itself stands still.
+            asyncio.get_running_loop().call_later(0.05, time.sleep, 0.6)  # Block the driver itself.
             return await run_open_loop(session, planned)
 
     outcomes = asyncio.run(drive())
@@ -199,7 +199,7 @@ SEEN = [outcome(), outcome(), outcome(error="overloaded"), outcome(error=CANCELL
     ("after", "unaccounted"),
     [
         ({"ok": 12, "overloaded": 1, "client_closed_request": 1}, 0),
-        ({"ok": 13, "overloaded": 1}, 0),  # The client left when the answer was already written.
+        ({"ok": 13, "overloaded": 1}, 0),  # The client left after the answer was written.
         ({"ok": 12, "overloaded": 1}, 1),
         ({"ok": 11, "overloaded": 2, "client_closed_request": 1}, 1),
         ({"ok": 14, "overloaded": 1, "client_closed_request": 1}, 2),
@@ -271,7 +271,7 @@ def test_what_the_service_refuses_counts_under_its_code_and_fails_the_run(live: 
 
 
 def test_an_overload_is_measured_and_every_request_accounted_for() -> None:
-    """A small one: two places, which four requests may want at a time."""
+    """A small overload: two places, and up to four requests at a time."""
     scenario = Scenario(
         about="",
         mix=Mix(stream=0.5, cancel=0.1, batch=0.2, fields={"max_tokens": "8", "reasoning": "answer"}),

@@ -1,4 +1,4 @@
-"""The Locust file, as a person would run it, but without its page."""
+"""The Locust file in normal use, but without its web page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.serving import Live
 
 
 def test_users_ask_stream_and_leave(live: Live) -> None:
-    # Not imported here: locust patches the standard library for greenlets, in this process too.
+    # Not imported here: locust patches the standard library for greenlets, also in this process.
     pytest.importorskip("configargparse", reason="requirements/install.sh .venv cpu load")
     command = [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "--host", live.url, "--headless"]
     command += ["--users", "4", "--spawn-rate", "4", "--only-summary", "--json", "--stop-timeout", "30"]

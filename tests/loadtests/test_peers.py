@@ -1,4 +1,4 @@
-"""What the benchmark compares the service with: vLLM's own server starts only with arguments that it knows."""
+"""Peers of the benchmark: vLLM's own server starts only with known arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stress command: its figures, what it keeps, and that its instruments would notice what must not happen."""
+"""The stress command: its figures, its stored results, and the sensitivity of its checks."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_missed_aim_and_a_part_without_a_result_show_in_the_exit_code(tmp_path
     code, _, output = stress("--seed", "1", "--part", "auth", "--out", str(tmp_path))
     assert code == 1 and "MISSED" in output
     assert read_part(setup, "files") is None
-    # A result of another seed is none of this run.
+    # A result with another seed does not belong to this run.
     other = StressRun(tmp_path, ASSETS, 10, 10, 2, True, "scripted", say=lambda text: None)
     assert read_part(other, "auth") is None
 

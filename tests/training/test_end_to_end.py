@@ -1,7 +1,7 @@
-"""From a data set to an answer over HTTP, by the commands that a researcher and an operator run, all of it small.
+"""From a data set to an answer over HTTP, with the commands of a researcher and an operator, all of it small.
 
-200 items of scenes, Stage I on them, Stage II with rollouts by vLLM that pause, export, serve, ask. What the model says
-after so few steps proves nothing about training; that each part takes what the one before it left does.
+200 items of scenes, Stage I on them, Stage II with pausing rollouts by vLLM, export, serve, ask. After so few steps the
+answers prove nothing about training. The test proves that each part accepts the output of the previous one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.data.sources.downloads import SOUNDS_FOLDER
 from training.trainer import read_log
 
 MINI = ROOT / "checkpoints/hyper-mini"
-# The recipes of 7B with what a small test changes: the same code, and the same data set.
+# The 7B recipes with the changes for a small test: the same code and the same data set.
 SMALL = {"batch_size": 4, "rows_at_once": 2, "autocast": "false", "fsdp": "", "warmup_steps": 1}
 
 

@@ -1,4 +1,4 @@
-"""What holds of the policy: a clip shared by rows is the clip of each, and scores are those of the library."""
+"""The policy: a clip shared by rows equals one clip per row, and scores equal the library's."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_clip_shared_by_its_rollouts_is_the_clip_of_each(policy: HyperPolicy, 
     torch.testing.assert_close(scores, others, atol=1e-5, rtol=1e-5)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, other_grads[name], atol=2e-4, rtol=1e-3, msg=name)
-    # And each row has its own clip: the other one scores differently.
+    # Each row has its own clip: the other clip gives another score.
     swapped = pack([row(checkpoint, 0, completions[0])], clips, pad_id=0, is_encoded=False)
     assert not torch.allclose(policy(**swapped).logprobs_N, scores[:3], atol=1e-3)
 

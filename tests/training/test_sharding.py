@@ -1,4 +1,4 @@
-"""What holds of a policy in shards (FSDP2): two ranks on CPU, each a process, with half of every tensor."""
+"""A policy in shards (FSDP2): two ranks on CPU, each a process with half of every tensor."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_rank(rank: int, directory: Path, folder: Path) -> None:
     before = {name: tensor.clone() for name, tensor in named_tensors(policy)}
     loss = step(policy, directory)
     after = {name: tensor.clone() for name, tensor in named_tensors(policy)}
-    # And back again: what a resumed run does.
+    # And back again, as in a resumed run.
     load_tensors(policy, before.items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in named_tensors(policy))
     torch.save({"loss": loss, "after": after}, folder / f"{rank}.pt")

@@ -1,4 +1,4 @@
-"""How replies in prose are read, and the benchmarks' own rule."""
+"""Reading of replies in prose, and the benchmarks' own rule."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DRINKS = ("tea", "coffee", "iced coffee", "water")
         ("(b) because he says so", 1),
         ("He asks for an iced coffee.", 2),
         ("They drink `water`, as the last speaker says", 3),
-        # Nothing is guessed.
+        # No guess.
         ("He orders tea and water.", None),
         ("", None),
         ("A man speaks.", None),
@@ -60,7 +60,7 @@ def test_every_way_of_naming_a_choice_is_read(index: int, frame: str) -> None:
         ("tea", False),
         ("", False),
         ("B", False),
-        # The published rule is generous here, and it is the rule.
+        # The published rule is generous here, and we follow it.
         ("not coffee", True),
     ],
 )

@@ -1,4 +1,4 @@
-"""What holds of an ablation: what each arm is shown, earns and runs, and how its steps are run and gone on with."""
+"""An ablation: data, rewards and settings of each arm, and running and resuming its steps."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_an_arm_that_pauses_is_trained_calibrated_trained_and_asked() -> None:
     first, gate, second, gate_again, *asked = steps("hyper", seed=2)
     assert first.arguments[:2] == ("train", "mini_sft") and option(first, "--base") == str(MINI)
     assert gate.arguments[:2] == ("checkpoint", "calibrate") and gate.copied == first.result
-    # As the base's gate was.
+    # As in the base's gate.
     assert option(gate, "--max-pauses") == "3" and option(gate, "--wanted") == "0.45"
     assert option(gate, "--wanted-aborts") == str(Base.read(MINI).wanted_aborts)
     assert option(gate, "--window-tokens") == "1" and option(gate, "--section") == "ENV"
     assert option(second, "--base") == str(gate.result)
-    # Stage II moves the threshold for rollouts at temperature 1; what is served is surer.
+    # Stage II moves the threshold for rollouts at temperature 1; served output is more confident.
     assert gate_again.copied == second.result and gate_again.arguments[3:] == gate.arguments[3:]
     assert all(
         option(step, "--checkpoint") == str(gate_again.result) and "--pauses" not in step.arguments for step in asked
@@ -128,7 +128,7 @@ def test_further_settings_come_last_and_so_win() -> None:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A tiny checkpoint that Stage I of the debug recipe made, beside clips in `work`."""
+    """Tiny checkpoint of Stage I with the debug recipe, beside clips in `work`."""
     run = tiny_run(
         dataclasses.replace(debug(), num_steps=2), write_clips(tmp_path / "work"), tmp_path / "run", is_resumed=False
     )

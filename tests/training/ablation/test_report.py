@@ -1,4 +1,4 @@
-"""What an ablation's report says of canned results."""
+"""An ablation's report of fixed results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_result(
             }
             for place in range(NUM_ITEMS)
         }
-        # Parts beside `main` are no items of the table.
+        # Parts beside `main` are not items of the table.
         items["swapped/0"] = dict(items["main/0"], is_right=False)
         file = run_dir / name / f"seed-{seed}" / suite / "result.json"
         file.parent.mkdir(parents=True)
@@ -69,7 +69,7 @@ def test_arms_stand_beside_each_other_with_intervals_and_paired_tests(run_dir: P
     assert less["value"] == pytest.approx(0.225) and (less["only_first"], less["only_other"]) == (9, 0)
     assert less["p_mcnemar"] == pytest.approx(2 / 2**9) and less["num_items"] == NUM_ITEMS
     pooled = arms["hyper"]["less"]["sft"]["accuracy"]
-    # The suites share scenes, so items of all of them are not so many independent ones.
+    # The suites share scenes, so their items are not all independent.
     assert pooled["num_items"] == 3 * NUM_ITEMS and "p_mcnemar" not in pooled
     for name in REFERENCES:
         assert f"## Less `{name}`, item by item" in page
@@ -93,7 +93,7 @@ def test_the_rival_stands_beside_the_arms_with_what_it_hears(run_dir: Path) -> N
     write_result(run_dir, "cascade", lambda place: True)
     for file in run_dir.glob("cascade/seed-0/*/result.json"):
         result = json.loads(file.read_text())
-        # As `hyper eval` judges one that writes no trace.
+        # As scored by `hyper eval` for a model without traces.
         result["items"] = {id: row | {"is_strict": None, "is_consistent": None} for id, row in result["items"].items()}
         file.write_text(json.dumps(result))
     page, arms = report(run_dir)
@@ -112,13 +112,13 @@ def test_seeds_are_put_together_and_paired_with_their_own(run_dir: Path) -> None
     _, arms = report(run_dir)
     assert arms["hyper-1"]["seeds"] == [0, 1] and arms["hyper-1"]["figures"]["accuracy_snr_5"]["by_seed"] == [0.5, 0.5]
     assert arms["hyper-1"]["less"]["hyper"]["accuracy_snr_5"]["num_items"] == 2 * NUM_ITEMS
-    # The rival has no seed: it stands beside both.
+    # The baseline has no seed, so it is compared with both.
     assert arms["cascade"]["less"]["hyper"]["accuracy_snr_5"]["num_items"] == 2 * NUM_ITEMS
 
 
 def test_pauses_are_held_against_the_same_questions_without(run_dir: Path) -> None:
     write_result(run_dir, "grpo-explicit", lambda place: place % 4 != 1)
-    # Every other completion pauses, and one of ten is given up.
+    # Every other completion pauses, and one of ten is aborted.
     write_result(run_dir, "hyper", lambda place: place % 10 != 9 and place % 4 != 3)
     for file in run_dir.glob("hyper/seed-0/*/result.json"):
         result = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""`hyper eval` as a person runs it: on a service, and in a process of its own on the real engine."""
+"""`hyper eval` in use: on a service, and in its own process on the real engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_service_is_measured_and_compared_with_an_earlier_run(live: Live, tmp_
 
 
 def test_a_checkpoint_is_measured_by_the_engine_that_serves_it(tmp_path: Path) -> None:
-    """With everything that there is to measure of ten clips."""
+    """Compute all measures on ten clips."""
     command = [sys.executable, "-m", "hyper_model.cli", "eval", *OWN, "--probe", "--json"]
     command += ["--out", str(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""`hyper train` as a person runs it: what it refuses before it begins, and what it leaves at the end."""
+"""`hyper train` in use: refusals before the start, and results at the end."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_a_run_ends_with_a_checkpoint_that_has_a_card_and_a_name(work: Path, tmp
     assert card.startswith("# my-model\n") and "recipe `debug`, after step 6 of 6." in card and "| loss |" in card
     assert (tmp_path / "run/report.md").exists() and len(read_log(tmp_path / "run")) == 6
 
-    # Thresholds that were found since are not lost by the same command.
+    # Later calibrated thresholds survive the same command.
     said = json.loads((out / "hyper.json").read_text())
     said["name"] = "calibrated"
     (out / "hyper.json").write_text(json.dumps(said))
     again = run("debug", tmp_path / "run", "--work", work, "--export", out, "--overwrite", "--resume")
     assert again.exit_code == 0 and "is finished" in again.output
     assert open_checkpoint(out).manifest.name == "calibrated"
-    # Of another run, or of an earlier step, it is written over as asked.
+    # An export of another run, or of an earlier step, is overwritten on request.
     said["recipe"] = "{}"
     (out / "hyper.json").write_text(json.dumps(said))
     assert run("debug", tmp_path / "run", "--work", work, "--export", out, "--resume").exit_code != 0
@@ -67,7 +67,7 @@ def test_only_exporting_goes_by_the_run_and_leaves_it_as_it_is(work: Path, tmp_p
     run_dir = tmp_path / "run"
     changed = ("--set", "num_steps=3", "--set", "dropout_states=0.1")
     assert run("debug", run_dir, "--work", work, *changed).exit_code == 0
-    # As if the next one were being written.
+    # As while the next one is written.
     (run_dir / "checkpoint-6").mkdir()
     ran = run("debug", run_dir, "--work", work, "--export-only", "--export", tmp_path / "out", "--name", "early")
     assert ran.exit_code == 0, ran.output
@@ -107,5 +107,5 @@ def test_what_cannot_be_trained_is_said_and_the_folder_stays_free(work: Path, ro
         ran = run(recipe, run_dir, "--work", work, *more)
         assert ran.exit_code != 0 and said in f"{ran.output} {ran.exception}", (arguments, ran.output, ran.exception)
         assert not list(run_dir.glob("*")), arguments
-    # Nothing of it stands in the way of what can be.
+    # Its remains do not block a valid run.
     assert run("debug", run_dir, "--work", work, "--set", "num_steps=1").exit_code == 0

@@ -1,4 +1,4 @@
-"""What holds of worse channels: length and level stay, the sound does not, and a seed gives the same again."""
+"""Degraded channels: length and level are preserved, the sound is not, and a seed is reproducible."""
 
 from __future__ import annotations
 

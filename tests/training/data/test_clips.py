@@ -1,4 +1,4 @@
-"""A build of clips goes on where it stopped, keeps finished shards, and tells kinds apart."""
+"""A build of clips resumes after an interruption, keeps finished shards, and separates kinds."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_broken_build_is_completed_and_finished_shards_are_left_alone(work: Pa
     ]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     kept = (folder / "speech-0000.bf16").stat().st_mtime_ns
-    # As a build that was killed leaves it: states half written, no list of them.
+    # After a killed build: states half written, and no list of them.
     (folder / "speech-0001.jsonl").rename(folder / "speech-0001.jsonl.partial")
     (folder / "speech-0001.bf16").write_bytes(before["speech-0001.bf16"][:100])
     assert len(list(open_clips(folder, WIDTH, kind="speech"))) == 6

@@ -1,4 +1,4 @@
-"""Data sets of seven formats become the same rows, and a bad row is named by its place and its field."""
+"""Data sets of seven formats give the same rows, and an error names a bad row's place and field."""
 
 from __future__ import annotations
 
@@ -585,7 +585,7 @@ def test_paths_start_at_the_audio_root_and_do_not_leave_it_by_dots(tmp_path: Pat
         path = write_array(tmp_path / "x.json", {**PLAIN, "file": outside})
         error = refusal(path, audio_root=root)
         assert error.field == "file" and "the audio path leaves the audio root, received '" in error.message
-    # Where no root is given, nothing is confined.
+    # Without a root, paths are not restricted.
     assert read_one(write_array(tmp_path / "x.json", {**PLAIN, "file": "../a.wav"})).audio == tmp_path / "../a.wav"
 
 
@@ -677,7 +677,7 @@ TEXTS = (
 @st.composite
 def drawn_examples(draw: st.DrawFn) -> Example:
     num_choices = draw(st.sampled_from([0, 2, 3, MAX_CHOICES]))
-    # A number in front keeps them apart whatever normalizing does to the rest.
+    # A leading number keeps them distinct after any normalization.
     choices = tuple(f"{place} {draw(TEXTS)}" for place in range(num_choices))
     return Example(
         id=draw(TEXTS),

@@ -1,4 +1,4 @@
-"""An export is read back as it was written, goes on where it stopped, and says what its sources ask for."""
+"""An export is read back unchanged, resumes after an interruption, and states its sources' terms."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_broken_export_goes_on_and_ends_as_an_unbroken_one(work: Path, tmp_pat
     whole = export_scenes(_plan(work), tmp_path / "whole", num_workers=1)
     folder = tmp_path / "broken"
     export_scenes(_plan(work), folder, num_workers=1)
-    # As a build that was killed leaves it: a chunk without its rows, a clip half written, no list.
+    # After a killed build: a chunk without its rows, a clip half written, and no list.
     (folder / "chunks/000000.jsonl").rename(folder / "chunks/000000.partial")
     (folder / "audio/000003.flac").write_bytes(b"fLaC")
     (folder / "train.jsonl").unlink()

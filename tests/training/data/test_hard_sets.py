@@ -1,4 +1,4 @@
-"""What each hard set promises of its scenes."""
+"""Promises of each hard set about its scenes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_background_contradicts_what_a_speaker_is_asked_about(scenes: dict[s
 
 @pytest.mark.parametrize("name", ["overlap", "contradicting-background"])
 def test_a_bank_that_cannot_make_a_hard_set_says_so(name: str, tmp_path: Path) -> None:
-    # Two voices with one line each: of very different lengths, and without a question.
+    # Two voices with one line each, of very different lengths, without a question.
     for voice, text, num_samples in (("af_nova", "good morning everyone", 16_000), ("rms", "yes of course", 2_000)):
         (tmp_path / f"{voice}.0.i16").write_bytes(np.full(num_samples, 900, "<i2").tobytes())
         (tmp_path / f"{voice}.0.json").write_text(json.dumps([asdict(Utterance(voice, "man", text, 0, num_samples))]))

@@ -1,4 +1,4 @@
-"""Sample clips are of the stated kinds and formats, whatever lines the bank happens to hold."""
+"""Sample clips have the stated kinds and formats, for any lines in the bank."""
 
 from __future__ import annotations
 

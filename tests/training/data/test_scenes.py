@@ -1,4 +1,4 @@
-"""What holds of scenes and of the examples drawn from them."""
+"""Properties of scenes and of the examples drawn from them."""
 
 from __future__ import annotations
 

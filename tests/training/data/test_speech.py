@@ -1,4 +1,4 @@
-"""What holds of speech clips: one voice or none, its own lines, a known background, and choices that are not said."""
+"""Speech clips: one voice or none, its own lines, a known background, and unspoken wrong choices."""
 
 from __future__ import annotations
 

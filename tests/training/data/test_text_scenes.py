@@ -1,4 +1,4 @@
-"""What holds of scenes that nobody hears: their truth is a scene's, and what is read of one is no target."""
+"""Scenes without audio: their truth is a scene's, and their perception sections are not targets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_trace_is_strict_and_true_of_its_scene(examples: list[SceneExample
         assert parse_text(render(example.trace)).format is TraceFormat.STRICT
         assert example.trace.transcript == scene.transcript
         assert [speaker.id for speaker in scene.speakers] == [f"S{i + 1}" for i in range(len(scene.speakers))]
-        # Everybody speaks, and is numbered by who begins.
+        # Every speaker has a turn, and numbers follow the first turns.
         assert [*dict.fromkeys(turn.speaker for turn in scene.turns)] == [speaker.id for speaker in scene.speakers]
         assert example.kind in possible_kinds(scene)
         assert not example.choices or example.choices.count(example.answer) == 1
@@ -66,7 +66,7 @@ def test_what_was_learnt_least_is_asked_most(examples: list[SceneExample]) -> No
 
 def test_no_held_out_line_is_ever_read() -> None:
     rng = random.Random(0)
-    # So many that they hold every sentence without a slot: without the check, most scenes would have one.
+    # Enough to include every sentence without a slot: without the check, most scenes would have one.
     held_out = frozenset(draw_line(rng).text for _ in range(3_000))
     for example in draw(200, SceneWriter(OPEN_TEXTS, held_out)):
         scene = example.scene
@@ -104,7 +104,7 @@ def test_what_the_caption_holds_is_there_and_no_target(start: Callable[..., Tiny
         assert opening in targets and closing not in targets and closing in encoded.token_ids
         assert {ids[0] for s, ids in tokenizer.tag_ids.items() if s in (Section.ENV, Section.ASR)}.isdisjoint(targets)
         assert tokenizer.tag_ids[Section.REASONING][0] in targets and targets[-1] == tokenizer.im_end_id
-        # What is right behind the caption is predicted from its last tag.
+        # The token after the caption is predicted from the caption's last tag.
         assert encoded.targets[encoded.token_ids.index(closing)] == tokenizer.tag_ids[Section.REASONING][0]
 
 

@@ -1,4 +1,4 @@
-"""Thresholds from confidences: the curve, the choice on it, and what is refused; and the command on the real engine."""
+"""Calibration of thresholds: the curve, the choice, refusals, and the command on the real engine."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def settings(**fields: object) -> GateSettings:
 
 
 def completions(gate: GateSettings, number: int = 60) -> list[Completion]:
-    """Traces whose confidence falls by chance: the lower, the rarer."""
+    """Traces with random drops in confidence; deeper drops are rarer."""
     random, made = np.random.default_rng(0), list[Completion]()
     text = "<THINK><REASONING>" + "it rains and a train goes by " * 2 + "</REASONING></THINK><FINAL_ANSWER>a"
     written = tuple(CHECKPOINT.tokenizer.encode_trace(text))
@@ -120,7 +120,7 @@ def test_the_curve_is_drawn(tmp_path: Path) -> None:
 
 
 def engine(gain: float) -> Callable[[GateSettings, bool], list[Completion]]:
-    """An engine in which pauses change what comes after them, as if every threshold were this much lower or higher."""
+    """Engine with an effect of pauses on later tokens, equal to a shift of every threshold."""
 
     def complete(gate: GateSettings, is_armed: bool) -> list[Completion]:
         made = completions(gate)
@@ -188,7 +188,7 @@ def test_a_checkpoint_without_a_gate_is_refused_and_left_as_it_was(copied: Path)
 
 def test_settings_that_do_not_fit_leave_the_manifest_as_it_was(copied: Path) -> None:
     before = (copied / "hyper.json").read_bytes()
-    # The last one fits a manifest, and not this tokenizer.
+    # The last one is valid in a manifest, but not for this tokenizer.
     for fields in ({"tau_pause": 2.0}, {"tau_pause": 0.1, "tau_abort": 0.2}, {"nonsense": 1}, {"open_id": 1}):
         with pytest.raises(CheckpointError):
             update_pause(copied, fields)
@@ -196,7 +196,7 @@ def test_settings_that_do_not_fit_leave_the_manifest_as_it_was(copied: Path) -> 
 
 
 def test_the_command_calibrates_on_clips_of_ones_own_and_the_checkpoint_stays_whole(copied: Path) -> None:
-    """In a process of its own, with the real engine: the thresholds are those of the real model."""
+    """Run in its own process with the real engine, so the thresholds are the real model's."""
     command = [sys.executable, "-m", "hyper_model.cli", "checkpoint", "calibrate", str(copied)]
     command += ["--examples", str(CLIPS / "truth.json")]
     command += ["--wanted", "0.3", "2", "--max-pauses", "3", "--window-tokens", "6", "--section", "reasoning"]

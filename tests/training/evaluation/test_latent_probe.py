@@ -1,4 +1,4 @@
-"""The probe looks at the states that the model has, at the places where the pauses are."""
+"""The probe reads the model's own states, at the places of the pauses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def completion(checkpoint: Checkpoint, num_pauses: int, *, has_answer: bool = Tr
     ids = [*tokenizer.open_ids(Section.THINK), *tokenizer.encode_text("rain")]
     for number in range(num_pauses):
         ids += span
-        # The second and the third stand one behind the other.
+        # The second and the third follow each other directly.
         ids += tokenizer.encode_text("rain") if number == 0 else []
     ids += tokenizer.close_ids(Section.THINK)
     if has_answer:
@@ -59,7 +59,7 @@ def test_states_are_those_of_the_whole_model(checkpoint: Checkpoint, prompt: Pro
     prober = Prober(checkpoint)
     states = prober.states(prompt, ids)
     assert states.shape == (len(ids), 64)
-    # Causal: what comes later changes nothing that was before.
+    # Causal: later tokens do not change earlier states.
     assert torch.allclose(prober.states(prompt, ids[:-3]), states[:-3], atol=1e-5)
     other = Prompt(prompt.token_ids, -0.3 * prompt.samples_S[::-1].copy(), ())
     assert not torch.allclose(prober.states(other, ids), states, atol=1e-3), "the clip is heard"

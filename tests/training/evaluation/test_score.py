@@ -1,4 +1,4 @@
-"""What holds of judging and of the figures."""
+"""Scoring of replies, and the figures."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def suite(folder: Path) -> list[Item]:
 
 
 def gold(item: Item) -> Reply:
-    """Replies with the truth."""
+    """Return the true reply."""
     truth = item.truth
     trace = Trace(
         planning="listen",
@@ -120,7 +120,7 @@ def test_a_suite_has_its_parts_and_every_item_an_id_of_its_own(suite: list[Item]
     assert set(parts) == {"main", "one_voice", "speech_free", "swapped", *(f"snr_{db}" for db in SNR_LEVELS_DB)}
     assert len({item.id for item in suite}) == len(suite)
     assert all(item.truth.num_speakers == 0 for item in parts["speech_free"])
-    # The same scenes and questions at each level, and another sound.
+    # The same scenes and questions at each level, with other sound.
     levels = [parts[f"snr_{db}"] for db in SNR_LEVELS_DB]
     for same in zip(*levels, strict=True):
         assert len({item.truth for item in same}) == 1
@@ -154,7 +154,7 @@ def test_items_ask_every_kind_about_equally_often(builder: SceneBuilder) -> None
 def test_the_truth_earns_every_figure(suite: list[Item]) -> None:
     result = result_of(suite, [gold(item) for item in suite])
     names = {each.name for each in FIGURES} | {MAP}
-    # Without token counts there is no reward, without a gate there are no pauses.
+    # No reward without token counts, and no pauses without a gate.
     assert names - set(result) == {"reward", "pauses_per_sample", "aborted_rate"}
     perfect = {"choice_accuracy", "environment_accuracy", "free_answer_accuracy", "accuracy_snr_5", MAP}
     assert {name: result[name] for name in perfect} == dict.fromkeys(perfect, 1.0)
@@ -179,7 +179,7 @@ def test_two_results_are_compared_item_by_item(suite: list[Item], tmp_path: Path
         for place, reply in enumerate(right)
     ]
     one, other = result_of(suite, right), result_of(suite, worse, "b")
-    # As a later run would: through the file.
+    # As in a later run: through the file.
     other = json.loads(json.dumps(other))
     found = differences(suite, one, other)
     accuracy = found["figures"]["choice_accuracy"]

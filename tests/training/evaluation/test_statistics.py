@@ -1,4 +1,4 @@
-"""What holds of intervals and tests, by their properties and not by examples alone."""
+"""Intervals and tests, by their properties and not by examples alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_intervals_of_clustered_items_cover_too_and_item_wise_ones_would_not() -
     rng = np.random.default_rng(1)
     covered = {"clusters": 0, "items": 0}
     for _ in range(100):
-        # 30 voices of 20 items: a voice is understood nearly always or hardly ever.
+        # 30 voices of 20 items: a voice is understood almost always or hardly ever.
         rates = rng.choice([0.4, 1.0], size=30)
         outcomes = (rng.random((30, 20)) < rates[:, None]).reshape(-1)
         for kind, names in (
@@ -58,7 +58,7 @@ def test_a_ratio_is_of_sums_and_not_a_mean_of_ratios() -> None:
 def test_mcnemar_is_the_two_sided_binomial_test(first: int, other: int) -> None:
     num = first + other
     probabilities = [comb(num, k) / 2**num for k in range(num + 1)]
-    # By its definition: all outcomes that are no likelier than the one seen.
+    # By definition: all outcomes no likelier than the observed one.
     two_sided = sum(p for p in probabilities if p <= probabilities[first] * (1 + 1e-9))
     assert mcnemar(first, other) == pytest.approx(min(1.0, two_sided))
     assert mcnemar(first, other) == mcnemar(other, first)
@@ -102,7 +102,7 @@ def test_eight_voices_are_no_more_sure_than_eight_can_be() -> None:
     clusters = [str(i // 50) for i in range(400)]
     false_alarms = covered = 0
     for _ in range(200):
-        # How a voice is understood differs, and so does how either system takes to it.
+        # Voices differ in difficulty, and in the difference between the two systems.
         rates_V = np.clip(rng.normal(0.8, 0.05, 8), 0, 1)
         one, other = (
             shares(rng.random(400) < np.repeat(np.clip(rates_V + rng.normal(0, 0.03, 8), 0, 1), 50), clusters)
@@ -111,7 +111,7 @@ def test_eight_voices_are_no_more_sure_than_eight_can_be() -> None:
         false_alarms += compare(one, other).p_bootstrap < 0.05
         _, (low, high) = figure(one)
         covered += low <= 0.8 <= high
-    # Without the stretch: 0.10 and 0.90.
+    # Without the widening: 0.10 and 0.90.
     assert false_alarms / 200 <= 0.075
     assert covered / 200 >= 0.93
 
@@ -128,7 +128,7 @@ def test_an_interval_stays_where_a_share_can_be() -> None:
     values = [True] * 19 + [False]
     _, (low, high) = figure(shares(values, [str(i // 10) for i in range(20)]))
     assert 0 <= low < high <= 1
-    # More words may be wrong than there are.
+    # The number of wrong words may exceed the number of words.
     _, (_, wer) = figure(Sums(np.array([[1.0, 2.0], [9.0, 2.0]]), ("a", "b")))
     assert wer > 1
 
@@ -153,9 +153,9 @@ def test_average_precision_of_named_labels() -> None:
         return np.asarray(rows, np.float64).sum(0)
 
     assert mean_average_precision(sums(("a", "a"), ("b", "b"))) == 1.0
-    # Naming nothing earns the share of items that have the label, as any constant ranking does.
+    # Naming nothing scores the share of items with the label, as any constant ranking does.
     assert mean_average_precision(sums(("-", "a"), ("-", "b"))) == pytest.approx(0.5)
     assert mean_average_precision(sums(("a", "a"), ("a", "b"))) == pytest.approx((0.5 + 0.5) / 2)
-    # A label that is true of no item does not count.
+    # A label without any true item does not count.
     assert mean_average_precision(sums(("a", "a"), ("b", "a"))) == pytest.approx(0.5 * 1 + 0.5 * 1)
     assert ratio(np.array([0.0, 0.0])) == 0.0

@@ -1,4 +1,4 @@
-"""Data sets and recorded clips as suites; scenes are in test_evaluate.py."""
+"""Data sets and recorded clips as suites; test_score.py has the tests for scenes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds of Stage II's arithmetic, whatever the rewards and probabilities."""
+"""Stage II's arithmetic, for any rewards and probabilities."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_the_threshold_rises_while_there_are_too_few_pauses_and_stays_below_one(
     for tau in (0.02, 0.25, 0.9966):
         near = TauTracker(tau=tau, wanted=1.0)
         near.update(0.5)
-        # A step is small at both ends: of tau where it is low, of the doubt where it is high.
+        # A step is small at both ends: relative to tau if it is low, relative to 1 - tau if it is high.
         assert 1.0 < near.tau / tau < 1.2 and 0.8 < (1 - near.tau) / (1 - tau) < 1.0
         for _ in range(200):
             near.update(5.0)

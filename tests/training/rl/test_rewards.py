@@ -1,4 +1,4 @@
-"""What a completion is worth, and above all what earns nothing: the tricks that a policy would find."""
+"""Rewards of completions, and above all the tricks without a reward."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRACE = Trace(
     reflection=None,
     final_answer="a bell",
 )
-# Parsing text counts no tokens, so every length is wanted here but in the tests of length.
+# Parsing text counts no tokens, so every length is accepted except in the tests of length.
 WEIGHTS = Weights(min_tokens=0)
 
 
@@ -70,7 +70,7 @@ def test_a_choice_is_named_by_its_words_its_letter_or_both(text: str) -> None:
         "A. a dog B. a bell C. the sea D. music",
         "A B C D",
         "not a bell",
-        "A. a bell",  # one's letter and another's words
+        "A. a bell",  # the letter of one and the words of another
         "bell",
         "E",
     ],
@@ -157,7 +157,7 @@ def test_choices_that_differ_in_a_mark_alone_are_told_apart() -> None:
     assert named_choice("C# major", ("C major", "C# major")) == 1
     assert named_choice(" c major ", ("C major", "C# major")) == 0
     assert named_choice("-5", ("5", "-5")) == 1
-    # By its words this may be either.
+    # Its words fit either choice.
     assert named_choice("C major!", ("C major", "C# major")) is None
 
 

@@ -1,6 +1,6 @@
-"""What holds of Stage II with the real engine: what is scored was sampled, and nobody learns from what was forced.
+"""Stage II with the real engine: scored tokens were sampled, and forced tokens are not trained on.
 
-One engine, on the embedded checkpoint and in float32, for all of this module: starting one takes longer than a test.
+The module shares one engine, on the embedded checkpoint and in float32, because a start takes longer than a test.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CLIPS = ROOT / "tests/assets/clips"
 
 
 class Repeated:
-    """Asks one thing over and over."""
+    """Source of one repeated question."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -51,7 +51,7 @@ class Repeated:
 
 
 class ClipTasks:
-    """Asks about the ten sample clips, over and over."""
+    """Source of questions about the ten sample clips, repeated."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.tasks: list[Task] = []
@@ -76,7 +76,7 @@ class ClipTasks:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded checkpoint with a gate that pauses in every rollout, where its training had pauses."""
+    """Embedded checkpoint with a gate that pauses in every rollout, in the sections of its training."""
     directory = tmp_path_factory.mktemp("grpo") / "hyper-mini"
     shutil.copytree(ROOT / "checkpoints/hyper-mini", directory)
     update_pause(directory, {"calibration": None, "tau_pause": 1.0, "max_pauses": 2})
@@ -87,7 +87,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backend(base: Path) -> Iterator[VllmBackend]:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # torch and vLLM deprecate parts of themselves as they are imported.
+        # torch and vLLM raise deprecation warnings at import.
         warnings.simplefilter("ignore")
         yield VllmBackend(open_checkpoint(base, verify=False), dtype="float32", is_sampler=True)
 
@@ -102,7 +102,7 @@ def gate(base: Path) -> GateSettings:
 
 @pytest.fixture
 def start(base: Path, backend: VllmBackend, gate: GateSettings) -> Callable[..., GrpoTrainer]:
-    """Begins or goes on with a run of the debug recipe."""
+    """Start or resume a run of the debug recipe."""
 
     def begin(run_dir: Path, *, is_resumed: bool = False, lora: Lora | None = None, **changes: Any) -> GrpoTrainer:
         used = changes.pop("used_backend", backend)
@@ -125,7 +125,7 @@ def test_sampler_and_trainer_agree_after_every_update(start: Callable[..., GrpoT
     start(whole, learning_rate=1e-4, warmup_steps=0).train()
     rows = read_log(whole)
     assert len(rows) == 4 and all(row["gap"] <= 1e-5 and row["gap_max"] <= 1e-3 for row in rows), rows
-    # The weights did move, so the engine has those of now.
+    # The weights did change, so the engine has the current ones.
     assert rows[-1]["kl"] > 0 and all(row["pauses"] > 0.5 for row in rows)
     said = [json.loads(line) for line in (whole / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()]
     assert len(said) == 4 and all("<FINAL_ANSWER>" in row["completion"] for row in said)
@@ -159,13 +159,13 @@ def test_nothing_that_was_forced_is_learnt_from(start: Callable[..., GrpoTrainer
             logprob == 0.0 for logprob, forced in zip(rollout.logprobs, rollout.is_forced, strict=True) if forced
         )
         num_forced += sum(latent)
-    # Whatever they earned: rewards that differ, so that there is something to learn.
+    # Replace the rewards by different ones, so that there is something to learn.
     unequal = [dataclasses.replace(each, total=float(place)) for place, each in enumerate(group.rewards)]
     micros = trainer.packed([dataclasses.replace(group, rewards=unequal)])
     targets = torch.cat([micro["batch"]["targets_BT"].flatten() for micro in micros])
     scored = sum(len(rollout.token_ids) for rollout in group.rollouts) - num_forced
     assert int((targets != IGNORED).sum()) == scored
-    # At the last hidden state in front of a forced token nothing arrives.
+    # The last hidden state before a forced token gets no gradient.
     seen: list[torch.Tensor] = []
     core = trainer.run_model.core
 
@@ -185,7 +185,7 @@ def test_nothing_that_was_forced_is_learnt_from(start: Callable[..., GrpoTrainer
 def test_long_prompts_are_not_answered_from_stale_keys(
     start: Callable[..., GrpoTrainer], backend: VllmBackend, tmp_path: Path
 ) -> None:
-    """With a clip of 20 s the prompt fills whole blocks of the cache, which must not outlive the weights."""
+    """With a clip of 20 s the prompt fills whole blocks of the cache, invalid after a change of weights."""
     trainer = start(tmp_path / "run")
     samples_S = np.random.default_rng(0).standard_normal(20 * 16_000).astype(np.float32) * 0.05
     task = dataclasses.replace(
@@ -230,7 +230,7 @@ def model_of_checkpoint_of(trainer: GrpoTrainer) -> Any:
 def test_transformers_generates_rollouts_of_the_same_kind(start: Callable[..., GrpoTrainer], tmp_path: Path) -> None:
     trainer = start(tmp_path / "run", backend="transformers", num_steps=2)
     assert isinstance(trainer.backend, TransformersBackend)
-    # However many are in memory together, no two rollouts of a group are drawn alike.
+    # For any number in memory together, no two rollouts of a group are drawn alike.
     trainer.backend.rows_at_once = 2
     trainer.train()
     (group,) = trainer.sample([1], None)
@@ -244,7 +244,7 @@ def test_several_updates_of_one_set_of_rollouts(start: Callable[..., GrpoTrainer
     trainer.train()
     rows = read_log(tmp_path / "run")
     assert ["reward" in row for row in rows] == [True, False, True, False]
-    # The second update is compared with the policy that wrote, and runs into the bounds of its ratio.
+    # The second update is compared with the sampling policy and reaches the bounds of its ratio.
     assert all(row["gap"] <= 1e-5 for row in rows)
     assert [row["clipped"] > 0 for row in rows] == [False, True, False, True]
     with pytest.raises(TrainingError, match="updates_per_rollout"):

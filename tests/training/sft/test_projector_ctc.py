@@ -1,4 +1,4 @@
-"""The projector learns what is said from the order of the words alone."""
+"""The projector learns the transcript from the order of the words alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.sft.trainer import ENCODER_WIDTH, train_tokenizer_on
 
 
 def _spoken(tokenizer: TraceTokenizer, clip: Clip, path: Path) -> Clip:
-    """Gives a clip states that say its transcript: each token's own vector twice, and silence between them."""
+    """Give a clip states for its transcript: each token's own vector twice, with silence between."""
     vectors_VD = torch.randn(tokenizer.vocab_size, ENCODER_WIDTH, generator=torch.Generator().manual_seed(1))
     silence_D = torch.zeros(ENCODER_WIDTH)
     states = [silence_D]

@@ -1,4 +1,4 @@
-"""What holds of Stage I: what it is shown, that it learns, and that a broken run goes on as if it had not been."""
+"""Stage I: its inputs, its learning, and exact resumption of an interrupted run."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ from training.trainer import (
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work folder with twelve scenes of random states of the right length, in the clips' own format."""
+    """Work folder with twelve scenes of random states of the right length, in the clips' own format."""
     return write_clips(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture
 def start(work: Path) -> Callable[..., TinyRun]:
-    """Begins or goes on with a run of the debug recipe."""
+    """Start or resume a run of the debug recipe."""
 
     def begin(run_dir: Path, *, is_resumed: bool = False, **changes: Any) -> TinyRun:
         return tiny_run(dataclasses.replace(debug(), **changes), work, run_dir, is_resumed=is_resumed)
@@ -149,7 +149,7 @@ def test_a_sampled_span_is_between_its_tags_and_none_of_it_is_a_target(
     for place in opened:
         assert encoded.token_ids[place + 5] == tokenizer.pause_close_id
         assert set(encoded.token_ids[place + 1 : place + 5]) <= asked - tokenizer.special_ids
-        # The token in front of a span predicts nothing, and its closing tag what comes next.
+        # The token before a span has no target; the closing tag predicts the next token.
         assert set(encoded.targets[place - 1 : place + 5]) == {IGNORED}
         assert encoded.targets[place + 5] == encoded.token_ids[place + 6]
     parsed = parse(encoded.token_ids[len(prompt) :], tokenizer, pause_mode=PauseMode.SAMPLED)
@@ -212,7 +212,7 @@ def test_styles_of_a_data_sets_completion() -> None:
 def test_clips_are_drawn_in_the_recipes_style(work: Path, start: Callable[..., TinyRun], tmp_path: Path) -> None:
     clips = read_clips(work / "clips/train")
     tokenizer = start(tmp_path / "run").trainer.run_model.tokenizer
-    # Cut wherever there is a transcript to cut behind, which a direct trace has not.
+    # Cut after a transcript, if there is one; direct traces have none.
     recipe = dataclasses.replace(debug(), trace_style="direct", cut_share=(1.0, 1.0), pause_share=1.0)
     sequences = ClipSequences(clips[:6], clips[6:], tokenizer, recipe)
     for key in range(len(clips)):
@@ -251,7 +251,7 @@ def test_training_resumes_bit_for_bit(
     whole = start(tmp_path / "whole", dtype=dtype, read_size=read_size)
     whole.train()
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    # As if the machine had gone down while the second checkpoint was written.
+    # As if the machine had crashed while the second checkpoint was written.
     (tmp_path / "broken/checkpoint-6/complete").unlink()
     broken = start(tmp_path / "broken", is_resumed=True, dtype=dtype, read_size=read_size)
     assert broken.checkpoint is not None and broken.checkpoint.name == "checkpoint-3"
@@ -312,7 +312,7 @@ def test_a_run_with_a_token_for_each_position_exports_a_checkpoint_that_names_th
     (embedding,) = (tensor.float() for name, tensor in after if name.endswith("embed_tokens.weight"))
     moved = [embedding[each] - before[each] for each in ids]
     assert all(not torch.equal(one, other) for one, other in itertools.combinations(moved, 2)), "each learns by itself"
-    # Trained on, it keeps them; the tokens of a plain run stay those of a plain run.
+    # Further training keeps them; the tokens of a plain run stay those of a plain run.
     again = model_of_checkpoint(made.path, dtype=torch.float32)
     assert again.tokenizer.position_ids == ids
     second = again.export(tmp_path / "again", recipe=debug(), num_steps=0, dtype=None)
@@ -337,7 +337,7 @@ def test_positions_of_a_base_without_them_begin_as_its_pause_token(
     assert len(others) == 3
     assert all(torch.equal(after[name][each], before[name][pause_id]) for each in (pause_id, *others))
     assert torch.equal(after[name][: len(before[name])], before[name])
-    # One that has them is taken as it is.
+    # A model with them is used unchanged.
     with torch.no_grad():
         made.core.get_input_embeddings().weight[others[0]] += 1.0  # pyright: ignore
     trained = made.export(tmp_path / "trained", recipe=debug(), num_steps=0, dtype=torch.float32)
@@ -355,13 +355,13 @@ def test_the_decoder_of_a_recipe_is_changed_setting_by_setting() -> None:
 
 
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(work: Path, tmp_path: Path) -> None:
-    """A limit on the size of files fails as a full disk does, in torch and in safetensors."""
+    """A limit on file sizes fails like a full disk, in torch and in safetensors."""
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "hyper_model.cli", "train", "debug", str(run_dir), "--work", str(work)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     (run_dir / "checkpoint-6/complete").unlink()
-    # The optimizer's file is the last and largest that does not fit; the model's still does.
+    # The optimizer's file is the last and largest and exceeds the limit; the model's does not.
     limit = (run_dir / "checkpoint-3/optimizer.pt").stat().st_size - 10_000
     done = subprocess.run(
         [*command, "--resume"],
@@ -386,7 +386,7 @@ def test_a_run_that_is_over_is_resumed_without_a_step(work: Path, tmp_path: Path
     last = last_checkpoint(run_dir)
     assert last is not None and last.name == "checkpoint-6"
     assert json.loads(open_checkpoint(tmp_path / "out").manifest.recipe or "")["trained_steps"] == 6
-    # Nothing was logged, and the report says so instead of failing.
+    # Nothing was logged, and the report states it instead of failing.
     assert read_log(run_dir) == [] and (run_dir / "report.md").exists()
 
 
@@ -400,7 +400,7 @@ def test_a_loss_that_is_no_number_ends_the_run(start: Callable[..., TinyRun], tm
 
 def test_a_run_is_not_begun_twice_nor_gone_on_with_by_another_recipe(tmp_path: Path) -> None:
     recipe = debug()
-    # What failed before it made anything may be begun otherwise; what is being begun may not be begun beside.
+    # A run without output may restart with other settings. A second start beside a running one is refused.
     prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, seed=2), is_resumed=False, origin={"base": "other"})
     with pytest.raises(TrainingError, match="--resume"):
         prepare_run_dir(tmp_path / "run", recipe, is_resumed=False)
@@ -414,7 +414,7 @@ def test_a_run_is_not_begun_twice_nor_gone_on_with_by_another_recipe(tmp_path: P
         prepare_run_dir(tmp_path / "run", recipe, is_resumed=False)
     with pytest.raises(TrainingError, match="learning_rate, seed differ"):
         prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, seed=1, learning_rate=1.0), is_resumed=True)
-    # As if it had been begun by a release whose decoders had one setting less.
+    # As if started by a release with one decoder setting less.
     file = tmp_path / "run/recipe.json"
     said = json.loads(file.read_text())
     del said["decoder"]["has_position_tokens"]
@@ -424,7 +424,7 @@ def test_a_run_is_not_begun_twice_nor_gone_on_with_by_another_recipe(tmp_path: P
         prepare_run_dir(tmp_path / "run", dataclasses.replace(recipe, decoder=POSITIONED), is_resumed=True)
     with pytest.raises(TrainingError, match="origin differ"):
         prepare_run_dir(tmp_path / "run", recipe, is_resumed=True, origin={"base": "another"})
-    # A setting that is newer than the run had its default then.
+    # A setting newer than the run had its default then.
     file = tmp_path / "run/recipe.json"
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "trace_style"}))
     prepare_run_dir(tmp_path / "run", recipe, is_resumed=True)
@@ -537,7 +537,7 @@ def test_small_steps_are_not_lost_in_bfloat16() -> None:
 
 
 def test_two_ranks_take_the_steps_of_one(work: Path, tmp_path: Path) -> None:
-    """Through the command, which starts both ranks by itself."""
+    """Run through the command, which starts both ranks."""
     command = [sys.executable, "-m", "hyper_model.cli", "train", "debug"]
     options = ["--work", str(work), "--set", "batch_size=4", "--set", "dtype=float32"]
     for ranks in (1, 2):

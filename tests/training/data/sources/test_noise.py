@@ -1,4 +1,4 @@
-"""Folders of noise of one's own are read as MUSAN and FSD50K unpack, with their labels, splits and licences."""
+"""A user's folders of noise are read in the layouts of MUSAN and FSD50K, with labels, splits and licences."""
 
 from __future__ import annotations
 

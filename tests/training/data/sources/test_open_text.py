@@ -1,4 +1,4 @@
-"""What holds of open text: it can be spoken, is drawn the same again, and held-out lines are nobody's training text."""
+"""Open text: it can be spoken, draws are reproducible, and held-out lines are never training text."""
 
 from __future__ import annotations
 

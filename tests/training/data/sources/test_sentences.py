@@ -1,4 +1,4 @@
-"""What holds of the spoken lines."""
+"""Properties of the spoken lines."""
 
 from __future__ import annotations
 

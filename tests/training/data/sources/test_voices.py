@@ -1,4 +1,4 @@
-"""What holds of the bank's plan: who speaks which lines, and that nothing held out is spoken in training."""
+"""The bank's plan: the lines of each voice, and no held-out line or voice in training."""
 
 from __future__ import annotations
 

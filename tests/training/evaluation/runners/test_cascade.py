@@ -1,4 +1,4 @@
-"""The rival's ready-made parts, on clips; skipped where the packages of the set `baseline` are not installed."""
+"""The baseline's ready-made parts, on clips; skipped without the packages of the set `baseline`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_pitch_is_that_of_the_sound(hertz: float) -> None:
 def test_clips_are_heard_and_answered_and_fitting_keeps_its_promises(
     parts: Parts, items: list[Item], tmp_path: Path
 ) -> None:
-    # The stand-in bank's voices are tones: this fits, it does not learn.
+    # The voices of the substitute bank are tones: training runs, but learns nothing.
     bank = Bank(write_bank(tmp_path / "bank"))
     small = fit(parts, bank, write_sounds(tmp_path / "sounds"), num_fitted=40, num_tuned=6, use_tqdm=False)
     small.save(tmp_path / "cascade.npz")

@@ -1,4 +1,4 @@
-"""The rival's rules read every kind of question; what it hears is given here."""
+"""The baseline's rules for every kind of question, with given perception results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.evaluation.runners.cascade_rules import Heard, HeardTurn, plain_wo
 
 
 def heard_of(scene: Scene) -> Heard:
-    """Hears a scene without an error, the voice in the background included."""
+    """Return the perfect perception of a scene, with the voice in the background."""
     numbers = {speaker.id: number for number, speaker in enumerate(scene.speakers)}
     turns = [HeardTurn(numbers[t.speaker], tuple(t.line.text.split()), -24.0, True) for t in scene.turns]
     sexes = [speaker.sex for speaker in scene.speakers]

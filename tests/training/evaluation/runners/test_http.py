@@ -1,6 +1,6 @@
-"""Asking over HTTP: our own service for real, and a small foreign server for what servers do when they fail.
+"""Evaluation over HTTP: with our own real service, and with a small server for failures.
 
-vLLM's own server is asked in test_plain_vllm.py, which has one running.
+test_plain_vllm.py has the test with vLLM's own server, because it runs one.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def items() -> list[Item]:
 
 
 Step = tuple[int, dict[str, str], bytes]
-"""What the foreign server answers next: status, headers, body."""
+"""The server's next reply: status, headers, body."""
 
 
 @contextlib.contextmanager
 def answering(steps: Sequence[Step]) -> Iterator[tuple[str, list[Any]]]:
-    """Answers one request after the other with these steps, the last one for ever; yields what was asked as well."""
+    """Serve these steps, one per request, the last one forever; yield the requests too."""
     asked: list[Any] = []
     lock = threading.Lock()
 
@@ -92,7 +92,7 @@ def test_our_service_is_asked_and_an_interrupted_run_goes_on(live: Live, items: 
     second, _ = ask(endpoint, items, kept=kept, use_tqdm=False)
     assert second[:3] == first and len(kept.read_text().splitlines()) == len(items)
     assert [reply.error for reply in second] == [None] * len(items)
-    # Another question to the same clip, other settings or another address are not answered from the file.
+    # Another question about the same clip, other settings or another address are not taken from the file.
     other = replace(items[0], truth=replace(items[0].truth, question="What else?"))
     keys = {
         each.fingerprint(item, "m", cuts_long=cuts_long)
