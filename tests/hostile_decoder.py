@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from hyper_model.audio import AudioLimits
+from hyper_model.audio import AudioLimits, Channel
 from server.decoding.worker import serve
 
 NOT_STOPPED = 0
@@ -138,6 +138,14 @@ def sleep() -> NoReturn:
         LIBC.usleep(1_000_000)
 
 
+def raise_an_import_error() -> NoReturn:
+    raise ImportError("a module that was not loaded in time")
+
+
+def run_out_of_memory() -> NoReturn:
+    raise MemoryError
+
+
 def crash() -> None:
     ctypes.string_at(8)
 
@@ -175,12 +183,25 @@ ATTEMPTS: Mapping[str, Callable[[], None]] = {
 }
 ENDLESS: Mapping[str, Callable[[], None]] = {each.__name__: each for each in (loop, sleep)}
 FATAL: Mapping[str, Callable[[], None]] = {each.__name__: each for each in (crash, end)}
+REST: Mapping[str, Any] = {"num_tracks": 1, "track": 1, "missing_s": 0.0, "warnings": []}
+ODD: Mapping[str, Callable[[], None]] = {each.__name__: each for each in (raise_an_import_error, run_out_of_memory)}
 LIES: Mapping[str, dict[str, Any]] = {
-    "too many samples": {"num_samples": 10**9, "codec": "mp3", "sample_rate_hz": 1, "channels": 1},
-    "fewer than none": {"num_samples": -1, "codec": "mp3", "sample_rate_hz": 1, "channels": 1},
-    "a codec of its own": {"num_samples": 0, "codec": "0x5642aa", "sample_rate_hz": 1, "channels": 1},
-    "more fields": {"num_samples": 0, "codec": "mp3", "sample_rate_hz": 1, "channels": 1, "path": "/srv"},
-    "other types": {"num_samples": "0", "codec": "mp3", "sample_rate_hz": 1, "channels": 1},
+    "too many samples": {"num_samples": 10**9, "codec": "mp3", "sample_rate_hz": 1, "channels": 1, **REST},
+    "fewer than none": {"num_samples": -1, "codec": "mp3", "sample_rate_hz": 1, "channels": 1, **REST},
+    "a codec of its own": {"num_samples": 0, "codec": "0x5642aa", "sample_rate_hz": 1, "channels": 1, **REST},
+    "more fields": {"num_samples": 0, "codec": "mp3", "sample_rate_hz": 1, "channels": 1, **REST, "path": "/srv"},
+    "other types": {"num_samples": "0", "codec": "mp3", "sample_rate_hz": 1, "channels": 1, **REST},
+    "a warning of its own": {
+        **{"num_samples": 0, "codec": "mp3", "sample_rate_hz": 1, "channels": 1},
+        **REST,
+        "warnings": [{"code": "evil", "message": "a", "seconds": None}],
+    },
+    "warnings without end": {
+        **{"num_samples": 0, "codec": "mp3", "sample_rate_hz": 1, "channels": 1},
+        **REST,
+        "warnings": [{"code": "junk_skipped", "message": "a", "seconds": None}] * 1000,
+    },
+    "a failure of its own": {"failure": "evil", "kind": "Error"},
     "words with line breaks": {
         "error": "InvalidAudioError",
         "code": "x",
@@ -200,19 +221,21 @@ LIES: Mapping[str, dict[str, Any]] = {
 }
 
 
-def play(data: bytes, limits: AudioLimits) -> tuple[dict[str, Any], memoryview]:
+def play(data: bytes, limits: AudioLimits, track: int | None, channel: Channel) -> tuple[dict[str, Any], memoryview]:
     """Make the attempt named by the clip."""
     name = data[12:].decode()
     stopped_by = NOT_STOPPED
     if name in LIES:
         return LIES[name], memoryview(b"")
     if name == "not numbers":
-        return {"num_samples": 1, "codec": "mp3", "sample_rate_hz": 1, "channels": 1}, memoryview(b"\x00\x00\xc0\x7f")
+        return {"num_samples": 1, "codec": "mp3", "sample_rate_hz": 1, "channels": 1, **REST}, memoryview(
+            b"\x00\x00\xc0\x7f"
+        )
     try:
-        {**ATTEMPTS, **ENDLESS, **FATAL}[name]()
+        {**ATTEMPTS, **ENDLESS, **FATAL, **ODD}[name]()
     except OSError as error:
         stopped_by = error.errno or errno.EPERM
-    about = {"num_samples": stopped_by, "codec": "mp3", "sample_rate_hz": 8_000, "channels": 1}
+    about = {"num_samples": stopped_by, "codec": "mp3", "sample_rate_hz": 8_000, "channels": 1, **REST}
     return about, memoryview(bytes(4 * stopped_by))
 
 

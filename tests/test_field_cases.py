@@ -6,6 +6,7 @@ program or by editing bytes.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import struct
 import subprocess
@@ -25,6 +26,8 @@ from hyper_model.audio import (
     require_single_window,
 )
 from hyper_model.errors import AudioError, AudioTooLongError, InvalidAudioError, UnsupportedAudioError
+from server.decoding.pool import DecoderPool
+from server.telemetry.labels import WorkerFailure
 
 CLIPS = Path(__file__).parent / "assets/clips"
 VOICE = "aevalsrc=0.4*sin(2*PI*220*t)*(0.6+0.4*sin(2*PI*3*t)):s=16000:d={}"
@@ -168,6 +171,40 @@ def test_what_is_beside_the_sound_changes_nothing(tmp_path: Path) -> None:
         assert waveform.duration_s == pytest.approx(2.0, abs=0.08), name
         assert pitch_hz(waveform) == pytest.approx(220, abs=5), name
         assert waveform.warnings == (), name
+
+
+def test_a_sandboxed_decoder_reads_odd_files_too(tmp_path: Path) -> None:
+    """No module and no library can be opened inside of the sandbox, so all of them must be loaded before."""
+    files = beside(tmp_path) | {
+        "silent first": tracks("mp4", SILENCE, VOICE),
+        "hundreds of tracks": encode(*source(VOICE), *["-map", "0"] * 200, "-c:a", "pcm_s16le", "-f", "matroska"),
+        "out of phase": wav(np.stack([speech(), -speech()], axis=1)),
+        "a call": wav(call()),
+    }
+    deaths: list[WorkerFailure] = []
+
+    async def work() -> None:
+        pool = DecoderPool(AudioLimits(), memory_bytes=256 * 2**20, on_death=deaths.append)
+        await pool.start()
+        try:
+            for name, data in files.items():
+                inside, outside = await pool.decode(data), decode(data)
+                assert inside.sha256 == outside.sha256, name
+                assert (inside.warnings, inside.track, inside.num_tracks, inside.missing_s) == (
+                    outside.warnings,
+                    outside.track,
+                    outside.num_tracks,
+                    outside.missing_s,
+                ), name
+            chosen = await pool.decode(tracks("mp4", VOICE, OTHER), track=2)
+            assert pitch_hz(chosen) == pytest.approx(700, abs=5) and chosen.track == 2
+            right = await pool.decode(wav(call()), channel="right")
+            assert right.sha256 == decode(wav(call()), channel="right").sha256
+        finally:
+            await pool.stop()
+
+    asyncio.run(work())
+    assert deaths == []
 
 
 # --- The mean of channels cancels where one is inverted --------------------------------------------------------------

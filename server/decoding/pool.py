@@ -21,15 +21,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 import hyper_model
 import server
-from hyper_model.audio import FORMATS, SAMPLE_RATE_HZ, AudioLimits, Waveform, identify
+from hyper_model.audio import FORMATS, SAMPLE_RATE_HZ, AudioLimits, Channel, Waveform, identify
 from hyper_model.audio_limits import MAX_SOURCE_CHANNELS, MAX_SOURCE_RATE_HZ, refuse_damaged, refuse_late
+from hyper_model.audio_warnings import AudioWarning, AudioWarningCode
 from hyper_model.errors import (
     AudioCode,
     AudioError,
@@ -50,12 +51,14 @@ STOP_TIMEOUT_S = 5.0
 # A decoder looks at the clock itself and says so; only one that no longer does is killed.
 GRACE_S = 1.0
 SPARE_SAMPLES = 2 * SAMPLE_RATE_HZ
+MAX_TRACKS = 10_000
+MAX_WARNINGS = 20
+MAX_WARNING_S = 1e6
 
 ERRORS: Mapping[str, type[AudioError]] = {
     kind.__name__: kind for kind in (UnsupportedAudioError, InvalidAudioError, AudioTooLargeError)
 }
 CODEC_NAMES = CODECS | set(FORMATS) | {"amr_nb", "amr_wb"}
-
 
 Words = Annotated[str, Field(max_length=400, pattern=r"^[ -~]*$")]
 Code = Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9_]+$")]
@@ -81,15 +84,39 @@ class WorkerError(WorkerReply):
     hint: Words | None
 
 
-class WorkerResult(WorkerReply):
-    """What a worker says before it sends samples."""
+class WorkerFailed(WorkerReply):
+    """Reply of a worker whose clip led to an exception that no decoder of ours raises on purpose."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    failure: Literal["odd_file", "out_of_memory"]
+    kind: str = Field(max_length=60, pattern=r"^[A-Za-z_]+$")
+
+
+class WorkerWarning(BaseModel):
+    """Warning of a worker about its clip."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    # A label of metrics: a worker that was taken over must not make up new ones.
+    code: AudioWarningCode
+    message: Words
+    seconds: float | None = Field(ge=0, le=MAX_WARNING_S)
+
+
+class WorkerResult(WorkerReply):
+    """Reply of a worker before it sends samples."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     num_samples: int = Field(ge=0)
     codec: str
     sample_rate_hz: int = Field(ge=0, le=MAX_SOURCE_RATE_HZ)
     channels: int = Field(ge=0, le=MAX_SOURCE_CHANNELS)
+    num_tracks: int = Field(ge=1, le=MAX_TRACKS)
+    track: int = Field(ge=1, le=MAX_TRACKS)
+    missing_s: float = Field(ge=0, le=MAX_WARNING_S)
+    warnings: list[WorkerWarning] = Field(max_length=MAX_WARNINGS)
 
 
 class WorkerDiedError(HyperError):
@@ -206,8 +233,13 @@ class DecoderPool:
             process.kill()
             await asyncio.to_thread(process.wait)
 
-    async def decode(self, data: bytes) -> Waveform:
+    async def decode(self, data: bytes, *, track: int | None = None, channel: Channel = "mix") -> Waveform:
         """Decodes one clip in a worker of its own; cancelling this kills the worker.
+
+        Args:
+            data: The whole file.
+            track: Audio track to decode, from 1.
+            channel: Channels to use.
 
         Raises:
             AudioError: As `hyper_model.audio.decode`.
@@ -216,17 +248,17 @@ class DecoderPool:
         identify(data, self.limits)
         process = self.process
         try:
-            return await self.attempt(data)
+            return await self.attempt(data, track, channel)
         except WorkerDiedError:
             if process is None or (process is self.process and process.poll() is None):
                 refuse_damaged()
         # The whole helper has gone, which is not the clip's doing, or only once.
         try:
-            return await self.attempt(data)
+            return await self.attempt(data, track, channel)
         except WorkerDiedError:
             refuse_damaged()
 
-    async def attempt(self, data: bytes) -> Waveform:
+    async def attempt(self, data: bytes, track: int | None, channel: Channel) -> Waveform:
         """Decodes one clip in one worker.
 
         Raises:
@@ -238,7 +270,9 @@ class DecoderPool:
         is_answered = False
         with ours:
             with theirs:
-                await self.order({"job": job, "limits": dataclasses.asdict(self.limits)}, theirs.fileno())
+                limits = dataclasses.asdict(self.limits)
+                order = {"job": job, "limits": limits, "track": track, "channel": channel}
+                await self.order(order, theirs.fileno())
             try:
                 async with asyncio.timeout(self.limits.decode_timeout_s + GRACE_S):
                     waveform = await self.context(ours, data)
@@ -266,6 +300,12 @@ class DecoderPool:
         if num_header_bytes > MAX_MESSAGE_BYTES:
             raise ValueError
         header = json.loads(bytes(await receive(connection, bytearray(num_header_bytes))))
+        if "failure" in header:
+            failed = WorkerFailed.model_validate(header)
+            self.record(failed)
+            self.on_death(failed.failure)
+            logger.warning("a decoder could not read an odd file: %s", failed.kind)
+            refuse_damaged("The clip could not be decoded.")
         if "error" in header:
             refused = WorkerError.model_validate(header)
             self.record(refused)
@@ -283,7 +323,16 @@ class DecoderPool:
         # In the order in which they fail for numbers that are none.
         if heard.num_samples and not (samples_S.min() >= -1.0 and samples_S.max() <= 1.0):
             raise ValueError
-        return Waveform(samples_S, heard.codec, heard.sample_rate_hz, heard.channels)
+        return Waveform(
+            samples_S,
+            heard.codec,
+            heard.sample_rate_hz,
+            heard.channels,
+            num_tracks=heard.num_tracks,
+            track=heard.track,
+            missing_s=heard.missing_s,
+            warnings=tuple(AudioWarning(each.code, each.message, each.seconds) for each in heard.warnings),
+        )
 
     def record(self, said: WorkerReply) -> None:
         """Remembers the most memory."""

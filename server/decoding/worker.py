@@ -7,11 +7,16 @@ it, and has seen nothing but itself. Started by `server.decoding.pool`, which sa
 
 from __future__ import annotations
 
+import codecs
+import dataclasses
+import functools
 import gc
+import importlib
 import io
 import json
 import math
 import os
+import pkgutil
 import resource
 import select
 import signal
@@ -22,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hyper_model.audio import AudioLimits, decode
+from hyper_model.audio import AudioLimits, Channel, decode
 from hyper_model.errors import AudioError
 from server.decoding import sandbox
 
@@ -30,14 +35,31 @@ MAX_MESSAGE_BYTES = 64 * 1024
 CONTROL_FD_VARIABLE = "DECODER_CONTROL_FD"
 MEMORY_VARIABLE = "DECODER_MEMORY_BYTES"
 REAP_INTERVAL_MS = 100
+# Programs, and a module that fetches examples.
+NOT_FOR_DECODING = ("av.__main__", "av.datasets")
+# Codecs of tags: what a library decodes text with must be loaded before.
+ENCODINGS = (
+    "utf-8",
+    "ascii",
+    "latin-1",
+    "utf-16",
+    "utf-16-le",
+    "utf-16-be",
+    "utf-32",
+    "cp1252",
+    "idna",
+    "unicode_escape",
+)
 
-Handler = Callable[[bytes, AudioLimits], tuple[dict[str, Any], memoryview]]
+Handler = Callable[[bytes, AudioLimits, int | None, Channel], tuple[dict[str, Any], memoryview]]
 
 
-def decode_clip(data: bytes, limits: AudioLimits) -> tuple[dict[str, Any], memoryview]:
+def decode_clip(
+    data: bytes, limits: AudioLimits, track: int | None, channel: Channel
+) -> tuple[dict[str, Any], memoryview]:
     """Decodes; returns what the clip is, and its samples."""
     try:
-        waveform = decode(data, limits)
+        waveform = decode(data, limits, track=track, channel=channel)
     except AudioError as error:
         return {
             "error": type(error).__name__,
@@ -52,6 +74,10 @@ def decode_clip(data: bytes, limits: AudioLimits) -> tuple[dict[str, Any], memor
         "codec": waveform.codec,
         "sample_rate_hz": waveform.source_sample_rate_hz,
         "channels": waveform.source_channels,
+        "num_tracks": waveform.num_tracks,
+        "track": waveform.track,
+        "missing_s": waveform.missing_s,
+        "warnings": [dataclasses.asdict(warning) for warning in waveform.warnings],
     }
     return about, waveform.samples_S.data.cast("B")
 
@@ -102,7 +128,8 @@ def serve(handler: Handler) -> None:
         limits = AudioLimits(**order["limits"])
         pid = os.fork()
         if pid == 0:
-            work(handler, connection, limits, control, address_space_bytes)
+            choice = (limits, order["track"], order["channel"])
+            work(functools.partial(_handle, handler, choice), connection, limits, control, address_space_bytes)
         pids[order["job"]] = pid
         os.close(connection)
     for pid in list(pids.values()):
@@ -111,8 +138,25 @@ def serve(handler: Handler) -> None:
             os.waitpid(pid, 0)
 
 
+def _handle(
+    handler: Handler, choice: tuple[AudioLimits, int | None, Channel], data: bytes
+) -> tuple[dict[str, Any], memoryview]:
+    """Handle a clip, and turn an unexpected exception into a reply."""
+    try:
+        return handler(data, *choice)
+    except MemoryError:
+        return {"failure": "out_of_memory", "kind": "MemoryError"}, memoryview(b"")
+    # The last resort: a file that nobody thought of ends in order, unlike one that breaks the process.
+    except Exception as error:
+        return {"failure": "odd_file", "kind": type(error).__name__}, memoryview(b"")
+
+
 def work(
-    handler: Handler, connection: int, limits: AudioLimits, control: socket.socket, address_space_bytes: int
+    handle: Callable[[bytes], tuple[dict[str, Any], memoryview]],
+    connection: int,
+    limits: AudioLimits,
+    control: socket.socket,
+    address_space_bytes: int,
 ) -> None:
     """Handles one clip in a fresh worker, which never returns."""
     status = 1
@@ -122,7 +166,7 @@ def work(
         sandbox.limit(sandbox.Bounds(address_space_bytes=address_space_bytes, cpu_s=cpu_s))
         sandbox.forbid_calls(sandbox.WORKER_CALLS.values())
         data = read_exactly(connection, int.from_bytes(read_exactly(connection, 8)))
-        about, samples = handler(data, limits)
+        about, samples = handle(data)
         about["peak_kib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         header = json.dumps(about).encode()
         write_all(connection, memoryview(len(header).to_bytes(4) + header))
@@ -152,19 +196,34 @@ def write_all(descriptor: int, view: memoryview) -> None:
 
 
 def warm_up() -> None:
-    """Decodes one clip by each way, so that everything they import is loaded before files are given up."""
+    """Load everything that any file may need, since no module and no library can be opened later.
+
+    PyAV imports its classes of streams and codecs when it first meets one of their kind. Clips of each way of decoding
+    load the rest.
+    """
+    import av
     import numpy as np
     import soundfile  # pyright: ignore[reportMissingTypeStubs]
 
-    samples_S = np.zeros(16_000, np.float32)
+    for module in pkgutil.walk_packages(av.__path__, "av."):
+        if module.name not in NOT_FOR_DECODING:
+            importlib.import_module(module.name)
+    for encoding in ENCODINGS:
+        codecs.lookup(encoding)
+    noise_SC = np.random.default_rng(0).uniform(-0.5, 0.5, (8_000, 2)).astype(np.float32)
     for subtype in ("PCM_16", "IMA_ADPCM"):
         file = io.BytesIO()
-        soundfile.write(file, samples_S, 8_000, format="WAV", subtype=subtype)  # pyright: ignore[reportUnknownMemberType]
-        decode(file.getvalue())
-    with suppress(AudioError):
-        decode(b"fLaC" + bytes(80))
-    with suppress(AudioError):
-        decode(b"OggS" + bytes(80))
+        soundfile.write(file, noise_SC, 8_000, format="WAV", subtype=subtype)  # pyright: ignore[reportUnknownMemberType]
+        for channel in ("mix", "left"):
+            decode(file.getvalue(), channel=channel)
+    # Channels out of phase take another way.
+    file = io.BytesIO()
+    noise_SC[:, 1] = -noise_SC[:, 0]
+    soundfile.write(file, noise_SC, 8_000, format="WAV", subtype="PCM_16")  # pyright: ignore[reportUnknownMemberType]
+    decode(file.getvalue())
+    for magic in (b"fLaC", b"OggS", b"\x1a\x45\xdf\xa3", b"caff", b"\0\0\0\x18ftyp", b"\xff\xfb\x90\x00", b"#!AMR\n"):
+        with suppress(AudioError):
+            decode(magic + bytes(80))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,12 @@ lies in `generate` too.
 
 STAGES: tuple[str, ...] = (*get_args(StageBeforeEngine), *get_args(StageInEngine), *get_args(StagePart))
 
-WorkerFailure = Literal["late", "died", "invalid_reply", "helper"]
-"""Cause of a missing result from a decoder worker: time limit, death, invalid reply, or loss of the whole helper."""
+WorkerFailure = Literal["late", "died", "invalid_reply", "helper", "odd_file", "out_of_memory"]
+"""Cause of a missing result from a decoder worker.
+
+A time limit, a death by a signal, an invalid reply, or loss of the whole helper may be an attack. A worker that ends in
+order and reports an unexpected exception (`odd_file`) or a lack of memory has met a file that nobody thought of.
+"""
 
 FormFailure = Literal["malformed", "weak", "trailing_text"]
 """Fault in a trace's form: its format (`TraceFormat`), or text after its end."""

@@ -24,7 +24,7 @@ from hyper_model.errors import AudioError, AudioTooLargeError, InvalidAudioError
 from server.decoding.pool import DecoderPool
 from server.telemetry.labels import WorkerFailure
 from tests import hostile_decoder
-from tests.hostile_decoder import ATTEMPTS, ENDLESS, FATAL, LIES, NOT_STOPPED
+from tests.hostile_decoder import ATTEMPTS, ENDLESS, FATAL, LIES, NOT_STOPPED, ODD
 from tests.paths import CLIPS as CLIP_FOLDER
 from tests.serving import mp3, tone
 
@@ -157,6 +157,18 @@ def test_a_decoder_that_dies_or_lies_is_a_damaged_clip(name: str) -> None:
             assert len(deaths) == 1
             assert (await box.decode(order("execute"))).num_samples == errno.EPERM, "the next clip is served"
             await no_worker_is_left(box)
+
+    run(work)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_file_that_no_decoder_expects_is_no_attack(name: str) -> None:
+    async def work() -> None:
+        async with boxed("tests.hostile_decoder") as (box, deaths):
+            with pytest.raises(InvalidAudioError) as caught:
+                await box.decode(order(name))
+            assert caught.value.code == "damaged_audio"
+            assert deaths == ["odd_file" if "import" in name else "out_of_memory"]
 
     run(work)
 
