@@ -232,7 +232,7 @@ def require_single_window(waveform: Waveform) -> None:
             f"The clip lasts {math.ceil(100 * waveform.duration_s) / 100:.2f} s; one window holds {WINDOW_S:g} s.",
             limit=WINDOW_S,
             actual=round(waveform.duration_s, 4),
-            hint="Send a shorter clip, or choose how a long one is divided.",
+            hint="Send a shorter clip.",
         )
 
 
@@ -325,7 +325,7 @@ def decode(
     if len(samples_S) < limits.min_duration_s * SAMPLE_RATE_HZ:
         duration_s = len(samples_S) / SAMPLE_RATE_HZ
         raise InvalidAudioError(
-            f"The clip holds {duration_s:.3f} s of audio; at least {limits.min_duration_s:g} s are needed.",
+            f"The clip has {duration_s:.3f} s of audio; the minimum is {limits.min_duration_s:g} s.",
             code="audio_too_short",
             limit=limits.min_duration_s,
             actual=round(duration_s, 4),
@@ -352,7 +352,7 @@ def identify(data: bytes, limits: AudioLimits) -> tuple[str, int]:
     """
     if len(data) > limits.max_bytes:
         raise AudioTooLargeError(
-            f"The clip has {len(data)} bytes; at most {limits.max_bytes} are accepted.",
+            f"The clip has {len(data)} bytes; the limit is {limits.max_bytes}.",
             limit=limits.max_bytes,
             actual=len(data),
             hint="Send a shorter clip, or a compressed format such as mp3, m4a or opus.",
@@ -533,7 +533,7 @@ def _require_index(data: bytes) -> None:
         raise InvalidAudioError(
             "The file's index (moov) is missing: the upload was cut off, or the recording was never completed.",
             code="truncated_audio",
-            hint="Send the whole file, or export it anew.",
+            hint="Send the whole file, or export it again.",
         )
 
 

@@ -110,7 +110,13 @@ def locate(data: bytes) -> tuple[str, int]:
         UnsupportedAudioError: Nothing in the file is audio in a format that we decode.
     """
     if not data:
-        raise InvalidAudioError("The clip is empty.", code="empty_audio", limit=1, actual=0)
+        raise InvalidAudioError(
+            "The clip is empty (0 bytes).",
+            code="empty_audio",
+            limit=1,
+            actual=0,
+            hint="Send the bytes of an audio file.",
+        )
     if (container := _by_magic(data, 0)) is not None:
         return container, 0
     start = 0
@@ -137,7 +143,7 @@ def _refuse(message: str, kind: str) -> NoReturn:
     raise UnsupportedAudioError(
         f"{message} We decode {', '.join(FORMATS)}.",
         actual=kind,
-        hint="Send the recording itself, not a playlist, a link or an archive.",
+        hint="Send the audio file itself instead of a playlist, a link or an archive.",
     )
 
 

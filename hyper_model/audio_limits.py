@@ -44,14 +44,14 @@ def _require_sane_source(rate_hz: int, channels: int) -> None:
     if not MIN_SOURCE_RATE_HZ <= rate_hz <= MAX_SOURCE_RATE_HZ:
         above = rate_hz > MAX_SOURCE_RATE_HZ
         raise InvalidAudioError(
-            f"The clip's sample rate is {rate_hz} Hz; {MIN_SOURCE_RATE_HZ} to {MAX_SOURCE_RATE_HZ} Hz are accepted.",
+            f"The clip's sample rate is {rate_hz} Hz; the range is {MIN_SOURCE_RATE_HZ} to {MAX_SOURCE_RATE_HZ} Hz.",
             code="bad_sample_rate",
             limit=MAX_SOURCE_RATE_HZ if above else MIN_SOURCE_RATE_HZ,
             actual=rate_hz,
         )
     if not 1 <= channels <= MAX_SOURCE_CHANNELS:
         raise InvalidAudioError(
-            f"The clip has {channels} channels; 1 to {MAX_SOURCE_CHANNELS} are accepted.",
+            f"The clip has {channels} channels; the range is 1 to {MAX_SOURCE_CHANNELS}.",
             code="bad_channel_count",
             limit=MAX_SOURCE_CHANNELS if channels else 1,
             actual=channels,
@@ -93,30 +93,33 @@ class Allowance:
         if self.is_too_long(duration_s):
             is_wide = self._max_duration_s < self.limits.max_duration_s
             raise AudioTooLargeError(
-                f"The clip lasts longer than {self._max_duration_s:.4g} s"
-                + (", which is the limit at its sample rate and number of channels." if is_wide else "."),
+                f"The clip exceeds the limit of {self._max_duration_s:.4g} s"
+                + (" at its sample rate and number of channels." if is_wide else "."),
                 code="audio_duration_too_large",
                 limit=round(self._max_duration_s, 3),
-                hint="Send it in one channel at 16000 Hz." if is_wide else "Send a shorter clip.",
+                hint="Send one channel at 16000 Hz." if is_wide else "Send a shorter clip.",
             )
 
 
 def refuse_late(limit_s: float) -> NoReturn:
     raise InvalidAudioError(
-        f"The clip could not be decoded within {limit_s:g} s.", code="decode_timeout", limit=limit_s
+        f"Decoding the clip took longer than {limit_s:g} s.",
+        code="decode_timeout",
+        limit=limit_s,
+        hint="Send a shorter clip, or convert it to wav.",
     )
 
 
-def refuse_damaged(message: str = "The clip is damaged: it could not be decoded to its end.") -> NoReturn:
+def refuse_damaged(message: str = "The clip is damaged: decoding failed before its end.") -> NoReturn:
     # Without the decoder's own exception as a cause: its text holds addresses.
-    raise InvalidAudioError(message, code="damaged_audio", hint="Send the file again, or export it anew.") from None
+    raise InvalidAudioError(message, code="damaged_audio", hint="Send the file again, or export it again.") from None
 
 
 def refuse_broken_off() -> NoReturn:
     raise InvalidAudioError(
-        "The clip breaks off: its end is missing.",
+        "The clip is truncated: its end is missing.",
         code="truncated_audio",
-        hint="Send the whole file, or export it anew.",
+        hint="Send the whole file, or export it again.",
     )
 
 

@@ -96,7 +96,7 @@ def open_checkpoint(directory: str | Path, *, verify: bool = True) -> Checkpoint
 
 def _open(root: Path, *, verify: bool) -> Checkpoint:
     if not root.is_dir():
-        raise CheckpointError("there is no such directory")
+        raise CheckpointError("the directory does not exist")
     if not (root / MANIFEST_FILE).is_file():
         raise CheckpointError(f"no {MANIFEST_FILE}, so not a HyPeR checkpoint (`hyper checkpoint adopt` makes one)")
     raw = (root / MANIFEST_FILE).read_bytes()
@@ -128,7 +128,7 @@ def _check_directory(root: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{name} is not listed in {MANIFEST_FILE}")
     listed = {name for name in manifest.files if name.endswith(".safetensors")}
     if listed != {path.name for path in weights.weight_files(root)}:
-        raise CheckpointError("the safetensors files are not those that the weights consist of")
+        raise CheckpointError("the safetensors files differ from the files of the weights")
 
 
 def _check_configs(root: Path, manifest: Manifest) -> dict[str, Any]:
@@ -166,9 +166,9 @@ def require_architecture(config: Mapping[str, Any]) -> None:
     for part, model_type in (("text_config", "qwen2"), ("audio_config", "qwen2_audio_encoder")):
         section: object = config.get(part)
         if not isinstance(section, dict) or cast("dict[str, Any]", section).get("model_type", model_type) != model_type:
-            raise CheckpointError(f"config.json has a {part} that is not {model_type}")
+            raise CheckpointError(f"the {part} of config.json is not {model_type}")
     if config.get("quantization_config"):
-        raise CheckpointError("the weights are quantised, which is not supported")
+        raise CheckpointError("quantised weights are not supported")
 
 
 def _check_tokenizer(root: Path, manifest: Manifest, config: Mapping[str, Any]) -> TraceTokenizer:
@@ -178,7 +178,7 @@ def _check_tokenizer(root: Path, manifest: Manifest, config: Mapping[str, Any]) 
             if section not in fields.tags:
                 raise CheckpointError(f"{MANIFEST_FILE} does not list the tags of {section.value}")
     elif not {Section.FINAL_ANSWER, Section.RESPONSE} & set(fields.tags):
-        raise CheckpointError(f"{MANIFEST_FILE} lists no tag that an answer could be read from")
+        raise CheckpointError(f"{MANIFEST_FILE} lists no answer tag")
     spellings = {section: (tag.open, tag.close) for section, tag in fields.tags.items()}
     text = (root / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = make_tokenizer(text, fields.tag_style, spellings, (pause.open, pause.close), pause.position_ids or ())
@@ -191,7 +191,7 @@ def _check_tokenizer(root: Path, manifest: Manifest, config: Mapping[str, Any]) 
         if found is None:
             raise CheckpointError(f"the tokenizer lacks {token}")
         if found != token_id:
-            raise CheckpointError(f"{token} is token {found} in the tokenizer, but {token_id} is written down")
+            raise CheckpointError(f"{token} is token {found} in the tokenizer, but {token_id} in {MANIFEST_FILE}")
     if num_token_ids(tokenizer) > config["text_config"]["vocab_size"]:
         raise CheckpointError("the tokenizer has more tokens than the embedding has rows")
     return tokenizer
@@ -281,7 +281,7 @@ def export(
     """
     target = Path(directory)
     if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{target}: exists already")
+        raise CheckpointError(f"{target}: exists already; choose another directory or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Write beside the target: the rename then stays on one file system. mkdtemp would ignore the caller's umask.
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}"

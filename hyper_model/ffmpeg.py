@@ -26,4 +26,4 @@ def find_ffmpeg() -> str:
 
         return cast(str, cast(Any, imageio_ffmpeg).get_ffmpeg_exe())
     except (ImportError, RuntimeError):
-        raise HyperError("There is no ffmpeg: put it on PATH or install the package imageio-ffmpeg.") from None
+        raise HyperError("ffmpeg is missing: put it on PATH or install the package imageio-ffmpeg.") from None

@@ -172,7 +172,9 @@ def decode_with_libav(
         if allowance.is_half_spent:
             break
     if fallback is None:
-        raise first_error or InvalidAudioError("The file holds no audio.", code="no_audio_stream")
+        raise first_error or InvalidAudioError(
+            "The file has no audio stream.", code="no_audio_stream", hint="Send a file with sound."
+        )
     return _with_track_warnings(fallback, order, [], is_chosen=False)
 
 
@@ -242,7 +244,7 @@ def _read_tracks(data: bytes, demuxer: str, track: int | None) -> tuple[list[int
 
 def _unsupported(data: bytes, demuxer: str, name: str | None) -> UnsupportedAudioError:
     """Describe a track that cannot be decoded: encrypted, or in a codec off the list."""
-    message = "The file is audio, but in a codec that we do not decode."
+    message = "The audio codec of the file is not supported."
     if any(mark in data for mark in _ENCRYPTED.get(demuxer, ())):
         message = "The file is encrypted, as those of shops and streaming services are."
     return UnsupportedAudioError(

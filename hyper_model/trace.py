@@ -506,11 +506,11 @@ def check_question(question: str, choices: Sequence[str] = ()) -> None:
     """
     _check_text(question, "question", MAX_QUESTION_CHARS)
     if choices and not 2 <= len(choices) <= MAX_CHOICES:
-        raise PromptError(f"give no choices or 2 to {MAX_CHOICES}, not {len(choices)}", param="choices")
+        raise PromptError(f"{len(choices)} choices given; the number must be 0 or 2 to {MAX_CHOICES}", param="choices")
     for choice in choices:
         _check_text(choice, "choices", MAX_CHOICE_CHARS)
     if len({unicodedata.normalize("NFC", " ".join(choice.split())) for choice in choices}) < len(choices):
-        raise PromptError("two choices are the same", param="choices")
+        raise PromptError("two choices are equal; make them different", param="choices")
 
 
 def _check_text(text: str, param: str, max_chars: int) -> None:
@@ -518,9 +518,9 @@ def _check_text(text: str, param: str, max_chars: int) -> None:
     if not text.strip():
         raise PromptError(f"{name} is empty", param=param)
     if len(text) > max_chars:
-        raise PromptError(f"{name} has {len(text)} characters, more than {max_chars}", param=param)
+        raise PromptError(f"{name} has {len(text)} characters; the limit is {max_chars}", param=param)
     if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in text):
-        raise PromptError(f"{name} holds a character that is no text (NUL or a lone surrogate)", param=param)
+        raise PromptError(f"{name} contains an invalid character (NUL or a lone surrogate); remove it", param=param)
 
 
 # Qwen2's rule to split text into words before BPE: digits one by one, a line break never with letters.

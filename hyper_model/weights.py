@@ -73,11 +73,11 @@ def canonical_name(name: str) -> str:
     """
     bare = _WRAPPERS.sub("", name)
     if "lora_" in bare or ".base_layer." in bare or bare.startswith("base_model."):
-        raise CheckpointError(f"the weights hold an adapter that was not merged ({name}); merge it first")
+        raise CheckpointError(f"the weights contain an adapter ({name}); merge it first")
     for prefix, replacement in _RENAMES:
         if bare.startswith(prefix):
             return replacement + bare[len(prefix) :]
-    raise CheckpointError(f"the weights hold {name}, which is no part of a Qwen2-Audio model")
+    raise CheckpointError(f"the weights contain {name}, not part of a Qwen2-Audio model")
 
 
 def canonical_names(names: list[str]) -> dict[str, str]:
@@ -90,7 +90,7 @@ def canonical_names(names: list[str]) -> dict[str, str]:
     for name in names:
         canonical = canonical_name(name)
         if canonical in sources:
-            raise CheckpointError(f"the weights hold {canonical} twice, as {sources[canonical]} and as {name}")
+            raise CheckpointError(f"the weights contain {canonical} twice, as {sources[canonical]} and as {name}")
         sources[canonical] = name
     return sources
 
@@ -115,7 +115,7 @@ def _text_shapes(text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     inner, head_dim = text["intermediate_size"], hidden // heads
     if text.get("head_dim") not in (None, head_dim):
         # transformers reads the field and vLLM's Qwen2 ignores it, so their results would differ.
-        raise CheckpointError(f"config.json has heads of {text['head_dim']}; only hidden_size / num_heads works")
+        raise CheckpointError(f"config.json has heads of {text['head_dim']}; only hidden_size / num_heads is supported")
     shapes: dict[str, tuple[int, ...]] = {
         EMBEDDING: (text["vocab_size"], hidden),
         LM_HEAD: (text["vocab_size"], hidden),
@@ -182,14 +182,14 @@ def check_tensors(entries: Mapping[str, TensorEntry], config: Mapping[str, Any])
                     hint = f"; vLLM wants it named {canonical_name(name)}"
             except CheckpointError:
                 pass
-            raise CheckpointError(f"the weights hold {name}, which this model does not have{hint}")
+            raise CheckpointError(f"the weights contain {name}, not part of this model{hint}")
     for name, shape in expected.items():
         if name not in entries:
             raise CheckpointError(f"the weights lack {name}")
         if entries[name].shape != shape:
-            raise CheckpointError(f"{name} has shape {entries[name].shape} but config.json asks for {shape}")
+            raise CheckpointError(f"{name} has shape {entries[name].shape}; config.json requires {shape}")
         if entries[name].dtype not in DTYPES:
-            raise CheckpointError(f"{name} is stored as {entries[name].dtype}; only {', '.join(DTYPES)} can be served")
+            raise CheckpointError(f"{name} is stored as {entries[name].dtype}; supported are {', '.join(DTYPES)}")
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -233,9 +233,7 @@ def weight_files(directory: Path) -> list[Path]:
             return [single]
         pickles = sorted(path.name for pattern in _PICKLED_WEIGHTS for path in directory.glob(pattern))
         if pickles:
-            raise CheckpointError(
-                f"the weights are pickles ({pickles[0]}), which can run code; save them as safetensors"
-            )
+            raise CheckpointError(f"the weights are pickles ({pickles[0]}) and can run code; save them as safetensors")
         raise CheckpointError(f"no {SINGLE_FILE} and no {INDEX_FILE} in the directory")
     try:
         names = set(cast("dict[str, str]", json.loads(index.read_text(encoding="utf-8"))["weight_map"]).values())
@@ -243,7 +241,7 @@ def weight_files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{INDEX_FILE} is damaged") from error
     for name in names:
         if name != Path(name).name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX_FILE} names {name}, which is not a safetensors file of this directory")
+            raise CheckpointError(f"{INDEX_FILE} lists {name}, not a safetensors file of this directory")
         if not (directory / name).is_file():
             raise CheckpointError(f"{INDEX_FILE} names {name}, which is missing")
     return [directory / name for name in sorted(names)]

@@ -137,10 +137,10 @@ def read(path: Path) -> KeyFile:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise KeyFileError(f"{path} is not a key file: {where}: {first['msg']}") from None
+        raise KeyFileError(f"{path} is not a valid key file: {where}: {first['msg']}") from None
     names = [key.name for key in file.keys]
     if len(set(names)) < len(names):
-        raise KeyFileError(f"{path} is not a key file: a name stands in it twice")
+        raise KeyFileError(f"{path} is not a valid key file: two keys have the same name; remove one")
     return file
 
 
@@ -177,7 +177,7 @@ def add(path: Path, **fields: object) -> str:
     """
     file = read(path) if path.exists() else KeyFile()
     if any(key.name == fields["name"] for key in file.keys):
-        raise KeyFileError(f"there is a key named {fields['name']} already: revoke it, or take another name")
+        raise KeyFileError(f"a key named {fields['name']} exists already; revoke it or choose another name")
     secret = PREFIX + secrets.token_urlsafe(NUM_RANDOM_BYTES)
     try:
         key = Key.model_validate(

@@ -78,7 +78,9 @@ def load_checkpoint(settings: Settings) -> Checkpoint:
     if EMBEDDED_CHECKPOINT.is_dir():
         return open_checkpoint(EMBEDDED_CHECKPOINT, verify=settings.verify_checkpoint)
     # An installed package has no checkpoints beside it.
-    raise CheckpointError("HYPER_CHECKPOINT is not set, and no embedded checkpoint is here: name a checkpoint")
+    raise CheckpointError(
+        "HYPER_CHECKPOINT is not set, and there is no embedded checkpoint; set it to a checkpoint directory"
+    )
 
 
 def build_engine(settings: Settings, checkpoint: Checkpoint) -> Engine:

@@ -77,18 +77,19 @@ class Connection(H11Protocol):
         if not self.has_bytes:
             self.transport.close()
             return
-        message = f"The head of the request took longer than {self.head_timeout_s:g} s."
-        self.refuse(RequestError("head_timeout", message, limit=self.head_timeout_s))
+        message = f"The request head was not complete after {self.head_timeout_s:g} s."
+        hint = "Send all headers at once."
+        self.refuse(RequestError("head_timeout", message, limit=self.head_timeout_s, hint=hint))
 
     def send_400_response(self, msg: str) -> None:
         """Reply to invalid or oversized HTTP with an error object; called while h11's error is handled."""
         error = sys.exception()
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
             limit = self.conn._max_incomplete_event_size  # pyright: ignore[reportPrivateUsage]
-            message = f"The head of a request may have {limit} bytes."
+            message = f"The request head exceeds {limit} bytes."
             self.refuse(RequestError("headers_too_large", message, limit=limit))
         else:
-            self.refuse(RequestError("invalid_http", "This is not a valid HTTP/1.1 request."))
+            self.refuse(RequestError("invalid_http", "The request is not valid HTTP/1.1."))
 
     def refuse(self, fault: RequestError) -> None:
         """Write an error reply and close the connection."""

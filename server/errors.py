@@ -87,8 +87,8 @@ AUDIO_ERRORS: Mapping[type[AudioError], str] = {
 }
 
 HTTP_ERRORS: Mapping[int, tuple[str, str]] = {
-    404: ("not_found", "There is nothing at this address; /docs lists what there is."),
-    405: ("method_not_allowed", "This address does not take that method; /docs lists what it takes."),
+    404: ("not_found", "This address does not exist; /docs lists all endpoints."),
+    405: ("method_not_allowed", "This endpoint does not accept the method; /docs lists the methods."),
 }
 
 MAX_EXACT = 2**53
@@ -176,22 +176,24 @@ def to_request_error(error: BaseException) -> RequestError:
         case PromptError():
             return RequestError("invalid_prompt", error.message, param=error.param)
         case EngineUnavailableError():
-            return RequestError("engine_unavailable", error.message, hint="Try again after the Retry-After time.")
+            return RequestError("engine_unavailable", error.message, hint="Retry after the Retry-After time.")
         case PoisonedClipError():
-            return RequestError("poisoned_clip", error.message, param="file", hint="Ask about another clip.")
+            return RequestError("poisoned_clip", error.message, param="file", hint="Send another clip.")
         case DecoderUnavailableError():
-            return RequestError("decoder_unavailable", error.message, hint="Try again after the Retry-After time.")
+            return RequestError("decoder_unavailable", error.message, hint="Retry after the Retry-After time.")
         case ClientDisconnect():
             return RequestError("client_closed_request", "The client closed the connection.")
         case HTTPException() if error.status_code in HTTP_ERRORS:
             return RequestError(*HTTP_ERRORS[error.status_code])
         case HTTPException() if error.status_code < 500:
-            return RequestError("invalid_request", "The request cannot be read.")
+            return RequestError("invalid_request", "The request cannot be parsed.")
         case ValidationError() | RequestValidationError():
             return validation_error(error)
         case _:
             return RequestError(
-                "internal_error", "The service failed on this request; the request id finds it in our logs."
+                "internal_error",
+                "The service failed on this request.",
+                hint="Retry; if it fails again, report the request id to the operator, who finds it in the log.",
             )
 
 
@@ -207,10 +209,10 @@ def validation_error(error: ValidationError | RequestValidationError) -> Request
         case "missing":
             return RequestError("missing_parameter", f"`{param}` is required.", param=param)
         case "extra_forbidden":
-            return RequestError("unknown_parameter", "The request has a field that this service does not know.")
+            return RequestError("unknown_parameter", "The request has an unknown field; /docs lists all fields.")
         case _ if param is None:
             # No field can have this name.
-            return RequestError("invalid_parameter", "A field of the request is not valid.")
+            return RequestError("invalid_parameter", "The request has an invalid field name; /docs lists all fields.")
         case "string_unicode":
             return RequestError("invalid_parameter", f"`{param}` is not valid Unicode text.", param=param)
         case _:

@@ -98,28 +98,33 @@ class RequestMiddleware:
             RequestError: 400, 401, 403, 404 or 431.
         """
         if len(scope["headers"]) > MAX_HEADERS:
-            message = f"A request may have {MAX_HEADERS} headers."
+            message = f"The request has too many headers; the limit is {MAX_HEADERS}."
             raise RequestError("headers_too_large", message, limit=MAX_HEADERS, actual=len(scope["headers"]))
         path = scope["path"]
         _, port = scope.get("server") or (None, None)
         if port is not None and port == self.settings.metrics_port:
             if path not in OPERATOR_PATHS:
-                raise RequestError("not_found", "This port has /metrics, /livez and /readyz.")
+                raise RequestError("not_found", "This port serves only /metrics, /livez and /readyz.")
             return
         keys = self.service.keys
         if keys is None and not self.settings.open_to_all and is_domain(headers.get("host", "")):
-            hint = "Use 127.0.0.1 or localhost, or give the service a key file."
-            raise RequestError("forbidden", "Without keys this service answers only to this machine's name.", hint=hint)
+            hint = "Use 127.0.0.1 or localhost, or configure API keys (HYPER_KEY_FILE)."
+            message = "Without API keys, the service refuses requests with a domain name as Host."
+            raise RequestError("forbidden", message, hint=hint)
         if keys is not None and path not in PUBLIC_PATHS:
             key = keys.find(bearer_of(headers))
             if key is None:
                 reason = "wrong_key" if "authorization" in headers else "no_key"
                 self.metrics.auth_failures.labels(reason).inc()
-                raise RequestError("invalid_api_key", "Send a valid API key: `Authorization: Bearer hyp_...`.")
+                message = "The API key is missing, unknown or expired."
+                hint = "Send a valid key as `Authorization: Bearer hyp_...`."
+                raise RequestError("invalid_api_key", message, hint=hint)
             scope_of_path = "metrics" if path == METRICS_PATH else "ask"
             if scope_of_path not in key.scopes:
                 self.metrics.auth_failures.labels("wrong_scope").inc()
-                raise RequestError("forbidden", f"This key does not have the scope `{scope_of_path}`.")
+                message = f"This key lacks the scope `{scope_of_path}`."
+                hint = f"Use a key with the scope `{scope_of_path}` (hyper keys add --scope {scope_of_path})."
+                raise RequestError("forbidden", message, hint=hint)
             context.tenant = self.service.quotas.of(key)
             context.facts["key"] = key.name
             context.priority = key.priority
@@ -130,7 +135,7 @@ class RequestMiddleware:
                 # A key of the class batch never becomes interactive.
                 pass
             case _:
-                message = f"`{PRIORITY_HEADER}` is interactive or batch."
+                message = f"`{PRIORITY_HEADER}` must be interactive or batch."
                 raise RequestError("invalid_parameter", message, param=PRIORITY_HEADER)
 
     def record_metrics(self, scope: Scope, context: RequestContext, status: int | None) -> None:
@@ -188,8 +193,10 @@ class Body:
                 message = await self.inner()
         except TimeoutError:
             limit = self.settings.upload_timeout_s
-            message = f"The upload took longer than {limit:g} s, or stood still."
-            raise RequestError("upload_timeout", message, limit=limit) from None
+            idle_s = self.settings.upload_idle_timeout_s
+            message = f"The upload took longer than {limit:g} s, or sent nothing for {idle_s:g} s."
+            hint = "Send a smaller clip, or use a faster connection."
+            raise RequestError("upload_timeout", message, limit=limit, hint=hint) from None
         if message["type"] == "http.request":
             context.num_body_bytes += len(message.get("body", b""))
             if context.num_body_bytes > self.settings.max_body_bytes:
@@ -202,7 +209,7 @@ class Body:
     def too_large(self, num_bytes: int) -> RequestError:
         """Return the error for a body above the limit, with its received or announced size."""
         limit = self.settings.max_body_bytes
-        message = f"The request body is larger than {limit} bytes."
+        message = f"The request body exceeds {limit} bytes."
         hint = "Send a shorter or compressed clip."
         return RequestError("body_too_large", message, limit=limit, actual=num_bytes, hint=hint)
 

@@ -68,17 +68,26 @@ class Tenant:
         """
         key = self.key
         if key.concurrent is not None and self.num_in_flight >= key.concurrent:
-            message = f"This key may have {key.concurrent} requests in flight."
+            message = f"This key is limited to {key.concurrent} requests in flight."
             raise RequestError(
-                "too_many_in_flight", message, limit=key.concurrent, actual=self.num_in_flight, retry_after_s=1
+                "too_many_in_flight",
+                message,
+                limit=key.concurrent,
+                actual=self.num_in_flight,
+                retry_after_s=1,
+                hint="Wait for a reply before the next request.",
             )
         if self.audio and (wait_s := self.audio.wait_s(min(1.0, self.audio.capacity))) > 0:
             raise self.out_of_audio(wait_s)
         if self.requests:
             if (wait_s := self.requests.wait_s(1.0)) > 0:
-                message = f"This key may send {key.requests_per_minute:g} requests a minute."
+                message = f"This key is limited to {key.requests_per_minute:g} requests per minute."
                 raise RequestError(
-                    "rate_limit_exceeded", message, limit=key.requests_per_minute, retry_after_s=math.ceil(wait_s)
+                    "rate_limit_exceeded",
+                    message,
+                    limit=key.requests_per_minute,
+                    retry_after_s=math.ceil(wait_s),
+                    hint="Retry after the Retry-After time.",
                 )
             self.requests.take(1.0)
         self.num_in_flight += 1
@@ -101,13 +110,13 @@ class Tenant:
     def out_of_audio(self, wait_s: float) -> RequestError:
         """Return the error for an exhausted audio quota."""
         limit = self.key.audio_s_per_day
-        message = f"This key may ask about {limit:g} s of audio a day."
+        message = f"This key is limited to {limit:g} s of audio per day."
         return RequestError(
             "audio_quota_exceeded",
             message,
             limit=limit,
             retry_after_s=math.ceil(min(wait_s, DAY_S)),
-            hint="What was used comes back evenly over a day.",
+            hint="The quota refills evenly over a day. Retry after the Retry-After time, or send a shorter clip.",
         )
 
 

@@ -47,7 +47,7 @@ Result = TypeVar("Result")
 
 WATCH_INTERVAL_S = 0.25
 MAX_RETRY_AFTER_S = 60
-COME_AGAIN = "Try again after the Retry-After time."
+COME_AGAIN = "Retry after the Retry-After time."
 
 
 class Service:
@@ -222,8 +222,8 @@ class Service:
             return
         if self.settings.decode_sandbox == "require" or not self.settings.is_local:
             raise HyperError(
-                "There is neither seccomp, Landlock nor bubblewrap here, so a process that may open files and sockets "
-                "would decode the clips of strangers. HYPER_DECODE_SANDBOX=auto allows that on 127.0.0.1 alone."
+                "No decoder sandbox: this system has neither seccomp, Landlock nor bubblewrap. Install bubblewrap, or "
+                "set HYPER_DECODE_SANDBOX=auto and HYPER_HOST=127.0.0.1 to decode without a sandbox."
             )
         logger.warning("clips are decoded WITHOUT a sandbox: this kernel offers none", extra=layers)
 
@@ -290,7 +290,7 @@ class Service:
             "starting": "The model is still loading.",
             "shutting_down": "The service is shutting down.",
             "engine_unavailable": "The engine is not running.",
-            "overloaded": f"The service is full: {self.settings.max_in_flight} requests are in flight.",
+            "overloaded": f"The service has reached its limit of {self.settings.max_in_flight} requests in flight.",
         }
         with contextlib.ExitStack() as stack:
             if context.tenant is not None:
@@ -301,11 +301,14 @@ class Service:
                 raise RequestError(reason, messages[reason], hint=COME_AGAIN)
             if context.priority == "batch" and self.num_in_flight >= self.max_batch_in_flight:
                 raise self.overloaded(
-                    f"All {self.max_batch_in_flight} places for requests of the class batch are taken."
+                    f"The service has reached its limit of {self.max_batch_in_flight} batch requests in flight."
                 )
             wait_s = self.limiter.wait_s(self.num_in_flight)
             if wait_s > self.settings.max_queue_wait_s:
-                raise self.overloaded(f"The wait would be about {math.ceil(wait_s)} s.")
+                limit_s = self.settings.max_queue_wait_s
+                raise self.overloaded(
+                    f"The expected wait for the engine is {math.ceil(wait_s)} s; the limit is {limit_s:g} s."
+                )
             gauges = [self.metrics.in_flight, *([self.metrics.batch_in_flight] * (context.priority == "batch"))]
             self.num_in_flight += 1
             for gauge in gauges:
@@ -338,7 +341,7 @@ class Service:
         num_ahead = self.limiter.num_working + (self.limiter.num_waiting if context.priority == "batch" else 0)
         wait_s = self.limiter.wait_s(num_ahead)
         if wait_s > 0 and time.monotonic() + wait_s > deadline_s:
-            raise self.overloaded("The wait would be longer than the request's deadline.")
+            raise self.overloaded("The expected wait for the engine exceeds the request's deadline.")
 
     async def in_pool(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Runs a function that takes long in the bounded pool, off the event loop."""
@@ -390,11 +393,14 @@ class Service:
                 case "client":
                     raise ClientDisconnect
                 case "shutdown":
-                    raise RequestError("shutting_down", "The service shut down before the answer was complete.")
+                    raise RequestError("shutting_down", "The service shut down before it completed the answer.")
                 case _:
                     limit = round((deadline_s - context.started_s) * 1000)
                     raise RequestError(
-                        "deadline_exceeded", f"The answer was not complete after {limit} ms.", limit=limit
+                        "deadline_exceeded",
+                        f"The answer was not complete after {limit} ms.",
+                        limit=limit,
+                        hint="Raise `timeout_ms`, or lower `max_tokens`.",
                     )
         finally:
             self.tasks.discard(task)
@@ -417,11 +423,11 @@ def key_ring(settings: Settings) -> KeyRing | None:
     if settings.key_file is not None:
         return KeyRing(settings.key_file)
     if settings.is_local or settings.open_to_all:
-        logger.warning("no HYPER_KEY_FILE: EVERYBODY who can connect to %s may ask, without a key", settings.host)
+        logger.warning("no HYPER_KEY_FILE: every client that can connect to %s has access without a key", settings.host)
         return None
     raise HyperError(
-        f"Everybody who can connect to {settings.host} could ask. Make keys with `hyper keys add` and name their file "
-        "in HYPER_KEY_FILE, listen on 127.0.0.1, or say with HYPER_OPEN_TO_ALL=true that this is meant."
+        f"HYPER_HOST={settings.host} would give every client access without a key. Create keys with `hyper keys add` "
+        "and set HYPER_KEY_FILE, listen on 127.0.0.1, or allow access without a key with HYPER_OPEN_TO_ALL=true."
     )
 
 

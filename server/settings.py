@@ -131,5 +131,5 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
         upper = name.upper()
         if value and upper.startswith(PREFIX) and upper not in known and upper not in NOT_OURS:
             similar = get_close_matches(upper, known, n=1)
-            messages.append(f"{name}: there is no such setting" + (f"; {similar[0]}?" if similar else ""))
+            messages.append(f"{name}: unknown setting" + (f"; did you mean {similar[0]}?" if similar else ""))
     return messages

@@ -168,7 +168,7 @@ class DecoderPool:
             if (found := await self.launch(prefix)) is not None:
                 self.layers = (*layers, *found)
                 return
-        raise DecoderUnavailableError("The decoder did not start; the log says why.")
+        raise DecoderUnavailableError("The decoder did not start; see the log.")
 
     async def launch(self, prefix: list[str]) -> list[str] | None:
         """Starts the helper behind a prefix and returns what it locked itself in with; None where it did not start."""
@@ -359,7 +359,7 @@ class DecoderPool:
         """Starts the helper again, once however many callers find it gone."""
         async with self.starting:
             if self.is_stopped:
-                raise DecoderUnavailableError("The service shuts down.")
+                raise DecoderUnavailableError("The service is shutting down.")
             if self.control is gone:
                 self.on_death("helper")
                 logger.error("the decoder is gone; starting it again")

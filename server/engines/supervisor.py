@@ -127,7 +127,7 @@ class Quarantine:
 
     def _refuse_banned(self, clip_sha256: str) -> None:
         if self._holds(self.banned, clip_sha256):
-            raise PoisonedClipError("The engine failed on this clip before, twice.")
+            raise PoisonedClipError("The engine failed twice on this clip.")
 
     def _holds(self, among: OrderedDict[str, float], clip_sha256: str) -> bool:
         until_s = among.get(clip_sha256)

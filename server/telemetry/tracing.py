@@ -53,14 +53,16 @@ def tracer_from(environment: Mapping[str, str]) -> Tracer | None:
         return None
     protocol = next((environment[name] for name in PROTOCOLS if environment.get(name)), PROTOCOL)
     if protocol != PROTOCOL:
-        raise HyperError(f"Traces are sent by {PROTOCOL} (port 4318 of a collector); {protocol} is not spoken here.")
+        raise HyperError(f"OTLP protocol {protocol} is not supported; use {PROTOCOL} (port 4318 of a collector).")
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise HyperError(f"OTEL_EXPORTER_OTLP_ENDPOINT is set, but {error.name} is not installed.") from None
+        raise HyperError(
+            f"OTEL_EXPORTER_OTLP_ENDPOINT is set, but {error.name} is not installed; install it or unset the variable."
+        ) from None
     attributes = {"service.version": version()}
     if not environment.get("OTEL_SERVICE_NAME") and "service.name=" not in environment.get(
         "OTEL_RESOURCE_ATTRIBUTES", ""

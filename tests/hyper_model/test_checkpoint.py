@@ -234,8 +234,8 @@ def test_a_taken_name_is_kept_unless_told_otherwise(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"state_dict": {"base_model.model.lm_head.weight": torch.zeros(1)}}, "adapter that was not merged"),
-        ({"state_dict": {"vision_tower.weight": torch.zeros(1)}}, "no part of a Qwen2-Audio model"),
+        ({"state_dict": {"base_model.model.lm_head.weight": torch.zeros(1)}}, "contain an adapter"),
+        ({"state_dict": {"vision_tower.weight": torch.zeros(1)}}, "not part of a Qwen2-Audio model"),
         ({"state_dict": {"lm_head.weight": torch.zeros(1)}}, "lack language_model.model.embed_tokens.weight"),
         ({"manifest_fields": {"name": "no/slash"}}, "not valid at name"),
         ({"manifest_fields": {"name": "a", "pauses": 3}}, "not valid at pauses"),
@@ -335,7 +335,7 @@ def add_file(name: str, content: bytes = b"{}") -> Callable[[Path], object]:
 
 # Change to a whole checkpoint, whether its sums are updated, and the expected refusal.
 REFUSALS: dict[str, tuple[Callable[[Path], object], bool, str]] = {
-    "no directory": (shutil.rmtree, False, "no such directory"),
+    "no directory": (shutil.rmtree, False, "the directory does not exist"),
     "no manifest": (lambda path: (path / MANIFEST_FILE).unlink(), False, "no hyper.json"),
     "manifest no JSON": (add_file(MANIFEST_FILE, b"\x80"), False, "hyper.json is not JSON"),
     "newer format": (
@@ -356,7 +356,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], bool, str]] = {
     "unlisted directory": (lambda path: (path / "code").mkdir(), False, "code is not listed"),
     "listed pickle": (add_file("optimizer.pt", pickle.dumps({})), True, "optimizer.pt is of a kind"),
     "listed code": (add_file("modeling.py", b""), True, "modeling.py is of a kind"),
-    "listed spare weights": (add_file("more.safetensors"), True, "not those that the weights consist of"),
+    "listed spare weights": (add_file("more.safetensors"), True, "differ from the files of the weights"),
     "pickle named safetensors": (add_file(weights.SINGLE_FILE, pickle.dumps({})), True, "not a whole safetensors"),
     "cut weights": (truncate_weights, True, "not a whole safetensors"),
     "path out": (in_manifest(lambda m: m["files"].update({"../x.json": "0" * 64})), False, "not a plain file name"),

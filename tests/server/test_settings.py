@@ -51,7 +51,7 @@ def test_a_variable_that_no_setting_reads_is_found() -> None:
     }
     first, second = unknown_variables(environment)
     assert first.startswith("HYPER_MAX_INFLIGHT: ") and first.endswith("HYPER_MAX_IN_FLIGHT?")
-    assert second == "HYPER_QQQQQQQQ: there is no such setting"
+    assert second == "HYPER_QQQQQQQQ: unknown setting"
 
 
 def test_settings_are_frozen() -> None:
