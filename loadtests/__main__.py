@@ -1,4 +1,4 @@
-"""The command line: `python -m loadtests run`, `dashboard`, `bench` and `stress`. Knows only its own package."""
+"""Command line of the load tests: `python -m loadtests run`, `dashboard`, `bench` and `stress`."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], lo
         if name in (parts or measures):
             found = measure(setup)
             figures += found
-            # At once: the other part may fail.
+            # Print at once, since the other part may fail.
             click.echo(table(found))
     click.echo(json.dumps({figure.name: round(figure.value, 8) for figure in figures}))
 

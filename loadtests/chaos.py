@@ -39,7 +39,9 @@ def questions(clips: Clips, mix: Mix, num: int, seed: int) -> list[Question]:
     return [planned.question for planned in plan(clips, mix, 1.0, 10.0 * num + 100, seed)[:num]]
 
 
-async def in_flight(target: Target, asked: Sequence[Question], act: Callable[[], None]) -> tuple[list[Outcome], float]:
+async def in_flight(
+    target: Target, pending_questions: Sequence[Question], act: Callable[[], None]
+) -> tuple[list[Outcome], float]:
     """Send all questions at once, and call `act` after the service has admitted them.
 
     Returns:
@@ -47,10 +49,10 @@ async def in_flight(target: Target, asked: Sequence[Question], act: Callable[[],
     """
     async with open_session(target.url, target.key, REPLY_TIMEOUT_S) as session:
         start_s = time.perf_counter()
-        tasks = [asyncio.create_task(ask(session, question, start_s)) for question in asked]
+        tasks = [asyncio.create_task(ask(session, question, start_s)) for question in pending_questions]
         while time.perf_counter() < start_s + ADMISSION_TIMEOUT_S:
             reading = await asyncio.to_thread(target.read)
-            if reading.in_flight >= len(asked) or all(task.done() for task in tasks):
+            if reading.in_flight >= len(pending_questions) or all(task.done() for task in tasks):
                 break
             await asyncio.sleep(POLL_S)
         acted_s = time.perf_counter()
@@ -157,8 +159,8 @@ def sigterm(target: Target, clips: Clips, mix: Mix, seed: int, say: Say) -> list
     if process is None:
         say("sigterm: only a service that was started here is ended")
         return []
-    asked = questions(clips, mix, NUM_AT_SIGTERM, seed + 3)
-    outcomes, acted_s = asyncio.run(in_flight(target, asked, process.terminate))
+    pending_questions = questions(clips, mix, NUM_AT_SIGTERM, seed + 3)
+    outcomes, acted_s = asyncio.run(in_flight(target, pending_questions, process.terminate))
     code = process.wait(REPLY_TIMEOUT_S)
     waiting = [outcome for outcome in outcomes if outcome.due_s + outcome.e2e_s > acted_s]
     return [

@@ -338,13 +338,13 @@ def files(
 ) -> Iterator[tuple[str, bytes]]:
     """Yield `num` hostile files: traps, long silences and inventions, then mutated clips and traps.
 
-    If the fixed files exceed half of `num`, a random sample of them is used, so that a short run has every kind.
+    If the fixed files exceed half of `num`, only a random sample is used. A short run then has every kind.
 
     Args:
         folder: Folder for the long silences.
         port: Port called by traps.
         secret: File read by traps.
-        has_silences: Generate long silences, a minute of work.
+        has_silences: Generate long silences (about a minute of work).
     """
     set_traps = traps(port, secret)
     by_hand = [*set_traps, *(silences(folder) if has_silences else ()), *inventions(good)]

@@ -182,16 +182,22 @@ def table(reports: Sequence[Report]) -> str:
         return "-" if seconds is None else f"{1000 * seconds:.0f}"
 
     lines = ["".join(f"{head:>{width}}" for head, width in COLUMNS)]
-    for each in reports:
+    for report in reports:
         cells = (
-            *(each.name, f"{each.offered_per_s:.2f}", each.num_requests, each.num_answers, f"{each.goodput_per_s:.2f}"),
-            *(ms(each.e2e.p50_s), ms(each.e2e.p95_s), ms(each.e2e.p99_s), ms(each.ttft.p50_s)),
-            *(each.refusals.num, ms(each.refusals.p99_s), ms(each.late.p99_s)),
+            *(
+                report.name,
+                f"{report.offered_per_s:.2f}",
+                report.num_requests,
+                report.num_answers,
+                f"{report.goodput_per_s:.2f}",
+            ),
+            *(ms(report.e2e.p50_s), ms(report.e2e.p95_s), ms(report.e2e.p99_s), ms(report.ttft.p50_s)),
+            *(report.refusals.num, ms(report.refusals.p99_s), ms(report.late.p99_s)),
         )
         lines.append("".join(f"{cell!s:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True)))
-    for each in reports:
-        stages = (f"{name} {ms(of.p50_s)}/{ms(of.p99_s)}" for name, of in each.stages.items())
-        lines.append(f"{each.name}: stages p50/p99 " + ", ".join(stages))
-        if each.errors:
-            lines.append(f"{each.name}: " + ", ".join(f"{code} {num}" for code, num in each.errors.items()))
+    for report in reports:
+        stages = (f"{name} {ms(of.p50_s)}/{ms(of.p99_s)}" for name, of in report.stages.items())
+        lines.append(f"{report.name}: stages p50/p99 " + ", ".join(stages))
+        if report.errors:
+            lines.append(f"{report.name}: " + ", ".join(f"{code} {num}" for code, num in report.errors.items()))
     return "\n".join(lines)

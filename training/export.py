@@ -240,9 +240,9 @@ def _spelled_by(before: TraceTokenizer, now: TraceTokenizer, token_id: int) -> l
     """List the ids of a token's pieces in another tokenizer."""
     token = now.tokenizer.id_to_token(token_id)
     assert token is not None
-    known = before.tokenizer.token_to_id(token)
-    if known is not None:
-        return [known]
+    known_id = before.tokenizer.token_to_id(token)
+    if known_id is not None:
+        return [known_id]
     if token_id in now.latent_ids and before.pause_id is not None:
         return [before.pause_id]
     # A piece of a character is no text; its bytes are in every byte-level vocabulary.

@@ -1,8 +1,8 @@
 """The trained model: Qwen2-Audio, scored at the tokens of its completions, with one encoding per clip.
 
-Axes: B sequences, T positions, C clips, A audio tokens of all clips, N scored positions of all sequences, D width of
-the encoder, H hidden width, V vocabulary. Sequences are padded on the right. Attention is causal, so no scored position
-sees padding, and only branched rows need a mask.
+Axes: B sequences, T positions, C clips, A audio tokens of all clips, N scored positions of all sequences. D is the
+width of the encoder, H the hidden width, V the vocabulary. Sequences are padded on the right. Attention is causal, so
+no scored position sees padding, and only branched rows need a mask.
 
 A batch holds each clip once. Its states are encoded and projected once, then copied to all rollouts of its prompt. This
 happens inside the root module's `forward`, visible to wrappers of the root (FSDP, DDP). This module depends on no data

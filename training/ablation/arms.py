@@ -47,8 +47,7 @@ STYLE_WEIGHTS: Mapping[TraceStyle, Mapping[str, object]] = {
 
 Sections absent from a style have weight 0; without SUMMARY there is no conclusion for `alignment`. The length with full
 reward covers nearly all gold traces of the style: 10 to 117 and 2 to 54 tokens are the first to 99th percentile. Every
-whole trace of these styles is weak and earns the same for its form, so the form has no effect on advantages within a
-group.
+whole trace of these styles is weak, with equal format reward. It has no effect on advantages within a group.
 """
 
 _COLLAPSE_LENGTH: Mapping[TraceStyle, float] = {"explicit": 0.5, "short": 0.25, "direct": 0.1}

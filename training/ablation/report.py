@@ -240,7 +240,10 @@ def _shared(rows: Rows, against: Rows) -> tuple[Rows, Rows]:
         suite: [id for id, row in items.items() if against.get(suite, {}).get(id, {}).get("digest") == row["digest"]]
         for suite, items in rows.items()
     }
-    return tuple({s: {id: each[s][id] for id in ids} for s, ids in shared.items() if ids} for each in (rows, against))  # pyright: ignore[reportReturnType]
+    return tuple(
+        {s: {id: rows_of_arm[s][id] for id in ids} for s, ids in shared.items() if ids}
+        for rows_of_arm in (rows, against)
+    )  # pyright: ignore[reportReturnType]
 
 
 def _main(items: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -262,11 +265,11 @@ def _sums(column: Column, seeds: Sequence[Rows]) -> Sums:
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """Return the page."""
-    said, arms = summary["settings"], summary["arms"]
+    plan, arms = summary["settings"], summary["arms"]
     lead = (
-        f"All arms but the rival, `cascade`, begin from {said['base']} (manifest {said['base_sha256'][:12]}) and have "
-        f"{said['num_sft_steps']} further steps of Stage I on traces of their own form, then {said['num_steps']} of "
-        f"Stage II; `sft` has Stage I alone. All are asked the same {said['num_items']} questions about scenes of "
+        f"All arms but the rival, `cascade`, begin from {plan['base']} (manifest {plan['base_sha256'][:12]}) and have "
+        f"{plan['num_sft_steps']} further steps of Stage I on traces of their own form, then {plan['num_steps']} of "
+        f"Stage II; `sft` has Stage I alone. All are asked the same {plan['num_items']} questions about scenes of "
         "held-out voices. "
         "In brackets: 95 %, bootstrap of whole voices; with one seed, what another would change is not in it. A dash: "
         "the arm has no such section, or no result yet. Arms with pauses also have what comes with their gate: "
@@ -348,13 +351,13 @@ def _pauses_table(arms: Sequence[Mapping[str, Any]]) -> str:
         if arm["by_pauses"]:
             cells: list[str] = []
             for name in PAUSE_GROUPS:
-                found = arm["by_pauses"].get(name)
-                if found is None:
+                group = arm["by_pauses"].get(name)
+                if group is None:
                     cells.append("-")
                     continue
-                low, high = found["interval_95"]
+                low, high = group["interval_95"]
                 cells.append(
-                    f"{found['value']:.3f} / {found['other']:.3f} of {found['num_items']}: {found['difference']:+.3f} "
+                    f"{group['value']:.3f} / {group['other']:.3f} of {group['num_items']}: {group['difference']:+.3f} "
                     f"({low:+.3f} to {high:+.3f})"
                 )
             rows.append([f"`{arm['name']}`", *cells])
@@ -376,8 +379,8 @@ def _paper_table(arms: Sequence[Mapping[str, Any]]) -> str:
             row, published = PAPER[arm["name"]]
             ours = (arm["figures"].get(name) for name in PAPER_COLUMNS)
             cells = [
-                f"{'-' if found is None else format(100 * found['value'], '.1f')} / {value:.1f}"
-                for found, value in zip(ours, published, strict=True)
+                f"{'-' if figure is None else format(100 * figure['value'], '.1f')} / {value:.1f}"
+                for figure, value in zip(ours, published, strict=True)
             ]
             rows.append([f"`{arm['name']}`", row, *cells])
     return _table(["arm", "the paper's row", *(f"{titles[name]}: here / paper" for name in PAPER_COLUMNS)], rows)

@@ -1,1 +1,1 @@
-"""The training side of the `hyper` command. Only this package parses command lines."""
+"""The training side of the `hyper` command; no other package parses its command lines."""

@@ -89,7 +89,7 @@ def ablation(
         )
     plan = Plan(steps, sft_steps, items, sections, wanted_aborts, sft_set, grpo_set)
     check_settings(run_dir, plan.said(base))
-    # So that whoever ends this process ends the command that it waits for, too.
+    # Ending this process must also end its current command.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = run_arms(chosen, plan=plan, base=base, run_dir=run_dir, work=work, num_seeds=seeds)
     click.echo(write_report(run_dir))

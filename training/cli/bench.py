@@ -1,13 +1,13 @@
-"""`make bench-train`: what Stage II's steps cost beside a plain trainer's, and whether it does what it says.
+"""Benchmark of Stage II for `make bench-train`: cost of its steps beside a plain trainer, and correctness checks.
 
-On the embedded checkpoint in float32, on clips that are named on the command line. Prints one JSON line:
-  - `grpo_step_ratio_vs_naive`: seconds a sampled token of our step over those of a step that generates with
-    transformers and computes clip and prompt anew for every rollout; both in turns, with the same prompts, weights and
-    threads.
+It runs on the embedded checkpoint in float32, on clips from the command line. It prints one JSON line:
+  - `grpo_step_ratio_vs_naive`: seconds per sampled token of our step, over those of a plain step. The plain step
+    generates with transformers and computes clip and prompt anew for every rollout. Both run in turns with the same
+    prompts, weights and threads.
   - `sync_logprob_gap_fp32`: mean difference between the engine's and the trainer's log-probabilities of the same
-    rollouts, the largest of the steps behind an update.
-  - `resume_max_diff`: largest difference between the weights of a run and of one that was broken off and resumed.
-  - `forced_token_grad`: largest gradient at the last hidden state in front of a forced token.
+    rollouts, the largest of the steps after an update.
+  - `resume_max_diff`: largest difference between the weights of an uninterrupted and of a resumed run.
+  - `forced_token_grad`: largest gradient at the last hidden state before a forced token.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ QUESTIONS = ("What is in the background?", "How many people speak?", "What is sa
 
 
 class ClipTasks:
-    """Asks simple questions about given clips, in turn; what they are worth does not matter here."""
+    """Simple questions about given clips, in turn; their rewards do not matter here."""
 
     def __init__(self, clips: Sequence[Path], tokenizer: TraceTokenizer) -> None:
         self.tasks: list[Task] = []
@@ -60,20 +60,20 @@ class ClipTasks:
             self.tasks.append(Task(prompt, Truth(question, "one", num_speakers=1 + number % 3)))
 
     def draw(self, number: int) -> Task:
-        """Returns a task."""
+        """Return a task."""
         return self.tasks[number % len(self.tasks)]
 
 
 def stock_inputs(sequences: Sequence[Sequence[int]], clips: Sequence[np.ndarray], audio_id: int) -> dict[str, Any]:
-    """Returns what the library's own model takes: every clip padded to 30 s, prompts padded on the left."""
+    """Return the inputs of the library's own model: every clip padded to 30 s, prompts padded on the left."""
     features = WhisperFeatureExtractor(feature_size=80)(
         list(clips), sampling_rate=SAMPLE_RATE_HZ, padding="max_length", return_attention_mask=True, return_tensors="pt"
     )
     expanded: list[list[int]] = []
     for token_ids, samples_S in zip(sequences, clips, strict=True):
         at = token_ids.index(audio_id)
-        heard = [audio_id] * num_audio_tokens(len(samples_S))
-        expanded.append([*token_ids[:at], *heard, *token_ids[at + 1 :]])
+        audio_ids = [audio_id] * num_audio_tokens(len(samples_S))
+        expanded.append([*token_ids[:at], *audio_ids, *token_ids[at + 1 :]])
     longest = max(map(len, expanded))
     return {
         "input_ids": torch.tensor([[0] * (longest - len(ids)) + ids for ids in expanded]),
@@ -84,38 +84,38 @@ def stock_inputs(sequences: Sequence[Sequence[int]], clips: Sequence[np.ndarray]
 
 
 class StockBackend(TransformersBackend):
-    """Generates as the library does it: `generate` of the whole model, each rollout with a clip of its own."""
+    """Generation as in the library: `generate` of the whole model, with a separate clip per rollout."""
 
     def __init__(self, model: RunModel, *, rows_at_once: int) -> None:
         super().__init__(model, rows_at_once=rows_at_once)
         self.decoder = stock(model.core)
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        """Returns prompts and clips, one for each rollout."""
+        """Return prompts and clips, one for each rollout."""
         audio_id = self.model.tokenizer.audio_id
         return stock_inputs([p.token_ids for p in prompts], [p.samples_S for p in prompts], audio_id)
 
 
 class StockTrainer(GrpoTrainer):
-    """Scores as the library does it: each rollout with prompt and clip of its own, and logits at every position."""
+    """Scoring as in the library: separate prompt and clip per rollout, and logits at every position."""
 
     def pack(self, rows: Sequence[Row], clips: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Takes branches apart again."""
+        """Split branched rows into separate sequences."""
         sequences: list[list[int]] = []
         targets: list[list[int]] = []
-        heard: list[np.ndarray] = []
+        row_clips: list[np.ndarray] = []
         for row in rows:
             for begin, end in itertools.pairwise((*row.branches, len(row.token_ids))):
                 trunk = row.branches[0]
                 sequences.append([*row.token_ids[:trunk], *row.token_ids[begin:end]])
                 targets.append([*row.targets[:trunk], *row.targets[begin:end]])
-                heard.append(clips[row.clip])
+                row_clips.append(clips[row.clip])
         longest = max(map(len, targets))
-        wanted = torch.tensor([[IGNORED] * (longest - len(each)) + each for each in targets])
-        return {"inputs": stock_inputs(sequences, heard, self.run_model.tokenizer.audio_id), "targets_BT": wanted}
+        wanted = torch.tensor([[IGNORED] * (longest - len(branch_row)) + branch_row for branch_row in targets])
+        return {"inputs": stock_inputs(sequences, row_clips, self.run_model.tokenizer.audio_id), "targets_BT": wanted}
 
     def score(self, model: Any, batch: dict[str, Any]) -> Scores:
-        """Scores by the library's own forward pass."""
+        """Score with the library's own forward pass."""
         library: Any = Qwen2AudioForConditionalGeneration
         logits_BTV = library.forward(model, **batch["inputs"]).logits
         targets_BT = batch["targets_BT"]
@@ -127,14 +127,14 @@ class StockTrainer(GrpoTrainer):
 
 
 def stock(policy: HyperPolicy) -> Any:
-    """Returns the library's own model around the same parameters."""
-    found = copy.copy(policy)
-    found.__class__ = Qwen2AudioForConditionalGeneration  # pyright: ignore[reportAttributeAccessIssue]
-    return found
+    """Return the library's own model around the same parameters."""
+    model = copy.copy(policy)
+    model.__class__ = Qwen2AudioForConditionalGeneration  # pyright: ignore[reportAttributeAccessIssue]
+    return model
 
 
 class Bench:
-    """Holds one engine, and makes trainers that share it.
+    """One engine, shared by several trainers.
 
     Args:
         base: The checkpoint, with a gate that pauses in every rollout.
@@ -150,7 +150,7 @@ class Bench:
         self.engine = VllmBackend(self.checkpoint, dtype="float32", is_sampler=True)
 
     def trainer(self, name: str, *, is_resumed: bool = False, is_naive: bool = False, **changes: Any) -> GrpoTrainer:
-        """Makes a trainer with a run directory of this name."""
+        """Return a trainer with a run directory of this name."""
         recipe: GrpoRecipe = dataclasses.replace(
             mini_grpo(), dtype="float32", export_dtype="float32", wanted_pauses=0.0, max_redraws=0, **changes
         )
@@ -162,9 +162,9 @@ class Bench:
         return GrpoTrainer(model, recipe, self.folder / name, self.tasks, self.engine, gate=self.gate)
 
     def step_ratio(self, rounds: int) -> tuple[float, dict[str, float]]:
-        """Measures both kinds of steps in turns; returns the ratio of their medians, and these in ms a token.
+        """Measure both kinds of steps in turns; return the ratio of their medians, and the medians in ms per token.
 
-        Besides, how far the plain side's scores are from what it sampled.
+        Also return the difference between the plain side's scores and its sampling log-probabilities.
         """
         sides = {"ours": self.trainer("ours"), "naive": self.trainer("naive", is_naive=True)}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -177,15 +177,15 @@ class Bench:
                 trainer.model.zero_grad()  # pyright: ignore[reportOptionalMemberAccess]
                 spent_s = time.perf_counter() - started_s
                 num_tokens = sum(len(each.token_ids) for group in trainer.groups for each in group.rollouts)
-                if turn:  # The first of each warms up.
+                if turn:  # The first step of each kind is a warm-up.
                     seconds[name].append(1_000 * spent_s / num_tokens)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
-        # Small, so both do the same work; it would not be if the plain side scored something else.
+        # A small difference shows equal work; the plain side must score its own samples.
         medians["naive_gap"] = statistics.fmean(sides["naive"].measured["gap"])
         return medians["ours"] / medians["naive"], medians
 
     def gap_and_resume(self) -> tuple[float, float]:
-        """Runs four steps, and the last two of them again; returns the largest gap and the largest difference."""
+        """Run four steps, and the last two again; return the largest gap and the largest difference."""
         changes = {"num_steps": 4, "save_every_steps": 2, "learning_rate": 1e-4, "warmup_steps": 0}
         self.trainer("whole", **changes).train()
         whole, broken = self.folder / "whole", self.folder / "broken"
@@ -199,7 +199,7 @@ class Bench:
         return max(row["gap"] for row in read_log(whole)), difference
 
     def forced_gradient(self) -> float:
-        """Returns the largest gradient in front of a forced token, of a step with rewards that differ."""
+        """Return the largest gradient before a forced token, in a step with different rewards."""
         trainer = self.trainer("forced")
         (group,) = trainer.sample([0], self.gate)
         unequal = [dataclasses.replace(each, total=float(place)) for place, each in enumerate(group.rewards)]

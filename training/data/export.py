@@ -177,8 +177,8 @@ def _row(name: str, path: Path, rendered: Rendered, example: SceneExample) -> di
 def _licences(plan: ExportPlan, backgrounds: set[str], voices: set[str]) -> dict[str, Any]:
     """Collect the licence terms of the used files' sources."""
     if plan.noise:
-        known = NoiseFolder(plan.noise, plan.split).licences()
-        recordings: dict[str, Any] = {path: known[path] for path in backgrounds if path in known}
+        licences = NoiseFolder(plan.noise, plan.split).licences()
+        recordings: dict[str, Any] = {path: licences[path] for path in backgrounds if path in licences}
     else:
         recordings = {path: {"licence": LICENCES[path.split("/")[0]]} for path in backgrounds}
     engines = {voice.engine for voice in list_voices() if voice.name in voices}

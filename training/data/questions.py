@@ -333,7 +333,7 @@ def draw_example(
         summary=item.answer,
         response=item.answer,
         # Give the words, not the letter. For the letter, a decoder of this size would have to find the choice equal to
-        # its answer and read the letter before it. It did not learn this in 2,200 steps (docs/LOG.md).
+        # its answer, then read the letter before it. It did not learn this in 2,200 steps (docs/LOG.md).
         final_answer=item.answer,
     )
     is_hard = scene.has_overlap or len(scene.speakers) > 2 or (scene.snr_db is not None and scene.snr_db < 5.0)

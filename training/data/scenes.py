@@ -206,12 +206,12 @@ class SceneBuilder:
         utterance, path = rng.choice(options)
         return utterance, self.bank.samples(utterance, path)
 
-    def draw_other_lines(self, rng: random.Random, said: set[str], count: int) -> tuple[str, ...]:
-        """Draw open lines of this split's voices, except those in `said`."""
+    def draw_other_lines(self, rng: random.Random, excluded: set[str], count: int) -> tuple[str, ...]:
+        """Draw open lines of this split's voices, except `excluded` ones."""
         if not self.open_texts:
             return ()
         drawn = dict.fromkeys(rng.choice(self.open_texts) for _ in range(count))
-        return tuple(text for text in drawn if text not in said)
+        return tuple(text for text in drawn if text not in excluded)
 
     def draw_background(self, rng: random.Random, label: str, num_samples: int) -> tuple[np.ndarray, str]:
         """Draw a recording of a class, cut or repeated to `num_samples`.
@@ -270,12 +270,12 @@ class SceneBuilder:
             return None  # Two people answer one question, so its answer is ambiguous.
         questions = list(answers)
         rng.shuffle(questions)
-        said = {item.text for item in placed}
+        spoken_texts = {item.text for item in placed}
         for question in questions:
             others = [
                 (utterance, path)
                 for answer, speaker, utterance, path in self._answers.get(question, ())
-                if answer != answers[question] and speaker not in taken and utterance.text not in said
+                if answer != answers[question] and speaker not in taken and utterance.text not in spoken_texts
             ]
             if others:
                 return question, *rng.choice(others)
@@ -348,7 +348,7 @@ class SceneBuilder:
         order = [item.voice for item in placed]
         ids = {name: f"S{i + 1}" for i, name in enumerate(dict.fromkeys(order))}
         turns = tuple(Turn(ids[p.voice], line_from_text(p.text), p.start_s, p.end_s) for p in placed)
-        said = {item.text for item in placed} | {background_line or ""}
+        used_texts = {item.text for item in placed} | {background_line or ""}
         scene = Scene(
             seed=seed,
             split=self.split,
@@ -360,7 +360,7 @@ class SceneBuilder:
             background_line=background_line,
             has_overlap=any(later.start_s < max(e.end_s for e in turns[:i]) for i, later in enumerate(turns) if i),
             duration_s=num_samples / SAMPLE_RATE_HZ,
-            other_lines=self.draw_other_lines(rng, said, NUM_OTHER_LINES) if placed else (),
+            other_lines=self.draw_other_lines(rng, used_texts, NUM_OTHER_LINES) if placed else (),
             contradicted=contradicted,
         )
         return Rendered(scene, *parts)
@@ -407,16 +407,21 @@ class SceneBuilder:
         }
 
     def _speak(
-        self, rng: random.Random, name: str, manner: tuple[float, float, float], said: set[str], longest_s: float
+        self,
+        rng: random.Random,
+        name: str,
+        manner: tuple[float, float, float],
+        spoken_texts: set[str],
+        longest_s: float,
     ) -> tuple[str, np.ndarray]:
-        """Draw a line not yet in `said`, with the person's speed, tilt and gain."""
+        """Draw a line not yet in `spoken_texts`, with the person's speed, tilt and gain."""
         is_open = rng.random() < _OPEN_SHARE and self.background != "contradicting"
         utterance, samples_S = self.draw_utterance(rng, name, is_open=is_open, longest_s=longest_s)
         for _ in range(5):
-            if utterance.text not in said:
+            if utterance.text not in spoken_texts:
                 break
             utterance, samples_S = self.draw_utterance(rng, name, is_open=is_open, longest_s=longest_s)
-        said.add(utterance.text)
+        spoken_texts.add(utterance.text)
         speed, tilt, gain = manner
         if tilt:
             samples_S = tilt_spectrum(samples_S, tilt)
@@ -429,14 +434,14 @@ class SceneBuilder:
         manners = self._draw_manners(rng, people)
         cursor_s = rng.uniform(0.1, 0.5)
         placed: list[_Placed] = []
-        said: set[str] = set()
+        spoken_texts: set[str] = set()
         for index, name in enumerate(order):
             if index:
                 overlaps = order[index - 1] != name and rng.random() < 0.12
                 cursor_s += -rng.uniform(0.2, 0.5) if overlaps else rng.uniform(0.12, 0.6)
             # Leave time for the turns still to come.
             longest_s = (_LONGEST_S - cursor_s) / (len(order) - index) if index else _LONGEST_S / len(order)
-            text, samples_S = self._speak(rng, name, manners[name], said, 0.9 * longest_s)
+            text, samples_S = self._speak(rng, name, manners[name], spoken_texts, 0.9 * longest_s)
             # Turns stay in the order of their numbers, even if the previous line is too short for the overlap.
             start_s = max(placed[-1].start_s + 0.05 if placed else 0.0, cursor_s)
             placed.append(_Placed(name, text, start_s, samples_S))
@@ -457,9 +462,9 @@ class SceneBuilder:
             names.append(rng.choice(names[:-1]))
         cursor_s = rng.uniform(0.1, 0.5)
         placed: list[_Placed] = []
-        said: set[str] = set()
+        spoken_texts: set[str] = set()
         for first, second in zip(names[::2], names[1::2], strict=True):
-            pair = [self._speak(rng, name, manners[name], said, 6.0) for name in (first, second)]
+            pair = [self._speak(rng, name, manners[name], spoken_texts, 6.0) for name in (first, second)]
             lengths_s = [len(samples_S) / SAMPLE_RATE_HZ for _, samples_S in pair]
             # Starts and ends differ, so that the first and the last speaker stay audible.
             most_s = min(lengths_s) - 0.15

@@ -24,8 +24,8 @@ _SILENT_SHARE = 0.06
 _QUIET_SHARE = 0.6
 _DEGRADED_SHARE = 1 / 3
 _OPEN_SHARE = 0.88
-# Scenes have up to seven turns. A model trained on at most two lines repeated itself in 7 % of scenes, nearly all of
-# them with 20 or more words (docs/LOG.md).
+# Scenes have up to seven turns. A model trained on at most two lines repeated itself in 7 % of scenes. Nearly all of
+# them had 20 or more words (docs/LOG.md).
 _NUM_LINES, _NUM_LINES_WEIGHTS = (1, 2, 3, 4, 5), (40, 24, 16, 12, 8)
 _LONGEST_S = 15.0
 

@@ -52,7 +52,7 @@ class SceneWriter:
             Turn(speaker, line, 0.0, 0.0) for speaker, line in zip(_order(rng, speakers, lines), lines, strict=True)
         )
         environment, contradicted, background_line = self._draw_background(rng, lines)
-        said = {*(line.text for line in lines), background_line}
+        used_texts = {*(line.text for line in lines), background_line}
         return Scene(
             seed=-1,
             split="train",
@@ -64,7 +64,7 @@ class SceneWriter:
             background_line=background_line,
             has_overlap=False,
             duration_s=0.0,
-            other_lines=tuple(text for text in self._draw_open(rng, NUM_OTHER_LINES) if text not in said),
+            other_lines=tuple(text for text in self._draw_open(rng, NUM_OTHER_LINES) if text not in used_texts),
             contradicted=contradicted,
         )
 

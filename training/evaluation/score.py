@@ -431,9 +431,9 @@ def item_scores_of(row: Mapping[str, Any]) -> ItemScores:
 
 
 def _plain(difference: Difference) -> dict[str, Any]:
-    def rounded(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [rounded(each) for each in value]
-        return round(value, 6) if isinstance(value, float) else value
+    def rounded(item: Any) -> Any:
+        if isinstance(item, tuple):
+            return [rounded(element) for element in item]
+        return round(item, 6) if isinstance(item, float) else item
 
-    return {name: rounded(value) for name, value in asdict(difference).items() if value is not None}
+    return {name: rounded(item) for name, item in asdict(difference).items() if item is not None}

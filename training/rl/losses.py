@@ -144,8 +144,8 @@ _LOWEST_TAU, _HIGHEST_TAU = 0.01, 1 - 1e-5
 class TauTracker:
     """Controller of tau_pause for a constant pause rate while the policy becomes more confident.
 
-    The update moves tau's logit. Thresholds lie close to 1 for a gate at a section's first token, and near 0 for a gate
-    at any token of a trace; a step must be small at both ends. The threshold is constant within a step, so no prompt's
+    The update moves tau's logit, since a step must be small near both 0 and 1. Thresholds lie close to 1 for a gate at
+    a section's first token, and near 0 for a gate at any token. The threshold is constant within a step, so no prompt's
     gate depends on its neighbours.
 
     Attributes:

@@ -149,8 +149,8 @@ class TransformersBackend:
             ends = [place for place, token_id in enumerate(token_ids) if token_id in tokenizer.stop_ids]
             token_ids = token_ids[: ends[0] + 1] if ends else token_ids
             num = num_kept(gate, token_ids, max_tokens) if gate else len(token_ids)
-            kept = tuple(token_ids[:num])
-            followed, is_forced = follow(gate, kept, gates.confidences[row][:num])
+            kept_ids = tuple(token_ids[:num])
+            followed, is_forced = follow(gate, kept_ids, gates.confidences[row][:num])
             logprobs = tuple(logprobs_TB[:num, row].tolist())
-            rollouts.append(Rollout(kept, logprobs, is_forced, followed, kept[-1] not in tokenizer.stop_ids))
+            rollouts.append(Rollout(kept_ids, logprobs, is_forced, followed, kept_ids[-1] not in tokenizer.stop_ids))
         return rollouts

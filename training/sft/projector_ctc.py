@@ -187,9 +187,9 @@ def _teach(
 def _check(speller: _Speller, tokenizer: TraceTokenizer, clips: Sequence[Clip], batch_size: int, width: int) -> Spelled:
     num_errors = num_words = 0
     for start in range(0, len(clips), batch_size):
-        some = clips[start : start + batch_size]
-        logprobs_ABV = speller(_batch(some, tokenizer, width)["states_BAD"])
-        for place, clip in enumerate(some):
+        batch = clips[start : start + batch_size]
+        logprobs_ABV = speller(_batch(batch, tokenizer, width)["states_BAD"])
+        for place, clip in enumerate(batch):
             best = logprobs_ABV[: clip.num_tokens, place].argmax(-1).unique_consecutive().tolist()
             text = tokenizer.decode(token_id - 1 for token_id in best if token_id != _BLANK)
             reference = words(clip.scene.transcript)

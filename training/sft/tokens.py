@@ -84,8 +84,8 @@ def encode_sequence(
     """Encode prompt and completion with the end-of-turn token, and insert latent spans in a share of the sequences.
 
     A span stands at a possible position of the gate: anywhere inside sections with pauses. The model does not choose
-    it, so its tokens are no targets, nor is the closing tag of a sampled span, forced by the gate. The last token of
-    the span predicts the next token.
+    it, so its tokens are no targets. The closing tag of a sampled span is no target either, since the gate forces it.
+    The last token of the span predicts the next token.
 
     Args:
         is_cut: The trace is only a beginning; it gets no end-of-turn token and teaches no end.

@@ -236,11 +236,11 @@ class SftTrainer(PolicyTrainer):
             # Padding costs time.
             prepared = sorted(prepared, key=lambda pair: len(pair[0].token_ids) + len(pair[1]))
         for start in range(0, len(prepared), at_once):
-            some = prepared[start : start + at_once]
-            rows = [Row(e.token_ids, e.targets, e.audio_at, clip) for clip, (e, _) in enumerate(some)]
+            pairs = prepared[start : start + at_once]
+            rows = [Row(e.token_ids, e.targets, e.audio_at, clip) for clip, (e, _) in enumerate(pairs)]
             batch = pack(
                 rows,
-                [clip for _, clip in some],
+                [clip for _, clip in pairs],
                 pad_id=self.run_model.tokenizer.end_of_text_id,
                 is_encoded=self.sequences.is_encoded,
             )

@@ -1,8 +1,8 @@
 """Answer a question from the cascade's perception with rules on the question's words.
 
 The rules cover the kinds of question of `training.data.questions`, in any wording with the same key words. Every other
-question counts as one about the transcript. Among choices, the most similar one to the rule's result wins, by words and
-characters, so that a misrecognised word costs no answer. This module depends on no audio and no model.
+question counts as one about the transcript. Among choices, the most similar one to the rule's result wins. Similarity
+is by words and characters, so that a misrecognised word costs no answer. This module depends on no audio and no model.
 """
 
 from __future__ import annotations

@@ -166,8 +166,8 @@ async def _ask(
                 # An error for every item cancelled all workers.
                 raise EndpointError(str(failures.exceptions[0])) from failures
     received = [replies[key] for key in keys]
-    name = next((each.model for each in received if each.model), None) or model or endpoint.base
-    return [read(item, each, endpoint.api) for item, each in zip(items, received, strict=True)], name
+    name = next((reply.model for reply in received if reply.model), None) or model or endpoint.base
+    return [read(item, reply, endpoint.api) for item, reply in zip(items, received, strict=True)], name
 
 
 def read(item: Item, received: Received, api: Api) -> Reply:
