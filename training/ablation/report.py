@@ -100,10 +100,10 @@ def write_report(run_dir: Path) -> Path:
     try:
         settings = json.loads((run_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
     except OSError as error:
-        raise HyperError(f"{run_dir} holds no ablation ({error.strerror})") from error
+        raise HyperError(f"{run_dir} has no ablation ({error.strerror})") from error
     results = {arm.name: seeds for arm in ARMS if (seeds := read_results(run_dir, arm))}
     if not results:
-        raise HyperError(f"{run_dir} holds no results yet")
+        raise HyperError(f"{run_dir} has no results yet")
     steps = {arm.name: _trained_steps(run_dir, arm, results[arm.name]) for arm in ARMS if arm.name in results}
     summary = summarize(results, settings, steps)
     (run_dir / JSON_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
