@@ -1,44 +1,70 @@
 """Holds the training recipes: functions that return a frozen, complete configuration.
 
 A recipe's name and values travel in the exported checkpoint's manifest and model card, and a run is resumed only by the
-recipe that began it.
+recipe that began it. Values are checked when a recipe is made: a wrong type or an unknown name is refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field, fields, replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from hyper_model.engine_environment import native_dtype
+from hyper_model.errors import HyperError
 
 TraceStyle = Literal["explicit", "short", "direct"]
 """What traces say (`tokens.in_style`): all of it, reasoning without perception, or the answer alone."""
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Weighs the parts of a reward; the defaults of the first six are the paper's code, the last three are ours.
+REWARD_WEIGHTS: Mapping[str, float] = {
+    "accuracy": 1.0,
+    "format": 0.2,
+    "fidelity": 0.2,
+    "alignment": 0.5,
+    "length": 0.5,
+    "environment": 0.2,
+    "speakers": 0.2,
+    "transcript": 0.2,
+}
+"""Default weight of every reward of `training.rl.rewards`; the first five are the paper's code, the others are ours."""
+
+
+class RecipeError(HyperError):
+    """Refuse a setting; the message names the setting, the received value and the accepted ones."""
+
+
+def _complete(weights: Mapping[str, float]) -> dict[str, float]:
+    """Add the default weight of every reward without one, and refuse unknown names."""
+    unknown = [name for name in weights if name not in REWARD_WEIGHTS]
+    if unknown:
+        raise ValueError(f"unknown reward {', '.join(unknown)}; the rewards are {', '.join(REWARD_WEIGHTS)}")
+    return {**REWARD_WEIGHTS, **weights}
+
+
+_STRICT = ConfigDict(strict=True, extra="forbid")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LengthRange:
+    """Set the trace lengths, in visible tokens, of the full length reward.
 
     Attributes:
-        min_tokens, max_tokens: Visible tokens of a trace whose length earns everything.
-        ramp_tokens: Outside of these it falls to nothing over so many tokens, smoothly: the paper saw a collapse at the
-            sharp edge of its own.
+        min_tokens, max_tokens: Bounds of the full reward.
+        ramp_tokens: Distance outside the bounds over which the reward falls to 0. The fall is smooth, because the paper
+            saw a collapse at a sharp edge.
     """
 
-    accuracy: float = 1.0
-    format: float = 0.2
-    fidelity: float = 0.2
-    alignment: float = 0.5
-    length: float = 0.5
-    environment: float = 0.2
-    speakers: float = 0.2
-    transcript: float = 0.2
     min_tokens: int = 60
     max_tokens: int = 400
     ramp_tokens: int = 60
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Decoder:
     """Shapes a Qwen2 decoder that is trained from nothing below Whisper's encoder.
 
@@ -58,7 +84,7 @@ class Decoder:
     has_position_tokens: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Spelling:
     """Sets how the projector learns to spell before the decoder trains (`training/sft/projector_ctc.py`)."""
 
@@ -67,7 +93,7 @@ class Spelling:
     learning_rate: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Lora:
     """Sets adapters: their rank, their scale (alpha / rank), and the projections that have one."""
 
@@ -77,7 +103,7 @@ class Lora:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class Run:
     """Configures what both stages share.
 
@@ -113,7 +139,7 @@ class Run:
     shown: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class SftRecipe(Run):
     """Configures Stage I: cross entropy on perceptual traces.
 
@@ -150,7 +176,7 @@ class SftRecipe(Run):
     read_size: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_STRICT)
 class GrpoRecipe(Run):
     """Configures Stage II (method, section 6).
 
@@ -173,7 +199,8 @@ class GrpoRecipe(Run):
         collapse_length, collapse_format: The run ends when the smoothed length, or the share of strict traces, falls
             below this share of what it was at the beginning.
         lgc_weights: Whether advantages are weighed by the confidence of their rollouts.
-        weights: Of the parts of the reward.
+        weights: Weight of each reward by its name; rewards without one have their default of `REWARD_WEIGHTS`.
+        trace_length: Trace lengths of the full length reward.
         backend: What writes the rollouts.
         gpu_memory_utilization: Share of each GPU's memory that the engine may have; the trainer needs the rest.
         scales_rewards: Whether what a rollout gained on its group is divided by the group's deviation (GRPO, Shao et
@@ -198,7 +225,8 @@ class GrpoRecipe(Run):
     collapse_length: float
     collapse_format: float
     lgc_weights: bool
-    weights: Weights = field(default_factory=Weights)
+    weights: Annotated[dict[str, float], AfterValidator(_complete)] = field(default_factory=lambda: {**REWARD_WEIGHTS})
+    trace_length: LengthRange = field(default_factory=LengthRange)
     backend: Literal["vllm", "transformers"] = "vllm"
     gpu_memory_utilization: float = 0.3
     scales_rewards: bool = True
@@ -442,3 +470,72 @@ RECIPES = {
         debug_grpo,
     )
 }
+
+Recipe = SftRecipe | GrpoRecipe
+R = TypeVar("R", bound=Recipe)
+
+
+def with_settings(recipe: R, settings: Sequence[str]) -> R:
+    """Return the recipe with `NAME=VALUE` settings applied in order.
+
+    A value is text where the recipe has text, else JSON. An object changes only the named entries of a nested setting:
+    `weights={"fidelity": 0.0}` keeps the other weights.
+
+    Raises:
+        RecipeError: A name is unknown, or a value is not accepted.
+    """
+    known = [each.name for each in fields(recipe) if each.name != "name"]
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or name not in known:
+            raise RecipeError(f"{setting!r}: NAME must be one of {', '.join(known)}")
+        values = asdict(recipe)
+        before: Any = values[name]
+        try:
+            value: Any = text if isinstance(before, str) else json.loads(text)
+        except ValueError as error:
+            raise RecipeError(f"{setting!r}: {text!r} is no JSON value") from error
+        if isinstance(before, dict) and isinstance(value, dict):
+            value = {**before, **value}
+        values[name] = value
+        try:
+            recipe = _from_json(type(recipe), values)
+        except ValidationError as error:
+            raise RecipeError(f"{setting!r}: {_explain(error)}") from error
+    return recipe
+
+
+def recipe_from_dict(kind: type[R], values: Mapping[str, Any]) -> R:
+    """Return the recipe that `asdict` and JSON made these values of; settings added since have their defaults.
+
+    Raises:
+        RecipeError: The values are not a recipe of this kind.
+    """
+    try:
+        return _from_json(kind, values)
+    except ValidationError as error:
+        raise RecipeError(f"not a {kind.__name__} of this release: {_explain(error)}") from error
+
+
+def _from_json(kind: type[R], values: Mapping[str, Any]) -> R:
+    # As JSON: arrays become tuples and objects become dataclasses there, and nothing else is converted.
+    return TypeAdapter(kind).validate_json(json.dumps(_with_length_range(values)))
+
+
+def _with_length_range(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Move the length range of a Stage II recipe out of its weights, where it was in earlier releases."""
+    weights = values.get("weights")
+    names = {each.name for each in fields(LengthRange)}
+    if not isinstance(weights, dict) or not names & set(weights):
+        return dict(values)
+    moved = {name: weights[name] for name in weights if name in names}
+    kept = {name: weights[name] for name in weights if name not in names}
+    return {**values, "weights": kept, "trace_length": {**values.get("trace_length", {}), **moved}}
+
+
+def _explain(error: ValidationError) -> str:
+    """List every refused value with its place."""
+    return "; ".join(
+        f"{'.'.join(map(str, each['loc']))}: {each['msg']}, received {json.dumps(each['input'])}"
+        for each in error.errors(include_url=False)
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hyper_model.manifest import MANIFEST_FILE, read_manifest
+from training.recipes import REWARD_WEIGHTS
 from training.trainer import read_log, read_recipe
 
 CURVES_FILE, REPORT_FILE = "curves.png", "report.md"
@@ -18,18 +19,7 @@ CURVES_FILE, REPORT_FILE = "curves.png", "report.md"
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss",)),
     ("reward", ("reward",)),
-    (
-        "parts of the reward",
-        (
-            "reward_accuracy",
-            "reward_format",
-            "reward_fidelity",
-            "reward_alignment",
-            "reward_environment",
-            "reward_speakers",
-            "reward_transcript",
-        ),
-    ),
+    ("parts of the reward", tuple(f"reward_{name}" for name in REWARD_WEIGHTS)),
     ("visible tokens of a trace", ("length",)),
     ("pauses a rollout", ("pauses",)),
     ("divergence from the beginning", ("kl",)),

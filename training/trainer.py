@@ -24,7 +24,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hyper_model.errors import HyperError
 from training.export import RunModel
-from training.recipes import GrpoRecipe, SftRecipe
+from training.recipes import R, Recipe, RecipeError, recipe_from_dict
 
 COMPLETE = "complete"
 LOG_FILE = "log.jsonl"
 RECIPE_FILE = "recipe.json"
-Recipe = SftRecipe | GrpoRecipe
 
 
 class TrainingError(HyperError):
@@ -347,20 +346,29 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_recipe(run_dir: Path, recipe: Recipe | None = None) -> dict[str, Any]:
-    """Read the initial configuration of a run: its recipe, and the sums of base and data as `origin`.
-
-    Args:
-        recipe: Source of defaults for settings unknown to the release of the run.
+def read_recipe(run_dir: Path) -> dict[str, Any]:
+    """Read the JSON of the recipe that started a run, and as `origin` the sums of its base and its data.
 
     Raises:
         TrainingError: The folder holds no run.
     """
     try:
-        stored = json.loads((run_dir / RECIPE_FILE).read_text(encoding="utf-8"))
+        return json.loads((run_dir / RECIPE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TrainingError(f"{run_dir} holds no run") from error
-    return stored if recipe is None else _with_defaults(stored, recipe)
+
+
+def started_recipe(run_dir: Path, kind: type[R]) -> R:
+    """Return the recipe that started a run; settings added since have their defaults.
+
+    Raises:
+        TrainingError: There is no run, or it is not of this kind of recipe.
+    """
+    values = {name: value for name, value in read_recipe(run_dir).items() if name != "origin"}
+    try:
+        return recipe_from_dict(kind, values)
+    except RecipeError as error:
+        raise TrainingError(f"{run_dir / RECIPE_FILE}: {error}; use a new RUN_DIR") from error
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
@@ -369,33 +377,22 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _with_defaults(stored: Mapping[str, Any], recipe: Any) -> dict[str, Any]:
-    """Add defaults to the stored recipe of an earlier release for newer settings."""
-    completed = dict(stored)
-    for field in fields(recipe):
-        value: Any = getattr(recipe, field.name)
-        if field.name not in completed and field.default is not MISSING:
-            completed[field.name] = field.default
-        elif is_dataclass(value) and isinstance(completed.get(field.name), dict):
-            completed[field.name] = _with_defaults(completed[field.name], value)
-    return completed
-
-
 def check_run(run_dir: Path, recipe: Recipe, origin: Mapping[str, str | None]) -> None:
-    """Check the recipe, base and data of a run against its recorded values.
+    """Check that a run was started by this recipe, from this base and on this data.
 
     Raises:
-        TrainingError: They differ; the message names the settings.
+        TrainingError: It was not; the message names the differences.
     """
-    before = read_recipe(run_dir, recipe)
-    now = json.loads(_said(recipe, origin))
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    name = read_recipe(run_dir)["name"]
+    if name != recipe.name:
+        raise TrainingError(f"{run_dir} holds a run of {name}, not of {recipe.name}. Use a new RUN_DIR.")
+    before = asdict(started_recipe(run_dir, type(recipe))) | {"origin": read_recipe(run_dir).get("origin")}
+    now = asdict(recipe) | {"origin": dict(origin)}
+    changed = [f"{name} {before[name]!r}, now {now[name]!r}" for name in sorted(now) if before[name] != now[name]]
     if changed:
-        raise TrainingError(f"{run_dir} was begun otherwise: {', '.join(changed)} differ")
-
-
-def _said(recipe: Recipe, origin: Mapping[str, str | None]) -> str:
-    return json.dumps(asdict(recipe) | {"origin": dict(origin)}, indent=2) + "\n"
+        raise TrainingError(
+            f"{run_dir} was started with {'; '.join(changed)}. Use the original values or a new RUN_DIR."
+        )
 
 
 def prepare_run_dir(
@@ -423,7 +420,7 @@ def prepare_run_dir(
     if is_resumed and not file.exists():
         raise TrainingError(f"{run_dir} holds no run to resume")
     run_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(_said(recipe, origin), encoding="utf-8")
+    file.write_text(json.dumps(asdict(recipe) | {"origin": dict(origin)}, indent=2) + "\n", encoding="utf-8")
     return None
 
 

@@ -40,8 +40,13 @@ SETTINGS_FILE = "settings.json"
 _PERCEPTION: Mapping[str, object] = {"fidelity": 0.0, "environment": 0.0, "speakers": 0.0, "transcript": 0.0}
 STYLE_WEIGHTS: Mapping[TraceStyle, Mapping[str, object]] = {
     "explicit": {},
-    "short": _PERCEPTION | {"min_tokens": 8, "max_tokens": 120},
-    "direct": _PERCEPTION | {"alignment": 0.0, "min_tokens": 1, "max_tokens": 60},
+    "short": _PERCEPTION,
+    "direct": _PERCEPTION | {"alignment": 0.0},
+}
+STYLE_LENGTHS: Mapping[TraceStyle, Mapping[str, object]] = {
+    "explicit": {},
+    "short": {"min_tokens": 8, "max_tokens": 120},
+    "direct": {"min_tokens": 1, "max_tokens": 60},
 }
 """Changes to the recipe's reward weights per trace style.
 
@@ -322,6 +327,7 @@ def _stage_2(arm: Arm, seed: int, plan: Plan, base: Base, start: Path, folder: P
         "wanted_pauses": arm.wanted_pauses,
         "collapse_length": _COLLAPSE_LENGTH[arm.style],
         "weights": {**STYLE_WEIGHTS[arm.style], **arm.weights},
+        "trace_length": STYLE_LENGTHS[arm.style],
     }
     arguments = ("train", "mini_grpo", folder / "run", "--base", start, "--work", work)
     arguments += ("--name", f"{base.name}-{arm.name}")

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -111,7 +111,7 @@ def train(
         raise click.BadParameter(f"{recipe!r} is none of {', '.join(RECIPES)}", param_hint="RECIPE")
     if name is not None and name != name_of(Path(name)):
         raise click.BadParameter(f"{name!r}: letters, digits, dots, dashes and underscores", param_hint="--name")
-    chosen: Any = _as_begun(recipe, run_dir, settings) if export_only else _changed(RECIPES[recipe](), settings)
+    chosen: Any = _started_recipe(recipe, run_dir, settings) if export_only else _changed_recipe(recipe, settings)
     is_writer = os.environ.get("RANK", "0") == "0"
     from training.trainer import check_run, last_checkpoint, leave_run_dir, prepare_run_dir
 
@@ -164,35 +164,44 @@ def _sum(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _as_begun(recipe: str, run_dir: Path, settings: tuple[str, ...]) -> Any:
-    """Returns the recipe as the run in a directory was begun with."""
-    import json
-
+def _started_recipe(recipe: str, run_dir: Path, settings: tuple[str, ...]) -> Any:
+    """Return the recipe that started the run in a directory."""
     from training.recipes import RECIPES
-    from training.trainer import read_recipe
+    from training.trainer import read_recipe, started_recipe
 
-    said = read_recipe(run_dir, RECIPES[recipe]())
     if settings:
-        raise click.UsageError("--export-only uses the settings from the run's start; omit --set")
-    if said["name"] != recipe:
-        raise click.BadParameter(f"{run_dir} is a run of recipe {said['name']}", param_hint="RECIPE")
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
-    others = (f"{key}={text}" for key, text in texts.items() if key not in ("name", "origin"))
-    return _changed(RECIPES[recipe](), tuple(others))
+        raise click.UsageError("--export-only uses the settings that started the run: leave --set out")
+    name = read_recipe(run_dir)["name"]
+    if name != recipe:
+        raise click.BadParameter(f"{run_dir} holds a run of {name}", param_hint="RECIPE")
+    return started_recipe(run_dir, type(RECIPES[recipe]()))
+
+
+def _changed_recipe(recipe: str, settings: tuple[str, ...]) -> Any:
+    """Return a recipe with the settings of `--set`."""
+    from training.recipes import RECIPES, RecipeError, with_settings
+
+    try:
+        return with_settings(RECIPES[recipe](), settings)
+    except RecipeError as error:
+        raise click.BadParameter(str(error), param_hint="--set") from error
 
 
 def _is_exported(directory: Path, recipe: Any) -> bool:
-    """Tells whether a folder holds a checkpoint that this recipe made, trained to its end."""
+    """Tell whether a folder holds a checkpoint of this recipe, trained to its end."""
     import json
-    from dataclasses import asdict
 
     from hyper_model.manifest import MANIFEST_FILE, read_manifest
+    from training.recipes import RecipeError, recipe_from_dict
 
     if not (directory / MANIFEST_FILE).exists():
         return False
-    said = read_manifest((directory / MANIFEST_FILE).read_bytes()).recipe
-    wanted = json.dumps(asdict(recipe) | {"trained_steps": recipe.num_steps}, sort_keys=True)
-    return said == wanted
+    values = json.loads(read_manifest((directory / MANIFEST_FILE).read_bytes()).recipe or "{}")
+    num_steps = values.pop("trained_steps", None)
+    try:
+        return num_steps == recipe.num_steps and recipe_from_dict(type(recipe), values) == recipe
+    except RecipeError:
+        return False
 
 
 def _check_recipe(recipe: Any) -> None:
@@ -228,44 +237,6 @@ def _launch(processes: int) -> None:
             f"rank {rank} failed with exit code {failure.exitcode} and stopped the others; see its messages above. "
             "--resume continues from the last checkpoint"
         ) from error
-
-
-def _changed(recipe: Any, settings: tuple[str, ...]) -> Any:
-    """Returns the recipe with settings changed; each is read as the type that it has."""
-    import dataclasses
-    import json
-
-    from training.recipes import Decoder, Lora, Spelling, Weights
-
-    hints = get_type_hints(type(recipe))
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        known = [field.name for field in dataclasses.fields(recipe) if field.name != "name"]
-        if not equals or name not in known:
-            raise click.BadParameter(f"{setting!r}: NAME must be one of {', '.join(known)}", param_hint="--set")
-        before = getattr(recipe, name)
-        try:
-            value = text if isinstance(before, str) else json.loads(text)
-        except ValueError as error:
-            raise click.BadParameter(f"{setting!r}: {text!r} is not a JSON value", param_hint="--set") from error
-        if isinstance(before, tuple) and isinstance(value, list):
-            value = tuple(value)
-        try:
-            if isinstance(before, Weights | Decoder | Spelling) and isinstance(value, dict):
-                value = dataclasses.replace(before, **value)
-            if name == "lora" and isinstance(value, dict):
-                before = value = Lora(**value)
-        except TypeError as error:
-            raise click.BadParameter(f"{setting!r}: {error}", param_hint="--set") from error
-        allowed = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
-        if allowed and value not in allowed:
-            raise click.BadParameter(f"{setting!r}: must be one of {', '.join(allowed)}", param_hint="--set")
-        is_number = type(before) is float and type(value) is int
-        is_left_out = value is None and type(None) in get_args(hints[name])
-        if type(value) is not type(before) and not is_number and not is_left_out:
-            raise click.BadParameter(f"{setting!r}: must be of type {type(before).__name__}", param_hint="--set")
-        recipe = dataclasses.replace(recipe, **{name: value})
-    return recipe
 
 
 def _examples(data: Path, audio_root: Path | None, recipe: SftRecipe | GrpoRecipe) -> list[Example]:

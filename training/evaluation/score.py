@@ -22,8 +22,8 @@ from training.data.hard_sets import SNR_LEVELS_DB
 from training.data.truth import Truth
 from training.evaluation.statistics import Difference, Statistic, Sums, compare, figure, mean_average_precision, ratio
 from training.evaluation.suites import Item
-from training.recipes import Weights
-from training.rl.rewards import accuracy, reward
+from training.recipes import REWARD_WEIGHTS, LengthRange
+from training.rl.rewards import is_right, reward
 from training.text_metrics import edit_distance, label_set, matches_words, words
 
 RESULT_VERSION = 1
@@ -134,16 +134,16 @@ def _free_is_right(reply: Reply, truth: Truth) -> bool | None:
     if truth.choices or not truth.answer:
         return None
     if reply.parsed.answer_text is not None:
-        return accuracy(reply.parsed, truth) == 1
+        return is_right(reply.parsed, truth)
     return bool(words(reply.prediction)) and words(reply.prediction) == words(truth.answer)
 
 
 def _judge_trace(truth: Truth, reply: Reply) -> dict[str, Any]:
     parsed, trace = reply.parsed, reply.parsed.trace
-    worth = reward(parsed, truth, Weights())
+    worth = reward(parsed, truth, REWARD_WEIGHTS, LengthRange())
     outcomes: dict[str, Any] = {
         "is_strict": parsed.format is TraceFormat.STRICT,
-        "is_consistent": worth.alignment * worth.background_gate == 1,
+        "is_consistent": worth.parts["alignment"] == worth.background_gate == 1,
         "reward": worth.total if reply.has_tokens else None,
     }
     if truth.environment is not None:
@@ -152,7 +152,7 @@ def _judge_trace(truth: Truth, reply: Reply) -> dict[str, Any]:
         outcomes["environment_is_right"] = named == label_set(truth.environment)
     if truth.num_speakers:
         outcomes["count_is_right"] = len(trace.speakers) == truth.num_speakers
-        outcomes["fidelity"] = worth.fidelity
+        outcomes["fidelity"] = worth.parts["fidelity"]
     if truth.transcript is not None:
         reference, hypothesis = words(truth.transcript), words(trace.transcript or "")
         outcomes |= {

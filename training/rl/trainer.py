@@ -45,7 +45,7 @@ from training.rl.losses import (
     policy_loss,
     token_weights,
 )
-from training.rl.rewards import Reward, reward
+from training.rl.rewards import REWARDS, Reward, reward
 from training.rl.rollout import Prompt, Rollout, banned_ids
 from training.rl.tasks import Task, Tasks
 from training.trainer import PolicyTrainer, TrainingError
@@ -323,7 +323,7 @@ class GrpoTrainer(PolicyTrainer):
         groups: list[Group] = []
         for (_, task), rollouts in zip(tasks, sampled, strict=True):
             parsed = [self._read(rollout) for rollout in rollouts]
-            earned = [reward(trace, task.truth, recipe.weights) for trace in parsed]
+            earned = [reward(trace, task.truth, recipe.weights, recipe.trace_length) for trace in parsed]
             groups.append(Group(task, rollouts, parsed, earned))
         return groups
 
@@ -351,12 +351,7 @@ class GrpoTrainer(PolicyTrainer):
         pauses = mean(rollout.gate.num_pauses if rollout.gate else 0 for rollout in rollouts)
         self.record(
             reward=mean(each.total for each in earned),
-            reward_accuracy=mean(each.accuracy for each in earned),
-            reward_format=mean(each.format for each in earned),
-            reward_fidelity=mean(each.fidelity for each in earned),
-            reward_alignment=mean(each.alignment for each in earned),
             reward_background=mean(each.background_gate for each in earned),
-            reward_length=mean(each.length for each in earned),
             length=length,
             strict=strict,
             pauses=pauses,
@@ -365,8 +360,8 @@ class GrpoTrainer(PolicyTrainer):
             cut=mean(rollout.is_cut for rollout in rollouts),
             flat_groups=self.sum_over_ranks(num_flat) / self.args.world_size,
         )
-        for name in ("environment", "speakers", "transcript"):
-            known = [value for each in earned if (value := getattr(each, name)) is not None]
+        for name in REWARDS:
+            known = [value for each in earned if (value := each.parts[name]) is not None]
             num_known = self.sum_over_ranks(len(known))
             total = self.sum_over_ranks(sum(known))
             if num_known:
@@ -384,7 +379,11 @@ class GrpoTrainer(PolicyTrainer):
             "choices": group.task.truth.choices,
             "answer": group.task.truth.answer,
             "rewards": [round(each.total, 4) for each in group.rewards],
-            "best": asdict(group.rewards[best]),
+            "best": {
+                "total": group.rewards[best].total,
+                "background_gate": group.rewards[best].background_gate,
+                **group.rewards[best].parts,
+            },
             "completion": group.parsed[best].raw,
         }
         with (self.run_dir / COMPLETIONS_FILE).open("a", encoding="utf-8") as file:

@@ -15,10 +15,21 @@ from hyper_model.errors import HyperError
 from tests.process import ROOT
 from tests.training_data import tiny_run, write_clips
 from training.ablation import arms as module
-from training.ablation.arms import ARMS, STYLE_WEIGHTS, SUITES, Arm, Base, Plan, Step, run_arms, run_step, steps_of
+from training.ablation.arms import (
+    ARMS,
+    STYLE_LENGTHS,
+    STYLE_WEIGHTS,
+    SUITES,
+    Arm,
+    Base,
+    Plan,
+    Step,
+    run_arms,
+    run_step,
+    steps_of,
+)
 from training.cli.ablation import ablation
-from training.cli.train import _changed
-from training.recipes import debug, mini_grpo, mini_sft
+from training.recipes import REWARD_WEIGHTS, LengthRange, debug, mini_grpo, mini_sft, with_settings
 
 MINI = ROOT / "checkpoints/hyper-mini"
 PLAN = Plan(num_steps=7, num_sft_steps=5, num_items=1_000)
@@ -99,22 +110,26 @@ def test_arms_of_one_form_share_stage_1_and_no_others_do() -> None:
 @pytest.mark.parametrize("each", [arm for arm in ARMS if arm.has_stage_2], ids=lambda arm: arm.name)
 def test_the_recipes_take_every_arms_settings(each: Arm) -> None:
     first, second = (step for step in steps(each.name, seed=1) if step.run_dir)
-    sft = _changed(mini_sft(), settings(first))
+    sft = with_settings(mini_sft(), settings(first))
     assert (sft.num_steps, sft.seed, sft.trace_style) == (5, 1, each.style) and sft.spelling is None
-    assert sft.decoder.vocab_size == 0 and sft.decoder.hidden_size == 320 and sft.decoder.latent_tokens == 8
+    assert sft.decoder is not None and sft.decoder.vocab_size == 0
+    assert sft.decoder.hidden_size == 320 and sft.decoder.latent_tokens == 8
     assert (sft.pause_share > 0, sft.pause_mode) == (each.max_pauses > 0, each.pause_mode or "parallel")
-    grpo = _changed(mini_grpo(), settings(second))
+    grpo = with_settings(mini_grpo(), settings(second))
     assert (grpo.num_steps, grpo.seed, grpo.max_pauses) == (7, 1, each.max_pauses)
     assert grpo.wanted_pauses <= max(each.max_pauses, 0)
-    assert grpo.weights == dataclasses.replace(mini_grpo().weights, **STYLE_WEIGHTS[each.style], **each.weights)
+    assert grpo.weights == {**REWARD_WEIGHTS, **STYLE_WEIGHTS[each.style], **each.weights}
+    assert grpo.trace_length == dataclasses.replace(LengthRange(), **STYLE_LENGTHS[each.style])
 
 
 def test_no_style_is_asked_for_what_it_has_not() -> None:
-    short, direct = (_changed(mini_grpo(), settings(steps(name)[1])).weights for name in ("grpo-short", "grpo-direct"))
-    assert short.alignment and not direct.alignment
+    short, direct = (
+        with_settings(mini_grpo(), settings(steps(name)[1])).weights for name in ("grpo-short", "grpo-direct")
+    )
+    assert short["alignment"] and not direct["alignment"]
     for weights in (short, direct):
-        assert weights.fidelity == weights.environment == weights.speakers == weights.transcript == 0
-        assert weights.accuracy == 1.0 and weights.format and weights.length
+        assert not any(weights[name] for name in ("fidelity", "environment", "speakers", "transcript"))
+        assert weights["accuracy"] == 1.0 and weights["format"] and weights["length"]
 
 
 def test_further_settings_come_last_and_so_win() -> None:

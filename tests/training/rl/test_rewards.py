@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hyper_model.trace import Section, Speaker, Trace, render
 from hyper_model.trace_parser import ParsedTrace, parse_text
 from training.data.truth import Truth
-from training.recipes import Weights
-from training.rl.rewards import WEAK_FORMAT, Reward, background_gate, reward
+from training.recipes import REWARD_WEIGHTS, LengthRange
+from training.rl.rewards import REWARDS, WEAK_FORMAT, Reward, background_gate, reward
 from training.text_metrics import edit_distance, named_choice, similarity, words
 
 CHOICES = ("a dog", "a bell", "the sea", "music")
@@ -31,7 +31,7 @@ TRACE = Trace(
     final_answer="a bell",
 )
 # Parsing text counts no tokens, so every length is accepted except in the tests of length.
-WEIGHTS = Weights(min_tokens=0)
+LENGTHS = LengthRange(min_tokens=0)
 
 
 def parsed(**fields: object) -> ParsedTrace:
@@ -39,18 +39,18 @@ def parsed(**fields: object) -> ParsedTrace:
 
 
 def worth(trace: ParsedTrace, truth: Truth = TRUTH) -> Reward:
-    return reward(trace, truth, WEIGHTS)
+    return reward(trace, truth, REWARD_WEIGHTS, LENGTHS)
 
 
 def test_a_right_and_faithful_trace_earns_every_part() -> None:
     found = worth(parsed())
-    assert found == Reward(found.total, *[1.0] * 9)
+    assert found == Reward(found.total, dict.fromkeys(REWARDS, 1.0), background_gate=1.0)
     assert found.total == pytest.approx(1.0 + 0.2 + 0.2 + 0.5 + 0.5 + 0.2 + 0.2 + 0.2)
 
 
 def test_the_total_is_its_parts_and_never_above_their_weights() -> None:
     unknown = Truth("What is heard?", "a bell", CHOICES)
-    assert worth(parsed(), unknown).environment is None
+    assert worth(parsed(), unknown).parts["environment"] is None
     assert worth(parsed(), unknown).total == pytest.approx(1.0 + 0.2 + 0.2 + 0.5 + 0.5)
 
 
@@ -85,14 +85,14 @@ def test_what_is_not_exactly_one_choice_is_none(text: str) -> None:
 @pytest.mark.parametrize("answer", ["i heard a bird", "a dog, a bell, the sea or music", "It is a bell, I think"])
 def test_an_answer_that_is_not_the_choice_earns_no_accuracy_no_alignment_and_no_length(answer: str) -> None:
     found = worth(parsed(final_answer=answer, response=answer))
-    assert (found.accuracy, found.alignment, found.length) == (0.0, 0.0, 0.0)
+    assert (found.parts["accuracy"], found.parts["alignment"], found.parts["length"]) == (0.0, 0.0, 0.0)
 
 
 def test_an_open_answer_is_the_words_and_nothing_more() -> None:
     truth = replace(TRUTH, choices=(), answer="Felix")
-    assert worth(parsed(final_answer="felix.", summary="It was Felix."), truth).accuracy == 1.0
+    assert worth(parsed(final_answer="felix.", summary="It was Felix."), truth).parts["accuracy"] == 1.0
     for answer in ("Felix or Henry", "not Felix", "", "Fel", "Felixa"):
-        assert worth(parsed(final_answer=answer, response=answer), truth).accuracy == 0.0
+        assert worth(parsed(final_answer=answer, response=answer), truth).parts["accuracy"] == 0.0
 
 
 def test_an_answer_among_the_choices_is_required() -> None:
@@ -112,45 +112,45 @@ def test_tags_twice_earn_nothing() -> None:
 
 def test_words_behind_the_answer_cost_form_and_length() -> None:
     found = worth(parse_text(render(TRACE) + " Or was it a dog?"))
-    assert (found.format, found.length) == (0.0, 0.0)
+    assert (found.parts["format"], found.parts["length"]) == (0.0, 0.0)
 
 
 def test_a_weak_trace_earns_a_part_of_the_form() -> None:
     found = worth(parse_text("<THINK>It is a bell</THINK><FINAL_ANSWER>a bell</FINAL_ANSWER>"))
-    assert (found.format, found.accuracy) == (WEAK_FORMAT, 1.0)
+    assert (found.parts["format"], found.parts["accuracy"]) == (WEAK_FORMAT, 1.0)
 
 
 def test_quotes_need_a_transcript_that_backs_them() -> None:
-    assert worth(parsed(transcript="")).fidelity == 0.0
-    assert worth(parsed(transcript="a dog barks")).fidelity < 0.5
-    near = worth(parsed(transcript="it rang at noon")).fidelity
-    assert 0.8 < near < 1.0
+    assert worth(parsed(transcript="")).parts["fidelity"] == 0.0
+    assert (worth(parsed(transcript="a dog barks")).parts["fidelity"] or 0.0) < 0.5
+    near = worth(parsed(transcript="it rang at noon")).parts["fidelity"]
+    assert near is not None and 0.8 < near < 1.0
     # The nearest sentence counts, not the whole text.
-    assert worth(parsed(transcript="good morning. it rings at noon. good night")).fidelity == 1.0
+    assert worth(parsed(transcript="good morning. it rings at noon. good night")).parts["fidelity"] == 1.0
 
 
 def test_quotes_copied_from_the_question_earn_nothing_unless_they_were_said() -> None:
     truth = replace(TRUTH, question="Who says the train leaves at noon?")
     quote = "the train leaves at noon"
     copied = parsed(speakers=(Speaker("S1", "woman", (quote,)),), transcript=quote)
-    assert worth(copied, truth).fidelity == 0.0
-    assert worth(copied, replace(truth, transcript=None)).fidelity == 0.0
-    assert worth(copied, replace(truth, transcript=f"{quote} and so do I")).fidelity == 1.0
+    assert worth(copied, truth).parts["fidelity"] == 0.0
+    assert worth(copied, replace(truth, transcript=None)).parts["fidelity"] == 0.0
+    assert worth(copied, replace(truth, transcript=f"{quote} and so do I")).parts["fidelity"] == 1.0
 
 
 def test_a_trace_that_quotes_nobody_earns_fidelity_only_where_nobody_speaks() -> None:
     silent = parsed(speakers=(), transcript="")
-    assert worth(silent).fidelity == 0.0
-    assert worth(silent, replace(TRUTH, transcript=None)).fidelity == 0.0
-    assert worth(silent, replace(TRUTH, transcript="", num_speakers=0)).fidelity == 1.0
-    assert worth(parsed(), replace(TRUTH, transcript="", num_speakers=0)).transcript == 0.0
+    assert worth(silent).parts["fidelity"] == 0.0
+    assert worth(silent, replace(TRUTH, transcript=None)).parts["fidelity"] == 0.0
+    assert worth(silent, replace(TRUTH, transcript="", num_speakers=0)).parts["fidelity"] == 1.0
+    assert worth(parsed(), replace(TRUTH, transcript="", num_speakers=0)).parts["transcript"] == 0.0
 
 
 def test_a_conclusion_names_the_answer_alone() -> None:
-    assert worth(parsed(summary="It is a dog.")).alignment == 0.0
-    assert worth(parsed(summary="a dog, a bell, the sea, music")).alignment == 0.0
-    assert worth(parsed(summary="")).alignment == 1.0  # the reasoning's last sentence
-    assert worth(parsed(summary="B")).alignment == 1.0
+    assert worth(parsed(summary="It is a dog.")).parts["alignment"] == 0.0
+    assert worth(parsed(summary="a dog, a bell, the sea, music")).parts["alignment"] == 0.0
+    assert worth(parsed(summary="")).parts["alignment"] == 1.0  # the reasoning's last sentence
+    assert worth(parsed(summary="B")).parts["alignment"] == 1.0
 
 
 def test_choices_that_differ_in_a_mark_alone_are_told_apart() -> None:
@@ -164,25 +164,25 @@ def test_choices_that_differ_in_a_mark_alone_are_told_apart() -> None:
 def test_a_thought_without_sections_is_reasoning() -> None:
     thought = "<think>{}</think><answer>a bell</answer>"
     right = parse_text(thought.format("Something is struck. It is a bell."))
-    assert worth(right).alignment == 1.0 and worth(right).background_gate == 1.0
-    assert worth(parse_text(thought.format("It is a dog."))).alignment == 0.0
+    assert worth(right).parts["alignment"] == 1.0 and worth(right).background_gate == 1.0
+    assert worth(parse_text(thought.format("It is a dog."))).parts["alignment"] == 0.0
     assert worth(parse_text(thought.format("Because of the music he says it is a bell."))).background_gate == 0.0
 
 
 def test_of_choices_inside_one_another_the_longer_is_meant() -> None:
     truth = Truth("What falls?", "heavy rain", ("rain", "heavy rain", "snow"))
     trace = parsed(summary="Heavy rain falls.", response="heavy rain", final_answer="heavy rain")
-    assert worth(trace, truth).alignment == 1.0
+    assert worth(trace, truth).parts["alignment"] == 1.0
 
 
 def test_the_perception_is_held_against_the_truth() -> None:
-    assert worth(parsed(environment="bell, dog, sea, music")).environment == 0.0
-    assert worth(parsed(speakers=(*TRACE.speakers, Speaker("S2", "man", ())))).speakers == 0.0
-    assert worth(parsed(transcript="it rings at")).transcript == pytest.approx(0.75)
-    assert worth(parsed(transcript="it rings at noon " * 9)).transcript == 0.0
+    assert worth(parsed(environment="bell, dog, sea, music")).parts["environment"] == 0.0
+    assert worth(parsed(speakers=(*TRACE.speakers, Speaker("S2", "man", ())))).parts["speakers"] == 0.0
+    assert worth(parsed(transcript="it rings at")).parts["transcript"] == pytest.approx(0.75)
+    assert worth(parsed(transcript="it rings at noon " * 9)).parts["transcript"] == 0.0
     several = replace(TRUTH, environment="rain and birds")
-    assert worth(parsed(environment="birds, rain"), several).environment == 1.0
-    assert worth(parsed(environment="rain"), several).environment == 0.0
+    assert worth(parsed(environment="birds, rain"), several).parts["environment"] == 1.0
+    assert worth(parsed(environment="rain"), several).parts["environment"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_length_falls_smoothly_on_both_sides() -> None:
         counted = replace(
             text, section_num_tokens={Section.ASR: num_tokens // 2, Section.REASONING: -(-num_tokens // 2)}
         )
-        return reward(counted, TRUTH, Weights()).length
+        return reward(counted, TRUTH, REWARD_WEIGHTS, LengthRange()).parts["length"] or 0.0
 
     values = [earned(num_tokens) for num_tokens in range(0, 600)]
     assert values[60] == values[400] == 1.0 and values[0] == values[460] == values[599] == 0.0
