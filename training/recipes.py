@@ -35,7 +35,7 @@ REWARD_WEIGHTS: Mapping[str, float] = {
 
 
 class RecipeError(HyperError):
-    """Refuse a setting; the message names the setting, the received value and the accepted ones."""
+    """A setting is refused; the message names the setting, the received value and the accepted ones."""
 
 
 def _complete(weights: Mapping[str, float]) -> dict[str, float]:
@@ -51,7 +51,7 @@ _STRICT = ConfigDict(strict=True, extra="forbid")
 
 @dataclass(frozen=True, config=_STRICT)
 class LengthRange:
-    """Set the trace lengths, in visible tokens, of the full length reward.
+    """Trace lengths, in visible tokens, of the full length reward.
 
     Attributes:
         min_tokens, max_tokens: Bounds of the full reward.

@@ -21,7 +21,7 @@ from hyper_model.trace_parser import ParsedTrace, TraceFormat, parse_text
 from training.data.hard_sets import SNR_LEVELS_DB
 from training.data.truth import Truth
 from training.evaluation.statistics import Difference, Statistic, Sums, compare, figure, mean_average_precision, ratio
-from training.evaluation.suites import Item
+from training.evaluation.suites.item import Item
 from training.recipes import REWARD_WEIGHTS, LengthRange
 from training.rl.rewards import is_right, reward
 from training.text_metrics import edit_distance, label_set, matches_words, words
