@@ -27,7 +27,7 @@ from tests.serving import tone
 from training.evaluation.runners.http import Endpoint
 from training.evaluation.runners.http import ask as evaluation_ask
 from training.evaluation.score import judge
-from training.evaluation.suites import data_items
+from training.evaluation.suites.data_file import data_items
 
 CLIP = ROOT / "tests/assets/clips/one-voice.mp3"
 START_TIMEOUT_S = 240

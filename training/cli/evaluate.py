@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from training.data.hard_sets import HARD_SETS
+from training.evaluation.suites import SUITES
+from training.evaluation.suites.item import SuiteRequest
 
 if TYPE_CHECKING:
-    from training.data.examples import Format
+    from hyper_model.errors import HyperError
     from training.data.sources.voices import Bank, Split
     from training.evaluation.runners.http import Endpoint
-    from training.evaluation.suites import Item
+    from training.evaluation.suites.item import Item
 
 KEPT_FILE = "replies.jsonl"
 FITTED_FILE = "cascade.npz"
@@ -24,8 +27,7 @@ FITTED_FILE = "cascade.npz"
 SEED = 0
 """Of the bank, which training and evaluation share."""
 
-FILE_SUITES = ("paqa", "mmau", "mmar", "own")
-NAMED_SUITES = ("held-out", "validation", *HARD_SETS, "human", *FILE_SUITES)
+FILE_SUITES = tuple(name for name, each in SUITES.items() if each.reads_file)
 
 
 def bank_of(split: Split, work: Path, workers: int) -> Bank:
@@ -60,40 +62,35 @@ class Asked:
     def items(self) -> list[Item]:
         """Draws or reads the items."""
         from training.data.sources.downloads import SOUNDS_FOLDER
-        from training.evaluation.suites import (
-            DATA_SUITES,
-            data_items,
-            human_items,
-            is_scene_suite,
-            scene_items,
-            split_of,
-        )
 
-        if is_scene_suite(self.suite):
-            bank = bank_of(split_of(self.suite), self.work, self.workers)
-            return scene_items(
-                self.suite, bank, self.work / "assets" / SOUNDS_FOLDER, num_items=self.num_items or 1_400
-            )
-        if self.suite == "human":
-            return human_items()[: self.num_items]
-        if self.data is None:
-            raise click.UsageError(f"--suite {self.suite} needs a data set: set --data")
-        named: Format | None = next((name for name in DATA_SUITES if name == self.suite), None)
-        items, faults = data_items(self.data, format=named, audio_root=self.audio_root, num_items=self.num_items)
-        if faults:
-            click.echo(f"left out {len(faults)} unusable rows, the first: {faults[0]}", err=True)
-        return items
+        def warn(faults: Sequence[HyperError]) -> None:
+            if faults:
+                click.echo(f"left out {len(faults)} unusable rows, the first: {faults[0]}", err=True)
+
+        request = SuiteRequest(
+            self.num_items,
+            lambda split: bank_of(split, self.work, self.workers),
+            self.work / "assets" / SOUNDS_FOLDER,
+            self.data,
+            self.audio_root,
+            warn,
+        )
+        return SUITES[self.suite].items(request)
+
+
+def _described_suites() -> str:
+    """Describe the suites for `--help`, neighbours of one description together."""
+    groups = groupby(SUITES, lambda name: SUITES[name].description)
+    return " ".join(f"{', '.join(names)}: {description}." for description, names in groups)
 
 
 @click.command("eval")
 @click.option(
     "--suite",
-    type=click.Choice(NAMED_SUITES),
+    type=click.Choice(list(SUITES)),
     default="held-out",
     show_default=True,
-    help="held-out: scenes of voices and recordings never used for training or tuning. validation: for model "
-    "selection. hard-multi-speaker, snr-20 to snr-0, overlap, contradicting-background: hard scenes. human: ten "
-    "recorded clips (needs apt-get install pocketsphinx-testdata). paqa, mmau, mmar, own: a data set, see --data.",
+    help=f"Questions to ask. {_described_suites()}",
 )
 @click.option(
     "--checkpoint",
@@ -105,7 +102,7 @@ class Asked:
 @click.option(
     "--data",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Data set of --suite paqa, mmau, mmar or own, in any format of `hyper data check`.",
+    help=f"The questions of --suite {', '.join(FILE_SUITES)}, in any format of `hyper data check`.",
 )
 @click.option(
     "--audio-root",
@@ -310,9 +307,8 @@ def ask_cascade(asked: Asked, items: list[Item]) -> dict[str, Any]:
 
 
 def _about(asked: Asked) -> dict[str, Any]:
-    from training.evaluation.suites import is_scene_suite, split_of
-
-    return {"suite": asked.suite} | ({"split": split_of(asked.suite)} if is_scene_suite(asked.suite) else {})
+    split = SUITES[asked.suite].split
+    return {"suite": asked.suite} | ({} if split is None else {"split": split})
 
 
 def _other_result(path: Path, asked: Asked) -> dict[str, Any]:

@@ -1,95 +1,28 @@
-"""Reads data sets that people have, in seven formats, into one row type.
+"""Reads data sets of any format of `training.data.formats` into one row type.
 
-Rows come one at a time: JSON lines and CSV are never held whole, a JSON array is (up to `MAX_ARRAY_BYTES`). What is
-wrong with a row is an `ExampleError` that says where it stands; whoever reads decides whether that ends the reading.
-No audio is opened until somebody asks for a row's clip. Knows nothing of tokens, models or prompts beyond what a
-question may be.
+Rows come one at a time. A bad row is an `ExampleError` with its place; the caller decides whether reading ends there.
+Reading opens no audio; `read_clip` decodes the clip of one row.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import random
-import re
-import unicodedata
-from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from io import BufferedReader
-from itertools import chain, count
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Literal, TypedDict, TypeVar, cast, get_args
 
 from hyper_model.audio import Waveform, decode, require_single_window
-from hyper_model.errors import HyperError, PromptError
-from hyper_model.trace import check_question
-from hyper_model.trace_parser import parse_text
-from training.data.truth import Truth
-
-Format = Literal["paqa", "sharegpt", "avqa", "mmau", "mmar", "csv", "plain"]
-FORMATS: tuple[Format, ...] = get_args(Format)
-
-MAX_ARRAY_BYTES = 256 * 2**20
-"""The most that a file of one JSON array may have; MMAU's 10,000 items are 6 MB."""
-
-MAX_LINE_BYTES = 16 * 2**20
-"""The most that one line may have, so that a file without line breaks is refused and not loaded."""
-
-MAX_SHOWN_CHARS = 80
-"""How much of a bad value a message shows."""
-
-CSV_COLUMNS = ("audio", "question", "answer")
-"""The columns that a CSV file must have."""
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Example:
-    """Holds one row of a data set: a clip, what is asked of it, and what is known about the answer.
-
-    Attributes:
-        id: The data set's own; else the file's stem and the row's number.
-        audio: Where the clip should be; nobody has looked.
-        answer: With choices, exactly one of them; "" where a plain list does not tell it.
-        completion: The gold trace as the data set spells it, None where it has none.
-        category: What accuracy is reported by, such as "speech/Semantic Layer".
-        difficulty: As the data set grades it, such as "easy"; None where it does not.
-        environment, transcript, num_speakers: None where the data set does not say; "" is a clip without speech.
-        source: File and line, or file and item, for messages.
-    """
-
-    id: str
-    audio: Path
-    question: str
-    answer: str
-    choices: tuple[str, ...] = ()
-    completion: str | None = None
-    category: str | None = None
-    difficulty: str | None = None
-    environment: str | None = None
-    transcript: str | None = None
-    num_speakers: int | None = None
-    source: str = ""
-
-    @property
-    def truth(self) -> Truth:
-        """What completions about it are scored by."""
-        return Truth(
-            self.question,
-            self.answer,
-            self.choices,
-            environment=self.environment,
-            num_speakers=self.num_speakers,
-            transcript=self.transcript,
-        )
+from hyper_model.errors import HyperError
+from training.data.formats import FORMATS, detect_format
+from training.data.formats.rows import Row, read_rows, shown
+from training.data.formats.types import Example, ExampleError
 
 
 def read_clip(example: Example) -> Waveform:
-    """Decodes the clip of a row.
+    """Decode the clip of a row.
 
     Raises:
         HyperError: It cannot be read, or is longer than one window; the message names row and file.
@@ -105,7 +38,7 @@ def read_clip(example: Example) -> Waveform:
 
 
 class Order:
-    """Visits items in a shuffled order each epoch: place p is the same item whenever it is asked."""
+    """A shuffled order of items in each epoch; place p is always the same item."""
 
     def __init__(self, num_items: int, seed: str) -> None:
         self.num_items, self.seed, self.epoch = num_items, seed, -1
@@ -121,15 +54,15 @@ class Order:
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts what a data set holds.
+    """Counts of a data set.
 
     Attributes:
         num_missing_audio: Files that do not exist, each counted once however many rows name it.
-        by_category: Rows of each category, in the order in which they first come; rows without one are left out.
-        faults: What is wrong with the rows that cannot be used; these are counted nowhere else.
+        by_category: Rows of each category, in order of appearance; rows without one are left out.
+        faults: Errors of the unusable rows; these rows are counted nowhere else.
     """
 
-    format: Format
+    format: str
     num_examples: int
     num_with_choices: int
     num_missing_audio: int
@@ -137,34 +70,19 @@ class Summary:
     faults: tuple[ExampleError, ...] = ()
 
 
-class ExampleError(HyperError):
-    """Refuses a row of a data set, or all of it.
-
-    Attributes:
-        source: File and line, or file and item.
-        field: The field at fault; None where it is the whole row or file.
-    """
-
-    def __init__(self, source: str, problem: str, *, field: str | None = None, received: str | None = None) -> None:
-        place = source if field is None else f"{source}, field {field!r}"
-        super().__init__(f"{place}: {problem}" + ("" if received is None else f", received {received}"))
-        self.source = source
-        self.field = field
-
-
 def read_examples(
     path: str | Path,
     *,
-    format: Format | None = None,
+    format: str | None = None,
     audio_root: str | Path | None = None,
     on_fault: Callable[[ExampleError], None] | None = None,
 ) -> Iterator[Example]:
-    """Yields a data set's rows in order, each checked as it is reached.
+    """Yield a data set's rows in order, each checked on the way.
 
     Args:
-        format: One of `FORMATS`; told from the file's name and first row when None.
-        audio_root: Where relative audio paths start; the file's own folder when None. Absolute ones stay as they are.
-        on_fault: Told of each row that cannot be used, which is then left out; published data sets have some.
+        format: A name of `FORMATS`; detected from the file's name and first row if None.
+        audio_root: Start of relative audio paths; the file's own folder if None. Absolute paths stay unchanged.
+        on_fault: Called with the error of each unusable row; published data sets have some. The row is left out.
 
     Raises:
         ExampleError: For a file that cannot be read as rows at all; without `on_fault`, at the first bad row.
@@ -173,8 +91,8 @@ def read_examples(
     yield from _examples(found, rows, on_fault)
 
 
-def check_examples(path: str | Path, *, format: Format | None = None, audio_root: str | Path | None = None) -> Summary:
-    """Reads a whole data set and counts what it holds, its faults and the audio that is not there.
+def check_examples(path: str | Path, *, format: str | None = None, audio_root: str | Path | None = None) -> Summary:
+    """Read a whole data set and count its rows, its faults and its missing audio files.
 
     Raises:
         ExampleError: For a file that cannot be read as rows at all.
@@ -195,10 +113,8 @@ def check_examples(path: str | Path, *, format: Format | None = None, audio_root
     return Summary(found, num_examples, num_with_choices, len(missing), dict(categories), tuple(faults))
 
 
-def _examples(
-    found: Format, rows: Iterable[_Row], on_fault: Callable[[ExampleError], None] | None
-) -> Iterator[Example]:
-    read = _READERS[found]
+def _examples(found: str, rows: Iterable[Row], on_fault: Callable[[ExampleError], None] | None) -> Iterator[Example]:
+    read = FORMATS[found].read
     for row in rows:
         try:
             example = read(row)
@@ -210,16 +126,18 @@ def _examples(
         yield example
 
 
-def _open_rows(path: Path, format: Format | None, audio_root: str | Path | None) -> tuple[Format, Iterable[_Row]]:
-    """Reads the first row, to know the format by, and returns all rows."""
+def _open_rows(path: Path, format: str | None, audio_root: str | Path | None) -> tuple[str, Iterable[Row]]:
+    """Return the format, detected from the first row if None, and all rows."""
     if format is not None and format not in FORMATS:
-        raise ExampleError(str(path), f"the format is none of {', '.join(FORMATS)}", received=_shown(format))
-    rows = _read_rows(path, format, None if audio_root is None else Path(audio_root))
+        raise ExampleError(str(path), f"the format is none of {', '.join(FORMATS)}", received=shown(format))
+    is_table = None if format is None else FORMATS[format].is_table
+    rows = read_rows(path, None if audio_root is None else Path(audio_root), is_table=is_table)
     first = next(rows, None)
     if first is None:
         raise ExampleError(str(path), "the file holds no rows")
-    found = format or _detect(first)
+    found = format or detect_format(first)
     return found, chain([first], rows)
+<<<<<<< HEAD
 
 
 class _Perception(TypedDict):
@@ -813,3 +731,5 @@ def _read_records(file: BufferedReader, path: Path) -> Iterator[tuple[int, list[
             raise ExampleError(f"{path}, line {number}", f"not CSV ({error})") from error
         if record:
             yield number, record
+=======
+>>>>>>> fa0a1cb (wip formats suites)

@@ -20,18 +20,16 @@ from hyper_model.errors import HyperError
 from hyper_model.trace import MAX_CHOICES, Trace, render
 from tests.paths import CLIPS
 from training.cli.data import data
-from training.data import examples
 from training.data.examples import (
-    FORMATS,
-    MAX_SHOWN_CHARS,
     Example,
     ExampleError,
-    Format,
     Summary,
     check_examples,
     read_examples,
-    split_question,
 )
+from training.data.formats import FORMATS
+from training.data.formats.choices import split_question
+from training.data.formats.rows import MAX_SHOWN_CHARS
 
 PAQA_OUTPUT = (
     "<THINK>\n<PLANNING>\nFind the fifth voice.\n</PLANNING>\n<CAPTION>\n- **Speaker 5**: Reboots.\n</CAPTION>\n"
@@ -119,12 +117,12 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def read_one(path: Path, format: Format | None = None) -> Example:
+def read_one(path: Path, format: str | None = None) -> Example:
     [example] = read_examples(path, format=format)
     return example
 
 
-def refusal(path: Path, format: Format | None = None, audio_root: Path | None = None) -> ExampleError:
+def refusal(path: Path, format: str | None = None, audio_root: Path | None = None) -> ExampleError:
     with pytest.raises(ExampleError) as caught:
         list(read_examples(path, format=format, audio_root=audio_root))
     return caught.value
@@ -328,7 +326,7 @@ def test_a_plain_list_may_leave_answers_out(tmp_path: Path) -> None:
     ],
 )
 def test_a_format_is_told_from_the_first_row_or_the_name(
-    tmp_path: Path, name: str, row: Mapping[str, object], expected: Format
+    tmp_path: Path, name: str, row: Mapping[str, object], expected: str
 ) -> None:
     write = write_array if name.endswith(".json") else write_lines
     found = check_examples(write(tmp_path / name, row, row))
@@ -357,7 +355,7 @@ def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
 def test_a_named_format_is_not_doubted(tmp_path: Path) -> None:
     error = refusal(write_array(tmp_path / "mmau.json", PLAIN), "mmau")
     assert error.field == "audio_id" and "is missing" in error.message
-    assert FORMATS == ("paqa", "sharegpt", "avqa", "mmau", "mmar", "csv", "plain")
+    assert sorted(FORMATS) == ["avqa", "csv", "mmar", "mmau", "paqa", "plain", "sharegpt"]
 
 
 def test_the_first_row_is_given_before_a_bad_later_line_is_read(tmp_path: Path) -> None:
@@ -617,8 +615,8 @@ def test_a_format_that_is_not_known_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_would_fill_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examples, "MAX_ARRAY_BYTES", 1000)
-    monkeypatch.setattr(examples, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("training.data.formats.rows.MAX_ARRAY_BYTES", 1000)
+    monkeypatch.setattr("training.data.formats.rows.MAX_LINE_BYTES", 1000)
     rows = [PLAIN] * 10
     message = refusal(write_array(tmp_path / "x.json", *rows)).message
     assert message == (
@@ -707,7 +705,7 @@ def to_row(example: Example, audio_field: str) -> dict[str, Any]:
     return row | {audio_field: str(example.audio), "choices": list(example.choices)}
 
 
-def read_back(path: Path, format: Format) -> list[Example]:
+def read_back(path: Path, format: str) -> list[Example]:
     return [replace(example, source="") for example in read_examples(path, format=format)]
 
 

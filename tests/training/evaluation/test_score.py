@@ -29,7 +29,8 @@ from training.evaluation.score import (
     latency,
     summarize,
 )
-from training.evaluation.suites import Item, draw_items, item_of, scene_items, swapped
+from training.evaluation.suites.item import Item
+from training.evaluation.suites.scenes import draw_items, item_of, scene_items, swapped
 
 
 @pytest.fixture(scope="module")

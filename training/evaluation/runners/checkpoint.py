@@ -15,7 +15,7 @@ from hyper_model.errors import HyperError
 from hyper_model.pause import GateSettings
 from hyper_model.trace import build_prompt
 from training.evaluation.score import Reply
-from training.evaluation.suites import Item
+from training.evaluation.suites.item import Item
 from training.rl.rollout import PROMPTS_AT_ONCE, Completion, Prompt, VllmBackend
 
 NUM_TIMED = 20

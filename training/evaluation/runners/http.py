@@ -33,7 +33,7 @@ from hyper_model.errors import HyperError
 from hyper_model.trace import render_choice
 from hyper_model.trace_parser import parse_text
 from training.evaluation.score import Reply
-from training.evaluation.suites import Item
+from training.evaluation.suites.item import Item
 from training.text_metrics import chosen, named_choice
 
 Api = Literal["hyper", "openai"]

@@ -16,7 +16,8 @@ from tests.training_data import write_bank, write_sounds
 from training.data.sources.voices import Bank
 from training.evaluation.runners.cascade import Cascade, Fitted, Parts, cluster, fit, listen, pitch_hz, speakers_of
 from training.evaluation.score import judge
-from training.evaluation.suites import Item, data_items
+from training.evaluation.suites.data_file import data_items
+from training.evaluation.suites.item import Item
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from tests.paths import CLIPS
 from tests.serving import Live
 from training.data.truth import Truth
 from training.evaluation.runners.http import Endpoint, EndpointError, Received, ask, openai_body, read
-from training.evaluation.suites import Item, data_items
+from training.evaluation.suites.data_file import data_items
+from training.evaluation.suites.item import Item
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,39 @@
+"""LLaMA-Factory's sharegpt format."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from training.data.formats.instruction import read_instruction
+from training.data.formats.rows import Row
+from training.data.formats.types import DataFormat, Example
+
+_ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+
+
+def read(row: Row) -> Example:
+    """Read LLaMA-Factory's sharegpt format, of one question each.
+
+    From `data/README.md` and `data/mllm_audio_demo.json` of github.com/hiyouga/LLaMA-Factory: `messages` of `role` and
+    `content`, or `conversations` of `from` and `value`. An assistant's text without tags is the answer itself. System
+    messages are ignored: our prompts have none.
+    """
+    field = row.present("messages", "conversations")
+    said: dict[str, list[str]] = {"user": [], "assistant": [], "system": []}
+    for message in row.optional_list(field) or []:
+        if not isinstance(message, dict):
+            raise row.error(field, "holds a message that is no object", message)
+        parts = cast("dict[str, object]", message)
+        role, text = parts.get("role", parts.get("from")), parts.get("content", parts.get("value"))
+        if not isinstance(role, str) or role not in _ROLES:
+            raise row.error(field, f"holds a role that is none of {', '.join(_ROLES)}", role)
+        if not isinstance(text, str):
+            raise row.error(field, "holds a message whose content is not text", text)
+        said[_ROLES[role]].append(text)
+    for role in ("user", "assistant"):
+        if len(said[role]) != 1:
+            raise row.error(field, f"holds {len(said[role])} messages of the {role} where one is supported")
+    return read_instruction(row, field, row.clean(field, said["user"][0]), field, said["assistant"][0])
+
+
+FORMAT = DataFormat("LLaMA-Factory's ShareGPT messages", read, ("messages", "conversations"), is_in_file_names=True)

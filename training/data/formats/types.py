@@ -1,0 +1,94 @@
+"""Types of data sets: the row type of every format, its error, and the description of a format.
+
+Imports neither audio nor models: the command line lists the formats in its help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hyper_model.errors import HyperError
+from training.data.truth import Truth
+
+if TYPE_CHECKING:
+    from training.data.formats.rows import Row
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a data set: a clip, a question about it, and the truth.
+
+    Attributes:
+        id: The data set's own; else the file's stem and the row's number.
+        audio: Path of the clip; reading a data set does not open it.
+        answer: With choices, exactly one of them; "" where a plain list has no answer.
+        completion: The gold trace in the data set's spelling, None where it has none.
+        category: Key of the accuracy tables, such as "speech/Semantic Layer".
+        difficulty: The data set's grade, such as "easy"; None where it has none.
+        environment, transcript, num_speakers: None where the data set has none; "" is a clip without speech.
+        source: File and line, or file and item, for messages.
+    """
+
+    id: str
+    audio: Path
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    completion: str | None = None
+    category: str | None = None
+    difficulty: str | None = None
+    environment: str | None = None
+    transcript: str | None = None
+    num_speakers: int | None = None
+    source: str = ""
+
+    @property
+    def truth(self) -> Truth:
+        """The truth for scoring completions."""
+        return Truth(
+            self.question,
+            self.answer,
+            self.choices,
+            environment=self.environment,
+            num_speakers=self.num_speakers,
+            transcript=self.transcript,
+        )
+
+
+class ExampleError(HyperError):
+    """A row of a data set, or all of it, is refused.
+
+    Attributes:
+        source: File and line, or file and item.
+        field: The field at fault; None where it is the whole row or file.
+    """
+
+    def __init__(self, source: str, problem: str, *, field: str | None = None, received: str | None = None) -> None:
+        place = source if field is None else f"{source}, field {field!r}"
+        super().__init__(f"{place}: {problem}" + ("" if received is None else f", received {received}"))
+        self.source = source
+        self.field = field
+
+
+@dataclass(frozen=True)
+class DataFormat:
+    """A data set format: its reader, and the signs of its files.
+
+    Attributes:
+        description: For `--help`: the format in a few words.
+        read: Turn a row into an example.
+        telling_fields: Fields of this format alone.
+        is_in_file_names: Whether files are named after the format.
+        is_table: Whether rows are lines of CSV instead of JSON objects.
+        has_suite: Whether `hyper eval --suite` has the format's name.
+    """
+
+    description: str
+    read: Callable[[Row], Example]
+    telling_fields: tuple[str, ...] = ()
+    is_in_file_names: bool = False
+    is_table: bool = False
+    has_suite: bool = False

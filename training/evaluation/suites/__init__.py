@@ -1,0 +1,18 @@
+"""Evaluation suites: one module each, or one for several of a kind, named in `SUITES`.
+
+A new suite is one module and one line here; the choices of `hyper eval --suite` follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from training.evaluation.suites import data_file, human, scenes
+from training.evaluation.suites.item import Suite
+
+SUITES: Mapping[str, Suite] = {
+    **scenes.SUITES,
+    "human": human.SUITE,
+    **data_file.SUITES,
+}
+"""Every suite by its name."""
