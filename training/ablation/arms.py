@@ -104,11 +104,11 @@ def _pausing(name: str, meaning: str, **changes: Any) -> Arm:
 ARMS: tuple[Arm, ...] = (
     Arm(
         "cascade",
-        "the rival: recogniser, speaker clustering, sound tagger and rules; nothing of it is trained here",
+        "baseline: recogniser, speaker clustering, sound tagger and rules; not trained here",
         has_stage_2=False,
         baseline="cascade",
     ),
-    Arm("sft", "Stage I alone, on explicit traces", has_stage_2=False),
+    Arm("sft", "Stage I only, on explicit traces", has_stage_2=False),
     Arm("grpo-direct", "Stage II; the answer alone", style="direct"),
     Arm("grpo-short", "Stage II; planning, reasoning and summary without a caption", style="short"),
     Arm("grpo-explicit", "Stage II; the explicit trace"),
@@ -120,7 +120,7 @@ ARMS: tuple[Arm, ...] = (
         weights={"fidelity": 0.0, "alignment": 0.0},
     ),
     _pausing("hyper-sampled", "as hyper, with sampled spans", pause_mode="sampled"),
-    _pausing("hyper-positions", "as hyper, one learned embedding a latent position", has_position_ids=True),
+    _pausing("hyper-positions", "as hyper, one learned embedding per latent position", has_position_ids=True),
     _pausing("hyper-1", "as hyper, at most 1 pause", max_pauses=1),
     # Twice the budget needs a threshold with twice the pause rate.
     _pausing("hyper-6", "as hyper, at most 6 pauses", max_pauses=6, wanted_pauses=1.5),

@@ -32,7 +32,7 @@ UNPAUSED = "grpo-explicit"
 PAUSE_GROUPS: Mapping[str, Callable[[ItemScores], bool]] = {
     "no pause": lambda j: not j.is_aborted and not j.num_pauses,
     "paused": lambda j: not j.is_aborted and bool(j.num_pauses),
-    "given up": lambda j: bool(j.is_aborted),
+    "aborted": lambda j: bool(j.is_aborted),
 }
 """Completions of an arm with pauses, grouped by the gate's actions."""
 
@@ -66,9 +66,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("accuracy_hard", "accuracy, hard multi-speaker", ("hard-multi-speaker",), lambda j: j.is_right),
     Column("consistency", "consistency, 10 dB", ("snr-10",), lambda j: j.is_consistent, ("explicit", "short")),
     Column("wer", "word error, 10 dB", ("snr-10",), _word_errors, ("explicit",)),
-    Column("pauses", "pauses a sample", SUITES, lambda j: j.num_pauses),
-    Column("given_up", "given up", SUITES, lambda j: j.is_aborted),
-    Column("strict", "strict form", SUITES, lambda j: j.is_strict, ("explicit",)),
+    Column("pauses", "pauses per sample", SUITES, lambda j: j.num_pauses),
+    Column("given_up", "aborted", SUITES, lambda j: j.is_aborted),
+    Column("strict", "strict format", SUITES, lambda j: j.is_strict, ("explicit",)),
 )
 _ALL_ACCURACY = Column("accuracy", "accuracy, all three", SUITES, lambda j: j.is_right)
 COMPARED: tuple[Column, ...] = (*COLUMNS[:3], _ALL_ACCURACY, COLUMNS[3])
@@ -267,35 +267,39 @@ def markdown(summary: Mapping[str, Any]) -> str:
     """Return the page."""
     plan, arms = summary["settings"], summary["arms"]
     lead = (
-        f"All arms but the rival, `cascade`, begin from {plan['base']} (manifest {plan['base_sha256'][:12]}) and have "
-        f"{plan['num_sft_steps']} further steps of Stage I on traces of their own form, then {plan['num_steps']} of "
-        f"Stage II; `sft` has Stage I alone. All are asked the same {plan['num_items']} questions about scenes of "
-        "held-out voices. "
-        "In brackets: 95 %, bootstrap of whole voices; with one seed, what another would change is not in it. A dash: "
-        "the arm has no such section, or no result yet. Arms with pauses also have what comes with their gate: "
-        "advantages weighed by confidence in Stage II, and completions that are given up, which are wrong."
+        f"All arms except the baseline `cascade` start from {plan['base']} (manifest {plan['base_sha256'][:12]}). They "
+        f"have {plan['num_sft_steps']} further steps of Stage I on traces of their own form, then {plan['num_steps']} of "
+        f"Stage II; `sft` has only Stage I. All answer the same {plan['num_items']} questions about scenes of held-out "
+        "voices. "
+        "In brackets: 95 %, bootstrap of whole voices; with one seed, the effect of another seed is not included. A "
+        "dash: the arm has no such section, or no result yet. Arms with pauses also have their gate's effects: "
+        "advantages weighted by confidence in Stage II, and aborted completions, which count as wrong."
     )
     parts = ["# Ablation", lead, _figures_table(arms), _meanings(arms)]
     for name in REFERENCES:
         if any(name in arm["less"] for arm in arms):
-            parts += [f"## Less `{name}`, item by item", _differences_table(name, arms)]
+            parts += [f"## Difference from `{name}`, item by item", _differences_table(name, arms)]
     if any(arm["less"] for arm in arms):
         parts.append(
-            "Difference (95 %); p by bootstrap of voices, and, where no question stands there twice, by McNemar's "
-            "exact test, which takes items for independent: where they disagree, believe the former. There are as many "
-            "tests as cells."
+            "Difference (95 %); p by bootstrap of voices, and by McNemar's exact test if no question appears twice. "
+            "McNemar's test assumes independent items: if they disagree, trust the bootstrap. There are as many tests "
+            "as cells."
         )
     if any(arm["by_pauses"] for arm in arms):
-        parts += [f"## Where it paused, beside `{UNPAUSED}` on the same questions", _pauses_table(arms), _PAUSES_NOTE]
-    parts += ["## Beside the paper", _paper_table(arms), _PAPER_NOTE]
+        parts += [
+            f"## Accuracy by pauses, compared with `{UNPAUSED}` on the same questions",
+            _pauses_table(arms),
+            _PAUSES_NOTE,
+        ]
+    parts += ["## Comparison with the paper", _paper_table(arms), _PAPER_NOTE]
     return "\n\n".join(parts) + "\n"
 
 
 _PAPER_NOTE = (
     "In percent: here, and in the paper (its test set of PAQA: background-rich at 10 dB, 5 dB, hard multi-speaker). "
-    "**The tasks are not the same**: the paper asks a model of seven billion parameters about dialogues, emotion and "
-    "translation, this table one of some millions about synthetic scenes with questions of its own. What may be "
-    f"compared is the order of the rows, not their figures. {_NO_CONSISTENCY}"
+    "**The tasks are not the same**: the paper's model has seven billion parameters and its questions are about "
+    "dialogues, emotion and translation. This table's model has some millions, and its own questions are about "
+    f"synthetic scenes. Compare only the order of the rows, not their figures. {_NO_CONSISTENCY}"
 )
 
 
@@ -365,9 +369,9 @@ def _pauses_table(arms: Sequence[Mapping[str, Any]]) -> str:
 
 
 _PAUSES_NOTE = (
-    "Choices right with the gate / without it, of so many questions of all three sets: where the gate opened no pause, "
-    "where it opened one or more, and where it gave the completion up. A gate opens where the model is unsure, so the "
-    "questions of the second group are harder whether there are pauses or not."
+    "Accuracy with the gate / without it, and the number of questions of all three sets, in three groups: the gate "
+    "opened no pause, one or more pauses, or aborted the completion. A gate opens at low confidence, so the questions of "
+    "the second group are harder with or without pauses."
 )
 
 

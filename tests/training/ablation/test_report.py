@@ -72,7 +72,7 @@ def test_arms_stand_beside_each_other_with_intervals_and_paired_tests(run_dir: P
     # The suites share scenes, so their items are not all independent.
     assert pooled["num_items"] == 3 * NUM_ITEMS and "p_mcnemar" not in pooled
     for name in REFERENCES:
-        assert f"## Less `{name}`, item by item" in page
+        assert f"## Difference from `{name}`, item by item" in page
     assert "| `hyper` | HyPeR | 97.5 / 68.1 |" in page and "The tasks are not the same" in page
     assert "0.750 (" in page
 
@@ -127,10 +127,10 @@ def test_pauses_are_held_against_the_same_questions_without(run_dir: Path) -> No
         file.write_text(json.dumps(result))
     page, arms = report(run_dir)
     found = arms["hyper"]["by_pauses"]
-    assert {name: each["num_items"] for name, each in found.items()} == {"no pause": 60, "paused": 48, "given up": 12}
+    assert {name: each["num_items"] for name, each in found.items()} == {"no pause": 60, "paused": 48, "aborted": 12}
     assert (found["no pause"]["value"], found["no pause"]["other"], found["no pause"]["difference"]) == (1.0, 1.0, 0.0)
     assert found["paused"]["value"] == found["paused"]["other"] == 0.5
-    assert found["given up"]["value"] == 0.0 and found["given up"]["other"] == 0.5
+    assert found["aborted"]["value"] == 0.0 and found["aborted"]["other"] == 0.5
     assert arms["hyper"]["figures"]["given_up"]["value"] == 0.1 and not arms["grpo-explicit"]["by_pauses"]
     assert "0.000 / 0.500 of 12: -0.500 (" in page and "mcnemar" not in json.dumps(found)
 
