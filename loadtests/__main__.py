@@ -205,6 +205,7 @@ def stress(
 
     \b
     sandbox   clips decoded inside and outside the sandbox
+    odd_files ordinary but odd files, compared with an ffmpeg program
     auth      every address and method without a key
     requests  requests generated from /openapi.json
     files     hostile files: broken files, bombs, wrong headers, traps that call a port or read a file

@@ -134,7 +134,12 @@ class DecodePeer:
         from server.decoding.pool import DecoderPool
 
         self.clips = [path.read_bytes() for path in find_clips(clips)]
-        self.box = DecoderPool(AudioLimits(), memory_bytes=DECODE_MEMORY_BYTES)
+        self.num_deaths = 0
+        self.box = DecoderPool(AudioLimits(), memory_bytes=DECODE_MEMORY_BYTES, on_death=self.count_death)
+
+    def count_death(self, reason: str) -> None:
+        """Count a decoder that ended without a result."""
+        self.num_deaths += 1
 
     async def start(self) -> None:
         """Start the sandbox."""
@@ -147,6 +152,25 @@ class DecodePeer:
     async def layers(self) -> list[str]:
         """Return the protection layers of the sandbox."""
         return list(self.box.layers)
+
+    async def deaths(self) -> int:
+        """Return the number of decoders that ended without a result."""
+        return self.num_deaths
+
+    async def decode_file(self, path: str) -> dict[str, Any]:
+        """Decode a file in the sandbox; return its duration, silence, track and warnings, or the refusal."""
+        from hyper_model.errors import AudioError
+
+        try:
+            waveform = await self.box.decode(await asyncio.to_thread(Path(path).read_bytes))
+        except AudioError as error:
+            return {"error": error.code, "message": error.message}
+        return {
+            "duration_s": waveform.duration_s,
+            "is_silent": waveform.quality.silence_ratio == 1.0,
+            "track": waveform.track,
+            "codes": [warning.code for warning in waveform.warnings],
+        }
 
     async def overheads_ms(self, rounds: int) -> list[float]:
         """Decode each clip directly and then in the sandbox; return the additional milliseconds of each."""

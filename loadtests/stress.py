@@ -30,6 +30,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from loadtests import hostile
+from loadtests import odd_files as odd
 from loadtests.bench import Bench
 from loadtests.client import QA_PATH
 from loadtests.driver import DriverLateError
@@ -51,6 +52,7 @@ DECODER = "server.decoding.worker"
 WATCH_INTERVAL_S = 0.2
 CANARY_RATE_HZ = 12_345
 UNBOXED_TIMEOUT_S = 10
+NUM_ODD_FILES = 300
 KEPT = 50
 PACED = {"HYPER_ENGINE": "scripted", "HYPER_SCRIPTED_TOKEN_INTERVAL_S": "0.005"}
 SHORT_TRACES = {"HYPER_ENGINE": "scripted", "HYPER_DEFAULT_MAX_TOKENS": "8"}
@@ -410,6 +412,36 @@ def sandbox(stress: StressRun) -> Result:
     return [Figure("sandbox_overhead_ms", value, len(overheads_ms))], details
 
 
+def odd_files(stress: StressRun) -> Result:
+    """Decode ordinary but odd files in the sandbox and by an ffmpeg program, and compare the durations."""
+    lost: list[str] = []
+    refused: list[str] = []
+    num = 0
+    with tempfile.TemporaryDirectory() as folder:
+        # The decoder's user reads nothing here: its parent sends the bytes.
+        path = Path(folder) / "odd"
+        bench = Bench(Path("checkpoints/hyper-mini"), stress.clips, 1, stress.log, stress.say)
+        with bench.peers(("decode", None)) as (peer,):
+            for name, data in odd.files(Path(folder), NUM_ODD_FILES, stress.seed):
+                num += 1
+                path.write_bytes(data)
+                decoded = peer.ask("decode_file", path=str(path))
+                true = odd.reference(path, decoded.get("track", 1))
+                if "error" in decoded:
+                    if true.duration_s > odd.MIN_LOST_S:
+                        refused.append(f"{name}: {decoded['error']}: {decoded['message']}")
+                elif odd.is_lost(decoded["duration_s"], decoded["is_silent"], decoded["codes"], true):
+                    lost.append(f"{name}: {decoded}, ffmpeg {true}")
+                if num % 100 == 0:
+                    stress.say(f"odd_files: {num} decoded, {len(lost)} lost sound without a warning")
+            num_deaths: int = peer.ask("deaths")
+    return [
+        Figure("odd_files_lost_silently", len(lost), num),
+        Figure("odd_files_refused", len(refused), num),
+        Figure("odd_files_decoder_deaths", num_deaths, num),
+    ], {"lost": lost[:KEPT], "refused": refused[:KEPT]}
+
+
 def overload(stress: StressRun) -> Result:
     """Offer 0.8 and 3 times the peak."""
     return carry_out(stress, "overload")
@@ -448,7 +480,7 @@ def carry_out(stress: StressRun, name: str, peak: float | None = None) -> Result
 
 
 PARTS: Mapping[str, Callable[[StressRun], Result]] = {
-    each.__name__: each for each in (sandbox, auth, requests, files, overload, soak, chaos)
+    each.__name__: each for each in (sandbox, odd_files, auth, requests, files, overload, soak, chaos)
 }
 
 
