@@ -494,7 +494,7 @@ def with_settings(recipe: R, settings: Sequence[str]) -> R:
         try:
             value: Any = text if isinstance(before, str) else json.loads(text)
         except ValueError as error:
-            raise RecipeError(f"{setting!r}: {text!r} is no JSON value") from error
+            raise RecipeError(f"{setting!r}: {text!r} is not a JSON value") from error
         if isinstance(before, dict) and isinstance(value, dict):
             value = {**before, **value}
         values[name] = value

@@ -377,6 +377,18 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
+    """List the values that differ, those of nested settings by their full name."""
+    found: list[str] = []
+    for name in sorted({*before, *now}):
+        one, other = before.get(name), now.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += _differences(one, other, f"{inside}{name}.")
+        elif one != other:
+            found.append(f"{inside}{name} {json.dumps(one)}, now {json.dumps(other)}")
+    return found
+
+
 def check_run(run_dir: Path, recipe: Recipe, origin: Mapping[str, str | None]) -> None:
     """Check that a run was started by this recipe, from this base and on this data.
 
@@ -388,7 +400,7 @@ def check_run(run_dir: Path, recipe: Recipe, origin: Mapping[str, str | None]) -
         raise TrainingError(f"{run_dir} holds a run of {name}, not of {recipe.name}. Use a new RUN_DIR.")
     before = asdict(started_recipe(run_dir, type(recipe))) | {"origin": read_recipe(run_dir).get("origin")}
     now = asdict(recipe) | {"origin": dict(origin)}
-    changed = [f"{name} {before[name]!r}, now {now[name]!r}" for name in sorted(now) if before[name] != now[name]]
+    changed = _differences(before, now)
     if changed:
         raise TrainingError(
             f"{run_dir} was started with {'; '.join(changed)}. Use the original values or a new RUN_DIR."

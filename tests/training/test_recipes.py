@@ -55,7 +55,7 @@ def test_settings_change_what_they_name_and_nothing_else() -> None:
     [
         ("num_step=1", "NAME must be one of seed, num_steps"),
         ("num_steps", "NAME must be one of"),
-        ("num_steps=many", "'many' is no JSON value"),
+        ("num_steps=many", "'many' is not a JSON value"),
         ('num_steps="3"', 'num_steps: Input should be a valid integer, received "3"'),
         ("num_steps=3.5", "num_steps: Input should be a valid integer"),
         ("num_steps=true", "num_steps: Input should be a valid integer"),

@@ -6,6 +6,7 @@ Everything lives under one work folder: `assets/`, `bank/`, `clips/SPLIT/`, `run
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -14,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from training.cli.evaluate import SEED, bank_of
-from training.data.formats import FORMATS
-from training.data.hard_sets import HARD_SETS
+from training.cli.registry_option import Described, RegistryOption
 
 if TYPE_CHECKING:
     from hyper_model.checkpoint import Checkpoint
@@ -48,16 +48,27 @@ def data() -> None:
     """Build and check the data of training and evaluation."""
 
 
-@data.command(
-    help="Read a data set of questions about clips, count its rows and name every unusable row.\n\n"
-    f"Reads {'; '.join(each.description for each in FORMATS.values())}. Exits 1 for a bad row."
-)
+def _formats() -> Mapping[str, Described]:
+    from training.data.formats import FORMATS
+
+    return FORMATS
+
+
+def _hard_sets() -> Mapping[str, Described]:
+    from training.data.hard_sets import HARD_SETS
+    from training.evaluation.suites import SUITES
+
+    return {name: SUITES[name] for name in HARD_SETS}
+
+
+@data.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(list(FORMATS)),
-    help="Format of the file.  [default: detected from its name and first row]",
+    cls=RegistryOption,
+    registry=_formats,
+    help="Format of the file. {described}  [default: detected from its name and first row]",
 )
 @click.option(
     "--audio-root",
@@ -65,7 +76,10 @@ def data() -> None:
     help="Folder of relative audio paths.  [default: the file's folder]",
 )
 def check(file: Path, format_: str | None, audio_root: Path | None) -> None:
-    """Check a data set's file and print its counts."""
+    """Read a data set of questions about clips, count its rows and name every unusable row.
+
+    Exits 1 for a bad row.
+    """
     from training.data.examples import check_examples
 
     found = check_examples(file, format=format_, audio_root=audio_root)
@@ -173,8 +187,9 @@ def scenes(
 )
 @click.option(
     "--suite",
-    type=click.Choice(list(HARD_SETS)),
-    help="Export a hard set.  [default: the usual mixture]",
+    cls=RegistryOption,
+    registry=_hard_sets,
+    help="Export a hard set. {described}  [default: the usual mixture]",
 )
 @_noise
 @click.option(

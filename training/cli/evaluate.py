@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from training.evaluation.suites import SUITES
-from training.evaluation.suites.item import SuiteRequest
+from training.cli.registry_option import RegistryOption
 
 if TYPE_CHECKING:
     from hyper_model.errors import HyperError
     from training.data.sources.voices import Bank, Split
     from training.evaluation.runners.http import Endpoint
-    from training.evaluation.suites.item import Item
+    from training.evaluation.suites.item import Item, Suite
 
 KEPT_FILE = "replies.jsonl"
 FITTED_FILE = "cascade.npz"
 
 SEED = 0
 """Of the bank, which training and evaluation share."""
-
-FILE_SUITES = tuple(name for name, each in SUITES.items() if each.reads_file)
 
 
 def bank_of(split: Split, work: Path, workers: int) -> Bank:
@@ -62,6 +58,7 @@ class Asked:
     def items(self) -> list[Item]:
         """Draws or reads the items."""
         from training.data.sources.downloads import SOUNDS_FOLDER
+        from training.evaluation.suites.item import SuiteRequest
 
         def warn(faults: Sequence[HyperError]) -> None:
             if faults:
@@ -75,22 +72,23 @@ class Asked:
             self.audio_root,
             warn,
         )
-        return SUITES[self.suite].items(request)
+        return _suites()[self.suite].items(request)
 
 
-def _described_suites() -> str:
-    """Describe the suites for `--help`, neighbours of one description together."""
-    groups = groupby(SUITES, lambda name: SUITES[name].description)
-    return " ".join(f"{', '.join(names)}: {description}." for description, names in groups)
+def _suites() -> Mapping[str, Suite]:
+    from training.evaluation.suites import SUITES
+
+    return SUITES
 
 
 @click.command("eval")
 @click.option(
     "--suite",
-    type=click.Choice(list(SUITES)),
+    cls=RegistryOption,
+    registry=_suites,
     default="held-out",
     show_default=True,
-    help=f"Questions to ask. {_described_suites()}",
+    help="Questions to ask. {described}",
 )
 @click.option(
     "--checkpoint",
@@ -102,7 +100,7 @@ def _described_suites() -> str:
 @click.option(
     "--data",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help=f"The questions of --suite {', '.join(FILE_SUITES)}, in any format of `hyper data check`.",
+    help="Data set of a suite without items of its own, in any format of `hyper data check`.",
 )
 @click.option(
     "--audio-root",
@@ -210,8 +208,9 @@ def evaluate(
     asked = Asked(suite, work, workers, num_items, data, audio_root, cuts_long, pauses, probe, not as_json)
     if url is not None and baseline is not None:
         raise click.UsageError("--url and --baseline exclude each other; omit one")
-    if data is not None and suite not in FILE_SUITES:
-        raise click.UsageError(f"--suite {suite} has its own items; use --data with {', '.join(FILE_SUITES)}")
+    if data is not None and not _suites()[suite].reads_file:
+        readers = ", ".join(name for name, each in _suites().items() if each.reads_file)
+        raise click.UsageError(f"--suite {suite} has its own items; use --data with {readers}")
     asks_checkpoint = (url is None and baseline is None) or any((path / "hyper.json").is_file() for path in against)
     if pauses is not None and not asks_checkpoint:
         raise click.UsageError("--pauses applies to a --checkpoint; a service has its own budget")
@@ -307,7 +306,7 @@ def ask_cascade(asked: Asked, items: list[Item]) -> dict[str, Any]:
 
 
 def _about(asked: Asked) -> dict[str, Any]:
-    split = SUITES[asked.suite].split
+    split = _suites()[asked.suite].split
     return {"suite": asked.suite} | ({} if split is None else {"split": split})
 
 

@@ -170,10 +170,10 @@ def _started_recipe(recipe: str, run_dir: Path, settings: tuple[str, ...]) -> An
     from training.trainer import read_recipe, started_recipe
 
     if settings:
-        raise click.UsageError("--export-only uses the settings that started the run: leave --set out")
+        raise click.UsageError("--export-only uses the settings from the run's start; omit --set")
     name = read_recipe(run_dir)["name"]
     if name != recipe:
-        raise click.BadParameter(f"{run_dir} holds a run of {name}", param_hint="RECIPE")
+        raise click.BadParameter(f"{run_dir} is a run of recipe {name}", param_hint="RECIPE")
     return started_recipe(run_dir, type(RECIPES[recipe]()))
 
 

@@ -75,8 +75,8 @@ def test_only_exporting_goes_by_the_run_and_leaves_it_as_it_is(work: Path, tmp_p
     assert manifest.name == "early" and json.loads(manifest.recipe or "")["dropout_states"] == 0.1
     assert (run_dir / "checkpoint-6").is_dir()
     for more, said in (
-        (("--set", "num_steps=9"), "leave --set out"),
-        (("--base", MINI), "was started with origin"),
+        (("--set", "num_steps=9"), "omit --set"),
+        (("--base", MINI), "was started with origin.base"),
     ):
         refused = run("debug", run_dir, "--work", work, "--export-only", "--export", tmp_path / "other", *more)
         assert refused.exit_code != 0 and said in f"{refused.output} {refused.exception}"

@@ -525,7 +525,7 @@ def test_an_answer_is_a_choice_by_its_words_or_its_letter(
         (b'{"file": "\xff"}', "line 1: not UTF-8 at byte 11, received b'\\xff'"),
         (b'[{},\n{"file": "\xff"}]', "line 2: not UTF-8 at byte 11, received b'\\xff'"),
         (b"\xef\xbb\xbf[\xff]", "line 1: not UTF-8 at byte 2, received b'\\xff'"),
-        (b'{"question": "What?"}', "line 1: the first row is of no known format; name one of paqa,"),
+        (b'{"question": "What?"}', "line 1: the first row is of no known format; name one of sharegpt,"),
         (b"[" * 200_000, ": not JSON that can be read, received '[[["),
         (b'{"num_speakers": ' + b"9" * 5000 + b"}", "line 1: not JSON that can be read, received"),
         (b"", ": the file holds no rows"),
@@ -631,7 +631,7 @@ def test_files_that_would_fill_the_memory_are_refused(tmp_path: Path, monkeypatc
 def test_a_name_that_only_sounds_like_a_format_tells_none(tmp_path: Path) -> None:
     for name in ("mycsv.json", "explained.json"):
         error = refusal(write_array(tmp_path / name, {"question": "Who?", "count": 1}))
-        assert error.message.endswith("paqa, sharegpt, avqa, mmau, mmar, csv, plain, received ['question', 'count']")
+        assert error.message.endswith(f"{', '.join(FORMATS)}, received ['question', 'count']")
 
 
 def test_a_refusal_is_a_hyper_error_that_survives_pickling(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from training.data.formats import avqa, csv_table, mmar, mmau, paqa, plain, sharegpt
+from training.data.formats.data_format import DataFormat
 from training.data.formats.rows import Row
-from training.data.formats.types import DataFormat
 
 FORMATS: Mapping[str, DataFormat] = {
     "sharegpt": sharegpt.FORMAT,

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
+from training.data.formats.data_format import DataFormat
 from training.data.formats.plain import read_own
 from training.data.formats.rows import CSV_COLUMNS, Row
-from training.data.formats.types import DataFormat, Example
+from training.data.formats.types import Example
 
 
 def read(row: Row) -> Example:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from training.data.formats.benchmark import read_benchmark
+from training.data.formats.data_format import DataFormat
 from training.data.formats.rows import Row
-from training.data.formats.types import DataFormat, Example
+from training.data.formats.types import Example
 
 
 def read(row: Row) -> Example:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from training.data.formats.data_format import DataFormat
 from training.data.formats.instruction import read_instruction
 from training.data.formats.rows import Row
-from training.data.formats.types import DataFormat, Example
+from training.data.formats.types import Example
 
 
 def read(row: Row) -> Example:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import cast
 
+from training.data.formats.data_format import DataFormat
 from training.data.formats.instruction import read_instruction
 from training.data.formats.rows import Row
-from training.data.formats.types import DataFormat, Example
+from training.data.formats.types import Example
 
 _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 

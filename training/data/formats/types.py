@@ -1,20 +1,12 @@
-"""Types of data sets: the row type of every format, its error, and the description of a format.
-
-Imports neither audio nor models: the command line lists the formats in its help.
-"""
+"""The row type of every data set format, and its error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hyper_model.errors import HyperError
 from training.data.truth import Truth
-
-if TYPE_CHECKING:
-    from training.data.formats.rows import Row
 
 
 @dataclass(frozen=True)
@@ -71,24 +63,3 @@ class ExampleError(HyperError):
         super().__init__(f"{place}: {problem}" + ("" if received is None else f", received {received}"))
         self.source = source
         self.field = field
-
-
-@dataclass(frozen=True)
-class DataFormat:
-    """A data set format: its reader, and the signs of its files.
-
-    Attributes:
-        description: For `--help`: the format in a few words.
-        read: Turn a row into an example.
-        telling_fields: Fields of this format alone.
-        is_in_file_names: Whether files are named after the format.
-        is_table: Whether rows are lines of CSV instead of JSON objects.
-        has_suite: Whether `hyper eval --suite` has the format's name.
-    """
-
-    description: str
-    read: Callable[[Row], Example]
-    telling_fields: tuple[str, ...] = ()
-    is_in_file_names: bool = False
-    is_table: bool = False
-    has_suite: bool = False
