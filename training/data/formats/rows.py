@@ -88,7 +88,7 @@ class Row:
 
     def clean(self, name: str, text: str) -> str:
         if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in text):
-            raise self.error(name, "holds a character that is no text (NUL or a lone surrogate)", text)
+            raise self.error(name, "contains an invalid character (NUL or a lone surrogate)", text)
         return text.strip()
 
     def optional_list(self, name: str) -> list[object] | None:
