@@ -49,6 +49,11 @@ def markdown_sentences(text: str) -> Iterator[Sentence]:
         yield from split_sentences(_plain(block), first_line=line, min_words=min_words)
 
 
+def markdown_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yield each line without code, headings and short table cells included."""
+    yield from ((number, _plain(line).strip()) for number, line in _without_code(text) if line.strip())
+
+
 def split_sentences(text: str, *, first_line: int = 1, min_words: int = MIN_WORDS) -> Iterator[Sentence]:
     """Split running text into sentences of at least `min_words` words."""
     begin = 0

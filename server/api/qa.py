@@ -213,7 +213,7 @@ def check_sizes(fields: Mapping[str, Any]) -> None:
     for param, value in ((None, fields), ("audio", fields.get("audio"))):
         if isinstance(value, Mapping) and len(cast("Mapping[str, Any]", value)) > MAX_KEYS:
             num_keys = len(cast("Mapping[str, Any]", value))
-            message = "The request has more fields than this service knows."
+            message = "The request has too many fields."
             raise RequestError("unknown_parameter", message, param=param, limit=MAX_KEYS, actual=num_keys)
     choices = fields.get("choices")
     if isinstance(choices, list) and len(cast("list[Any]", choices)) > MAX_LISTED_CHOICES:

@@ -479,4 +479,5 @@ def check_settings(run_dir: Path, said: Mapping[str, Any]) -> None:
     before = json.loads(file.read_text(encoding="utf-8"))
     changed = sorted(name for name in {*before, *said} if before.get(name) != said.get(name))
     if changed:
-        raise HyperError(f"{run_dir} was begun otherwise: {', '.join(changed)} differ")
+        values = (f"{name} {before.get(name)!r}, now {said.get(name)!r}" for name in changed)
+        raise HyperError(f"{run_dir} was started with {'; '.join(values)}. Use the original settings or a new RUN_DIR.")

@@ -268,9 +268,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
     plan, arms = summary["settings"], summary["arms"]
     lead = (
         f"All arms except the baseline `cascade` start from {plan['base']} (manifest {plan['base_sha256'][:12]}). They "
-        f"have {plan['num_sft_steps']} further steps of Stage I on traces of their own form, then {plan['num_steps']} of "
-        f"Stage II; `sft` has only Stage I. All answer the same {plan['num_items']} questions about scenes of held-out "
-        "voices. "
+        f"have {plan['num_sft_steps']} further steps of Stage I on traces of their own form, then {plan['num_steps']} "
+        f"of Stage II; `sft` has only Stage I. All answer the same {plan['num_items']} questions about scenes of "
+        "held-out voices. "
         "In brackets: 95 %, bootstrap of whole voices; with one seed, the effect of another seed is not included. A "
         "dash: the arm has no such section, or no result yet. Arms with pauses also have their gate's effects: "
         "advantages weighted by confidence in Stage II, and aborted completions, which count as wrong."
@@ -370,8 +370,8 @@ def _pauses_table(arms: Sequence[Mapping[str, Any]]) -> str:
 
 _PAUSES_NOTE = (
     "Accuracy with the gate / without it, and the number of questions of all three sets, in three groups: the gate "
-    "opened no pause, one or more pauses, or aborted the completion. A gate opens at low confidence, so the questions of "
-    "the second group are harder with or without pauses."
+    "opened no pause, one or more pauses, or aborted the completion. A gate opens at low confidence, so the questions "
+    "of the second group are harder with or without pauses."
 )
 
 

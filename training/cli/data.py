@@ -76,9 +76,9 @@ def _hard_sets() -> Mapping[str, Described]:
     help="Folder of relative audio paths.  [default: the file's folder]",
 )
 def check(file: Path, format_: str | None, audio_root: Path | None) -> None:
-    """Read a data set of questions about clips, count its rows and name every unusable row.
+    """Read a data set of questions about clips, count its rows and report every unusable row.
 
-    Exits 1 for a bad row.
+    Exits with 1 if a row is unusable.
     """
     from training.data.examples import check_examples
 
@@ -209,8 +209,8 @@ def export(
 ) -> None:
     """Write synthetic scenes into FOLDER as a data set.
 
-    FOLDER gets audio/, a JSON Lines file in PAQA's format with the truth of each clip (instruction, output, audios;
-    `hyper data check` reads it), and LICENCES.json with the terms of the audio sources. An interrupted export resumes.
+    FOLDER gets audio/, a JSON Lines file in PAQA's format with the truth of each clip, and LICENCES.json with the terms
+    of the audio sources. `hyper data check` reads it. An interrupted export resumes.
     """
     _single_threaded()
     from training.data.export import ExportPlan, export_scenes

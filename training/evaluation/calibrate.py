@@ -146,8 +146,8 @@ def find_thresholds(
             high = tau_pause
             tau_pause = (tau_pause + low) / 2
     raise CheckpointError(
-        f"no threshold gave {wanted.pauses[0]:g} to {wanted.pauses[1]:g} pauses a completion and at "
-        f"most {wanted.abort_rate:g} given up; measured {'; '.join(measured)}"
+        f"no threshold gave {wanted.pauses[0]:g} to {wanted.pauses[1]:g} pauses per completion with at "
+        f"most {wanted.abort_rate:g} aborted; measured {'; '.join(measured)}"
     )
 
 

@@ -68,7 +68,7 @@ def test_a_checkpoint_is_measured_by_the_engine_that_serves_it(tmp_path: Path) -
         ([*OWN, "--url", "http://127.0.0.1:9", "--extra-body", "["], "not valid JSON"),
         ([*OWN, "--url", "http://127.0.0.1:9", "--extra-body", "[]"], "must be a JSON object"),
         ([*OWN, "--url", "http://127.0.0.1:9", "--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
-        ([*OWN, "--url", "http://127.0.0.1:9", "--tries", "1"], "nobody answers"),
+        ([*OWN, "--url", "http://127.0.0.1:9", "--tries", "1"], "no server at this address"),
         (
             [*OWN, "--url", "http://127.0.0.1:9", "--against", str(ROOT / "Makefile")],
             "neither a checkpoint nor a result",

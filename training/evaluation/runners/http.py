@@ -257,11 +257,11 @@ async def _ask_one(
         except httpx.TimeoutException:
             reason, is_there = f"no reply in {endpoint.timeout_s:g} s", True
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise EndpointError(f"{endpoint.url}: no address ({_reason(error)})") from error
+            raise EndpointError(f"{endpoint.url}: not a valid address ({_reason(error)})") from error
         except httpx.TransportError as error:
             reason, is_there = _reason(error), not isinstance(error, httpx.ConnectError)
     if not is_there:
-        raise EndpointError(f"{endpoint.base}: nobody answers ({reason})")
+        raise EndpointError(f"{endpoint.base}: no server at this address ({reason})")
     return Received(error=f"{reason}, {endpoint.num_tries} tries")
 
 
