@@ -31,8 +31,8 @@ from server.telemetry.tracing import tracer_from
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints/hyper-mini"
 
-DESCRIPTION = """Ask a recording a question. The answer comes with what was heard (background, speakers, words) and how
-the model reasoned from there. Every error is `{"error": {...}}` with a `code`; every reply has an `x-request-id`."""
+DESCRIPTION = """Questions about audio clips. Each answer comes with background sounds, speakers, transcript and
+reasoning. Every error is `{"error": {...}}` with a `code`; every reply has an `x-request-id`."""
 
 
 def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:

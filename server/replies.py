@@ -260,20 +260,20 @@ def warnings(result: ParsedTrace, waveform: Waveform, answer: Answer) -> list[Wa
 
     quality = waveform.quality
     if quality.silence_ratio >= SILENT_RATIO:
-        warn("silent_audio", "The clip is silent; an answer about its sound is a guess.")
+        warn("silent_audio", "The clip is silent; an answer about its content is a guess.")
     if quality.clipping_ratio >= CLIPPED_RATIO:
-        warn("clipped_audio", "Much of the clip is at full scale; it was probably recorded too loud.")
+        warn("clipped_audio", "Many samples of the clip are at full scale; the recording level was probably too high.")
     match result.termination.value:
         case "truncated":
-            warn("truncated_trace", "The trace reached its token limit; the answer was drawn from what stood by then.")
+            warn("truncated_trace", "The trace reached its token limit; the answer comes from an incomplete trace.")
         case "malformed":
-            warn("malformed_trace", "The model did not keep to the form of a trace; trust its sections less.")
+            warn("malformed_trace", "The trace has a wrong format; trust its sections less.")
         case "aborted":
-            warn("aborted_trace", "The trace was cut short; the answer was drawn from what stood until then.")
+            warn("aborted_trace", "The gate aborted the trace; the answer comes from an incomplete trace.")
         case _:
             pass
     if not answer.text:
-        warn("empty_answer", "The model gave no answer.")
+        warn("empty_answer", "The answer is empty.")
     return found
 
 

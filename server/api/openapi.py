@@ -23,14 +23,14 @@ SECURITY_SCHEME = "API key"
 
 REQUEST_ID = {
     "x-request-id": {
-        "description": "Finds the request in the service's log; the caller's own, where it sent one.",
+        "description": "Id of the request in the service's log; the client's own id if it sent one.",
         "required": True,
         "schema": {"type": "string"},
     }
 }
 RETRY_AFTER = {
     "retry-after": {
-        "description": "Whole seconds after which to come again.",
+        "description": "Seconds until the client should retry.",
         "required": True,
         "schema": {"type": "integer", "minimum": 1},
     }
@@ -67,7 +67,7 @@ EVERYWHERE = responses_of(
 )
 EVENT = {
     "type": "object",
-    "description": "One server-sent event; `data` is an object as JSON. Comments keep the connection alive.",
+    "description": "One server-sent event; `data` is a JSON object. Comments keep the connection alive.",
     "required": ["event", "data"],
     "properties": {
         "event": {"type": "string", "enum": EVENTS},
@@ -77,13 +77,16 @@ EVENT = {
 # A client that closed the connection reads no reply, and a route that was found is not missing.
 QA_RESPONSES: Responses = {
     200: {
-        "description": "The answer, or with `stream=true` its events; `done` carries the whole answer.",
+        "description": "The answer; with `stream=true`, its events. The event `done` contains the whole answer.",
         "headers": REQUEST_ID,
         "content": {"text/event-stream": {"schema": EVENT}},
     }
 } | responses_of(code for code in ERRORS if code not in ("client_closed_request", "not_found", "method_not_allowed"))
 METRICS_RESPONSES: Responses = {
-    200: {"description": "An exposition.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    200: {
+        "description": "Prometheus text format.",
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+    }
 }
 
 
@@ -112,13 +115,13 @@ HEADERS = [
     {
         "name": PRIORITY_HEADER,
         "in": "header",
-        "description": "`batch` lets the request wait behind the others.",
+        "description": "`batch` lets the request wait behind interactive ones.",
         "schema": {"type": "string", "enum": ["interactive", "batch", ""]},
     },
     {
         "name": "x-request-id",
         "in": "header",
-        "description": f"A name for the request, kept where it is {CLIENT_REQUEST_ID.pattern}.",
+        "description": f"Id of the request, accepted if it matches {CLIENT_REQUEST_ID.pattern}.",
         "schema": {"type": "string"},
     },
 ]
@@ -170,7 +173,7 @@ def request_body(limits: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 def form_schema() -> dict[str, Any]:
     """Describes the multipart form: the options and the clip as a file."""
     schema = QaOptions.model_json_schema()
-    clip = {"type": "string", "format": "binary", "description": "The clip, in any of the formats of /v1/info."}
+    clip = {"type": "string", "format": "binary", "description": "Audio file in a format of /v1/info."}
     schema["properties"] = {"file": clip, **schema["properties"]}
     schema["required"] = ["file", *schema["required"]]
     return schema

@@ -65,7 +65,7 @@ LAST_WORDS_TIMEOUT_S = 3.0
 Options = TypeVar("Options", bound=QaOptions)
 
 
-@router.post(QA_PATH, summary="Ask a clip a question", response_model=QaReply, responses=QA_RESPONSES)
+@router.post(QA_PATH, summary="Ask a question about a clip", response_model=QaReply, responses=QA_RESPONSES)
 async def audio_qa(request: Request) -> Response:
     """Answers one question about one clip, with what the model heard and how it reasoned.
 
@@ -413,7 +413,7 @@ def sse(name: str, data: Mapping[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n".encode()
 
 
-@router.get("/v1/info", summary="What this service is and takes")
+@router.get("/v1/info", summary="Checkpoint, limits and formats")
 async def info(request: Request) -> InfoReply:
     """Describes the checkpoint, the limits, the formats and the pause settings."""
     service: Service = request.app.state.service
@@ -461,14 +461,14 @@ async def info(request: Request) -> InfoReply:
 
 
 # Probes may ask with HEAD. The lower route answers both methods and names both in `Allow`; the upper is for the page.
-@router.get("/livez", summary="Whether the process lives")
+@router.get("/livez", summary="Liveness")
 @router.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
 async def livez() -> dict[str, str]:
     """Answers as long as the event loop turns, whatever the engine does."""
     return {"status": "alive"}
 
 
-@router.get("/readyz", summary="Whether requests are taken, and if not, why", responses={503: {"model": Readiness}})
+@router.get("/readyz", summary="Readiness, with reasons", responses={503: {"model": Readiness}})
 @router.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
 async def readyz(request: Request) -> JSONResponse:
     """Answers 200 when a question would be taken now, else 503 with the reasons."""

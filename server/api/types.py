@@ -21,21 +21,21 @@ class Wire(BaseModel):
 class QaOptions(Wire):
     """Asks one question about one clip."""
 
-    question: str = Field(description="What to find out; at most 2000 characters.")
+    question: str = Field(description="Question about the clip; at most 2000 characters.")
     # One wrong item is enough to know; a million of them would each become an error of its own.
-    choices: Annotated[list[str], FailFast()] = Field(
-        default=[], description="None, or 2 to 26 different options to choose from."
-    )
-    stream: bool = Field(default=False, description="Answer with server-sent events as the trace is written.")
+    choices: Annotated[list[str], FailFast()] = Field(default=[], description="None, or 2 to 26 different choices.")
+    stream: bool = Field(default=False, description="Send the reply as server-sent events.")
     pause: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = Field(
         default="auto",
-        description="Pauses the model may take: what checkpoint, deadline and load allow, none, or at most this many.",
+        description="Pause budget: by checkpoint, deadline and load (`auto`), none (`off`), or a number.",
     )
-    reasoning: Literal["full", "answer"] = Field(default="full", description="What to show; the trace is always made.")
+    reasoning: Literal["full", "answer"] = Field(
+        default="full", description="Parts of the trace in the reply; the model always writes it."
+    )
     long_audio: Literal["error", "window", "chunk"] = Field(
-        default="error", description="What to do with a clip longer than one window. Only `error` exists so far."
+        default="error", description="Handling of clips over one window; only `error` is supported."
     )
-    max_tokens: int | None = Field(default=None, ge=1, description="Most visible tokens of the trace.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Maximum number of visible trace tokens.")
     temperature: float = Field(default=0.0, ge=0, le=2)
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     timeout_ms: int | None = Field(default=None, ge=1, description="Deadline, counted from the request's first byte.")
@@ -44,7 +44,7 @@ class QaOptions(Wire):
 class AudioData(Wire):
     """A clip inside a JSON body."""
 
-    data: str = Field(description="The file's bytes as base64.")
+    data: str = Field(description="Bytes of the audio file as base64.")
 
 
 class QaBody(QaOptions):
@@ -54,7 +54,7 @@ class QaBody(QaOptions):
 
 
 class Answer(Wire):
-    """What the model answers; `scores` has one probability a choice and sums to 1."""
+    """The answer; `scores` has one probability per choice and sums to 1."""
 
     text: str
     choice_index: int | None = None
@@ -64,7 +64,7 @@ class Answer(Wire):
 
 
 class SpeakerReply(Wire):
-    """One voice of the clip and what it says."""
+    """One speaker of the clip with quotes."""
 
     id: str
     description: str
@@ -72,7 +72,7 @@ class SpeakerReply(Wire):
 
 
 class Perception(Wire):
-    """What the model heard."""
+    """The perceived content of the clip."""
 
     environment: list[str]
     environment_text: str | None
@@ -82,14 +82,14 @@ class Perception(Wire):
 
 
 class Reflection(Wire):
-    """The model's second thought and whether its answer changed after it."""
+    """The model's reflection, and whether it changed the answer."""
 
     text: str
     changed_answer: bool
 
 
 class Reasoning(Wire):
-    """How the model came from what it heard to what it answers."""
+    """The reasoning sections of the trace."""
 
     planning: str | None
     reasoning: str | None
@@ -98,7 +98,7 @@ class Reasoning(Wire):
 
 
 class TraceReply(Wire):
-    """The trace as written, tags included and pauses left out; `raw` is null when only the answer is shown."""
+    """The trace with tags and without pauses; `raw` is null with `reasoning=answer`."""
 
     raw: str | None
     format: Literal["strict", "weak", "malformed"]
@@ -106,14 +106,14 @@ class TraceReply(Wire):
 
 
 class PauseAt(Wire):
-    """Where the model paused, and the confidence of the window there (null where it chose to by itself, early on)."""
+    """Section and window confidence of a pause; null for a pause chosen by the model before the first full window."""
 
     section: str | None
     confidence: float | None = None
 
 
 class PauseReply(Wire):
-    """The pauses of a trace; `budget` is what they were allowed, and `lowered_by` why `auto` came to less."""
+    """The pauses of a trace; `lowered_by` is the reason for a reduced `auto` budget."""
 
     mode: str
     budget: int
@@ -125,7 +125,7 @@ class PauseReply(Wire):
 
 
 class QualityReply(Wire):
-    """Plain measurements of a clip."""
+    """Signal measurements of a clip."""
 
     silence_ratio: float
     clipping_ratio: float
@@ -133,7 +133,7 @@ class QualityReply(Wire):
 
 
 class AudioReply(Wire):
-    """How much of a clip was used, and what it is."""
+    """Duration, format and quality of a clip."""
 
     duration_s: float
     used_s: float
@@ -146,7 +146,7 @@ class AudioReply(Wire):
 
 
 class Usage(Wire):
-    """Tokens of a request; `prompt_tokens` holds the audio and the cached ones, `pause_tokens` were never shown."""
+    """Tokens of a request; `prompt_tokens` includes audio and cached tokens, and `pause_tokens` are hidden."""
 
     prompt_tokens: int
     audio_tokens: int
@@ -170,14 +170,14 @@ class Timings(Wire):
 
 
 class WarningReply(Wire):
-    """Something the caller should know about an answer that is there."""
+    """A warning about a completed answer."""
 
     code: str
     message: str
 
 
 class QaReply(Wire):
-    """The answer to one question, with what the model heard and how it reasoned."""
+    """The answer to one question, with perception, reasoning and trace."""
 
     id: str
     object: Literal["audio.qa"] = "audio.qa"
@@ -196,7 +196,7 @@ class QaReply(Wire):
 
 
 class ErrorObject(Wire):
-    """Why a request failed, for a program (`code`) and for a person (`message`)."""
+    """The error of a failed request: `code` for programs, `message` and `hint` for people."""
 
     type: str
     code: str
@@ -210,13 +210,13 @@ class ErrorObject(Wire):
 
 
 class ErrorReply(Wire):
-    """Every reply that is not a success."""
+    """The reply to a failed request."""
 
     error: ErrorObject
 
 
 class PartialReply(Wire):
-    """What stood of an answer when its time was over; what it heard and why only where reasoning is shown."""
+    """The partial answer at the deadline; perception and reasoning only with `reasoning=full`."""
 
     trace: TraceReply
     perception: Perception | None = None
@@ -224,52 +224,52 @@ class PartialReply(Wire):
 
 
 class LateReply(ErrorReply):
-    """Says that a deadline passed, with what had been written by then, if anything."""
+    """The reply to a request after its deadline, with the partial answer if there is one."""
 
     partial: PartialReply | None = None
 
 
 class Readiness(Wire):
-    """Whether the service takes requests, and if not, why."""
+    """Readiness of the service, with reasons if it is not ready."""
 
     ready: bool
     reasons: list[str]
 
 
 class CheckpointInfo(Wire):
-    """Names the checkpoint that answers."""
+    """The served checkpoint."""
 
     name: str
     manifest_sha256: str
     base_model: str
-    max_model_len: int = Field(description="Tokens of prompt, clip, trace and pauses together.")
+    max_model_len: int = Field(description="Maximum tokens of prompt, clip, trace and pauses together.")
 
 
 class DecodingInfo(Wire):
-    """Says where clips are decoded."""
+    """The decoder sandbox."""
 
-    sandbox: list[str] = Field(description="What confines a decoder, strongest first; empty: nothing does.")
-    memory_mib: int = Field(description="What one decoder may take.")
+    sandbox: list[str] = Field(description="Active sandbox layers, strongest first; empty without a sandbox.")
+    memory_mib: int = Field(description="Memory limit of one decoding process.")
 
 
 class PauseInfo(Wire):
-    """Says when the checkpoint pauses, and what a pause is made of."""
+    """Pause settings of the checkpoint."""
 
     mode: Literal["parallel", "sampled", "off"]
-    latent_tokens: int = Field(description="Length of a pause.")
-    has_position_tokens: bool = Field(description="Whether each position of a pause has a token of its own.")
-    max_pauses: int = Field(description="Budget of a request.")
-    tau_pause: float = Field(description="A mean confidence below this opens a pause.")
-    tau_abort: float = Field(description="One below this ends the answer.")
-    window_tokens: int = Field(description="Tokens that the mean is over.")
-    sections: list[str] = Field(description="Where it may pause.")
+    latent_tokens: int = Field(description="Latent tokens per pause.")
+    has_position_tokens: bool = Field(description="Whether each position of a pause has its own token.")
+    max_pauses: int = Field(description="Maximum pauses per request.")
+    tau_pause: float = Field(description="Mean confidence below which the gate pauses.")
+    tau_abort: float = Field(description="Mean confidence below which the gate aborts the answer.")
+    window_tokens: int = Field(description="Tokens of the confidence window.")
+    sections: list[str] = Field(description="Sections with pauses.")
     is_calibrated: bool = Field(description="Whether the thresholds were measured on this checkpoint.")
 
 
 class LimitsInfo(Wire):
-    """Says what a request may ask for."""
+    """Limits of a request."""
 
-    window_s: float = Field(description="Seconds of sound that the model hears at once.")
+    window_s: float = Field(description="Seconds of audio per window, the encoder's input length.")
     min_audio_s: float
     max_audio_s: float
     max_audio_bytes: int
@@ -284,15 +284,17 @@ class LimitsInfo(Wire):
 
 
 class InfoReply(Wire):
-    """Says what this service is and takes."""
+    """Description of the running service."""
 
     version: str
     engine: str
     checkpoint: CheckpointInfo
-    formats: list[str] = Field(description="Kinds of files that are read.")
+    formats: list[str] = Field(description="Supported audio formats.")
     decoding: DecodingInfo
-    sections: list[str] = Field(description="Sections of a trace, in their order.")
-    environment_labels: list[str] = Field(description="What the checkpoint can name as background; empty: anything.")
+    sections: list[str] = Field(description="Sections of a trace, in order.")
+    environment_labels: list[str] = Field(
+        description="Background labels of the checkpoint; empty for an open vocabulary."
+    )
     pause: PauseInfo
-    long_audio: list[str] = Field(description="What `long_audio` may be.")
+    long_audio: list[str] = Field(description="Supported values of `long_audio`.")
     limits: LimitsInfo

@@ -10,7 +10,16 @@ from __future__ import annotations
 import importlib.metadata
 from typing import get_args
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.metrics import MetricWrapperBase
 
 from hyper_model.trace import REQUIRED_SECTIONS
@@ -30,6 +39,8 @@ class Metrics:
     """All `hyper_*` collectors of one application."""
 
     def __init__(self) -> None:
+        # No panel or alert uses the `_created` series. The switch is process-wide and covers vLLM's metrics too.
+        disable_created_metrics()
         registry = self.registry = CollectorRegistry()
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
