@@ -1,7 +1,7 @@
-"""Holds the training recipes: functions that return a frozen, complete configuration.
+"""Training recipes: functions with a frozen, complete configuration as result.
 
-A recipe's name and values travel in the exported checkpoint's manifest and model card, and a run is resumed only by the
-recipe that began it. Values are checked when a recipe is made: a wrong type or an unknown name is refused.
+Name and values of a recipe are recorded in the exported checkpoint's manifest and model card. A run resumes only with
+its original recipe. Values are checked at construction: a wrong type or an unknown name is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hyper_model.engine_environment import native_dtype
 from hyper_model.errors import HyperError
 
 TraceStyle = Literal["explicit", "short", "direct"]
-"""What traces say (`tokens.in_style`): all of it, reasoning without perception, or the answer alone."""
+"""Contents of traces (`tokens.in_style`): everything, reasoning without perception, or only the answer."""
 
 
 REWARD_WEIGHTS: Mapping[str, float] = {
@@ -66,13 +66,13 @@ class LengthRange:
 
 @dataclass(frozen=True, config=_STRICT)
 class Decoder:
-    """Shapes a Qwen2 decoder that is trained from nothing below Whisper's encoder.
+    """Shape of a Qwen2 decoder, trained from scratch below Whisper's encoder.
 
     Attributes:
-        vocab_size: 0 takes the vocabulary of the checkpoint that the decoder begins as.
+        vocab_size: 0 takes the vocabulary of the initial checkpoint.
         latent_tokens: Length of a pause's span.
-        has_position_tokens: Whether each position of a span has a token of its own, which the tokenizer then has beyond
-            `vocab_size`; else all are copies of the pause token.
+        has_position_tokens: True if each position of a span has its own token, in addition to `vocab_size`. Otherwise
+            all positions are copies of the pause token.
     """
 
     vocab_size: int
@@ -86,7 +86,7 @@ class Decoder:
 
 @dataclass(frozen=True, config=_STRICT)
 class Spelling:
-    """Sets how the projector learns to spell before the decoder trains (`training/sft/projector_ctc.py`)."""
+    """Settings of the projector's pretraining (`training/sft/projector_ctc.py`)."""
 
     num_steps: int
     batch_size: int
@@ -95,7 +95,7 @@ class Spelling:
 
 @dataclass(frozen=True, config=_STRICT)
 class Lora:
-    """Sets adapters: their rank, their scale (alpha / rank), and the projections that have one."""
+    """Settings of adapters: rank, scale (alpha / rank) and adapted projections."""
 
     rank: int
     alpha: int
@@ -105,16 +105,16 @@ class Lora:
 
 @dataclass(frozen=True, config=_STRICT)
 class Run:
-    """Configures what both stages share.
+    """Settings common to both stages.
 
     Attributes:
-        batch_size: Sequences (Stage I) or prompts (Stage II) of a step, of all ranks together.
-        rows_at_once: Sequences that are in memory together; fewer cost time and change nothing else.
-        dtype: Of the weights while they are trained. With bfloat16 the optimizer keeps float32 copies.
-        export_dtype: Of the exported checkpoint.
-        autocast: Runs float32 weights in bfloat16 (GPU).
-        fsdp: transformers' setting, such as "full_shard"; "" keeps the model whole on every rank.
-        shown: What the progress bar shows of the log.
+        batch_size: Sequences (Stage I) or prompts (Stage II) per step, over all ranks.
+        rows_at_once: Sequences per micro batch; fewer cost time and change nothing else.
+        dtype: Dtype of the weights in training. With bfloat16, the optimizer keeps float32 copies.
+        export_dtype: Dtype of the exported checkpoint.
+        autocast: Run float32 weights in bfloat16 (GPU).
+        fsdp: transformers' setting, such as "full_shard"; "" keeps the whole model on every rank.
+        shown: Figures of the log in the progress bar.
     """
 
     name: str
@@ -141,27 +141,25 @@ class Run:
 
 @dataclass(frozen=True, config=_STRICT)
 class SftRecipe(Run):
-    """Configures Stage I: cross entropy on perceptual traces.
+    """Settings of Stage I: cross entropy on perceptual traces.
 
     Attributes:
-        decoder: Trains one from nothing on built clips; None trains a checkpoint on a data set.
-        spelling: What goes before on built clips; None, and nothing does.
-        dropout_states: Share of audio tokens blanked in training, in short spans: so that words lean on more than one
-            state.
-        speech_share: Share of the sequences that are single sentences of open text, in the first and in the last step;
-            it moves linearly. The others are scenes.
-        pause_share: Share of the sequences that hold latent spans, at places where a gate could open them.
-        cut_share: Share of the sentences of open text whose trace ends behind the transcript, in the first and in the
-            last step: what stands after it teaches no words, and takes a third of the time. Only explicit traces are
-            cut.
-        trace_style: What the traces say.
-        pause_mode: What a latent span of built clips looks like; a checkpoint's manifest says it of its own.
-        wrong_words: Share of the tokens in SPEAKER and ASR that stand wrong where built clips' traces are read, while
-            what is to be written stays right: so that one misheard word does not make a decoder lose its place in the
-            clip (as scheduled sampling, Bengio et al. 2015, without a second pass).
-        read_size: Sequences of a step without a clip (`training/data/text_scenes.py`), besides the others: their
-            CAPTION is given, and what follows from it is to be written. Of explicit traces alone: others have no
-            CAPTION.
+        decoder: Shape of a decoder from scratch, for built clips; None trains a checkpoint on a data set.
+        spelling: Pretraining of the projector on built clips; None skips it.
+        dropout_states: Share of audio tokens blanked in training, in short spans, so that a word depends on several
+            states.
+        speech_share: Share of single sentences of open text among the sequences, in the first and in the last step,
+            with linear interpolation. The others are scenes.
+        pause_share: Share of sequences with latent spans, at possible positions of the gate.
+        cut_share: Share of open-text sentences with a trace cut after the transcript, in the first and in the last
+            step. The rest of the trace teaches no words and takes a third of the time. Only explicit traces are cut.
+        trace_style: Contents of the traces.
+        pause_mode: Form of a latent span in built clips; for data sets, the checkpoint's manifest decides.
+        wrong_words: Share of wrong input tokens in SPEAKER and ASR of built clips' traces; the targets stay correct.
+            One misrecognised word then does not mislead the decoder about its position in the clip (scheduled sampling,
+            Bengio et al. 2015, without a second pass).
+        read_size: Additional sequences per step without audio (`training/data/text_scenes.py`): CAPTION is input, the
+            following sections are targets. Requires explicit traces, since other styles have no CAPTION.
     """
 
     decoder: Decoder | None
@@ -178,34 +176,33 @@ class SftRecipe(Run):
 
 @dataclass(frozen=True, config=_STRICT)
 class GrpoRecipe(Run):
-    """Configures Stage II (method, section 6).
+    """Settings of Stage II (method, section 6).
 
     Attributes:
-        group_size: Rollouts of a prompt.
-        temperature: Of the rollouts.
-        max_tokens: Visible tokens of a rollout.
-        max_pauses: Budget of a rollout; 0 trains without pauses.
-        wanted_pauses: Pauses a rollout that the threshold is moved towards while training; 0 keeps the checkpoint's.
-        kl_weight: Beta of the KL divergence to the policy at the beginning.
-        loss: How tokens are weighed: `grpo` (each rollout the same), `dapo` (each token the same), `dr_grpo` (each
-            token the same, by a constant).
-        clip_low, clip_high: Bounds of the ratio to the policy that wrote the rollouts: 1 - low and 1 + high.
-        updates_per_rollout: Optimizer steps that one set of rollouts is cut into.
-        max_importance: Where the weight of sampler against trainer is cut off.
-        max_gap: A mean difference of their log-probabilities above this, three steps in a row, ends the run.
-        max_redraws: How often groups of equal rewards are replaced by others in one step.
-        overlong: What a rollout that was cut off does: `mask` leaves it out of the loss, `keep` lets it be worth what
-            its reward says.
-        collapse_length, collapse_format: The run ends when the smoothed length, or the share of strict traces, falls
-            below this share of what it was at the beginning.
-        lgc_weights: Whether advantages are weighed by the confidence of their rollouts.
+        group_size: Rollouts per prompt.
+        temperature: Sampling temperature of the rollouts.
+        max_tokens: Visible tokens per rollout.
+        max_pauses: Pause budget per rollout; 0 trains without pauses.
+        wanted_pauses: Target of pauses per rollout for the moving threshold; 0 keeps the checkpoint's threshold.
+        kl_weight: Beta of the KL divergence to the initial policy.
+        loss: Token weights: `grpo` (equal per rollout), `dapo` (equal per token), `dr_grpo` (equal per token, by a
+            constant).
+        clip_low, clip_high: Bounds 1 - low and 1 + high of the ratio to the sampling policy.
+        updates_per_rollout: Optimizer steps per set of rollouts.
+        max_importance: Upper limit of the importance weight of trainer to sampler.
+        max_gap: Limit of the mean difference of their log-probabilities; three consecutive steps above it end the run.
+        max_redraws: Maximum number of redraws per step for groups of equal rewards.
+        overlong: Treatment of truncated rollouts: `mask` excludes them from the loss, `keep` uses their reward.
+        collapse_length, collapse_format: The run ends if the smoothed length, or the share of strict traces, falls
+            below this share of its initial value.
+        lgc_weights: Weight advantages by the confidence of their rollouts.
         weights: Weight of each reward by its name; rewards without one have their default of `REWARD_WEIGHTS`.
         trace_length: Trace lengths of the full length reward.
-        backend: What writes the rollouts.
-        gpu_memory_utilization: Share of each GPU's memory that the engine may have; the trainer needs the rest.
-        scales_rewards: Whether what a rollout gained on its group is divided by the group's deviation (GRPO, Shao et
-            al. 2024), so that a group whose rewards hardly differ counts as much as one of right and wrong answers;
-            without, it is reward less mean, as the method has it. `dr_grpo` never divides.
+        backend: Sampler of the rollouts.
+        gpu_memory_utilization: The engine's share of each GPU's memory; the trainer needs the rest.
+        scales_rewards: Divide the advantages by the group's deviation (GRPO, Shao et al. 2024). A group of nearly equal
+            rewards then counts as much as one of right and wrong answers. Otherwise the advantage is reward minus mean,
+            as in the method. `dr_grpo` never divides.
     """
 
     group_size: int
@@ -233,12 +230,12 @@ class GrpoRecipe(Run):
 
     @property
     def divides_advantages(self) -> bool:
-        """Whether the gains of a group are divided by their deviation."""
+        """Return True if the group's deviation divides the advantages."""
         return self.scales_rewards and self.loss != "dr_grpo"
 
 
 def mini_sft() -> SftRecipe:
-    """The embedded checkpoint: Whisper-tiny states, a five-layer decoder of 320, on two cores."""
+    """Return Stage I of the embedded checkpoint: Whisper-tiny states, five layers of width 320, on two cores."""
     return SftRecipe(
         name="mini_sft",
         seed=0,
@@ -272,7 +269,7 @@ def mini_sft() -> SftRecipe:
 
 
 def mini_grpo() -> GrpoRecipe:
-    """Stage II of the embedded checkpoint, on two cores."""
+    """Return Stage II of the embedded checkpoint, on two cores."""
     return GrpoRecipe(
         name="mini_grpo",
         seed=0,
@@ -315,7 +312,7 @@ def mini_grpo() -> GrpoRecipe:
 
 
 def qwen2_audio_7b_sft() -> SftRecipe:
-    """Stage I of the paper: Qwen2-Audio-7B on PAQA (7,470 items, three epochs), on 8 GPUs of 80 GB."""
+    """Return Stage I of the paper: Qwen2-Audio-7B on PAQA (7,470 items, three epochs), on 8 GPUs of 80 GB."""
     return SftRecipe(
         name="qwen2_audio_7b_sft",
         seed=0,
@@ -347,7 +344,7 @@ def qwen2_audio_7b_sft() -> SftRecipe:
 
 
 def qwen2_audio_7b_grpo() -> GrpoRecipe:
-    """Stage II of the paper on AVQA: groups of 8, learning rate 1e-6, KL 0.1, 1,000 steps; here of 16 prompts each."""
+    """Return Stage II of the paper on AVQA: groups of 8, learning rate 1e-6, KL 0.1, 1,000 steps of 16 prompts."""
     return GrpoRecipe(
         name="qwen2_audio_7b_grpo",
         seed=0,
@@ -391,7 +388,7 @@ def qwen2_audio_7b_grpo() -> GrpoRecipe:
 
 
 def mini_finetune() -> SftRecipe:
-    """Stage I of a small checkpoint on a data set of one's own, on two cores or one GPU."""
+    """Return Stage I of a small checkpoint on a user's data set, on two cores or one GPU."""
     return replace(
         qwen2_audio_7b_sft(),
         name="mini_finetune",
@@ -411,7 +408,7 @@ def mini_finetune() -> SftRecipe:
 
 
 def debug() -> SftRecipe:
-    """A few steps of a tiny decoder, for tests."""
+    """Return a few steps of a tiny decoder, for tests."""
     return replace(
         mini_sft(),
         name="debug",
@@ -434,7 +431,7 @@ def debug() -> SftRecipe:
 
 
 def debug_grpo() -> GrpoRecipe:
-    """A few steps of Stage II on a small checkpoint, for tests."""
+    """Return a few steps of Stage II on a small checkpoint, for tests."""
     return replace(
         mini_grpo(),
         name="debug_grpo",
@@ -506,7 +503,7 @@ def with_settings(recipe: R, settings: Sequence[str]) -> R:
 
 
 def recipe_from_dict(kind: type[R], values: Mapping[str, Any]) -> R:
-    """Return the recipe that `asdict` and JSON made these values of; settings added since have their defaults.
+    """Return a recipe from its values in JSON form; newer settings have their defaults.
 
     Raises:
         RecipeError: The values are not a recipe of this kind.
@@ -518,12 +515,12 @@ def recipe_from_dict(kind: type[R], values: Mapping[str, Any]) -> R:
 
 
 def _from_json(kind: type[R], values: Mapping[str, Any]) -> R:
-    # As JSON: arrays become tuples and objects become dataclasses there, and nothing else is converted.
+    # JSON mode converts arrays to tuples and objects to dataclasses, and nothing else.
     return TypeAdapter(kind).validate_json(json.dumps(_with_length_range(values)))
 
 
 def _with_length_range(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Move the length range of a Stage II recipe out of its weights, where it was in earlier releases."""
+    """Move the length range of a Stage II recipe out of its weights, its place in earlier releases."""
     weights = values.get("weights")
     names = {each.name for each in fields(LengthRange)}
     if not isinstance(weights, dict) or not names & set(weights):

@@ -1,6 +1,6 @@
-"""Tells how a run went: its curves as a picture, a page and a card of Markdown, from its log and recipe alone.
+"""Write the report of a run from its log and recipe: curves, a page and a model card.
 
-Knows nothing of models; a run that is still going on, or was cut off, can be reported too.
+A running or interrupted run can be reported too. This module depends on no model.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _TOLD = ("loss", "reward", "reward_accuracy", "strict", "length", "pauses", "abo
 
 
 def write_report(run_dir: Path, *, outcome: str) -> Path:
-    """Writes `curves.png` and `report.md` into a run directory; returns the page.
+    """Write `curves.png` and `report.md` into a run directory; return the page.
 
     Args:
-        outcome: How the run ended, in a sentence.
+        outcome: The end of the run, in a sentence.
     """
     recipe = read_recipe(run_dir)
     rows = read_log(run_dir)
@@ -47,13 +47,13 @@ def write_report(run_dir: Path, *, outcome: str) -> Path:
 
 
 def write_card(run_dir: Path, checkpoint: Path, *, num_steps: int, data: str | None) -> Path:
-    """Writes the card of a checkpoint that a run has exported, and returns it.
+    """Write the model card of a run's exported checkpoint; return its path.
 
-    It says what is known by then; how well the checkpoint hears is for whoever measures it to add.
+    The card has the facts known at export. Accuracy is left to a later evaluation.
 
     Args:
-        num_steps: That its weights have had.
-        data: The name of the file that it was trained on; None for synthetic scenes.
+        num_steps: Number of training steps of the weights.
+        data: Name of the training file; None for synthetic scenes.
     """
     manifest = read_manifest((checkpoint / MANIFEST_FILE).read_bytes())
     recipe = read_recipe(run_dir)
@@ -81,7 +81,7 @@ def write_card(run_dir: Path, checkpoint: Path, *, num_steps: int, data: str | N
 
 
 def _told(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns how a run began and ended, as lines of a page."""
+    """Return the figures at the beginning and end of a run, as lines of a page."""
     if not rows:
         return ["No line was logged."]
     share = max(1, len(rows) // 10)
@@ -102,7 +102,7 @@ def _told(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draws every figure of a log that there is a panel for, as measured and smoothed."""
+    """Plot every figure of a log with a panel, as measured and smoothed."""
     import matplotlib
 
     matplotlib.use("Agg")

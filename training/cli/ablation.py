@@ -1,4 +1,4 @@
-"""`hyper ablation`: trains and compares the arms of `training.ablation`."""
+"""`hyper ablation`: train and compare the arms of `training.ablation`."""
 
 from __future__ import annotations
 

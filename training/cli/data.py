@@ -1,6 +1,6 @@
-"""The training side of the `hyper` command: build data, calibrate, evaluate.
+"""Commands of `hyper` for building data and calibration.
 
-Everything lives under one work folder: `assets/`, `bank/`, `clips/SPLIT/`, `runs/RECIPE/`. Each step resumes.
+Everything is in one work folder: `assets/`, `bank/`, `clips/SPLIT/`, `runs/RECIPE/`. Each step resumes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _workers = click.option(
 
 
 def _single_threaded() -> None:
-    # One thread a process: on shared cores threads inside processes cost several times what they give.
+    # One thread per process: on shared cores, several threads inside a process cost several times their gain.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -330,7 +330,7 @@ def calibrate(
     if not 0 <= wanted[0] < wanted[1]:
         raise click.BadParameter("the minimum must be below the maximum", param_hint="--wanted")
     if png is not None:
-        # What draws the curve is missed before the work, and not after it.
+        # Import the plotting library first, so that a missing one fails before the work.
         import_module("matplotlib")
     changes: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     if sections:
@@ -364,7 +364,7 @@ def _gated(sections: tuple[str, ...]) -> list[str]:
 
 
 def _prompts_of_scenes(checkpoint: Checkpoint, num_items: int, work: Path, workers: int) -> list[Prompt]:
-    """Ask questions about scenes of the validation voices."""
+    """Draw questions about scenes of the validation voices."""
     from hyper_model.trace import build_prompt
     from training.data.clips import SEED_STRIDE
     from training.data.scenes import SceneBuilder
@@ -385,7 +385,7 @@ def _prompts_of_scenes(checkpoint: Checkpoint, num_items: int, work: Path, worke
 
 
 def _prompts_of(checkpoint: Checkpoint, path: Path, audio_root: Path | None, num_items: int) -> list[Prompt]:
-    """Read questions and clips of one's own, in any of the formats of data sets."""
+    """Read questions and clips of a user's data set, in any supported format."""
     from hyper_model.errors import HyperError
     from hyper_model.trace import build_prompt
     from training.data.examples import ExampleError, read_clip, read_examples

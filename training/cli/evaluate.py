@@ -1,4 +1,4 @@
-"""`hyper eval`: asks a suite of a checkpoint, a service or a rival, and writes figures, tables and pictures."""
+"""`hyper eval`: run a suite on a checkpoint, a service or the baseline; write figures, tables and plots."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ KEPT_FILE = "replies.jsonl"
 FITTED_FILE = "cascade.npz"
 
 SEED = 0
-"""Of the bank, which training and evaluation share."""
+"""Seed of the bank, common to training and evaluation."""
 
 
 def bank_of(split: Split, work: Path, workers: int) -> Bank:
-    """Opens the bank of a split's voices, and builds what is missing of it."""
+    """Open the bank of a split's voices, and build its missing rounds."""
     from training.data.sources.downloads import fetch, require_speech_programs
     from training.data.sources.voices import Bank, build_bank, list_voices, missing_rounds, trained_lines
 
@@ -36,13 +36,13 @@ def bank_of(split: Split, work: Path, workers: int) -> Bank:
     if missing_rounds(work / "bank", voices):
         require_speech_programs()
         build_bank(work / "assets", work / "bank", seed=SEED, num_workers=workers, voices=voices)
-    # A sentence that some training voice spoke word for word would measure memory.
+    # A sentence spoken by a training voice would measure memory.
     return Bank(work / "bank", without=trained_lines(seed=SEED))
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Says what is asked, in a form that another process can be given."""
+    """Settings of an evaluation, in a form for another process."""
 
     suite: str
     work: Path
@@ -56,7 +56,7 @@ class Asked:
     use_tqdm: bool
 
     def items(self) -> list[Item]:
-        """Draws or reads the items."""
+        """Draw or read the items."""
         from training.data.sources.downloads import SOUNDS_FOLDER
         from training.evaluation.suites.item import SuiteRequest
 
@@ -229,7 +229,7 @@ def evaluate(
 
 
 def ask_checkpoint(checkpoint: Path, asked: Asked, items: list[Item] | None = None) -> dict[str, Any]:
-    """Asks a checkpoint in this process; draws the items anew where none are given."""
+    """Run the items on a checkpoint in this process; without given items, draw them anew."""
     from hyper_model.checkpoint import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
@@ -260,7 +260,7 @@ def ask_checkpoint(checkpoint: Path, asked: Asked, items: list[Item] | None = No
 def _endpoint(
     url: str, *, api_key_env: str | None, instruction: str | None, extra_body: str | None, **fields: Any
 ) -> Endpoint:
-    """Checks the options about a service."""
+    """Check the options of a service."""
     from training.evaluation.runners.http import INSTRUCTION, Endpoint
 
     try:
@@ -277,7 +277,7 @@ def _endpoint(
 
 
 def ask_endpoint(endpoint: Endpoint, asked: Asked, items: list[Item], kept: Path | None) -> dict[str, Any]:
-    """Asks a service; of one that never writes a trace only the answers are scored."""
+    """Run the items on a service; if it never writes a trace, score only the answers."""
     from training.evaluation.runners.http import ask
     from training.evaluation.score import judge, summarize
 
@@ -288,7 +288,7 @@ def ask_endpoint(endpoint: Endpoint, asked: Asked, items: list[Item], kept: Path
 
 
 def ask_cascade(asked: Asked, items: list[Item]) -> dict[str, Any]:
-    """Asks the cascade, which is fitted first where it was not before."""
+    """Run the items on the cascade, and fit it first if necessary."""
     from training.data.sources.downloads import SOUNDS_FOLDER
     from training.evaluation.runners.cascade import Cascade, Fitted, Parts, answer_all, fit
     from training.evaluation.score import judge, summarize
@@ -311,7 +311,7 @@ def _about(asked: Asked) -> dict[str, Any]:
 
 
 def _other_result(path: Path, asked: Asked) -> dict[str, Any]:
-    """Reads an earlier result, or asks another checkpoint in a process of its own: an engine cannot be unloaded."""
+    """Read an earlier result, or run another checkpoint in a separate process, since an engine cannot be unloaded."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -335,14 +335,14 @@ def _other_result(path: Path, asked: Asked) -> dict[str, Any]:
 def _finish(
     result: dict[str, Any], others: list[dict[str, Any]], items: list[Item], *, out: Path | None, as_json: bool
 ) -> None:
-    """Compares, writes and prints."""
+    """Compare, write and print."""
     from hyper_model.errors import HyperError
     from training.evaluation.report import markdown, write
     from training.evaluation.score import differences
 
     taken = [result["system"]]
     for other in others:
-        # Two runs of one checkpoint are told apart in the tables.
+        # Two runs of one checkpoint need different names in the tables.
         if other["system"] in taken:
             other["system"] += f" ({len(taken) + 1})"
         taken.append(other["system"])

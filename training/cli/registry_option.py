@@ -19,7 +19,7 @@ class Described(Protocol):
 
 
 class RegistryOption(click.Option):
-    """An option whose choices and help come from a registry.
+    """An option with choices and help from a registry.
 
     The registry is imported on first use: `hyper --help` imports no models.
 

@@ -1,4 +1,4 @@
-"""`hyper train`: runs a recipe into a run directory, on one process or several."""
+"""`hyper train`: run a recipe into a run directory, on one process or several."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def train(
     if processes > 1 and "RANK" not in os.environ:
         _launch(processes)
         return
-    # One thread a process: on shared cores threads inside processes cost several times what they give.
+    # One thread per process: on shared cores, several threads inside a process cost several times their gain.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from hyper_model.manifest import name_of
     from training.recipes import RECIPES, GrpoRecipe
@@ -120,7 +120,7 @@ def train(
     if export_only:
         if checkpoint is None:
             raise click.ClickException(f"{run_dir} has no complete checkpoint to export")
-        # Whoever is training there may be half-way through writing the next one: nothing is removed.
+        # A running training there may be writing its next checkpoint, so nothing is removed.
         check_run(run_dir, chosen, origin)
     else:
         _check_recipe(chosen)
@@ -145,7 +145,7 @@ def train(
                 leave_run_dir(run_dir)
             raise
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        # Shards are gathered by all ranks at once; this one alone reads what they saved together.
+        # Shards are gathered by all ranks at once; only this rank reads their saved files.
         model = trainer.run_model if is_writer and not chosen.fsdp else None
     if is_writer:
         saved = last_checkpoint(run_dir)
@@ -188,7 +188,7 @@ def _changed_recipe(recipe: str, settings: tuple[str, ...]) -> Any:
 
 
 def _is_exported(directory: Path, recipe: Any) -> bool:
-    """Tell whether a folder holds a checkpoint of this recipe, trained to its end."""
+    """Return True if a folder holds this recipe's finished checkpoint."""
     import json
 
     from hyper_model.manifest import MANIFEST_FILE, read_manifest
@@ -205,7 +205,7 @@ def _is_exported(directory: Path, recipe: Any) -> bool:
 
 
 def _check_recipe(recipe: Any) -> None:
-    """Refuses what could not run: sharding over one process, and adapters on a decoder that is made anew."""
+    """Refuse invalid recipes: sharding over one process, and adapters on a decoder from scratch."""
     if recipe.lora is not None and getattr(recipe, "decoder", None) is not None:
         raise click.UsageError(
             f"{recipe.name} trains a new decoder without lora; use lora with recipes that train a --base"
@@ -222,12 +222,12 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _launch(processes: int) -> None:
-    """Starts this command again, once a rank."""
+    """Start this command again, once per rank."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Who dies takes the others along, and none is started again: the run is resumed from its last checkpoint.
+    # A failed rank ends the others, without a restart: the run resumes from its last checkpoint.
     ranks = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", "0"]
     try:
         main([*ranks, "-m", "hyper_model.cli", *sys.argv[1:]])
@@ -240,7 +240,7 @@ def _launch(processes: int) -> None:
 
 
 def _examples(data: Path, audio_root: Path | None, recipe: SftRecipe | GrpoRecipe) -> list[Example]:
-    """Reads the rows that a stage can use."""
+    """Read the usable rows of a stage."""
     from training.data.examples import ExampleError, read_examples
     from training.recipes import GrpoRecipe
 
@@ -253,7 +253,7 @@ def _examples(data: Path, audio_root: Path | None, recipe: SftRecipe | GrpoRecip
     if len(usable) < len(examples):
         lacking = "answer for the reward" if wants_answer else "gold completion"
         click.echo(f"{len(examples) - len(usable)} rows left out: they have no {lacking}", err=True)
-    # A clip is opened when its turn comes, which may be hours away.
+    # A clip is opened on use, possibly hours later.
     missing = [example for example in usable if not os.path.isfile(example.audio)]
     if missing:
         raise click.ClickException(
@@ -264,7 +264,7 @@ def _examples(data: Path, audio_root: Path | None, recipe: SftRecipe | GrpoRecip
 
 
 def _model(recipe: Any, run_dir: Path, base: Path | None, work: Path) -> RunModel:
-    """Makes the model that a run begins with."""
+    """Return the initial model of a run."""
     import torch
 
     from training.data.sources.downloads import ENCODER_FILE
@@ -289,7 +289,7 @@ def _model(recipe: Any, run_dir: Path, base: Path | None, work: Path) -> RunMode
 
 
 def _ranks() -> PartialState:
-    """Joins the other ranks, if there are any."""
+    """Join the other ranks, if any."""
     import torch
     from accelerate import PartialState
 
@@ -313,7 +313,8 @@ def _sft(
             raise click.UsageError(f"{recipe.name} trains a new decoder on scenes; omit --data")
         folder = work / "clips/train"
         scenes, speech = read_clips(folder, "scene", "noise"), read_clips(folder, "speech")
-        # Open texts too, where speech was built from them: a vocabulary of scenes alone would spell other words out.
+        # Include open texts if speech clips use them; a vocabulary from scenes alone would split other words into
+        # pieces.
         texts = iter_texts(work / "assets" / TEXTS_FOLDER) if speech else ()
         with _ranks().main_process_first():
             if recipe.decoder.vocab_size:
@@ -324,7 +325,7 @@ def _sft(
                 raise click.UsageError("vocab_size 0 uses the vocabulary of a checkpoint: set --base")
         model = _model(recipe, run_dir, base, work)
         if recipe.spelling is not None:
-            # Learnt by the first rank; the others get its weights when the trainer wraps the policy.
+            # Only the first rank trains it; the others receive its weights when the trainer wraps the policy.
             with _ranks().main_process_first():
                 file, clips = run_dir / "spelling.safetensors", speech or scenes
                 spelled = teach_spelling(model.core, model.tokenizer, clips, recipe.spelling, file, seed=recipe.seed)
@@ -369,7 +370,7 @@ def _grpo(
     from training.rl.trainer import GrpoTrainer
 
     if "RANK" in os.environ:
-        # Before the engine, which would make a process group of one rank.
+        # This comes before the engine, since the engine would create a process group of one rank.
         _ranks()
     model = _model(recipe, run_dir, base, work)
     assert base is not None
@@ -392,7 +393,7 @@ def _grpo(
     if recipe.backend == "vllm":
         backend: Any = VllmBackend(
             checkpoint,
-            # The policy's own, so that the two agree; under autocast what it computes in.
+            # The policy's dtype, so that both agree; under autocast, the dtype of its computation.
             dtype=recipe.export_dtype if recipe.autocast else recipe.dtype,
             max_num_seqs=min(256, num_rollouts),
             is_sampler=True,
@@ -414,7 +415,7 @@ def _export(
     *,
     overwrite: bool,
 ) -> None:
-    """Exports a run's last checkpoint, with a card."""
+    """Export the last checkpoint of a run, with a model card."""
     import torch
 
     from training.run_report import write_card
@@ -422,7 +423,7 @@ def _export(
     num_steps, state = _step_of(saved), _state_of(saved)
     model.load(saved)
     pause = model.manifest["pause"]
-    # Without a gate there is no threshold that was moved.
+    # Without a gate there is no moved threshold.
     if "tau" in state and recipe.max_pauses:
         pause["tau_pause"] = max(state["tau"]["tau"], pause["tau_abort"])
     dtype = getattr(torch, recipe.export_dtype)
@@ -437,7 +438,7 @@ def _export(
 
 
 def _report(recipe: Any, run_dir: Path, saved: Path) -> None:
-    """Reports on a run, which may be going on."""
+    """Report on a run, possibly a running one."""
     from training.run_report import write_report
 
     stopped = _state_of(saved).get("stopped")

@@ -1,6 +1,6 @@
-"""Reads data sets of any format of `training.data.formats` into one row type.
+"""Read data sets of any format in `training.data.formats` into one row type.
 
-Rows come one at a time. A bad row is an `ExampleError` with its place; the caller decides whether reading ends there.
+Rows come one at a time. A bad row gives an `ExampleError` with its place, and the caller decides about continuing.
 Reading opens no audio; `read_clip` decodes the clip of one row.
 """
 
@@ -25,7 +25,7 @@ def read_clip(example: Example) -> Waveform:
     """Decode the clip of a row.
 
     Raises:
-        HyperError: It cannot be read, or is longer than one window; the message names row and file.
+        HyperError: The clip is unreadable or longer than one window; the message names row and file.
     """
     try:
         waveform = decode(example.audio.read_bytes())
@@ -57,8 +57,8 @@ class Summary:
     """Counts of a data set.
 
     Attributes:
-        num_missing_audio: Files that do not exist, each counted once however many rows name it.
-        by_category: Rows of each category, in order of appearance; rows without one are left out.
+        num_missing_audio: Number of missing files, each counted once.
+        by_category: Rows of each category, in order of appearance, without rows of no category.
         faults: Errors of the unusable rows; these rows are counted nowhere else.
     """
 
@@ -105,7 +105,7 @@ def check_examples(path: str | Path, *, format: str | None = None, audio_root: s
     for example in _examples(found, rows, faults.append):
         num_examples += 1
         num_with_choices += bool(example.choices)
-        # os.path and not Path.is_file: a name that the file system cannot hold (too long) is no file either.
+        # os.path, not Path.is_file: a name too long for the file system counts as missing.
         if not os.path.isfile(example.audio):
             missing.add(example.audio)
         if example.category is not None:

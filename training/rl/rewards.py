@@ -1,11 +1,13 @@
-"""What a completion is worth (method, section 6): pure functions of the trace and of what is known to be true.
+"""Rewards of completions (method, section 6): pure functions of the trace and of the truth.
 
-Every part is between 0 and 1 and says one thing; `reward` weighs them and keeps them apart in its breakdown. A new
-reward is one function, one line of `REWARDS` and one weight in `training.recipes.REWARD_WEIGHTS`. Nothing is
-read out of prose by searching: a letter inside a word, a list of all choices, a quote copied from the question or words
-behind the answer earn nothing. What cannot be item_scores raises: a reward that fails must stop training, not lower it.
+Every part is between 0 and 1 and measures one property; `reward` computes their weighted sum and keeps the parts. A new
+reward is one function, one line of `REWARDS` and one weight in `training.recipes.REWARD_WEIGHTS`.
 
-Knows neither tokens' probabilities, nor models, nor groups; imports no torch.
+Answers are matched exactly, never searched in prose. A letter inside a word, a list of all choices, a quote copied from
+the question and words after the answer earn nothing. A failing reward raises: it must stop training, not lower the
+reward.
+
+This module depends on no token probability, model or group, and imports no torch.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ from training.text_metrics import (
 )
 
 WEAK_FORMAT = 0.5
-"""What a weak trace earns of the strict one's reward."""
+"""Format reward of a weak trace; a strict one earns 1."""
 
 COPIED_SIMILARITY = 0.8
-"""A quote as near as this to a piece of the question is taken for a copy of it."""
+"""Similarity of a quote to a piece of the question from which it counts as copied."""
 
 _BACKGROUND = re.compile(r"\b(background|bgm|noises?|music|ambien\w+|sounds? of)\b")
 _LINGUISTIC = re.compile(r"\b(says?|said|saying|speaks? of|talks? about|mentions?|tells?|asks?|words?|sentences?)\b")
@@ -43,15 +45,15 @@ _CAUSE_PRECEDES = re.compile(r"\b(so|therefore|thus|hence|suggests?|implies|mean
 
 
 RewardFn = Callable[[ParsedTrace, Truth, LengthRange], float | None]
-"""Return the reward of a trace between 0 and 1, or None where the truth does not decide it."""
+"""Return the reward of a trace between 0 and 1, or None for an undecided truth."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """Hold a weighted reward and its parts.
+    """A weighted reward and its parts.
 
     Attributes:
-        parts: Unweighted reward of every name of `REWARDS`; None where the truth does not decide it.
+        parts: Unweighted reward of every name of `REWARDS`; None for an undecided truth.
         background_gate: Factor of the rewards in `GATED`.
     """
 
@@ -79,7 +81,7 @@ def reward(parsed: ParsedTrace, truth: Truth, weights: Mapping[str, float], leng
 
 
 def is_right(parsed: ParsedTrace, truth: Truth) -> bool:
-    """Tell whether the answer is the gold one: a choice's words, its letter or both; else exactly the words."""
+    """Return True for the gold answer: a choice's words, its letter or both; without choices, exactly the words."""
     text = parsed.answer_text or ""
     if truth.choices:
         return named_choice(text, truth.choices) == truth.choices.index(truth.answer)
@@ -92,18 +94,18 @@ def accuracy(parsed: ParsedTrace, truth: Truth, lengths: LengthRange) -> float:
 
 
 def form(parsed: ParsedTrace, truth: Truth, lengths: LengthRange) -> float:
-    """Returns 1 for the strict form, less for the weak one, and nothing where words follow the answer."""
+    """Return 1 for the strict form, less for the weak one, and 0 if words follow the answer."""
     if parsed.trailing_text or parsed.format is TraceFormat.MALFORMED:
         return 0.0
     return 1.0 if parsed.format is TraceFormat.STRICT else WEAK_FORMAT
 
 
 def fidelity(parsed: ParsedTrace, truth: Truth, lengths: LengthRange) -> float:
-    """Returns how well the quotes of the speakers are backed by the transcript of the same trace, on average.
+    """Return the mean support of the speakers' quotes in the transcript of the same trace.
 
-    A quote's similarity is that of the sentence nearest to it (Levenshtein, by characters). One that is copied from the
-    question counts nothing unless the true transcript holds it; nor does a trace that quotes nobody, but for a clip
-    that is known to be without speech.
+    The support of a quote is its similarity to the nearest sentence (Levenshtein, by characters). A quote copied from
+    the question counts 0, unless the true transcript contains it. A trace without quotes counts 0, except for a clip
+    known to have no speech.
     """
     trace = parsed.trace
     quotes = [quote for speaker in trace.speakers for quote in speaker.quotes]
@@ -111,10 +113,10 @@ def fidelity(parsed: ParsedTrace, truth: Truth, lengths: LengthRange) -> float:
         is_silent = truth.transcript == "" and not trace.speakers and not words(trace.transcript or "")
         return float(is_silent)
     transcribed = sentences(trace.transcript or "")
-    asked = [truth.question, *truth.choices]
+    prompt_texts = [truth.question, *truth.choices]
 
     def backing(quote: str) -> float:
-        if any(_is_copied(quote, text) for text in asked) and not _is_copied(quote, truth.transcript or ""):
+        if any(_is_copied(quote, text) for text in prompt_texts) and not _is_copied(quote, truth.transcript or ""):
             return 0.0
         return max((similarity(quote, sentence) for sentence in transcribed), default=0.0)
 
@@ -122,8 +124,8 @@ def fidelity(parsed: ParsedTrace, truth: Truth, lengths: LengthRange) -> float:
 
 
 def alignment(parsed: ParsedTrace, truth: Truth, lengths: LengthRange) -> float:
-    """Returns 1 where the conclusion inside THINK names what FINAL_ANSWER says, and no other choice beside it."""
-    # Where THINK has no sections (`<think>`), all of it is reasoning.
+    """Return 1 if the conclusion inside THINK names the answer of FINAL_ANSWER and no other choice."""
+    # If THINK has no sections (`<think>`), all of it is reasoning.
     conclusion = parsed.texts.get(Section.SUMMARY) or (sentences(parsed.trace.reasoning or "") or [""])[-1]
     answer = parsed.answer_text or ""
     if not truth.choices:
@@ -133,16 +135,16 @@ def alignment(parsed: ParsedTrace, truth: Truth, lengths: LengthRange) -> float:
 
 
 def background_gate(parsed: ParsedTrace) -> float:
-    """Returns 0 where the reasoning takes background sound for the cause of what is *said*, else 1.
+    """Return 0 if the reasoning names background sound as the cause of spoken words, else 1.
 
-    A heuristic on clauses: "because of the music he says ..." and "the noise suggests that she said ..." are such, and
-    "he says it is loud because of the music" is not, since there the words are the cause's witness.
+    This heuristic works on clauses. It matches "because of the music he says ..." and "the noise suggests she said
+    ...". It does not match "he says it is loud because of the music", since there the words report the cause.
     """
     text = f"{parsed.trace.reasoning or ''} {parsed.texts.get(Section.SUMMARY, '')}".lower()
     for clause in re.split(r"[.;!?\n]+", text):
         follows, precedes = _CAUSE_FOLLOWS.search(clause), _CAUSE_PRECEDES.search(clause)
         if follows and not clause[: follows.start()].strip():
-            # "Because of X, Y": the cause ends at the first comma, or where somebody begins to speak.
+            # "Because of X, Y": the cause ends at the first comma, or at the first word about speech.
             cause, _, effect = clause[follows.end() :].partition(",")
             if not effect and (said := _LINGUISTIC.search(cause)):
                 cause, effect = cause[: said.start()], cause[said.start() :]
@@ -168,25 +170,25 @@ def length(parsed: ParsedTrace, truth: Truth, lengths: LengthRange) -> float:
 
 
 def environment(parsed: ParsedTrace, truth: Truth, lengths: LengthRange) -> float | None:
-    """Returns 1 where ENV names the true labels and nothing else, in any order."""
+    """Return 1 if ENV names exactly the true labels, in any order."""
     if truth.environment is None:
         return None
     return float(label_set(parsed.trace.environment or "") == label_set(truth.environment))
 
 
 def speakers(parsed: ParsedTrace, truth: Truth, lengths: LengthRange) -> float | None:
-    """Returns 1 where SPEAKER lists as many people as speak."""
+    """Return 1 if SPEAKER lists the true number of people."""
     return None if truth.num_speakers is None else float(len(parsed.trace.speakers) == truth.num_speakers)
 
 
 def transcript(parsed: ParsedTrace, truth: Truth, lengths: LengthRange) -> float | None:
-    """Returns 1 less the word error rate of ASR, at least 0; without speech, 1 for an empty one."""
+    """Return 1 minus the word error rate of ASR, at least 0; without speech, 1 for an empty transcript."""
     if truth.transcript is None:
         return None
-    reference, heard = words(truth.transcript), words(parsed.trace.transcript or "")
+    reference, hypothesis = words(truth.transcript), words(parsed.trace.transcript or "")
     if not reference:
-        return float(not heard)
-    return max(0.0, 1 - edit_distance(reference, heard) / len(reference))
+        return float(not hypothesis)
+    return max(0.0, 1 - edit_distance(reference, hypothesis) / len(reference))
 
 
 def _is_copied(quote: str, text: str) -> bool:
@@ -210,7 +212,7 @@ Logs, reports and the ablation take their names from here. The order is that of 
 """
 
 PERCEPTION = ("environment", "speakers", "transcript")
-"""Rewards of perception sections alone: unknown, and not 0, for a malformed trace."""
+"""Rewards of perception sections; a malformed trace has None for them, not 0."""
 
 GATED = ("fidelity", "alignment")
-"""Rewards that `background_gate` multiplies."""
+"""Rewards multiplied by `background_gate`."""

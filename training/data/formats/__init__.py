@@ -20,14 +20,14 @@ FORMATS: Mapping[str, DataFormat] = {
     "csv": csv_table.FORMAT,
     "plain": plain.FORMAT,
 }
-"""Every format by its name; of two with a telling field in a row, the first is taken."""
+"""Every format by its name; if a row has telling fields of two formats, the first format wins."""
 
 
 def detect_format(row: Row) -> str:
-    """Return a row's format by a field of its own, else by the file's name, else by the place of the audio.
+    """Return a row's format by one of its own fields, else by the file's name, else by the audio field.
 
     Raises:
-        ExampleError: No format is known to have such rows.
+        ExampleError: The row fits no known format.
     """
     if row.is_csv:
         return next(name for name, each in FORMATS.items() if each.is_table)

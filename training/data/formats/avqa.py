@@ -12,8 +12,8 @@ from training.data.formats.types import Example
 def read(row: Row) -> Example:
     """Read AVQA in the form of R1-AQA; a number as answer is an index from 0.
 
-    From the README and `src/dataset/dataset.py` of github.com/xiaomi-research/r1-aqa. The question is left as it is:
-    R1-AQA writes "audio" for "video" in it when it builds its prompt. A `video_name` alone gets the suffix `.wav`.
+    Source: the README and `src/dataset/dataset.py` of github.com/xiaomi-research/r1-aqa. The question stays unchanged,
+    whereas R1-AQA replaces "video" by "audio" in its prompt. A lone `video_name` gets the suffix `.wav`.
     """
     choices_field = row.present("multi_choice", "choices")
     choices = row.choices(choices_field)

@@ -1,4 +1,4 @@
-"""Rows of benchmarks with choices in a field of their own."""
+"""Rows of benchmarks with their choices in a separate field."""
 
 from __future__ import annotations
 

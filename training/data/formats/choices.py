@@ -1,4 +1,4 @@
-"""Reads choices out of a question's text, and the choice of a gold answer."""
+"""Read the choices in a question's text, and the choice of a gold answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STATED_LETTER = re.compile(
 def gold_choice(text: str, choices: Sequence[str]) -> str | None:
     """Return the choice of a gold answer: its words, its letter ("B", "(b)", "B."), or both ("B. two").
 
-    Exact words come first; after them, a letter and words in other case may not point at two choices.
+    Exact words have precedence. Otherwise letter and case-insensitive words must not give two different choices.
     """
     wanted = _canonical(text)
     for choice in choices:
@@ -32,9 +32,9 @@ def gold_choice(text: str, choices: Sequence[str]) -> str | None:
 
 
 def stated_choice(text: str, choices: Sequence[str]) -> str | None:
-    """Return the one choice of a stated letter ("The answer is B."), else the choice at the end ("is B.").
+    """Return the only choice with a stated letter ("The answer is B."), else the choice at the end ("is B.").
 
-    PAQA's responses are such texts: of 1,500 published ones, 1,490 are read by the first rule, 3 by the second.
+    PAQA's responses have these forms: of 1,500 published ones, the first rule reads 1,490, the second 3.
     """
     text = _canonical(text)
     letters = {(match[1] or match[2] or match[3]).upper() for match in _STATED_LETTER.finditer(text)}
@@ -71,8 +71,8 @@ _INLINE_LABEL = re.compile(r"(?<!\S)\(?([A-Z])[.):]\s+")
 def split_question(text: str) -> tuple[str, tuple[str, ...]]:
     """Split an instruction into the question and its choices, without `<audio>` marks.
 
-    Choices have letters in a row from A: "(a) x (b) y" anywhere, "A. x" and the like at the start of lines; or
-    "Choices:" or "Options:" stands before letters, a quoted list, lines, or texts separated by `|`, `;` or commas.
+    Choices have consecutive letters from A: "(a) x (b) y" anywhere, or "A. x" and the like at the start of lines. They
+    can also follow "Choices:" or "Options:" as letters, a quoted list, lines, or texts separated by `|`, `;` or commas.
     """
     text = text.replace("<audio>", " ").strip()
     header = _CHOICES_HEADER.search(text)
@@ -81,7 +81,7 @@ def split_question(text: str) -> tuple[str, tuple[str, ...]]:
         choices, after = _listed(rest)
         if choices:
             return f"{text[: header.start()].strip()}\n{after}".strip(), choices
-    # Marks inside words ("speaker(s)", but "one(b) two" as well) are looked at only where there are no others.
+    # Marks inside words ("speaker(s)", but also "one(b) two") count only if there are no others.
     for label in (_PARENTHESISED, _LINE_LABEL, _PARENTHESISED_ANYWHERE):
         before, choices, after = _labelled(text, label)
         if choices:
@@ -115,7 +115,7 @@ def _labelled(text: str, label: re.Pattern[str]) -> tuple[str, tuple[str, ...], 
         return text, (), ""
     ends = [*(mark.start() for mark in run[1:]), len(text)]
     parts = [text[mark.end() : end] for mark, end in zip(run, ends, strict=True)]
-    # Where choices are lines, further lines (such as "Answer with the letter.") are none of the last choice.
+    # If choices are lines, further lines (such as "Answer with the letter.") are not part of the last choice.
     parts[-1], _, after = parts[-1].partition("\n") if label is _LINE_LABEL else (parts[-1], "", "")
     choices = tuple(part.strip().rstrip(",;") for part in parts)
     before = re.sub(rf"{_CHOICES_HEADER.pattern}\Z", "", text[: run[0].start()]).strip()

@@ -17,9 +17,9 @@ class DataFormat:
         description: For `--help`: the format in a few words.
         read: Turn a row into an example.
         telling_fields: Fields of this format alone.
-        is_in_file_names: Whether files are named after the format.
-        is_table: Whether rows are lines of CSV instead of JSON objects.
-        has_suite: Whether `hyper eval --suite` has the format's name.
+        is_in_file_names: True if files are named after the format.
+        is_table: True if rows are lines of CSV instead of JSON objects.
+        has_suite: True if `hyper eval --suite` has the format's name.
     """
 
     description: str

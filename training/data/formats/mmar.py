@@ -11,7 +11,7 @@ from training.data.formats.types import Example
 def read(row: Row) -> Example:
     """Read MMAR, with the category "modality/category".
 
-    From `MMAR-meta.json` of huggingface.co/datasets/BoJack/MMAR, as others' loaders describe it.
+    Source: `MMAR-meta.json` of huggingface.co/datasets/BoJack/MMAR, by the description of other loaders.
     """
     return read_benchmark(row, "audio_path", "modality", "category")
 

@@ -11,7 +11,7 @@ from training.data.formats.types import Example
 def read(row: Row) -> Example:
     """Read MMAU, with the category "task/sub-category".
 
-    From `mmau-test-mini.json` of github.com/Sakshi113/MMAU. The 9,000 questions of its test split are published without
+    Source: `mmau-test-mini.json` of github.com/Sakshi113/MMAU. The 9,000 questions of its test split have no published
     answers and are refused.
     """
     return read_benchmark(row, "audio_id", "task", "sub-category")

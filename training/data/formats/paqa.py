@@ -11,8 +11,8 @@ from training.data.formats.types import Example
 def read(row: Row) -> Example:
     """Read PAQA: LLaMA-Factory's alpaca columns with `audios`, and the truth fields of `hyper data export`.
 
-    From `datasets/multispeaker_choice_part1_sft.jsonl` of github.com/JOY-SWang/HyPeR (at f7c95ac): choices stand inside
-    `instruction` as "(a) x (b) y", and a RESPONSE may be a sentence that ends in "The answer is B.".
+    Source: `datasets/multispeaker_choice_part1_sft.jsonl` of github.com/JOY-SWang/HyPeR (at f7c95ac). Choices are
+    inside `instruction` as "(a) x (b) y". A RESPONSE may be a sentence with the ending "The answer is B.".
     """
     instruction = "\n".join(filter(None, (row.text("instruction"), row.optional_text("input"))))
     row.present("output")

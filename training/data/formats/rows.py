@@ -1,6 +1,6 @@
-"""Reads rows out of files of JSON and CSV, and typed values out of rows.
+"""Read rows from JSON and CSV files, and typed values from rows.
 
-Rows come one at a time: JSON lines and CSV are never held whole, a JSON array is (up to `MAX_ARRAY_BYTES`).
+Rows come one at a time. JSON lines and CSV are never held whole; a JSON array is, up to `MAX_ARRAY_BYTES`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from training.data.formats.choices import gold_choice, stated_choice
 from training.data.formats.types import ExampleError
 
 MAX_ARRAY_BYTES = 256 * 2**20
-"""Limit of a file of one JSON array; MMAU's 10,000 items are 6 MB."""
+"""Maximum size of a file with one JSON array; MMAU's 10,000 items are 6 MB."""
 
 MAX_LINE_BYTES = 16 * 2**20
-"""Limit of one line: a file without line breaks is refused before it fills the memory."""
+"""Maximum size of one line; a file without line breaks is refused before it fills the memory."""
 
 MAX_SHOWN_CHARS = 80
-"""Limit of a bad value in a message."""
+"""Maximum length of a bad value in a message."""
 
 CSV_COLUMNS = ("audio", "question", "answer")
 """Required columns of a CSV file."""
@@ -78,7 +78,7 @@ class Row:
         return value
 
     def optional_text(self, name: str) -> str | None:
-        """Return a field's text without white space at its ends."""
+        """Return a field's text without surrounding white space."""
         text = self.value(name, str, "text")
         return None if text is None else self.clean(name, text)
 
@@ -148,7 +148,7 @@ class Row:
         }
 
     def check(self, question: str, choices: Sequence[str], *, question_field: str, choices_field: str) -> None:
-        """Refuse a question and choices that cannot become a prompt."""
+        """Refuse a question and choices invalid for a prompt."""
         try:
             check_question(question, choices)
         except PromptError as error:
@@ -160,7 +160,7 @@ class Row:
         """Return the gold answer; a letter or an index from 0 becomes the choice itself.
 
         Args:
-            is_index: Whether a number is an index in this format. In others, a number that is also a choice's text is
+            is_index: True if a number is an index in this format. In others, a number equal to a choice's text is
                 refused.
         """
         self.present(name)
@@ -210,7 +210,7 @@ def read_rows(path: Path, audio_root: Path | None, *, is_table: bool | None) -> 
 
     Args:
         audio_root: Start of relative audio paths; the file's own folder if None.
-        is_table: Whether the file is CSV; guessed from its name and first byte if None.
+        is_table: True for a CSV file; guessed from its name and first byte if None.
 
     Raises:
         ExampleError: The file cannot be read as rows.
@@ -246,7 +246,7 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        # Counted in what the codec saw, which is without the mark at the file's beginning.
+        # Counted in the codec's input, without the byte order mark.
         seen = error.object
         source = f"{path}, line {line + seen.count(10, 0, error.start)}"
         byte = error.start - seen.rfind(10, 0, error.start)
@@ -279,7 +279,7 @@ def _load_json(text: str, path: Path, line: int | None) -> object:
         problem = f"not JSON at column {error.colno} ({error.msg})"
         raise ExampleError(source, problem, received=shown(rest) if rest else "nothing more") from error
     except (ValueError, RecursionError) as error:
-        # A number of thousands of digits, or thousands of brackets inside each other.
+        # A number with thousands of digits, or thousands of nested brackets.
         source = str(path) if line is None else f"{path}, line {line}"
         raise ExampleError(source, "not JSON that can be read", received=shown(text[:MAX_SHOWN_CHARS])) from error
 
@@ -311,7 +311,7 @@ def _read_table(file: BufferedReader, path: Path, audio_root: Path | None) -> It
 
 
 def _read_records(file: BufferedReader, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield each record that is not blank, with its first line."""
+    """Yield each non-blank record with the number of its first line."""
     reader = csv.reader((line for _, line in _read_lines(file, path)), strict=True)
     while True:
         number = reader.line_num + 1

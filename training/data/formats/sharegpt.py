@@ -13,11 +13,11 @@ _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "ass
 
 
 def read(row: Row) -> Example:
-    """Read LLaMA-Factory's sharegpt format, of one question each.
+    """Read LLaMA-Factory's sharegpt format, with one question per row.
 
-    From `data/README.md` and `data/mllm_audio_demo.json` of github.com/hiyouga/LLaMA-Factory: `messages` of `role` and
-    `content`, or `conversations` of `from` and `value`. An assistant's text without tags is the answer itself. System
-    messages are ignored: our prompts have none.
+    Source: `data/README.md` and `data/mllm_audio_demo.json` of github.com/hiyouga/LLaMA-Factory. Rows have `messages`
+    of `role` and `content`, or `conversations` of `from` and `value`. An assistant's text without tags is the answer
+    itself. System messages are ignored, since our prompts have none.
     """
     field = row.present("messages", "conversations")
     said: dict[str, list[str]] = {"user": [], "assistant": [], "system": []}

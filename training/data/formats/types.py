@@ -16,11 +16,11 @@ class Example:
     Attributes:
         id: The data set's own; else the file's stem and the row's number.
         audio: Path of the clip; reading a data set does not open it.
-        answer: With choices, exactly one of them; "" where a plain list has no answer.
-        completion: The gold trace in the data set's spelling, None where it has none.
+        answer: With choices, exactly one of them; "" if a plain list has no answer.
+        completion: The gold trace in the data set's spelling, or None.
         category: Key of the accuracy tables, such as "speech/Semantic Layer".
-        difficulty: The data set's grade, such as "easy"; None where it has none.
-        environment, transcript, num_speakers: None where the data set has none; "" is a clip without speech.
+        difficulty: The data set's grade, such as "easy", or None.
+        environment, transcript, num_speakers: None if unknown to the data set; an empty transcript means no speech.
         source: File and line, or file and item, for messages.
     """
 
@@ -39,7 +39,7 @@ class Example:
 
     @property
     def truth(self) -> Truth:
-        """The truth for scoring completions."""
+        """Return the truth for scoring completions."""
         return Truth(
             self.question,
             self.answer,
@@ -51,11 +51,11 @@ class Example:
 
 
 class ExampleError(HyperError):
-    """A row of a data set, or all of it, is refused.
+    """A row of a data set, or the whole file, is unusable.
 
     Attributes:
         source: File and line, or file and item.
-        field: The field at fault; None where it is the whole row or file.
+        field: The field at fault; None for a whole row or file.
     """
 
     def __init__(self, source: str, problem: str, *, field: str | None = None, received: str | None = None) -> None:

@@ -25,7 +25,7 @@ def data_items(
         The items, and the errors of the left-out rows.
 
     Raises:
-        ExampleError: The file cannot be read as rows, or no row can be asked.
+        ExampleError: The file cannot be read as rows, or no row is usable.
     """
     faults: list[ExampleError] = []
     examples = read_examples(path, format=format, audio_root=audio_root, on_fault=faults.append)

@@ -10,14 +10,14 @@ from training.data.truth import Truth
 from training.evaluation.suites.item import Item, Suite
 
 HUMAN_FOLDER = Path("/usr/share/pocketsphinx/test/data")
-"""Folder of the clips of Debian's `pocketsphinx-testdata`; they are for testing and never trained on."""
+"""Folder of the clips of Debian's `pocketsphinx-testdata`; they are for testing only, never for training."""
 
 _HUMAN_LISTS = ("librivox/transcription", "cards/cards.transcription")
 _HUMAN_LINE = re.compile(r"<s>\s*(.*?)\s*</s>\s*\((\S+)\)")
 
 
 def human_items(folder: Path = HUMAN_FOLDER) -> list[Item]:
-    """Return the ten recorded clips of `pocketsphinx-testdata`, of known words and one speaker each.
+    """Return the ten recorded clips of `pocketsphinx-testdata`, with known words and one speaker each.
 
     Five are read from a novel (LibriVox), five are names of playing cards. Their background is not annotated.
 

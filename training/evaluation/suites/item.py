@@ -1,8 +1,12 @@
 """The items of a suite, and the description of a suite.
 
-Items have parts, each the subject of some figures: `main`; `one_voice`, four turns of one voice; `speech_free`;
-`snr_20` to `snr_0`, the same scenes at five background levels; `swapped`, questions of `main` about the clips of other
-items. A listening model answers swapped questions by chance.
+Items have parts, each the subject of some figures:
+
+- `main`: the normal mixture.
+- `one_voice`: four turns of one voice.
+- `speech_free`: no speech.
+- `snr_20` to `snr_0`: the same scenes at five background levels.
+- `swapped`: questions of `main` about the clips of other items; a model with real perception answers them by chance.
 """
 
 from __future__ import annotations
@@ -22,15 +26,15 @@ from training.data.truth import Truth
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One question about one clip, and the truth; the answering system gets question, choices and sound alone.
+    """One question about one clip, and the truth; the answering system gets only question, choices and audio.
 
     Attributes:
-        id: The same in every run with this question about this clip.
-        clip: The sound, float32 [S], or its file.
-        voice, background: Clusters of the item: the first speaker's voice, and the original recording of the
-            background; the clip itself where these are unknown.
+        id: Equal in all runs with this question and clip.
+        clip: The samples, float32 [S], or the path of the file.
+        voice, background: Cluster names: the first speaker's voice, and the background's original recording. For
+            unknown ones, both are the clip.
         groups: Keys of broken-down figures, such as {"kind": "count", "class": "water", "people": "2"}.
-        is_recorded: Whether the background is a recording.
+        is_recorded: True if the background is a recording.
         num_turns: None if unknown.
     """
 
@@ -66,9 +70,9 @@ class Item:
         return waveform.samples_S
 
     def digest(self) -> str:
-        """Return a checksum of question, choices, answer and sound, to compare the items of two runs.
+        """Return a checksum of question, choices, answer and audio, to compare the items of two runs.
 
-        A file counts by its name: the data set's own id and name stand for its sound.
+        A file counts by its name: the data set's own id and name stand for its audio.
         """
         truth = self.truth
         sound = Waveform(self.clip).sha256 if isinstance(self.clip, np.ndarray) else self.clip.name
@@ -103,7 +107,7 @@ class Suite:
         description: For `--help`.
         items: Draw or read the items.
         split: Split of the voices and recordings of a suite of scenes; None for other suites.
-        reads_file: Whether the items come from a file of the user's.
+        reads_file: True if the items come from a user's file.
     """
 
     description: str

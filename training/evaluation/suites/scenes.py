@@ -18,12 +18,12 @@ from training.data.sources.voices import Bank, Split
 from training.evaluation.suites.item import Item, Suite, SuiteRequest
 
 MAX_SWAPPED = 500
-"""Number of questions asked again about another clip."""
+"""Maximum number of questions repeated about another clip."""
 
 DEFAULT_ITEMS = 1_400
 
 _SPLITS: Mapping[str, Split] = {"validation": "validation"}
-"""Split of the suites with other voices than the test voices; only `validation` may choose anything."""
+"""Split of the suites without test voices; only `validation` may be used for choosing settings."""
 
 _DESCRIPTIONS: Mapping[str, str] = {
     "held-out": "scenes of voices and recordings never used for training or tuning",
@@ -35,7 +35,7 @@ _DESCRIPTIONS: Mapping[str, str] = {
 def scene_items(suite: str, bank: Bank, sounds_folder: Path, *, num_items: int) -> list[Item]:
     """Draw a suite of scenes.
 
-    `held-out` and `validation` have every part; hard sets (`hard_sets.HARD_SETS`) are `main` alone.
+    `held-out` and `validation` have every part; hard sets (`hard_sets.HARD_SETS`) have only `main`.
     """
     split = _SPLITS.get(suite, "test")
     first_seed = SEED_STRIDE[split]
@@ -61,10 +61,10 @@ def scene_items(suite: str, bank: Bank, sounds_folder: Path, *, num_items: int) 
 def draw_items(
     builder: SceneBuilder, *, num_items: int, first_seed: int, part: str = "main", kind: str | None = None
 ) -> list[Item]:
-    """Draw items from consecutive seeds; each asks the rarest kind so far among those of its scene.
+    """Draw items from consecutive seeds, each of the rarest possible kind so far.
 
     Args:
-        kind: Ask this kind alone, of scenes with an answer to it.
+        kind: Draw only this kind, from suitable scenes.
     """
     asked: dict[str, int] = dict.fromkeys(KINDS, 0)
     items: list[Item] = []
@@ -82,7 +82,7 @@ def draw_items(
 
 
 def item_of(example: SceneExample, samples_S: np.ndarray, *, part: str = "main") -> Item:
-    """Return the item of a scene's example; its truth is complete, because the scene was built."""
+    """Return the item of a scene's example, with its complete truth."""
     scene = example.scene
     return Item(
         id=f"{part}/{scene.seed}",
@@ -98,7 +98,7 @@ def item_of(example: SceneExample, samples_S: np.ndarray, *, part: str = "main")
 
 
 def swapped(items: Sequence[Item]) -> list[Item]:
-    """Ask each question about the clip of the item half the list away, never its own."""
+    """Combine each question with the clip of the item half the list away, never its own."""
     shift = max(1, len(items) // 2)
     return [
         replace(
