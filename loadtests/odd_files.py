@@ -1,10 +1,10 @@
-"""Make ordinary but odd audio files: every container, track layout and header lie that can be combined.
+"""Make ordinary but odd audio files: every possible combination of container, track layout and header lie.
 
-Nobody attacks with these. Recorders crash before they patch a header, editors leave stale counts, video editors add
-tracks, tags and attachments. The same files are decoded by the service's decoder and by an ffmpeg program, and their
-durations are compared.
+These files are no attacks. Recorders crash before they patch a header, editors leave stale counts, video editors add
+tracks, tags and attachments. The service's decoder and an ffmpeg program decode the same files, and their durations are
+compared.
 
-Knows nothing of the service; an ffmpeg program writes the files, and bytes are then edited by hand.
+This module depends on no service. An ffmpeg program writes the files, and their bytes are then edited here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loadtests.hostile import ffmpeg
 DURATION_S = 1.5
 RATE_HZ = 16_000
 MIN_LOST_S = 0.15
-"""A difference in duration that counts: more than the delay and padding of any codec in use."""
+"""Minimum difference in duration for a loss, above the delay and padding of any codec in use."""
 
 _VOICE = f"aevalsrc=0.4*sin(2*PI*220*t)*(0.6+0.4*sin(2*PI*3*t)):s=44100:d={DURATION_S}"
 _OTHER_VOICE = f"aevalsrc=0.4*sin(2*PI*330*t)*(0.6+0.4*cos(2*PI*2*t)):s=44100:d={DURATION_S}"
@@ -35,15 +35,15 @@ _CHAPTERS = ";FFMETADATA1\ntitle=été\n[CHAPTER]\nTIMEBASE=1/1000\nSTART=0\nEND
 
 @dataclass(frozen=True)
 class Container:
-    """Describes how ffmpeg writes a container.
+    """A container with its ffmpeg options.
 
     Attributes:
         name: Name in reports.
         arguments: Output format and its options.
-        codecs: Audio codecs that it may hold.
-        has_tracks: Whether it may hold several audio tracks.
-        has_video: Whether it may hold a video track.
-        suffix: Of the file's name.
+        codecs: Permitted audio codecs.
+        has_tracks: True if several audio tracks are possible.
+        has_video: True if a video track is possible.
+        suffix: Suffix of the file's name.
     """
 
     name: str
@@ -101,7 +101,7 @@ LAYOUTS = (
 
 
 def layout_arguments(layout: str, container: Container, folder: Path) -> list[str] | None:
-    """Return ffmpeg's inputs and maps for a layout; None where the container cannot hold it."""
+    """Return ffmpeg's inputs and maps for a layout, or None if the container does not support it."""
     voice, other, silence = (["-f", "lavfi", "-i", source] for source in (_VOICE, _OTHER_VOICE, _SILENCE))
     is_matroska, is_mp4 = container.name.startswith("mkv"), container.name.startswith(("mp4", "mov"))
     match layout:
@@ -158,7 +158,7 @@ def layout_arguments(layout: str, container: Container, folder: Path) -> list[st
 
 
 def clips(folder: Path) -> Iterator[tuple[str, Container, bytes]]:
-    """Yield a file for every container, codec and layout that ffmpeg can write."""
+    """Yield a file for every container, codec and layout supported by ffmpeg."""
     for number, (container, layout) in enumerate(itertools.product(CONTAINERS, LAYOUTS)):
         inputs = layout_arguments(layout, container, folder)
         if inputs is None:
@@ -179,7 +179,7 @@ Edit = Callable[[bytes], bytes | None]
 
 
 def _set_size(magic: bytes, offset: int, kind: str, value: float) -> Edit:
-    """Return an edit that sets a size behind a magic word: to a value, or to a share of the true one below 10."""
+    """Return an edit of the size after a magic word: to a value, or to a share (below 10) of the true size."""
 
     def edit(data: bytes) -> bytes | None:
         place = data.find(magic)
@@ -238,7 +238,7 @@ def _mp4_duration(box: bytes, offset: int, share: float) -> Edit:
 
 
 def lies(container: Container) -> dict[str, Edit]:
-    """Return the edits that make sense for a container, by name."""
+    """Return the applicable edits of a container, by name."""
     noise = random.Random(7).randbytes(700).replace(b"\xff", b"\x00")
     id3 = b"ID3\x04\x00\x00\x00\x00\x0f\x76" + bytes(2038)
     lying_id3 = b"ID3\x03\x00\x00\x7f\x7f\x7f\x7f" + bytes(300)
@@ -279,7 +279,7 @@ def lies(container: Container) -> dict[str, Edit]:
 
 
 def files(folder: Path, num: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Yield at least `num` odd files: every layout as it is, then header lies, drawn evenly over the containers."""
+    """Yield at least `num` odd files: every unchanged layout, then header lies, drawn evenly over the containers."""
     plain: dict[str, list[tuple[str, Container, bytes]]] = {}
     num_plain = 0
     for name, container, data in clips(folder):
@@ -290,12 +290,12 @@ def files(folder: Path, num: int, seed: int) -> Iterator[tuple[str, bytes]]:
     edited: list[list[tuple[str, bytes]]] = []
     for made in plain.values():
         _, container, data = made[0]
-        found: list[tuple[str, bytes]] = []
+        edited_files: list[tuple[str, bytes]] = []
         for lie, edit in lies(container).items():
             chosen = made[0] if lie.startswith(("size", "count")) else rng.choice(made)
             if (odd := edit(chosen[2])) is not None and odd != chosen[2]:
-                found.append((f"{chosen[0]}, {lie}", odd))
-        edited.append(found)
+                edited_files.append((f"{chosen[0]}, {lie}", odd))
+        edited.append(edited_files)
     left = max(num - num_plain, 0)
     for file in itertools.chain.from_iterable(itertools.zip_longest(*edited)):
         if file is not None:
@@ -307,11 +307,11 @@ def files(folder: Path, num: int, seed: int) -> Iterator[tuple[str, bytes]]:
 
 @dataclass(frozen=True)
 class Reference:
-    """Holds what an ffmpeg program makes of a file.
+    """An ffmpeg program's result for a file.
 
     Attributes:
-        duration_s: Seconds that it decodes of a track; 0 where it decodes nothing.
-        is_silent: Whether none of it is louder than -50 dBFS.
+        duration_s: Decoded seconds of a track; 0 without any decoded audio.
+        is_silent: True if all of it is below -50 dBFS.
     """
 
     duration_s: float
@@ -331,11 +331,11 @@ def reference(path: Path, track: int) -> Reference:
 LOSS_CODES = frozenset(
     ("audio_missing", "edit_list_applied", "damage_skipped", "padding_trimmed", "size_mismatch", "track_skipped")
 )
-"""Warnings that say that some sound was not used, or may not have been."""
+"""Warnings about certainly or possibly unused audio."""
 
 
 def is_lost(duration_s: float, is_silent: bool, codes: Sequence[str], true: Reference) -> bool:
-    """Tell whether a decoded file lost sound without a warning."""
+    """Return True if a decoded file lost audio without a warning."""
     if LOSS_CODES & set(codes):
         return False
     return true.duration_s - duration_s > MIN_LOST_S or (is_silent and not true.is_silent)
