@@ -20,12 +20,12 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("loss",)),
     ("reward", ("reward",)),
     ("parts of the reward", tuple(f"reward_{name}" for name in REWARD_WEIGHTS)),
-    ("visible tokens of a trace", ("length",)),
-    ("pauses a rollout", ("pauses",)),
-    ("divergence from the beginning", ("kl",)),
+    ("visible tokens per trace", ("length",)),
+    ("pauses per rollout", ("pauses",)),
+    ("divergence from the reference", ("kl",)),
     ("entropy", ("entropy",)),
-    ("sampler against trainer", ("gap",)),
-    ("seconds a step", ("step_s", "rollout_s", "reference_s", "sync_s")),
+    ("gap between sampler and trainer", ("gap",)),
+    ("seconds per step", ("step_s", "rollout_s", "reference_s", "sync_s")),
 )
 _TOLD = ("loss", "reward", "reward_accuracy", "strict", "length", "pauses", "aborted", "cut", "kl", "entropy", "gap")
 
@@ -67,11 +67,11 @@ def write_card(run_dir: Path, checkpoint: Path, *, num_steps: int, data: str | N
         f"{recipe['num_steps']}. `hyper checkpoint info` prints all settings.",
         "",
         f"- Data: {source}",
-        "- Pauses: its thresholds are not calibrated for these weights; `hyper checkpoint calibrate` does that.",
-        "- Not measured: `hyper eval --checkpoint` does that.",
-        "- Licence: what those of its base and of its data leave.",
+        "- Pauses: thresholds are not calibrated for these weights. Run `hyper checkpoint calibrate`.",
+        "- Evaluation: none yet. Run `hyper eval --checkpoint`.",
+        "- Licence: see the licences of its base and its data.",
         "",
-        "## Its training",
+        "## Training",
         "",
         *_told([row for row in read_log(run_dir) if row["step"] <= num_steps]),
     ]
@@ -83,7 +83,7 @@ def write_card(run_dir: Path, checkpoint: Path, *, num_steps: int, data: str | N
 def _told(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the figures at the beginning and end of a run, as lines of a page."""
     if not rows:
-        return ["No line was logged."]
+        return ["The log is empty."]
     share = max(1, len(rows) // 10)
     lines = [
         f"Means over the first and the last tenth of the log ({share} of {len(rows)} lines each):",
@@ -109,7 +109,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> No
     from matplotlib import pyplot
 
     panels = [(name, [key for key in keys if any(key in row for row in rows)]) for name, keys in _PANELS]
-    panels = [(name, keys) for name, keys in panels if keys] or [("no line was logged", [])]
+    panels = [(name, keys) for name, keys in panels if keys] or [("the log is empty", [])]
     num_columns = min(3, len(panels))
     num_rows = -(-len(panels) // num_columns)
     figure, grid = pyplot.subplots(

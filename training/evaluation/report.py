@@ -16,12 +16,12 @@ ACCURACY_FILE = "accuracy.png"
 SNR_FILE = "snr.png"
 
 PLAIN_FIGURES = {
-    "chance_accuracy": "guessing among the choices",
-    "count_from_turns_accuracy": "speaker count from the number of turns alone, at its best",
-    "ttft_p50_s": "seconds to the first token, median",
-    "ttft_p95_s": "95th percentile",
-    "e2e_p50_s": "seconds to the whole reply, median",
-    "e2e_p95_s": "95th percentile",
+    "chance_accuracy": "accuracy of guessing among the choices",
+    "count_from_turns_accuracy": "best possible speaker count from the number of turns alone",
+    "ttft_p50_s": "median seconds to the first token",
+    "ttft_p95_s": "95th percentile of the seconds to the first token",
+    "e2e_p50_s": "median seconds to the whole reply",
+    "e2e_p95_s": "95th percentile of the seconds to the whole reply",
 }
 """Figures without an interval."""
 
@@ -72,7 +72,7 @@ def _figures_table(results: Sequence[Mapping[str, Any]]) -> str:
     for name, meaning in {**meanings, **PLAIN_FIGURES}.items():
         if any(name in result for result in results):
             rows.append([f"`{name}`", *(_cell(result, name) for result in results), meaning])
-    return _table(["figure", *(result["system"] for result in results), "what it is"], rows)
+    return _table(["figure", *(result["system"] for result in results), "meaning"], rows)
 
 
 def _cell(result: Mapping[str, Any], name: str) -> str:
@@ -107,8 +107,8 @@ def _differences_table(system: str, compared: Mapping[str, Any]) -> str:
             ]
         )
     head = ["figure", "difference (95 %)", "p, bootstrap", "only first / only other", "p, McNemar", "items in clusters"]
-    note = f"{compared['num_shared']} items that both answered; {compared['num_left_out']} left out."
-    return f"## {system} less {compared['system']}\n\n{note}\n\n" + _table(head, rows)
+    note = f"{compared['num_shared']} shared items; {compared['num_left_out']} left out."
+    return f"## {system} minus {compared['system']}\n\n{note}\n\n" + _table(head, rows)
 
 
 def _probe_table(probe: Mapping[str, Any]) -> str:

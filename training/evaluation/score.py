@@ -196,54 +196,66 @@ def _errors(kind: Literal["word", "char"]) -> Callable[[Item, ItemScores], tuple
 
 
 FIGURES: tuple[Figure, ...] = (
-    Figure("choice_accuracy", lambda _, j: j.is_right, meaning="right choice"),
-    Figure("string_match_accuracy", lambda _, j: j.matches_words, meaning="right by the string match of MMAU and MMAR"),
-    Figure("environment_accuracy", lambda _, j: j.environment_is_right, "background", meaning="ENV names what is true"),
+    Figure("choice_accuracy", lambda _, j: j.is_right, meaning="correct choice"),
+    Figure(
+        "string_match_accuracy", lambda _, j: j.matches_words, meaning="correct by the string match of MMAU and MMAR"
+    ),
+    Figure(
+        "environment_accuracy", lambda _, j: j.environment_is_right, "background", meaning="ENV names the true labels"
+    ),
     Figure(
         "environment_accuracy_recorded",
         lambda i, j: j.environment_is_right if i.is_recorded else None,
         "background",
-        meaning="the same, recorded backgrounds only",
+        meaning="environment accuracy on recorded backgrounds",
     ),
-    Figure("speaker_count_accuracy", lambda _, j: j.count_is_right, meaning="SPEAKER has the right number of people"),
+    Figure("speaker_count_accuracy", lambda _, j: j.count_is_right, meaning="SPEAKER has the true number of people"),
     Figure(
         "one_voice_counted_as_one",
         lambda _, j: j.count_is_right,
         part="one_voice",
-        meaning="one voice that speaks four turns is one person",
+        meaning="clips of one voice with four turns, counted as one person",
     ),
-    Figure("wer", _errors("word"), meaning="word errors of ASR"),
-    Figure("cer", _errors("char"), meaning="character errors of ASR"),
+    Figure("wer", _errors("word"), meaning="word error rate of ASR"),
+    Figure("cer", _errors("char"), meaning="character error rate of ASR"),
     Figure(
         "speech_free_is_silent_rate",
         lambda _, j: j.is_silent,
         "background",
-        meaning="clips without speech: no word, no speaker",
+        meaning="clips without speech: no word and no speaker in the trace",
     ),
     Figure(
         "invented_speech_rate",
         lambda _, j: j.invents_speech,
         "background",
         part="speech_free",
-        meaning="clips without speech: any word transcribed",
+        meaning="clips without speech: any transcribed word",
     ),
-    Figure("strict_format_rate", lambda _, j: j.is_strict, meaning="traces with every section in order"),
+    Figure("strict_format_rate", lambda _, j: j.is_strict, meaning="traces with every required section in order"),
     Figure("free_answer_accuracy", lambda _, j: j.free_is_right, meaning="questions without choices: the exact words"),
-    Figure("consistency", lambda _, j: j.is_consistent, meaning="the trace concludes what it answers"),
-    Figure("quote_fidelity", lambda _, j: j.fidelity, meaning="quotes are backed by the trace's transcript"),
-    Figure("reward", lambda _, j: j.reward, meaning="what Stage II gives"),
-    Figure("pauses_per_sample", lambda _, j: j.num_pauses, meaning="pauses a completion"),
-    Figure("aborted_rate", lambda _, j: j.is_aborted, meaning="completions given up by the gate"),
-    Figure("unread_answer_rate", lambda _, j: _no(j.names_choice), meaning="replies that name no choice"),
+    Figure("consistency", lambda _, j: j.is_consistent, meaning="the trace's conclusion names the final answer"),
+    Figure("quote_fidelity", lambda _, j: j.fidelity, meaning="agreement of quotes with the trace's transcript"),
+    Figure("reward", lambda _, j: j.reward, meaning="Stage II reward"),
+    Figure("pauses_per_sample", lambda _, j: j.num_pauses, meaning="pauses per completion"),
+    Figure("aborted_rate", lambda _, j: j.is_aborted, meaning="completions aborted by the gate"),
+    Figure("unread_answer_rate", lambda _, j: _no(j.names_choice), meaning="replies without a readable choice"),
     Figure("failed_rate", lambda _, j: j.error is not None, meaning="items without a reply"),
     Figure(
-        "swapped_clip_accuracy", lambda _, j: j.is_right, part="swapped", meaning="right choice, of another item's clip"
+        "swapped_clip_accuracy",
+        lambda _, j: j.is_right,
+        part="swapped",
+        meaning="correct choice with another item's clip",
     ),
     *(
         figure
         for level in SNR_LEVELS_DB
         for figure in (
-            Figure(f"accuracy_snr_{level}", lambda _, j: j.is_right, part=f"snr_{level}", meaning=f"at {level} dB"),
+            Figure(
+                f"accuracy_snr_{level}",
+                lambda _, j: j.is_right,
+                part=f"snr_{level}",
+                meaning=f"choice accuracy at {level} dB",
+            ),
             Figure(
                 f"environment_accuracy_snr_{level}",
                 lambda _, j: j.environment_is_right,
@@ -251,7 +263,9 @@ FIGURES: tuple[Figure, ...] = (
                 f"snr_{level}",
                 f"at {level} dB",
             ),
-            Figure(f"wer_snr_{level}", _errors("word"), part=f"snr_{level}", meaning=f"at {level} dB"),
+            Figure(
+                f"wer_snr_{level}", _errors("word"), part=f"snr_{level}", meaning=f"environment accuracy at {level} dB"
+            ),
         )
     ),
 )

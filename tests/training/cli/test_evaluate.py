@@ -34,8 +34,8 @@ def test_a_service_is_measured_and_compared_with_an_earlier_run(live: Live, tmp_
     assert names >= {"result.json", "report.md", KEPT_FILE}
     again = run(*OWN, "--url", live.url, "--against", str(tmp_path / "first"), "--items", "6")
     assert again.exit_code == 0, again.output
-    assert "6 items that both answered; 0 left out" in again.output
-    assert f"{figures['system']} less {figures['system']} (2)" in again.output
+    assert "6 shared items; 0 left out" in again.output
+    assert f"{figures['system']} minus {figures['system']} (2)" in again.output
 
 
 def test_a_checkpoint_is_measured_by_the_engine_that_serves_it(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_two_results_are_compared_item_by_item(suite: list[Item], tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"result.json", "report.md", "accuracy.png", "snr.png"}
     assert json.loads((tmp_path / "result.json").read_text())["choice_accuracy"] == 1.0
     page = (tmp_path / "report.md").read_text()
-    assert page.startswith(markdown([one, other])) and "## a less b" in page and "![snr](snr.png)" in page
+    assert page.startswith(markdown([one, other])) and "## a minus b" in page and "![snr](snr.png)" in page
 
 
 def test_outcomes_outlive_the_file(suite: list[Item]) -> None:
