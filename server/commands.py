@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -38,8 +39,12 @@ def serve(**options: Any) -> None:
     from pydantic import ValidationError
 
     from server.serving import run
-    from server.settings import Settings, unknown_variables
+    from server.settings import Settings, platform_variables, unknown_variables
 
+    # Removed here once, so that neither the settings nor the engine's processes read them.
+    ignored = platform_variables(os.environ)
+    for name in ignored:
+        del os.environ[name]
     if unknown := unknown_variables(os.environ):
         raise click.UsageError("\n".join(unknown))
     try:
@@ -47,11 +52,11 @@ def serve(**options: Any) -> None:
     except ValidationError as error:
         faults = [f"HYPER_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors()]
         raise click.UsageError("\n".join(faults)) from None
-    sys.exit(run(settings))
+    sys.exit(run(settings, ignored))
 
 
 @click.command()
-@click.argument("clip", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("clip", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path))
 @click.argument("question")
 @click.option("--choice", "choices", multiple=True, help="One choice of a multiple-choice question; give at least two.")
 @click.option("--url", default=DEFAULT_URL, envvar="HYPER_URL", show_default=True, help="Address of the service.")
@@ -61,16 +66,30 @@ def serve(**options: Any) -> None:
 def ask(
     clip: Path, question: str, choices: tuple[str, ...], url: str, key: str | None, as_json: bool, stream: bool
 ) -> None:
-    """Ask the service QUESTION about the audio file CLIP."""
+    """Ask the service QUESTION about the audio file CLIP.
+
+    CLIP may be a pipe, or - for standard input.
+    """
     import httpx
 
+    from hyper_model.proxies import is_local, proxy_hint, unusable_proxy
+
+    if problem := unusable_proxy(url):
+        refuse(problem)
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     fields: dict[str, Any] = {"question": question, "choices": list(choices), "stream": str(stream).lower()}
+    require_text(question, *choices)
     try:
         with (
-            clip.open("rb") as file,
-            httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10.0, read=None)) as client,
-            client.stream("POST", "/v1/audio/qa", data=fields, files={"file": (clip.name, file)}) as response,
+            open_clip(clip) as file,
+            httpx.Client(
+                base_url=url,
+                headers=headers,
+                timeout=httpx.Timeout(10.0, read=None),
+                # No proxy reaches an address of this machine.
+                trust_env=not is_local(url),
+            ) as client,
+            client.stream("POST", "/v1/audio/qa", data=fields, files={"file": ("clip", file)}) as response,
         ):
             if not response.is_success:
                 response.read()
@@ -83,9 +102,34 @@ def ask(
     except httpx.InvalidURL as error:
         refuse(f"{url} is not a valid address: {error}.")
     except httpx.RequestError as error:
-        refuse(f"no reply from {url}: {error}. Is `hyper serve` running?")
+        refuse(f"no reply from {url}: {error}. {proxy_hint(url).strip() or 'Is `hyper serve` running?'}")
+    except OSError as error:
+        refuse(f"{clip} cannot be read: {error.strerror or error}.")
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         refuse(f"the reply from {url} is not one of `hyper serve`. Check the address (--url).")
+
+
+def open_clip(path: Path) -> IO[bytes]:
+    """Open a file, or read a pipe or standard input to its end: an upload needs a length.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    if str(path) != "-" and path.is_file():
+        return path.open("rb")
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    if not data:
+        refuse("standard input is empty." if str(path) == "-" else f"{path} is empty.")
+    return io.BytesIO(data)
+
+
+def require_text(*texts: str) -> None:
+    """Refuse arguments with bytes that are not UTF-8, which the shell passes on and JSON cannot hold."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            refuse(f"{text.encode(errors='surrogateescape')!r} is not UTF-8 text; write it in UTF-8.")
 
 
 @click.group()
@@ -188,12 +232,14 @@ def show_reply(reply: dict[str, Any], *, as_json: bool) -> None:
 
 def show_stream(response: httpx.Response, *, as_json: bool) -> None:
     """Print events as they arrive: one JSON object per line, or the text of a trace."""
+    from hyper_model.sse import to_json
+
     name = ""
     for name, data in events(response):
         if name == "error":
             refuse(data["error"]["message"])
         if as_json:
-            click.echo(json.dumps({"event": name, **data}, ensure_ascii=False))
+            click.echo(to_json({"event": name, **data}))
             continue
         match name:
             case "section.start":
@@ -212,13 +258,10 @@ def show_stream(response: httpx.Response, *, as_json: bool) -> None:
 
 def events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name and data of a reply's server-sent events, without pings."""
-    name = ""
-    for line in response.iter_lines():
-        field, _, value = line.partition(": ")
-        if field == "event":
-            name = value
-        elif field == "data":
-            yield name, json.loads(value)
+    from hyper_model.sse import read_events
+
+    for name, data in read_events(response.iter_bytes()):
+        yield name, json.loads(data)
 
 
 def answer_line(answer: dict[str, Any]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import socket
+from collections.abc import Sequence
 from types import FrameType
 
 import click
@@ -18,20 +20,31 @@ from server.service import Service
 from server.settings import Settings
 from server.telemetry import logs
 
+logger = logging.getLogger("hyper.server")
+
 EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
 CLOSE_TIMEOUT_S = 5
 MAX_HEAD_BYTES = 16 * 1024
 NUM_OTHER_DESCRIPTORS = 1000
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, ignored_variables: Sequence[str] = ()) -> int:
     """Run the service until a signal or the engine's failure, and return the exit code.
+
+    Args:
+        settings: Configuration of the service.
+        ignored_variables: Names of `HYPER_*` variables of the platform, for the log.
 
     Raises:
         CheckpointError: If the checkpoint cannot be served.
         HyperError: If the keys cannot be read or a port cannot be opened.
     """
     logs.configure(settings.log_level)
+    if ignored_variables:
+        logger.warning(
+            "ignoring variables that Kubernetes or Docker set for a service of this name, not settings: %s",
+            ", ".join(ignored_variables),
+        )
     app = create_app(settings)
     config = uvicorn_config(app, settings)
     raise_descriptor_limit(settings.max_connections)

@@ -6,6 +6,7 @@ module is independent of HTTP and engines.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from ipaddress import ip_address
@@ -118,6 +119,50 @@ class Settings(BaseSettings):
     def max_body_bytes(self) -> int:
         """Return the maximum size of a request body: the largest clip as base64, and room for the other fields."""
         return self.max_audio_bytes * 4 // 3 + MEBIBYTE
+
+
+_PORT_NAME = re.compile(r"_PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:START|END|PROTO|PORT|ADDR))?|_(?:START|END))?")
+_PORT_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://\S+")
+
+
+def platform_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return the `HYPER_*` variables that Kubernetes or Docker set for a service or link, and nobody meant as settings.
+
+    A Kubernetes service named `hyper` or `hyper-redis` puts `HYPER_PORT=tcp://...`, `HYPER_SERVICE_HOST`,
+    `HYPER_REDIS_PORT_6379_TCP_ADDR` and others into every container of its namespace. A Docker link named `hyper` adds
+    `HYPER_NAME` and `HYPER_ENV_*`.
+    """
+    upper = {name.upper(): value for name, value in environment.items()}
+    names = [name for name in upper if name.startswith(PREFIX)]
+    # HYPER or HYPER_REDIS: named by a port with an address, or by the pair that Kubernetes sets for each service.
+    prefixes = {name.removesuffix("_PORT") for name in names if name.endswith("_PORT") and _is_address(upper[name])}
+    prefixes |= {
+        name.removesuffix("_SERVICE_HOST")
+        for name in names
+        if name.endswith("_SERVICE_HOST") and f"{name.removesuffix('_HOST')}_PORT" in upper
+    }
+
+    def is_set_by_platform(name: str) -> bool:
+        for prefix in prefixes:
+            rest = name.removeprefix(prefix)
+            if rest == name or not rest.startswith("_"):
+                continue
+            if rest in ("_SERVICE_HOST", "_SERVICE_PORT") or rest.startswith("_SERVICE_PORT_"):
+                return True
+            # A port that the operator set himself, as a number, is a setting.
+            if _PORT_NAME.fullmatch(rest) and (rest != "_PORT" or _is_address(upper[name])):
+                return True
+            if rest == "_NAME" and upper[name].startswith("/"):
+                return True
+            if rest.startswith("_ENV_") and upper.get(f"{prefix}_NAME", "").startswith("/"):
+                return True
+        return False
+
+    return sorted(name for name in environment if is_set_by_platform(name.upper()))
+
+
+def _is_address(value: str) -> bool:
+    return _PORT_ADDRESS.fullmatch(value) is not None
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:

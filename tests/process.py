@@ -49,9 +49,11 @@ def serve_process(
             process.stdout.close()
 
 
-def start(environment: Mapping[str, str], prefix: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+def start(
+    environment: Mapping[str, str], prefix: Sequence[str] = (), arguments: Sequence[str] = (), **options: Any
+) -> subprocess.Popen[str]:
     """Start `hyper serve` on a free port like the installed script; a prefix is an outer program's command."""
-    command = [*prefix, sys.executable, "-c", SCRIPT, "serve"]
+    command = [*prefix, sys.executable, "-c", SCRIPT, "serve", *arguments]
     full = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HYPER_PORT": "0", **environment}
     return subprocess.Popen(command, env=full, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
 

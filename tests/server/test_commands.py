@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,6 +24,7 @@ from click.testing import CliRunner, Result
 from server.commands import ask, serve
 from server.serving import url_of
 from tests.process import exit_code, post, serve_process, start
+from tests.server.test_settings import KUBERNETES
 from tests.serving import Live, tone, wait_for
 
 SCRIPTED = {"HYPER_ENGINE": "scripted"}
@@ -90,6 +92,78 @@ def test_serve_says_why_it_cannot(tmp_path: Path) -> None:
 def test_serve_refuses_a_misspelt_variable_by_name() -> None:
     result = CliRunner().invoke(serve, [], env={**SCRIPTED, "HYPER_MAX_INFLIGHT": "4", "HYPER_URL": "http://x"})
     assert result.exit_code == 2 and "HYPER_MAX_INFLIGHT" in result.output and "HYPER_URL" not in result.output
+
+
+def test_serve_ignores_the_variables_of_a_kubernetes_service_of_its_name_and_logs_them() -> None:
+    options: dict[str, Any] = {"arguments": ("--port", "0"), "stderr": subprocess.PIPE}
+    with serve_process({**SCRIPTED, **KUBERNETES}, **options) as (process, url):
+        assert httpx.get(f"{url}/readyz").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        with process.stderr as lines:
+            text = lines.read()
+        assert exit_code(process, 10) == 0, text
+    assert "Kubernetes" in text and "HYPER_PORT" in text and "HYPER_SERVICE_HOST" in text
+
+
+@pytest.mark.parametrize("from_", ["a pipe", "standard input"])
+@pytest.mark.parametrize("options", [(), ("--stream",)])
+def test_ask_takes_a_clip_from_a_pipe_and_from_standard_input(
+    live: Live, clip: Path, from_: str, options: tuple[str, ...]
+) -> None:
+    source = f"<(cat {clip})" if from_ == "a pipe" else f"- < {clip}"
+    name, _, redirection = source.partition(" < ")
+    command = f"{sys.executable} -m hyper_model.cli ask {name} 'What is heard?' --url {live.url} {' '.join(options)}"
+    command += f" < {redirection}" if redirection else ""
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0 and "2.0 s of loud sound" in ran.stdout, ran.stderr
+
+
+def test_ask_names_an_empty_pipe_and_an_unreadable_file(live: Live, clip: Path, tmp_path: Path) -> None:
+    for source, words in (("- < /dev/null", "standard input is empty"), ("<(true)", "is empty")):
+        name, _, redirection = source.partition(" < ")
+        command = f"{sys.executable} -m hyper_model.cli ask {name} 'What?' --url {live.url}"
+        command += f" < {redirection}" if redirection else ""
+        ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 1 and words in ran.stderr and "Traceback" not in ran.stderr
+    odd = tmp_path / 'été \u2028\n"x".wav'
+    odd.write_bytes(clip.read_bytes())
+    assert run_ask(str(odd), "What is heard?", "--url", live.url).exit_code == 0
+    assert_one_line(run_ask(str(clip), "What \udcff?", "--url", live.url), "UTF-8")
+
+
+@pytest.mark.parametrize(
+    "proxy", ["socks5://127.0.0.1:9", "http://127.0.0.1:9", "nonsense://x", "http://a:b@[::1", "x y"]
+)
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "HTTP_PROXY", "all_proxy", "http_proxy"])
+def test_ask_bypasses_every_proxy_for_a_local_address(
+    live: Live, clip: Path, monkeypatch: pytest.MonkeyPatch, variable: str, proxy: str
+) -> None:
+    monkeypatch.setenv(variable, proxy)
+    result = run_ask(str(clip), "What is heard?", "--url", live.url)
+    assert result.exit_code == 0, result.output
+    assert run_ask(str(clip), "?", "--url", live.url.replace("127.0.0.1", "localhost")).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("proxy", "words"),
+    [
+        ("socks5://user:secret@127.0.0.1:9", "socks5"),
+        ("nonsense://x", "nonsense"),
+        ("http://127.0.0.1:9", "127.0.0.1:9"),
+        ("http://[::1", "not an address"),
+        ("http://127.0.0.1:port", "not an address"),
+    ],
+)
+def test_ask_names_a_proxy_that_cannot_be_used(
+    clip: Path, monkeypatch: pytest.MonkeyPatch, proxy: str, words: str
+) -> None:
+    for variable in ("ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.setenv(variable, proxy)
+        result = run_ask(str(clip), "What is heard?", "--url", "http://hyper.example:8000")
+        assert_one_line(result, words)
+        assert variable in result.output and "NO_PROXY=hyper.example" in result.output and "secret" not in result.output
+        monkeypatch.delenv(variable)
 
 
 def test_the_announced_address_is_a_url() -> None:

@@ -281,7 +281,14 @@ def ask_endpoint(endpoint: Endpoint, asked: Asked, items: list[Item], kept: Path
     from training.evaluation.runners.http import ask
     from training.evaluation.score import judge, summarize
 
-    replies, model = ask(endpoint, items, kept=kept, cuts_long=asked.cuts_long, use_tqdm=asked.use_tqdm)
+    replies, model = ask(
+        endpoint,
+        items,
+        kept=kept,
+        cuts_long=asked.cuts_long,
+        use_tqdm=asked.use_tqdm,
+        say=lambda text: click.echo(text, err=True),
+    )
     reads = "trace" if endpoint.api == "hyper" or any(reply.parsed.texts for reply in replies) else "answer"
     item_scores = [judge(item, reply, reads=reads) for item, reply in zip(items, replies, strict=True)]
     return summarize(items, item_scores) | {"system": model, "url": endpoint.base, **_about(asked)}

@@ -19,7 +19,7 @@ import io
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,8 @@ from tqdm import tqdm
 
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.errors import HyperError
+from hyper_model.proxies import is_local, proxy_hint, unusable_proxy
+from hyper_model.sse import read_events_async
 from hyper_model.trace import render_choice
 from hyper_model.trace_parser import parse_text
 from training.evaluation.score import Reply
@@ -43,6 +45,7 @@ INSTRUCTION = "Answer with the letter and the words of one choice."
 
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
+_MAX_NAMES = 10
 
 _PASSING_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _HOPELESS_STATUS = frozenset({401, 403, 404, 405})
@@ -82,7 +85,7 @@ class Endpoint:
         return base if base.endswith("/v1") else f"{base}/v1"
 
     def fingerprint(self, item: Item, model: str | None, *, cuts_long: bool) -> str:
-        """Return the key of a stored reply, a hash of the item and all request settings."""
+        """Return the key of a stored reply, a hash of the item with its sound, the model and all request settings."""
         settings = [self.base, self.api, model, self.max_tokens, self.instruction, dict(self.extra), cuts_long]
         return hashlib.sha256(json.dumps([item.id, item.digest(), *settings], sort_keys=True).encode()).hexdigest()[:24]
 
@@ -123,11 +126,14 @@ def ask(
     kept: Path | None = None,
     cuts_long: bool = False,
     use_tqdm: bool = True,
+    say: Callable[[str], object] = lambda text: None,
 ) -> tuple[list[Reply], str]:
     """Send every item to the server.
 
     Args:
-        kept: File of stored replies; replies of an earlier run are reused.
+        kept: File of stored replies. A reply of an earlier run is reused if clip, question, model and settings are the
+            same.
+        say: Called with a sentence about reused and repeated items.
 
     Returns:
         The replies in the items' order, and the server's name of the model.
@@ -135,19 +141,33 @@ def ask(
     Raises:
         EndpointError: The endpoint is unreachable or refuses every item.
     """
-    return asyncio.run(_ask(endpoint, items, kept, cuts_long=cuts_long, use_tqdm=use_tqdm))
+    if problem := unusable_proxy(endpoint.url):
+        raise EndpointError(problem)
+    return asyncio.run(_ask(endpoint, items, kept, cuts_long=cuts_long, use_tqdm=use_tqdm, say=say))
 
 
 async def _ask(
-    endpoint: Endpoint, items: Sequence[Item], kept: Path | None, *, cuts_long: bool, use_tqdm: bool
+    endpoint: Endpoint,
+    items: Sequence[Item],
+    kept: Path | None,
+    *,
+    cuts_long: bool,
+    use_tqdm: bool,
+    say: Callable[[str], object],
 ) -> tuple[list[Reply], str]:
     headers = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     limits = httpx.Limits(max_connections=endpoint.concurrency)
-    async with httpx.AsyncClient(headers=headers, timeout=endpoint.timeout_s, limits=limits) as client:
+    async with httpx.AsyncClient(
+        headers=headers, timeout=endpoint.timeout_s, limits=limits, trust_env=not is_local(endpoint.url)
+    ) as client:
         model = endpoint.model or await _first_model(client, endpoint)
-        keys = [endpoint.fingerprint(item, model, cuts_long=cuts_long) for item in items]
-        known = _read_kept(kept) if kept is not None else {}
+        is_named = endpoint.api == "openai" or kept is None
+        served = model if is_named else await _checkpoint(client, endpoint)
+        keys = [endpoint.fingerprint(item, served, cuts_long=cuts_long) for item in items]
+        known, known_ids = _read_kept(kept) if kept is not None else ({}, set[str]())
         replies = {key: known[key] for key in keys if key in known}
+        if known:
+            say(_kept_and_repeated(items, keys, replies, known_ids))
         todo = iter([(key, item) for key, item in zip(keys, items, strict=True) if key not in replies])
         with tqdm(total=len(items), initial=len(replies), desc="questions", disable=not use_tqdm) as bar:
 
@@ -196,22 +216,38 @@ def read(item: Item, received: Received, api: Api) -> Reply:
     )
 
 
-def _read_kept(path: Path) -> dict[str, Received]:
-    """Return the replies of earlier runs, and remove an incomplete last line from the file."""
+def _kept_and_repeated(
+    items: Sequence[Item], keys: Sequence[str], replies: Mapping[str, Received], known_ids: Collection[str]
+) -> str:
+    """Say how many stored replies are reused, and name the items that are sent again although they have one."""
+    text = f"{sum(key in replies for key in keys)} of {len(items)} replies are reused from the earlier run."
+    again = [item.id for item, key in zip(items, keys, strict=True) if key not in replies and item.id in known_ids]
+    if again:
+        names = ", ".join(again[:_MAX_NAMES]) + (
+            f" and {len(again) - _MAX_NAMES} more" if len(again) > _MAX_NAMES else ""
+        )
+        text += f" {len(again)} are sent again, because their clip, question, model or settings changed: {names}."
+    return text
+
+
+def _read_kept(path: Path) -> tuple[dict[str, Received], set[str]]:
+    """Return the replies of earlier runs and the ids of their items; remove an incomplete last line from the file."""
     stored: dict[str, Received] = {}
+    ids: set[str] = set()
     if not path.exists():
-        return stored
+        return stored, ids
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
         path.write_bytes(whole)
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(whole.decode("utf-8").removesuffix("\n").split("\n"), 1):
         try:
             row = json.loads(line)
             stored[row["key"]] = Received(**row["received"])
+            ids.add(str(row.get("id")))
         except (ValueError, TypeError, KeyError) as error:
             raise EndpointError(f"{path}, line {number}: no kept reply ({_reason(error)})") from error
-    return stored
+    return stored, ids
 
 
 def _keep(path: Path, key: str, item: Item, received: Received) -> None:
@@ -219,6 +255,18 @@ def _keep(path: Path, key: str, item: Item, received: Received) -> None:
     row = {"key": key, "id": item.id, "received": {k: v for k, v in vars(received).items() if v is not None}}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+async def _checkpoint(client: httpx.AsyncClient, endpoint: Endpoint) -> str | None:
+    """Return the identity of a HyPeR service's checkpoint, which may change at one address; None if it states none."""
+    try:
+        response = await client.get(f"{endpoint.base}/info")
+        response.raise_for_status()
+        checkpoint = response.json()["checkpoint"]
+        return json.dumps([checkpoint["name"], checkpoint["manifest_sha256"]])
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError, AttributeError):
+        # An unreachable service is reported by the first question.
+        return None
 
 
 async def _first_model(client: httpx.AsyncClient, endpoint: Endpoint) -> str | None:
@@ -261,7 +309,8 @@ async def _ask_one(
         except httpx.TransportError as error:
             reason, is_there = _reason(error), not isinstance(error, httpx.ConnectError)
     if not is_there:
-        raise EndpointError(f"{endpoint.base}: no server at this address ({reason})")
+        hint = proxy_hint(endpoint.base).rstrip(".")
+        raise EndpointError(f"{endpoint.base}: no server at this address ({reason}){hint}")
     return Received(error=f"{reason}, {endpoint.num_tries} tries")
 
 
@@ -286,7 +335,7 @@ async def _ask_hyper(
     async with client.stream("POST", f"{endpoint.base}/audio/qa", data=fields, files=files) as response:
         if (refusal := await _refusal(response)) is not None:
             return refusal
-        async for name, text in _events(response.aiter_lines()):
+        async for name, text in read_events_async(response.aiter_bytes()):
             if ttft_s is None and name in ("section.start", "section.delta", "answer.delta"):
                 ttft_s = time.perf_counter() - started_s
             if name == "error":
@@ -325,7 +374,7 @@ async def _ask_openai(
         if not response.headers.get("content-type", "").startswith("text/event-stream"):
             message = _part(_parsed((await response.aread()).decode(errors="replace")), "message")
             return Received(_content(message), model=model, e2e_s=time.perf_counter() - started_s)
-        async for _, text in _events(response.aiter_lines()):
+        async for _, text in read_events_async(response.aiter_bytes()):
             if text == "[DONE]":
                 break
             chunk = _parsed(text)
@@ -380,22 +429,6 @@ def _wait_s(header: str | None) -> float | None:
         return max(0.0, float(header)) if header else None
     except ValueError:  # A date; few servers send one.
         return None
-
-
-async def _events(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, str]]:
-    """Yield (name, data) of each server-sent event, without keep-alive comments."""
-    name, data = "message", list[str]()
-    async for line in lines:
-        if not line:
-            if data:
-                yield name, "\n".join(data)
-            name, data = "message", []
-        elif line.startswith("event:"):
-            name = line.removeprefix("event:").strip()
-        elif line.startswith("data:"):
-            data.append(line.removeprefix("data:").removeprefix(" "))
-    if data:
-        yield name, "\n".join(data)
 
 
 def _parsed(text: str) -> Any:

@@ -72,10 +72,16 @@ class Item:
     def digest(self) -> str:
         """Return a checksum of question, choices, answer and audio, to compare the items of two runs.
 
-        A file counts by its name: the data set's own id and name stand for its audio.
+        A file counts by its bytes, since another one may take its name; a missing file counts by its name.
         """
         truth = self.truth
-        sound = Waveform(self.clip).sha256 if isinstance(self.clip, np.ndarray) else self.clip.name
+        if isinstance(self.clip, np.ndarray):
+            sound = Waveform(self.clip).sha256
+        else:
+            try:
+                sound = hashlib.sha256(self.clip.read_bytes()).hexdigest()
+            except OSError:
+                sound = self.clip.name
         return hashlib.sha256(repr((truth.question, truth.choices, truth.answer, sound)).encode()).hexdigest()[:16]
 
 

@@ -20,7 +20,7 @@ from hyper_model.trace_parser import parse_text
 from tests.paths import CLIPS
 from tests.serving import Live
 from training.data.truth import Truth
-from training.evaluation.runners.http import Endpoint, EndpointError, Received, ask, openai_body, read
+from training.evaluation.runners.http import Endpoint, EndpointError, Received, ask, openai_body, read, to_wav
 from training.evaluation.suites.data_file import data_items
 from training.evaluation.suites.item import Item
 
@@ -102,6 +102,29 @@ def test_our_service_is_asked_and_an_interrupted_run_goes_on(live: Live, items: 
         for cuts_long in (False, True)
     }
     assert len(keys) == 12
+
+
+def test_a_kept_reply_is_used_only_for_the_same_clip_and_checkpoint(
+    live: Live, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: list[Item] = []
+    for number, item in enumerate(items[:2]):
+        path = tmp_path / f"{number}.wav"
+        path.write_bytes(to_wav(item, cuts_long=False))
+        files.append(replace(item, clip=path))
+    kept, endpoint, said = tmp_path / "replies.jsonl", Endpoint(live.url), list[str]()
+    ask(endpoint, files, kept=kept, use_tqdm=False, say=said.append)
+    assert said == []
+    ask(endpoint, files, kept=kept, use_tqdm=False, say=said.append)
+    assert said == ["2 of 2 replies are reused from the earlier run."]
+    # Another clip under the same name, then another checkpoint at the same address.
+    (tmp_path / "1.wav").write_bytes(to_wav(items[2], cuts_long=False))
+    ask(endpoint, files, kept=kept, use_tqdm=False, say=said.append)
+    assert said[1].startswith("1 of 2 replies are reused") and f"changed: {files[1].id}." in said[1]
+    monkeypatch.setattr(live.service, "checkpoint", replace(live.service.checkpoint, manifest_sha256="another"))
+    ask(endpoint, files, kept=kept, use_tqdm=False, say=said.append)
+    assert said[2].startswith("0 of 2 replies are reused") and files[0].id in said[2] and files[1].id in said[2]
+    assert len(kept.read_text().splitlines()) == 5
 
 
 def test_a_file_that_holds_something_else_is_not_taken_for_replies(items: list[Item], tmp_path: Path) -> None:
