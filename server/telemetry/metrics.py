@@ -41,135 +41,172 @@ class Metrics:
     def __init__(self) -> None:
         # No panel or alert uses the `_created` series. The switch is process-wide and covers vLLM's metrics too.
         disable_created_metrics()
-        registry = self.registry = CollectorRegistry()
+        self.registry = CollectorRegistry()
+        self._define_request_metrics()
+        self._define_audio_metrics()
+        self._define_trace_metrics()
+        self._define_pause_metrics()
+        self._define_engine_metrics()
+        self.show_zeros()
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"hyper_{name}", text, labels, buckets=buckets, registry=registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"hyper_{name}", text, labels, buckets=buckets, registry=self.registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"hyper_{name}", text, labels, registry=registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"hyper_{name}", text, labels, registry=self.registry)
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"hyper_{name}", text, labels, registry=registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"hyper_{name}", text, labels, registry=self.registry)
 
-        self.request_seconds = histogram(
+    def _define_request_metrics(self) -> None:
+        """Define the metrics of requests and their stages, errors and API keys."""
+        self.request_seconds = self._histogram(
             "request_seconds",
             "Request duration from first byte received to last byte sent, upload included",
             SECONDS,
             "endpoint",
             "outcome",
         )
-        self.requests = counter(
+        self.requests = self._counter(
             "requests", "Requests by endpoint and status; 499 means that the client disconnected", "endpoint", "code"
         )
-        self.stage_seconds = histogram("stage_seconds", "Duration of one stage of a request", SHORT_SECONDS, "stage")
-        self.time_to_first_token = histogram(
+        self.stage_seconds = self._histogram(
+            "stage_seconds", "Duration of one stage of a request", SHORT_SECONDS, "stage"
+        )
+        self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds",
             "Time from the first byte of a request to the first token of its trace",
             SECONDS,
         )
-        self.time_to_first_section = histogram(
+        self.time_to_first_section = self._histogram(
             "time_to_first_section_seconds",
             "Time from the first byte of a request to the first section of its trace",
             SECONDS,
         )
-        self.time_to_first_answer_token = histogram(
+        self.time_to_first_answer_token = self._histogram(
             "time_to_first_answer_token_seconds",
             "Time from the first byte of a request to the first token of its answer",
             SECONDS,
         )
-        self.audio_duration = histogram("audio_duration_seconds", "Duration of uploaded clips", SECONDS)
-        self.audio_bytes = histogram("audio_bytes", "Size of uploaded clips", BYTES)
-        self.audio_processed = counter("audio_processed_seconds", "Seconds of audio in answered questions")
-        self.key_audio = counter(
+        self.rejected = self._counter(
+            "rejected", "Requests that ended in an error, by status and reason", "code", "reason"
+        )
+        self.aborted = self._counter("aborted", "Requests that ended early, by phase and by cause", "phase", "by")
+        self.stream_errors = self._counter(
+            "stream_errors", "Streams with status 200 that ended in an error event", "reason"
+        )
+        self.connections_dropped = self._counter(
+            "connections_dropped", "Connections closed because the connection limit was reached"
+        )
+        self.auth_failures = self._counter(
+            "auth_failures", "Requests refused for a missing, wrong or insufficient API key", "reason"
+        )
+
+    def _define_audio_metrics(self) -> None:
+        """Define the metrics of clips and of the decoder."""
+        self.audio_duration = self._histogram("audio_duration_seconds", "Duration of uploaded clips", SECONDS)
+        self.audio_bytes = self._histogram("audio_bytes", "Size of uploaded clips", BYTES)
+        self.audio_processed = self._counter("audio_processed_seconds", "Seconds of audio in answered questions")
+        self.key_audio = self._counter(
             "key_audio_processed_seconds",
             "Seconds of audio in answered questions by API key, with HYPER_METRICS_BY_KEY",
             "key",
         )
-        self.audio_rtf = histogram(
+        self.audio_rtf = self._histogram(
             "audio_rtf", "Real-time factor: time of a whole answer divided by the duration of its clip", FACTORS
         )
-        self.audio_cache_hits = counter("audio_cache_hits", "Clips with most of their tokens in the engine's cache")
-        self.audio_cache_misses = counter("audio_cache_misses", "Clips that the engine had to encode")
-        self.audio_codec = counter("audio_codec", "Uploaded clips by codec", "codec")
-        self.audio_silence_ratio = histogram("audio_silence_ratio", "Share of silence in a clip", SHARES)
-        self.section_seconds = histogram(
-            "section_seconds", "Time to generate one section of a trace", SECONDS, "section"
+        self.audio_cache_hits = self._counter(
+            "audio_cache_hits", "Clips with most of their tokens in the engine's cache"
         )
-        self.section_tokens = histogram("section_tokens", "Tokens of one section of a trace", TOKENS, "section")
-        self.sections_missing = counter("sections_missing", "Traces without a required section, by section", "section")
-        self.parse_failures = counter("parse_failures", "Traces with a wrong format, by kind of failure", "kind")
-        self.reflections = counter(
-            "reflections", "Traces with a REFLECT section, by whether the answer changed", "changed"
+        self.audio_cache_misses = self._counter("audio_cache_misses", "Clips that the engine had to encode")
+        self.audio_codec = self._counter("audio_codec", "Uploaded clips by codec", "codec")
+        self.audio_silence_ratio = self._histogram("audio_silence_ratio", "Share of silence in a clip", SHARES)
+        self.decoding = self._gauge("decode_in_flight", "Clips that are decoded or wait for a decoder")
+        self.decoders_busy = self._gauge("decode_pool_busy", "Clips that are decoded now")
+        self.decoders_queued = self._gauge("decode_pool_queued", "Clips that wait for a decoder")
+        self.decoders = self._gauge(
+            "decode_pool_size", "Limit of clips decoded at the same time (HYPER_DECODE_WORKERS)"
         )
-        self.traces = counter("traces", "Traces by format and termination", "format", "termination")
-        self.answer_confidence = histogram("answer_confidence", "Probability of the chosen option", SHARES)
-        self.answer_empty = counter("answer_empty", "Replies with an empty answer")
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens, audio included")
-        self.audio_tokens = counter("audio_tokens", "Prompt tokens that encode audio")
-        self.cached_tokens = counter("cached_tokens", "Prompt tokens found in the engine's cache")
-        self.completion_tokens = counter("completion_tokens", "Visible tokens generated")
-        self.pauses = counter("pauses", "Pauses by section of the trace", "section")
-        self.pause_tokens = counter("pause_tokens", "Latent tokens generated in pauses")
-        self.pause_tokens_per_answer = histogram(
-            "pause_tokens_per_answer", "Latent tokens per answer, for answers with a pause budget", (0, *TOKENS), "mode"
-        )
-        self.pause_seconds = histogram(
-            "pause_seconds", "Time from the pause token to the first token after the latent tokens", SECONDS
-        )
-        self.pause_confidence = histogram(
-            "pause_confidence", "Mean confidence of the token window that triggered a pause", SHARES
-        )
-        self.pauses_per_answer = histogram(
-            "pauses_per_answer", "Pauses per answer, for answers with a pause budget", COUNTS
-        )
-        self.lowest_confidence = histogram(
-            "lowest_group_confidence", "Lowest window confidence of an answer, for answers with a gate", SHARES
-        )
-        self.pause_budget_lowered = counter(
-            "pause_budget_lowered", "Requests with a reduced pause=auto budget, by reason", "by"
-        )
-        self.pause_budget_spent = counter("pause_budget_spent", "Requests that used their whole pause budget")
-        self.rejected = counter("rejected", "Requests that ended in an error, by status and reason", "code", "reason")
-        self.aborted = counter("aborted", "Requests that ended early, by phase and by cause", "phase", "by")
-        self.stream_errors = counter("stream_errors", "Streams with status 200 that ended in an error event", "reason")
-        self.connections_dropped = counter(
-            "connections_dropped", "Connections closed because the connection limit was reached"
-        )
-        self.auth_failures = counter(
-            "auth_failures", "Requests refused for a missing, wrong or insufficient API key", "reason"
-        )
-        self.waiting = gauge("queue_depth", "Requests that wait for a slot in the engine", "class")
-        self.oldest_wait = gauge(
-            "queue_oldest_seconds", "Waiting time of the oldest request in the engine queue", "class"
-        )
-        self.queue_wait = histogram(
-            "queue_wait_seconds", "Time that a request waited for a slot in the engine", SECONDS, "class"
-        )
-        self.in_flight = gauge("in_flight", "Admitted requests in progress")
-        self.batch_in_flight = gauge("batch_in_flight", "Admitted requests of class batch in progress")
-        self.max_in_flight = gauge("max_in_flight", "Limit of admitted requests (HYPER_MAX_IN_FLIGHT)")
-        self.engine_in_flight = gauge("engine_in_flight", "Requests with a slot in the engine")
-        self.decoding = gauge("decode_in_flight", "Clips that are decoded or wait for a decoder")
-        self.decoders_busy = gauge("decode_pool_busy", "Clips that are decoded now")
-        self.decoders_queued = gauge("decode_pool_queued", "Clips that wait for a decoder")
-        self.decoders = gauge("decode_pool_size", "Limit of clips decoded at the same time (HYPER_DECODE_WORKERS)")
-        self.ready = gauge("ready", "1 while the service accepts questions")
-        self.draining = gauge("draining", "1 while the service shuts down")
-        self.engine_up = gauge("engine_up", "1 while the engine runs")
-        self.engine_restarts = counter("engine_restarts", "Restarts of the engine by reason", "reason")
-        self.canary_seconds = gauge("canary_seconds", "Duration of the test question at the engine's last start")
-        self.canary_ok = gauge("canary_ok", "1 after the engine has answered its test question")
-        self.suspected_clips = gauge("suspected_clips", "Clips that were in the engine when it failed")
-        self.poisoned_clips = gauge("poisoned_clips", "Clips that are refused because the engine failed twice on them")
-        self.event_loop_lag = histogram("event_loop_lag_seconds", "Delay of the event loop behind its timer", SECONDS)
-        self.decoder_deaths = counter(
+        self.decoder_deaths = self._counter(
             "decoder_deaths", "Decoder processes that ended without a result, by reason", "reason"
         )
-        self.decode_peak = gauge("decode_peak_bytes", "Largest memory use of a decoder process")
-        self.sandbox = Info("hyper_decode_sandbox", "Active sandbox layers of the decoder", registry=registry)
-        self.build = Info("hyper_build", "Version, checkpoint and engine of the running service", registry=registry)
-        self.show_zeros()
+        self.decode_peak = self._gauge("decode_peak_bytes", "Largest memory use of a decoder process")
+        self.sandbox = Info("hyper_decode_sandbox", "Active sandbox layers of the decoder", registry=self.registry)
+
+    def _define_trace_metrics(self) -> None:
+        """Define the metrics of traces, answers and tokens."""
+        self.section_seconds = self._histogram(
+            "section_seconds", "Time to generate one section of a trace", SECONDS, "section"
+        )
+        self.section_tokens = self._histogram("section_tokens", "Tokens of one section of a trace", TOKENS, "section")
+        self.sections_missing = self._counter(
+            "sections_missing", "Traces without a required section, by section", "section"
+        )
+        self.parse_failures = self._counter("parse_failures", "Traces with a wrong format, by kind of failure", "kind")
+        self.reflections = self._counter(
+            "reflections", "Traces with a REFLECT section, by whether the answer changed", "changed"
+        )
+        self.traces = self._counter("traces", "Traces by format and termination", "format", "termination")
+        self.answer_confidence = self._histogram("answer_confidence", "Probability of the chosen option", SHARES)
+        self.answer_empty = self._counter("answer_empty", "Replies with an empty answer")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, audio included")
+        self.audio_tokens = self._counter("audio_tokens", "Prompt tokens that encode audio")
+        self.cached_tokens = self._counter("cached_tokens", "Prompt tokens found in the engine's cache")
+        self.completion_tokens = self._counter("completion_tokens", "Visible tokens generated")
+
+    def _define_pause_metrics(self) -> None:
+        """Define the metrics of pauses."""
+        self.pauses = self._counter("pauses", "Pauses by section of the trace", "section")
+        self.pause_tokens = self._counter("pause_tokens", "Latent tokens generated in pauses")
+        self.pause_tokens_per_answer = self._histogram(
+            "pause_tokens_per_answer", "Latent tokens per answer, for answers with a pause budget", (0, *TOKENS), "mode"
+        )
+        self.pause_seconds = self._histogram(
+            "pause_seconds", "Time from the pause token to the first token after the latent tokens", SECONDS
+        )
+        self.pause_confidence = self._histogram(
+            "pause_confidence", "Mean confidence of the token window that triggered a pause", SHARES
+        )
+        self.pauses_per_answer = self._histogram(
+            "pauses_per_answer", "Pauses per answer, for answers with a pause budget", COUNTS
+        )
+        self.lowest_confidence = self._histogram(
+            "lowest_group_confidence", "Lowest window confidence of an answer, for answers with a gate", SHARES
+        )
+        self.pause_budget_lowered = self._counter(
+            "pause_budget_lowered", "Requests with a reduced pause=auto budget, by reason", "by"
+        )
+        self.pause_budget_spent = self._counter("pause_budget_spent", "Requests that used their whole pause budget")
+
+    def _define_engine_metrics(self) -> None:
+        """Define the metrics of admission, queue, engine and process."""
+        self.waiting = self._gauge("queue_depth", "Requests that wait for a slot in the engine", "class")
+        self.oldest_wait = self._gauge(
+            "queue_oldest_seconds", "Waiting time of the oldest request in the engine queue", "class"
+        )
+        self.queue_wait = self._histogram(
+            "queue_wait_seconds", "Time that a request waited for a slot in the engine", SECONDS, "class"
+        )
+        self.in_flight = self._gauge("in_flight", "Admitted requests in progress")
+        self.batch_in_flight = self._gauge("batch_in_flight", "Admitted requests of class batch in progress")
+        self.max_in_flight = self._gauge("max_in_flight", "Limit of admitted requests (HYPER_MAX_IN_FLIGHT)")
+        self.engine_in_flight = self._gauge("engine_in_flight", "Requests with a slot in the engine")
+        self.ready = self._gauge("ready", "1 while the service accepts questions")
+        self.draining = self._gauge("draining", "1 while the service shuts down")
+        self.engine_up = self._gauge("engine_up", "1 while the engine runs")
+        self.engine_restarts = self._counter("engine_restarts", "Restarts of the engine by reason", "reason")
+        self.canary_seconds = self._gauge("canary_seconds", "Duration of the test question at the engine's last start")
+        self.canary_ok = self._gauge("canary_ok", "1 after the engine has answered its test question")
+        self.suspected_clips = self._gauge("suspected_clips", "Clips that were in the engine when it failed")
+        self.poisoned_clips = self._gauge(
+            "poisoned_clips", "Clips that are refused because the engine failed twice on them"
+        )
+        self.event_loop_lag = self._histogram(
+            "event_loop_lag_seconds", "Delay of the event loop behind its timer", SECONDS
+        )
+        self.build = Info(
+            "hyper_build", "Version, checkpoint and engine of the running service", registry=self.registry
+        )
 
     def show_zeros(self) -> None:
         """Initialise metrics with few labels to 0: otherwise a rate would miss the first event."""
