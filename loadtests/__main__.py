@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 import click
 
-from loadtests.scenarios import SCENARIOS
+from loadtests.scenarios import SCENARIOS, Figure
 
 
 @click.group()
@@ -86,7 +87,6 @@ def run(
     from loadtests.driver import DriverLateError
     from loadtests.experiment import Experiment, write
     from loadtests.report import table
-    from loadtests.scenarios import figures_table
     from loadtests.target import target_of
     from loadtests.workload import Clips
 
@@ -115,9 +115,16 @@ def run(
     write(out, result, experiment.reports)
     if experiment.reports:
         click.echo(table(experiment.reports))
-    click.echo(figures_table(figures))
-    click.echo(json.dumps({each.name: each.value for each in figures}))
+    echo_figures(figures)
     sys.exit(0 if result["is_met"] else 1)
+
+
+def echo_figures(figures: Sequence[Figure]) -> None:
+    """Print figures as a table and as one line of JSON."""
+    from loadtests.scenarios import figures_table
+
+    click.echo(figures_table(figures))
+    click.echo(json.dumps({figure.name: figure.value for figure in figures}))
 
 
 @main.command()
@@ -149,13 +156,14 @@ def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], lo
 
     The systems alternate in one run; every figure is a ratio within it. The last line is JSON.
     """
-    from loadtests.bench import Bench, Figure, measure_engine, measure_throughput, table
+    from loadtests.bench import Bench, measure_engine, measure_throughput, table
+    from loadtests.bench import Figure as Ratio
 
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     setup = Bench(checkpoint, clips, rounds, log, say=lambda text: click.echo(text, err=True))
     measures = {"engine": measure_engine, "throughput": measure_throughput}
-    figures: list[Figure] = []
+    figures: list[Ratio] = []
     for name, measure in measures.items():
         if name in (parts or measures):
             found = measure(setup)

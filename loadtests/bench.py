@@ -75,6 +75,10 @@ class Rounds:
         self.ours.append(ours)
         self.theirs.append(theirs)
 
+    def medians_ms(self) -> str:
+        """Return both medians in milliseconds, ours first."""
+        return " and ".join(f"{1000 * statistics.median(seconds):.2f} ms" for seconds in (self.ours, self.theirs))
+
     def figure(self, name: str, aim: str) -> Figure:
         """Return the ratio of ours to theirs."""
         ratios = [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
@@ -198,12 +202,9 @@ def measure_engine(bench: Bench) -> list[Figure]:
             steps.add(ours.ask("step", is_armed=True, **arguments), stock.ask("step", is_armed=False, **arguments))
             bench.say(f"steps {number + 1}/{bench.rounds}")
     cost_parallel, cost_sampled = statistics.median(costs["parallel"]), statistics.median(costs["sampled"])
-    bench.say(
-        f"a pause costs {1000 * cost_parallel:.1f} ms parallel, {1000 * cost_sampled:.1f} ms sampled; first token "
-        f"{1000 * statistics.median(first.ours):.1f} ms ours, {1000 * statistics.median(first.theirs):.1f} ms stock, "
-        f"{1000 * statistics.median(second.ours):.1f} ms for a second question; step "
-        f"{1000 * statistics.median(steps.ours):.2f} ms armed, {1000 * statistics.median(steps.theirs):.2f} ms stock"
-    )
+    bench.say(f"a pause costs {1000 * cost_parallel:.1f} ms parallel, {1000 * cost_sampled:.1f} ms sampled")
+    bench.say(f"first token: {first.medians_ms()}; second question and first: {second.medians_ms()}")
+    bench.say(f"step, armed and stock: {steps.medians_ms()}")
     # One parallel pause is below the noise of a single round, so each sampled pause is divided by their median.
     speedups = [sampled_s / cost_parallel for sampled_s in costs["sampled"]]
     return [

@@ -87,6 +87,15 @@ class Findings:
             self.wrong.append(reason)
 
 
+def schema_of(document: dict[str, Any]) -> Any:
+    """Return schemathesis' schema of an OpenAPI document, with clips for its binary fields."""
+    load_all_checks()
+    clips = clip_bytes()
+    schemathesis.openapi.format("binary", clips)
+    schemathesis.openapi.format("byte", clips.map(lambda data: base64.b64encode(data).decode()))
+    return schemathesis.openapi.from_dict(document)
+
+
 def generate(
     url: str,
     key: str | None,
@@ -108,13 +117,9 @@ def generate(
             get 401.
         document: Replacement for the service's own document.
     """
-    load_all_checks()
-    clips = clip_bytes()
-    schemathesis.openapi.format("binary", clips)
-    schemathesis.openapi.format("byte", clips.map(lambda data: base64.b64encode(data).decode()))
     document = document or describe(url, bearer(key))
     headers = {} if is_withheld else bearer(key)
-    schema = schemathesis.openapi.from_dict(document)
+    schema = schema_of(document)
     known = json.dumps(document)
     checks: Any = [CHECKS.get_one(name) for name in CHECKED]
     findings = Findings()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -193,49 +194,60 @@ class Canary:
         return self.word in reply.text or f'"sample_rate_hz":{CANARY_RATE_HZ},' in reply.text.replace(" ", "")
 
 
+class FileOutcomes:
+    """Outcomes of hostile files, counted by several clients.
+
+    Attributes:
+        statuses: Number of replies by status; 599 for a failed connection.
+        wrong: The first replies that are server errors or reveal the canary file.
+        num_ours: Server errors.
+        num_betrayed: Replies that reveal the canary file.
+    """
+
+    def __init__(self, canary: Canary, say: Callable[[str], None]) -> None:
+        self.canary = canary
+        self.say = say
+        self.statuses: collections.Counter[int] = collections.Counter()
+        self.seconds: list[float] = []
+        self.wrong: list[str] = []
+        self.num_ours = self.num_betrayed = 0
+        self.lock = threading.Lock()
+
+    def send(self, client: httpx.Client, file: tuple[str, bytes]) -> None:
+        """Send one file and count its outcome."""
+        name, data = file
+        fields = {"question": "What is heard?", "reasoning": "answer"}
+        started_s = time.perf_counter()
+        try:
+            reply = client.post(QA_PATH, data=fields, files={"file": ("clip", data)})
+        except httpx.HTTPError as fault:
+            reply = httpx.Response(599, text=type(fault).__name__)
+        took_s = time.perf_counter() - started_s
+        with self.lock:
+            self.statuses[reply.status_code] += 1
+            self.seconds.append(took_s)
+            is_ours, is_betrayed = reply.status_code >= 500, self.canary.is_in(reply)
+            self.num_ours += is_ours
+            self.num_betrayed += is_betrayed
+            if (is_ours or is_betrayed) and len(self.wrong) < KEPT:
+                self.wrong.append(f"{name}: {reply.status_code} after {took_s:.1f} s: {reply.text[:200]}")
+            if len(self.seconds) % 500 == 0:
+                self.say(f"files: {len(self.seconds)} sent, {self.num_ours} server errors, {dict(self.statuses)}")
+
+
 def files(stress: StressRun) -> Result:
     """Send hostile files, and watch the port and the file of their traps."""
-    statuses: collections.Counter[int] = collections.Counter()
-    seconds: list[float] = []
-    wrong: list[str] = []
-    num_ours = num_betrayed = 0
-    lock = threading.Lock()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         canary = Canary(folder)
         listener = stack.enter_context(Listener())
         is_noted = reading_is_noted(folder)
         num_sprung = spring(folder)
-        stress.say(f"files: outside of the box {num_sprung} of {len(UNBOXED_TRAPS)} traps call or read")
+        stress.say(f"files: outside the sandbox {num_sprung} of {len(UNBOXED_TRAPS)} traps call or read")
         good = hostile.clips(folder)
         target = stack.enter_context(stress.service(SHORT_TRACES))
         watch = stack.enter_context(DecoderWatch(target))
         client = stack.enter_context(httpx.Client(base_url=target.url, timeout=FILE_TIMEOUT_S))
-
-        def send(file: tuple[str, bytes]) -> None:
-            nonlocal num_ours, num_betrayed
-            name, data = file
-            started_s = time.perf_counter()
-            try:
-                reply = client.post(
-                    QA_PATH,
-                    data={"question": "What is heard?", "reasoning": "answer"},
-                    files={"file": ("clip", data)},
-                )
-            except httpx.HTTPError as fault:
-                reply = httpx.Response(599, text=type(fault).__name__)
-            took_s = time.perf_counter() - started_s
-            with lock:
-                statuses[reply.status_code] += 1
-                seconds.append(took_s)
-                is_ours, is_betrayed = reply.status_code >= 500, canary.is_in(reply)
-                num_ours += is_ours
-                num_betrayed += is_betrayed
-                if (is_ours or is_betrayed) and len(wrong) < KEPT:
-                    wrong.append(f"{name}: {reply.status_code} after {took_s:.1f} s: {reply.text[:200]}")
-                if len(seconds) % 500 == 0:
-                    stress.say(f"files: {len(seconds)} sent, {num_ours} server errors, {dict(statuses)}")
-
         sent = hostile.files(
             good,
             folder,
@@ -245,26 +257,27 @@ def files(stress: StressRun) -> Result:
             stress.seed,
             has_silences=stress.num_files >= MIN_FOR_SILENCES,
         )
+        outcomes = FileOutcomes(canary, stress.say)
         with ThreadPoolExecutor(NUM_CLIENTS) as clients:
-            for _ in each_with_a_bound(clients, send, sent):
+            for _ in each_with_a_bound(clients, functools.partial(outcomes.send, client), sent):
                 pass
         values = metrics_of(target)
-        num_ours += not target.is_ready()
-        num_reads = num_betrayed + canary.was_read()
-    num = len(seconds)
+        num_ours = outcomes.num_ours + (not target.is_ready())
+        num_reads = outcomes.num_betrayed + canary.was_read()
+    num = len(outcomes.seconds)
     figures = [
         Figure("audio_5xx", num_ours, num),
         Figure("decoder_outbound", listener.num_calls + len(watch.sockets), num),
         Figure("foreign_reads", num_reads, num),
         Figure("decode_peak_mib", round(values["hyper_decode_peak_bytes"] / MEBIBYTE, 1), num),
         Figure("decoder_deaths", values["hyper_decoder_deaths_total"], num),
-        Figure("audio_p99_ms", round(1000 * (percentile(seconds, 99) or 0.0), 1), num),
+        Figure("audio_p99_ms", round(1000 * (percentile(outcomes.seconds, 99) or 0.0), 1), num),
         Figure("traps_sprung_unboxed", num_sprung, len(UNBOXED_TRAPS)),
     ]
     return figures, {
-        "statuses": dict(sorted(statuses.items())),
-        "wrong": wrong,
-        "slowest_s": round(max(seconds), 2),
+        "statuses": dict(sorted(outcomes.statuses.items())),
+        "wrong": outcomes.wrong,
+        "slowest_s": round(max(outcomes.seconds), 2),
         "reading_is_noted": is_noted,
         "decoder_looks": watch.num_looks,
         "decoder_state": watch.state,

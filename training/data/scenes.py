@@ -138,6 +138,16 @@ class _Placed:
         return self.start_s + len(self.samples_S) / SAMPLE_RATE_HZ
 
 
+def _sum_speech(placed: Sequence[_Placed], num_samples: int) -> np.ndarray:
+    """Return the sum of all turns, cut at `num_samples`."""
+    speech_S = np.zeros(num_samples, np.float32)
+    for item in placed:
+        begin = int(item.start_s * SAMPLE_RATE_HZ)
+        piece_S = item.samples_S[: num_samples - begin]
+        speech_S[begin : begin + len(piece_S)] += piece_S
+    return speech_S
+
+
 class SceneBuilder:
     """Source of scenes of one split, drawn and rendered from a voice bank and recordings.
 
@@ -309,12 +319,7 @@ class SceneBuilder:
         end_s = max((item.end_s for item in placed), default=0.0)
         duration_s = end_s + rng.uniform(0.1, 0.5) if placed else rng.uniform(2.0, 6.0)
         num_samples = int(duration_s * SAMPLE_RATE_HZ)
-        speech_S = np.zeros(num_samples, np.float32)
-        for item in placed:
-            begin = int(item.start_s * SAMPLE_RATE_HZ)
-            piece_S = item.samples_S[: num_samples - begin]
-            speech_S[begin : begin + len(piece_S)] += piece_S
-
+        speech_S = _sum_speech(placed, num_samples)
         label = self._draw_label(rng, len(people))
         recording, background_line, contradicted, snr_db = None, None, None, None
         background_S = np.zeros(num_samples, np.float32)
