@@ -20,7 +20,7 @@ from locust import HttpUser, constant_throughput, events, task
 from locust.env import Environment
 from locust.exception import StopUser
 
-from loadtests.client import FIRST_TOKEN_EVENTS, QA_PATH, Question, error_code
+from loadtests.client import FIRST_TOKEN_EVENTS, QA_PATH, EventReader, Question, error_code
 from loadtests.workload import Clips, Mix, plan
 
 NUM_PLANNED = 500
@@ -99,25 +99,24 @@ class Listener(HttpUser):
                 response.failure(code)
             elif not question.is_stream:
                 meta["response_length"] = len(response.content)
-            # Read lines as they arrive; a fixed chunk size would wait for more bytes.
-            elif error := self.read(response.iter_lines(chunk_size=None), started_s):  # pyright: ignore[reportArgumentType]
+            # Read bytes as they arrive; a fixed chunk size would wait for more of them.
+            elif error := self.read(response.iter_content(chunk_size=None), started_s):
                 response.failure(error)
             meta["response_time"] = 1000 * (time.perf_counter() - started_s)
 
-    def read(self, lines: Iterable[bytes], started_s: float) -> str | None:
+    def read(self, chunks: Iterable[bytes], started_s: float) -> str | None:
         """Read a stream, record the time of its first token, and return the reason for a failure, or None."""
-        name = ""
+        reader = EventReader()
         is_first = True
-        for line in lines:
-            if line.startswith(b"event:"):
-                name = line.removeprefix(b"event:").strip().decode()
+        for chunk in chunks:
+            for name, data in reader.feed(chunk):
                 if is_first and name in FIRST_TOKEN_EVENTS:
                     is_first = False
                     self.note("first token", started_s)
-            elif line.startswith(b"data:") and name == "error":
-                return error_code(line.removeprefix(b"data:"), "error_event")
-            elif line.startswith(b"data:") and name == "done":
-                return None
+                if name == "error":
+                    return error_code(data, "error_event")
+                if name == "done":
+                    return None
         return "no done event"
 
     def note(self, name: str, started_s: float) -> None:

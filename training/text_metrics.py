@@ -8,7 +8,9 @@ MMAU and MMAR).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+
+from rapidfuzz.distance import Levenshtein
 
 from hyper_model.trace import choice_label, environment_labels, render_choice
 
@@ -24,14 +26,9 @@ def words(text: str) -> list[str]:
     return "".join(c if c.isalnum() or c.isspace() else " " for c in text.lower()).split()
 
 
-def edit_distance(reference: Sequence[object], hypothesis: Sequence[object]) -> int:
-    """Returns the Levenshtein distance (Levenshtein 1966, one row at a time)."""
-    row = list(range(len(hypothesis) + 1))
-    for i, item in enumerate(reference, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(hypothesis, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (item != other))
-    return row[-1]
+def edit_distance(reference: Sequence[Hashable], hypothesis: Sequence[Hashable]) -> int:
+    """Return the Levenshtein distance, of characters for texts and of words for lists of words."""
+    return Levenshtein.distance(reference, hypothesis)
 
 
 def similarity(one: str, other: str) -> float:

@@ -11,7 +11,6 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtests.__main__ import main
-from loadtests.client import CANCELLED, Outcome, error_code, events, open_session, timings
+from loadtests.client import CANCELLED, EventReader, Outcome, error_code, open_session, timings
 from loadtests.driver import DriverLateError, require_punctual, run_open_loop
 from loadtests.experiment import Experiment
 from loadtests.report import account, percentile, summarize, table
@@ -34,16 +33,9 @@ from tests.serving import Live, running, scripted, tone
 SEED = 7
 
 
-async def chunks_of(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:
-    for chunk in chunks:
-        yield chunk
-
-
 def read_events(*chunks: bytes) -> list[tuple[str, bytes]]:
-    async def collect() -> list[tuple[str, bytes]]:
-        return [event async for event in events(chunks_of(chunks))]
-
-    return asyncio.run(collect())
+    reader = EventReader()
+    return [event for chunk in chunks for event in reader.feed(chunk)]
 
 
 def outcome(due_s: float = 0.0, e2e_s: float = 1.0, error: str | None = None, **fields: Any) -> Outcome:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import comb
 
 import numpy as np
+from scipy.stats import binomtest
 
 NUM_DRAWS = 2_000
 SEED = 0
@@ -153,8 +153,7 @@ def compare(one: Sums, other: Sums, statistic: Statistic = ratio) -> Difference:
 def mcnemar(only_first: int, only_other: int) -> float:
     """Returns the exact two-sided p of McNemar's test (1947): a binomial test of the items on which two disagree."""
     num = only_first + only_other
-    tail = sum(comb(num, k) for k in range(min(only_first, only_other) + 1))
-    return min(1.0, 2 * tail / 2**num)
+    return float(binomtest(only_first, num).pvalue) if num else 1.0
 
 
 def _draws(sums: Sums) -> np.ndarray:

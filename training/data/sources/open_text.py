@@ -19,6 +19,7 @@ from typing import Literal
 
 from training.data.sources.downloads import MissingDataError
 from training.data.sources.sentences import SLOTS
+from training.data.sources.spelled_numbers import spell_number, spell_ordinal, spell_year
 
 Split = Literal["train", "validation", "test"]
 
@@ -37,55 +38,6 @@ _UNWANTED = re.compile(
     r"prostitut\w*|genocid\w*|suicid\w*|lynch\w*|tortur\w*|murder\w*|jews?|jewish|negro\w*|masturbat\w*|erotic\w*|porn\w*)\b",
     re.IGNORECASE,
 )
-
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
-_ORDINAL = {
-    "one": "first",
-    "two": "second",
-    "three": "third",
-    "five": "fifth",
-    "eight": "eighth",
-    "nine": "ninth",
-    "twelve": "twelfth",
-}
-
-
-def spell_number(number: int) -> str:
-    """Write a whole number below a million in words, without hyphens or "and".
-
-    Raises:
-        ValueError: the number is negative or too large.
-    """
-    if not 0 <= number < 1_000_000:
-        raise ValueError(f"numbers from 0 to 999,999 are spelled, got {number}")
-    if number < 20:
-        return _ONES[number]
-    if number < 100:
-        return _TENS[number // 10] + (f" {_ONES[number % 10]}" if number % 10 else "")
-    size, name = (100, "hundred") if number < 1000 else (1000, "thousand")
-    rest = f" {spell_number(number % size)}" if number % size else ""
-    return f"{spell_number(number // size)} {name}{rest}"
-
-
-def spell_ordinal(number: int) -> str:
-    """Write "twenty third" for 23."""
-    *head, last = spell_number(number).split()
-    regular = last[:-1] + "ieth" if last.endswith("y") else last + "th"
-    return " ".join([*head, _ORDINAL.get(last, regular)])
-
-
-def spell_year(year: int) -> str:
-    """Write a year from 1100 to 2099 as it is read: "nineteen oh five", "two thousand four", "twenty twelve"."""
-    century, rest = divmod(year, 100)
-    if 2000 <= year < 2010:
-        return spell_number(year)
-    if rest == 0:
-        return f"{spell_number(century)} hundred"
-    return f"{spell_number(century)} {'oh ' if rest < 10 else ''}{spell_number(rest)}"
 
 
 def _spell_token(match: re.Match[str]) -> str:
@@ -317,9 +269,9 @@ def _draw_figure(symbol: str, rng: random.Random) -> str | None:
     """Draw a number in the form that the symbol names; None where the symbol is a rule of the grammar."""
     match symbol:
         case "digits":
-            return " ".join(_ONES[rng.randrange(10)] for _ in range(rng.choice((5, 6, 7))))
+            return " ".join(spell_number(rng.randrange(10)) for _ in range(rng.choice((5, 6, 7))))
         case "digits4":
-            return " ".join(_ONES[rng.randrange(10)] for _ in range(rng.choice((3, 4))))
+            return " ".join(spell_number(rng.randrange(10)) for _ in range(rng.choice((3, 4))))
         case "money":
             return _money(rng)
         case "clock":

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
 from tqdm import tqdm
 from transformers.audio_utils import mel_filter_bank
 
@@ -275,23 +276,12 @@ def pitch_hz(samples_S: np.ndarray) -> float:
 
 def cluster(embeddings_WE: np.ndarray, threshold: float) -> list[int]:
     """Groups windows by average linkage of the cosine distance, until the nearest two groups are further apart."""
-    if not len(embeddings_WE):
-        return []
+    if len(embeddings_WE) < 2:
+        return [0] * len(embeddings_WE)
     distance = 1 - embeddings_WE @ embeddings_WE.T
-    groups = [[place] for place in range(len(embeddings_WE))]
-    while len(groups) > 1:
-        pairs = [(a, b) for a in range(len(groups)) for b in range(a)]
-        means = [float(distance[np.ix_(groups[a], groups[b])].mean()) for a, b in pairs]
-        nearest = int(np.argmin(means))
-        if means[nearest] > threshold:
-            break
-        a, b = pairs[nearest]
-        groups[b] += groups.pop(a)
-    owners = [0] * len(embeddings_WE)
-    for number, group in enumerate(groups):
-        for place in group:
-            owners[place] = number
-    return owners
+    # Only the upper triangle counts: rounding makes the matrix slightly asymmetric.
+    links = linkage(distance[np.triu_indices(len(distance), 1)], "average")
+    return [int(label) for label in fcluster(links, threshold, "distance")]
 
 
 def speakers_of(windows: Windows, threshold: float) -> list[int]:

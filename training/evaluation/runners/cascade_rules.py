@@ -12,21 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from training.data.sources.spelled_numbers import spell_number
 from training.text_metrics import similarity, words
 
 BACKGROUND_DB = 9.0
 """Level difference to the loudest turn for a background voice."""
 
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _SHORT_FORMS = {"mr": "mister", "mrs": "missus", "dr": "doctor", "st": "saint", "ok": "okay", "grey": "gray"}
 _COUNT_WORDS = ("nobody", "one", "two", "three", "four", "five", "six")
 _WEEKDAYS = set("monday tuesday wednesday thursday friday saturday sunday".split())
 _MONTHS = set("january february march april may june july august september october november december".split())
-_HOURS = {*_SMALL[1:13], "noon", "midnight"}
+_HOURS = {*map(spell_number, range(1, 13)), "noon", "midnight"}
+_NUMBER_WORDS = {word for number in range(100) for word in spell_number(number).split()}
 _STOP_WORDS = set(
     "a an the is are was were be been am do does did to of in on at for with and or it its that this these those there "
     "who what which where when why how many much will would shall should can could has have had not no speaker speak "
@@ -40,7 +37,7 @@ def plain_words(word: str) -> tuple[str, ...]:
     for match in re.finditer(r"\d+|[^\W\d_]+(?:'[^\W\d_]+)?", word.replace(",", "")):
         piece = match[0]
         if piece.isdigit():
-            spelled += spell_number(int(piece))
+            spelled += _spelled(int(piece))
             if "$" in word:
                 spelled.append("dollars")
             elif "€" in word:
@@ -50,17 +47,11 @@ def plain_words(word: str) -> tuple[str, ...]:
     return tuple(spelled)
 
 
-def spell_number(number: int) -> list[str]:
+def _spelled(number: int) -> list[str]:
     """Return the words of a number below a million; larger numbers digit by digit."""
-    if number < 20:
-        return [_SMALL[number]]
-    if number < 100:
-        return [_TENS[number // 10 - 2], *([_SMALL[number % 10]] if number % 10 else [])]
-    if number < 1_000:
-        return [_SMALL[number // 100], "hundred", *(spell_number(number % 100) if number % 100 else [])]
     if number < 1_000_000:
-        return [*spell_number(number // 1_000), "thousand", *(spell_number(number % 1_000) if number % 1_000 else [])]
-    return [_SMALL[int(digit)] for digit in str(number)]
+        return spell_number(number).split()
+    return [spell_number(int(digit)) for digit in str(number)]
 
 
 @dataclass(frozen=True)
@@ -257,7 +248,7 @@ def _of_kind(question: str, turn: HeardTurn, left: Sequence[str]) -> str:
     """Return the words of a turn of the question's kind: a number, a day, a name or a thing."""
     lower = [word.lower() for word in left]
     kinds: list[tuple[str, Callable[[str, str], bool]]] = [
-        ("how many|how much", lambda low, _: low in {*_SMALL, *_TENS}),
+        ("how many|how much", lambda low, _: low in _NUMBER_WORDS),
         ("time|hour|when", lambda low, _: low in _WEEKDAYS | _MONTHS | _HOURS),
         ("day", lambda low, _: low in _WEEKDAYS),
         ("^who|whose|whom", lambda low, word: word[:1].isupper() and low not in _WEEKDAYS | _MONTHS),

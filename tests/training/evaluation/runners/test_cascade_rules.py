@@ -11,7 +11,7 @@ from training.data.questions import KINDS, draw_example, possible_kinds
 from training.data.scenes import Scene, SceneBuilder
 from training.data.sources.recordings import BACKGROUND_SPEECH, QUIET, labels
 from training.data.sources.voices import Bank
-from training.evaluation.runners.cascade_rules import Heard, HeardTurn, plain_words, reply_to, spell_number
+from training.evaluation.runners.cascade_rules import Heard, HeardTurn, plain_words, reply_to
 
 
 def heard_of(scene: Scene) -> Heard:
@@ -72,8 +72,8 @@ def test_what_the_recogniser_writes_is_read_as_it_is_said() -> None:
     ]
     assert said[:4] == ["mister", "seventeen", "dollars", "seven"]
     assert said[4:] == ["o'clock", "twenty", "one", "saint", *"one thousand two hundred fifty gray".split()]
-    assert spell_number(0) == ["zero"] and spell_number(40) == ["forty"]
-    assert spell_number(2_000_000) == ["two", *["zero"] * 6]
+    assert plain_words("0") == ("zero",) and plain_words("40") == ("forty",)
+    assert plain_words("2,000,000") == ("two", *["zero"] * 6)
 
 
 def test_a_quiet_voice_behind_the_others_is_no_speaker() -> None:
