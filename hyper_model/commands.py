@@ -22,7 +22,7 @@ class _Group(CommandGroup):
 
 @click.group(cls=_Group)
 def checkpoint() -> None:
-    """Verify, describe, adopt and calibrate checkpoints."""
+    """Verify, describe, adopt, compose and calibrate checkpoints."""
 
 
 @checkpoint.command()
@@ -159,3 +159,40 @@ def positions(source: Path, destination: Path) -> None:
 
     made = give_positions(source, destination)
     click.echo(f"{made.manifest.name}: written to {destination}, pauses of {made.manifest.pause.latent_tokens} tokens")
+
+
+@checkpoint.command()
+@click.argument("parts", type=click.Path(exists=True, file_okay=False, path_type=Path), required=False)
+@click.option(
+    "--to",
+    "destination",
+    type=_DIRECTORY,
+    help="The directory to write.  [default: one in the cache, $HYPER_CACHE or ~/.cache/hyper]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint at --to.")
+@click.option("--untrained", is_flag=True, help="Compose a base to train on, without PARTS; it needs --to.")
+@click.option(
+    "--audio-stack",
+    type=click.IntRange(1, 8),
+    default=2,
+    show_default=True,
+    help="Encoder rows of 40 ms per audio token, with --untrained.",
+)
+def compose(parts: Path | None, destination: Path | None, overwrite: bool, untrained: bool, audio_stack: int) -> None:
+    """Compose hyper-small from pinned packages and the trained parts in PARTS.
+
+    The packages of `requirements/small.txt` hold Whisper base and SmolLM2-135M-Instruct. Their files are checked by
+    sum. A composed checkpoint in the cache is verified and kept; one at --to is written anew.
+    """
+    from hyper_model import compose as composing
+
+    if untrained == (parts is not None):
+        raise click.UsageError("give either PARTS or --untrained")
+    if untrained and destination is None:
+        raise click.UsageError("--untrained needs --to")
+    found = composing.read_parts(parts) if parts is not None else composing.untrained("hyper-small-base", audio_stack)
+    if destination is None:
+        made = composing.compose_once(found, report=click.echo)
+    else:
+        made = composing.compose(found, destination, report=click.echo, overwrite=overwrite)
+    click.echo(f"{made.manifest.name}: {made.path} (manifest sha256 {made.manifest_sha256[:12]})")

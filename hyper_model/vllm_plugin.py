@@ -23,11 +23,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from transformers import BatchFeature
+from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.qwen2_audio import (
     Qwen2AudioDummyInputsBuilder,
     Qwen2AudioForConditionalGeneration,
     Qwen2AudioMultiModalProcessor,
+    Qwen2AudioMultiModalProjector,
     Qwen2AudioProcessingInfo,
 )
 from vllm.model_executor.models.registry import ModelRegistry
@@ -36,7 +38,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
-from hyper_model.audio_encoder import HOP, MAX_SAMPLES, WINDOW, LogMel, encode, num_states_of_mel
+from hyper_model.audio_encoder import HOP, MAX_SAMPLES, WINDOW, LogMel, audio_stack, encode, num_states_of_mel
 from hyper_model.audio_limits import SAMPLE_RATE_HZ
 
 ARCHITECTURE = "Qwen2AudioForConditionalGeneration"
@@ -104,16 +106,22 @@ class UnpaddedAudioProcessor(Qwen2AudioMultiModalProcessor):
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
+        stack = audio_stack(self.info.get_hf_config())
+
         def audio_tokens(item_index: int) -> list[int]:
-            return [self.audio_token_id] * _num_audio_tokens(out_mm_kwargs["audio"][item_index].get_data())
+            return [self.audio_token_id] * _num_audio_tokens(out_mm_kwargs["audio"][item_index].get_data(), stack)
 
         return [PromptReplacement(modality="audio", target=[self.audio_token_id], replacement=audio_tokens)]
 
 
-def _num_audio_tokens(item: Mapping[str, Any]) -> int:
-    """Return the number of audio tokens of a processed clip, or of a clip given as embeddings."""
+def _num_audio_tokens(item: Mapping[str, Any], stack: int) -> int:
+    """Return the number of audio tokens of a processed clip, or of a clip given as embeddings.
+
+    Args:
+        stack: Rows of the tower that one audio token joins.
+    """
     if "input_features" in item:
-        return num_states_of_mel(item["input_features"].shape[1]) // 2
+        return -(-(num_states_of_mel(item["input_features"].shape[1]) // 2) // stack)
     if "audio_num_tokens" in item:
         return int(item["audio_num_tokens"])
     return item["audio_embeds"].shape[0]
@@ -123,7 +131,17 @@ def _num_audio_tokens(item: Mapping[str, Any]) -> int:
     UnpaddedAudioProcessor, info=Qwen2AudioProcessingInfo, dummy_inputs=Qwen2AudioDummyInputsBuilder
 )
 class UnpaddedQwen2Audio(Qwen2AudioForConditionalGeneration):
-    """Qwen2-Audio model with a tower run once per step, on all clips packed without padding."""
+    """Qwen2-Audio model with a tower run once per step, on all clips packed without padding.
+
+    The projector reads `audio_stack` rows of the tower at once; config.json sets the number.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.stack = audio_stack(self.config)
+        if self.stack > 1:
+            width = self.config.audio_config.d_model * self.stack
+            self.multi_modal_projector = Qwen2AudioMultiModalProjector(width, self.config.text_config.hidden_size)
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """Return the embeddings [A, H] of each clip of a step.
@@ -135,5 +153,5 @@ class UnpaddedQwen2Audio(Qwen2AudioForConditionalGeneration):
         mels = cast("Sequence[torch.Tensor] | torch.Tensor | None", kwargs.get("input_features"))
         if mels is None:
             return super().embed_multimodal(**kwargs)
-        states_AD, num_tokens = encode(self.audio_tower, list(mels))
+        states_AD, num_tokens = encode(self.audio_tower, list(mels), self.stack)
         return self.multi_modal_projector(states_AD).split(num_tokens)

@@ -15,6 +15,7 @@ IMPORTS = {
     "train": ["torch", "tqdm", "transformers", "accelerate", "peft", "tensorboard"],
     "data": ["hibari", "onnxruntime"],
     "baseline": ["ctranslate2", "faster_whisper"],
+    "small": ["gguf"],
     "dev": ["pytest", "hypothesis", "schemathesis"],
     # Not locust itself: it replaces sockets everywhere as it is imported, and warns of those that are there already.
     "load": ["aiohttp", "gevent"],

@@ -34,6 +34,8 @@ cpu="--override requirements/overrides-cpu.txt --find-links $wheels --no-emit-pa
   compile data data $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt
   compile baseline baseline $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt \
     --constraint requirements/data.txt
+  compile small small $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt \
+    --constraint requirements/baseline.txt
   compile sbom sbom $cpu --constraint requirements/cpu.txt
   compile dev dev $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt \
     --constraint requirements/sbom.txt

@@ -41,13 +41,7 @@ VLLM_MODULES = {
 MEASURED_WITHOUT_HTTP = "loadtests.peers"
 """Module for the benchmark's peers in separate processes: engines and models without HTTP."""
 
-PURE_MODULES = (
-    "hyper_model.errors",
-    "hyper_model.trace",
-    "hyper_model.pause",
-    "hyper_model.answering",
-    "training.rl.rewards",
-)
+PURE_MODULES = ("hyper_model.errors", "hyper_model.trace", "hyper_model.pause", "training.rl.rewards")
 """Modules free of torch, transformers and vLLM, at any depth of imports."""
 
 HEAVY = {"torch", "transformers", "vllm"}
@@ -56,15 +50,15 @@ HTTP_LIBRARIES = {"fastapi", "starlette", "uvicorn", "httpx"}
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "server": (
-        "settings telemetry",
-        "api_keys errors",
+        "settings",
+        "api_keys telemetry",
+        "errors",
         "engines decoding quotas",
         "pause_budget request_context",
-        "error_handlers limiter",
-        "generation_stats",
-        "answering admission gauges",
+        "error_handlers",
+        "limiter",
         "service",
-        "middleware connection",
+        "answering replies middleware connection",
         "api",
         "app",
         "serving",
@@ -87,7 +81,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 VAGUE_NAMES = re.compile(r"^(utils?|common|helpers?|misc|core|services?_?layer|base_.*|managers?|.*_v\d+|.*_utils)$")
 """Module names without a meaning."""
 
-LOCKS = ("cpu", "gpu", "train", "data", "baseline", "dev", "load", "sbom")
+LOCKS = ("cpu", "gpu", "train", "data", "baseline", "small", "dev", "load", "sbom")
 BROKEN_BESIDE_CPU_TORCH = {"torchvision", "torchaudio", "torchcodec"}
 
 

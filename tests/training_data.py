@@ -101,12 +101,12 @@ class TinyRun:
         return self.trainer.run_model.policy.state_dict()
 
 
-def write_encoder(file: Path) -> Path:
-    """Write a small random encoder of Whisper tiny.en's width, in CTranslate2's format."""
+def write_encoder(file: Path, width: int = 384) -> Path:
+    """Write a small random encoder in CTranslate2's format; the default width is that of Whisper tiny.en."""
     if file.exists():
         return file
     rng = np.random.default_rng(0)
-    width, inner = 384, 4 * 384
+    inner = 4 * width
     shapes: dict[str, tuple[int, ...]] = {
         "conv1/weight": (width, 80, 3),
         "conv1/bias": (width,),

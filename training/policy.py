@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2Config
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
-from hyper_model.audio_encoder import encode, num_states_of_mel
+from hyper_model.audio_encoder import audio_stack, encode, num_states_of_mel
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.errors import CheckpointError
-from hyper_model.weights import canonical_name
+from hyper_model.weights import StoredTensors, canonical_name, read_entries, weight_files
 
 IGNORED = -100
 """Target of a position without a score: the prompt, the audio and every forced token."""
@@ -71,14 +71,17 @@ def branch(
     return Row(token_ids, targets, audio_at, clip, tuple(starts))
 
 
-def pack(rows: Sequence[Row], clips: Sequence[torch.Tensor], *, pad_id: int, is_encoded: bool) -> dict[str, Any]:
+def pack(
+    rows: Sequence[Row], clips: Sequence[torch.Tensor], *, pad_id: int, is_encoded: bool, stack: int = 1
+) -> dict[str, Any]:
     """Build the arguments of `HyperPolicy.forward`.
 
     Args:
         clips: Per clip, the encoder's states [A, D] or its log-mel [M, W] (`audio_encoder.LogMel`).
         is_encoded: True for encoder states.
+        stack: Rows of the tower that one audio token joins (`audio_encoder.audio_stack`); states come joined already.
     """
-    lengths = [len(clip) if is_encoded else num_states_of_mel(clip.shape[1]) // 2 for clip in clips]
+    lengths = [len(clip) if is_encoded else -(-(num_states_of_mel(clip.shape[1]) // 2) // stack) for clip in clips]
     starts = [sum(lengths[:c]) for c in range(len(clips))]
     sizes = [len(row.token_ids) - 1 + lengths[row.clip] for row in rows]
     shape = (len(rows), max(sizes))
@@ -135,7 +138,18 @@ class Scores(NamedTuple):
 
 
 class HyperPolicy(Qwen2AudioForConditionalGeneration):
-    """Qwen2-Audio for training; its parameters and their names are the library's."""
+    """Qwen2-Audio for training; its parameters and their names are the library's.
+
+    If the config has an `audio_stack`, the projector reads that many rows of the tower at once.
+    """
+
+    def __init__(self, config: Qwen2AudioConfig) -> None:
+        super().__init__(config)
+        self.stack = audio_stack(config)
+        if self.stack > 1:
+            projector: Any = self.model.multi_modal_projector
+            audio, text = cast(Any, config.audio_config), cast(Any, config.text_config)
+            projector.linear = nn.Linear(audio.d_model * self.stack, text.hidden_size)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -185,7 +199,7 @@ class HyperPolicy(Qwen2AudioForConditionalGeneration):
         embedded_BTH = model.language_model.get_input_embeddings()(token_ids_BT)
         if states_AD is None:
             assert mels_MW is not None
-            states_AD, _ = encode(model.audio_tower, mels_MW)
+            states_AD, _ = encode(model.audio_tower, mels_MW, self.stack)
         projected_AH = model.multi_modal_projector(states_AD.to(embedded_BTH.dtype))
         embedded_BTH = embedded_BTH.masked_scatter(is_audio_BT[..., None], projected_AH[audio_rows])
         output = model.language_model(
@@ -226,12 +240,20 @@ def open_policy(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -
         CheckpointError: A tensor is missing or unknown. The library itself would only warn and train a random tensor.
     """
     library: Any = Qwen2AudioForConditionalGeneration
+    config: Any = Qwen2AudioConfig.from_pretrained(str(checkpoint.path))
+    if audio_stack(config) > 1:
+        policy = HyperPolicy(config)
+        if policy.config.tie_word_embeddings:
+            tie(policy)
+        load_tensors(policy, StoredTensors(read_entries(weight_files(checkpoint.path))).items())
+        return policy.to(dtype).train()  # pyright: ignore[reportArgumentType]
     policy, info = library.from_pretrained(str(checkpoint.path), dtype=dtype, output_loading_info=True)
     wrong = {name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
     if wrong:
         raise CheckpointError(f"{checkpoint.path}: the weights do not fit: {wrong}")
     # The library finds the names on disk by its own class; ours only adds methods.
     policy.__class__ = HyperPolicy
+    policy.stack = 1
     if policy.config.tie_word_embeddings:
         tie(policy)
     return policy.train()
@@ -272,7 +294,9 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     for name, tensor in model.state_dict(keep_vars=False).items():
         bare = name.removeprefix("module.").removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if "lora_" in bare:
+        # peft keeps what it trains whole beside the module as it was.
+        bare = bare.replace(".modules_to_save.default.", ".")
+        if "lora_" in bare or ".original_module." in bare:
             continue
         full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         yield canonical_name(bare), full.detach()
