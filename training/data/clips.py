@@ -13,7 +13,7 @@ on no question or prompt.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -25,20 +25,28 @@ import torch
 from tqdm import tqdm
 
 from hyper_model.engine_environment import native_dtype
-from training.data.encoder import ClipEncoder, load_encoder
+from training.data.encoder import ClipEncoder, load_base_encoder, load_encoder
 from training.data.scenes import Scene, SceneBuilder, SceneSpeaker, Turn
 from training.data.sources.downloads import ENCODER_FILE, SOUNDS_FOLDER
 from training.data.sources.noise import NoiseFolder
 from training.data.sources.sentences import line_from_text
 from training.data.sources.voices import Bank, Split
 from training.data.speech import SpeechBuilder
+from training.data.talk import TalkBuilder
 
-ClipKind = Literal["speech", "scene", "noise"]
+ClipKind = Literal["speech", "scene", "noise", "talk"]
 
 CLIPS_PER_SHARD = 500
+BASE_ENCODER_WIDTH = 512
+"""Width of the states of talk: Whisper base's."""
 SEED_STRIDE = {"train": 0, "validation": 10_000_000, "test": 20_000_000}
 """First scene seed of each split; no two splits share a seed."""
-_KIND_STRIDE: dict[ClipKind, int] = {"scene": 0, "noise": 2_500_000, "speech": 5_000_000}
+_KIND_STRIDE: dict[ClipKind, int] = {"scene": 0, "noise": 2_500_000, "speech": 5_000_000, "talk": 7_500_000}
+
+
+def first_seed(kind: ClipKind, split: Split) -> int:
+    """Return the seed of the first clip of a kind and split."""
+    return SEED_STRIDE[split] + _KIND_STRIDE[kind]
 
 
 def scene_to_json(scene: Scene) -> dict[str, Any]:
@@ -70,12 +78,30 @@ def _build_shard(job: tuple[ClipKind, int, int, Split, Path, Path, Path, tuple[P
         own = NoiseFolder(noise, split) if kind == "noise" else None
         builder = SceneBuilder(bank, sounds_folder, split, noise=own)
     encode = ClipEncoder(load_encoder(assets / ENCODER_FILE), getattr(torch, native_dtype()))
-    first = SEED_STRIDE[split] + _KIND_STRIDE[kind] + shard * num_clips
+    return write_shard(folder, kind, split, shard, builder.draw, encode, num_clips=num_clips)
+
+
+def write_shard(
+    folder: Path,
+    kind: ClipKind,
+    split: Split,
+    shard: int,
+    draw: Callable[[int], tuple[Scene, np.ndarray]],
+    encode: ClipEncoder,
+    *,
+    num_clips: int = CLIPS_PER_SHARD,
+) -> str:
+    """Draws and encodes the clips of one shard, and returns its name.
+
+    Args:
+        draw: Returns the truth and the sound of a seed.
+    """
+    first = first_seed(kind, split) + shard * num_clips
     stem = _stem(kind, shard)
     rows: list[str] = []
     with (folder / f"{stem}.bf16").open("wb") as states:
         for seed in range(first, first + num_clips):
-            scene, samples_S = builder.draw(seed)
+            scene, samples_S = draw(seed)
             states_AD = encode(samples_S)
             rows.append(json.dumps({"num_tokens": len(states_AD), "scene": scene_to_json(scene)}))
             states.write(states_AD.bfloat16().contiguous().view(torch.int16).numpy().tobytes())
@@ -116,6 +142,33 @@ def build_clips(
             pass
 
 
+def build_talk(
+    assets: Path,
+    folder: Path,
+    split: Split,
+    *,
+    shards: range,
+    bank: Bank | None = None,
+    clips_per_shard: int = CLIPS_PER_SHARD,
+) -> None:
+    """Make those of the shards of talk that the folder lacks.
+
+    Whisper base is frozen and alignment reads each clip several times, so its states are kept: 25 kB per second.
+
+    Args:
+        assets: Folder of the fetched texts, recordings and voices.
+        bank: Utterances of slow synthesizers. A shard that is there stays as it is, with or without them.
+        clips_per_shard: The same for all shards of a folder: a clip's seed follows from its place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    builder = TalkBuilder(assets, split, bank=bank)
+    encode = ClipEncoder(load_base_encoder(), getattr(torch, native_dtype()))
+    for shard in tqdm(shards, desc=f"{split} talk", unit="shard"):
+        if not (folder / f"{_stem('talk', shard)}.jsonl").exists():
+            write_shard(folder, "talk", split, shard, builder.draw, encode, num_clips=clips_per_shard)
+
+
 @dataclass(frozen=True)
 class Clip:
     """A scene and the location of its encoder states."""
@@ -131,9 +184,10 @@ class Clip:
         return torch.from_numpy(raw).view(torch.bfloat16).reshape(self.num_tokens, width)
 
 
-def open_clips(folder: Path, width: int, *, kind: ClipKind | None = None) -> Iterator[Clip]:
+def open_clips(folder: Path, width: int, *, kind: ClipKind | None = None, shard: int | None = None) -> Iterator[Clip]:
     """Yield the clips of every finished shard in order, optionally of one kind."""
-    for index in sorted(folder.glob(f"{kind}-*.jsonl" if kind else "*.jsonl")):
+    number = "*" if shard is None else f"{shard:04d}"
+    for index in sorted(folder.glob(f"{kind or '*'}-{number}.jsonl")):
         offset = 0
         for line in index.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)

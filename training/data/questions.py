@@ -7,7 +7,7 @@ right answer, so their form gives no clue. This module depends on no audio, toke
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hyper_model.trace import Speaker, Trace
@@ -16,6 +16,9 @@ from training.data.sources import recordings as sounds
 from training.data.sources.open_text import content_words
 from training.data.sources.sentences import SLOTS, Line, draw_line, line_from_text
 from training.data.truth import Truth
+
+Wordings = Mapping[str, Sequence[str]]
+"""Ways to ask each kind of question."""
 
 NUMBER_WORDS = ("nobody", "one", "two", "three", "four", "five", "six")
 
@@ -111,10 +114,10 @@ def describe_people(scene: Scene) -> str:
     return f"{' and '.join(parts)} {'speaks' if len(scene.speakers) == 1 else 'speak'}"
 
 
-def _ask_environment(scene: Scene, rng: random.Random) -> _Item:
+def _ask_environment(scene: Scene, rng: random.Random, wordings: Wordings) -> _Item:
     wrong = [x for x in (*sounds.labels(), sounds.QUIET, sounds.BACKGROUND_SPEECH) if x != scene.environment]
     return _Item(
-        rng.choice(_QUESTIONS["environment"]),
+        rng.choice(wordings["environment"]),
         scene.environment,
         tuple(rng.sample(wrong, 4)),
         "name the background",
@@ -122,13 +125,13 @@ def _ask_environment(scene: Scene, rng: random.Random) -> _Item:
     )
 
 
-def _ask_present(scene: Scene, rng: random.Random) -> _Item:
+def _ask_present(scene: Scene, rng: random.Random, wordings: Wordings) -> _Item:
     labels = [x for x in (*sounds.labels(), sounds.BACKGROUND_SPEECH)]
     is_there = scene.environment in labels and rng.random() < 0.5
     thing = scene.environment if is_there else rng.choice([x for x in labels if x != scene.environment])
     reasoning = f"the background is {scene.environment}" + ("" if is_there else f", not {thing}")
     return _Item(
-        rng.choice(_QUESTIONS["present"]).format(x=thing),
+        rng.choice(wordings["present"]).format(x=thing),
         "yes" if is_there else "no",
         ("no" if is_there else "yes",),
         f"listen for {thing}",
@@ -136,18 +139,18 @@ def _ask_present(scene: Scene, rng: random.Random) -> _Item:
     )
 
 
-def _ask_count(scene: Scene, rng: random.Random) -> _Item:
+def _ask_count(scene: Scene, rng: random.Random, wordings: Wordings) -> _Item:
     answer = NUMBER_WORDS[len(scene.speakers)]
     low = 0 if not scene.speakers or rng.random() < 0.2 else 1
     wrong = [word for word in NUMBER_WORDS[low:] if word != answer]
     rng.shuffle(wrong)
-    return _Item(rng.choice(_QUESTIONS["count"]), answer, tuple(wrong), "count the voices", describe_people(scene))
+    return _Item(rng.choice(wordings["count"]), answer, tuple(wrong), "count the voices", describe_people(scene))
 
 
-def _ask_first(scene: Scene, rng: random.Random) -> _Item:
+def _ask_first(scene: Scene, rng: random.Random, wordings: Wordings) -> _Item:
     sex = scene.speakers[0].sex
     return _Item(
-        rng.choice(_QUESTIONS["first"]),
+        rng.choice(wordings["first"]),
         f"a {sex}",
         ("a man" if sex == "woman" else "a woman",),
         "find the first voice",
@@ -169,14 +172,14 @@ def _other_lines(scene: Scene, rng: random.Random, answer: Line, count: int) -> 
     return wrong[:count]
 
 
-def _ask_says(scene: Scene, rng: random.Random) -> _Item:
+def _ask_says(scene: Scene, rng: random.Random, wordings: Wordings) -> _Item:
     speaker = rng.choice(scene.speakers)
     line = next(turn.line for turn in scene.turns if turn.speaker == speaker.id)
     answer = line.text
     # Other lines of the same speaker are right answers too, so wrong choices come from other people or are drawn.
     own = {turn.line.text for turn in scene.turns if turn.speaker == speaker.id}
     wrong = [text for text in _other_lines(scene, rng, line, 4) if text not in own]
-    question = rng.choice(_QUESTIONS["says"]).format(n=speaker.id[1:], nth=_ORDINALS[speaker.id])
+    question = rng.choice(wordings["says"]).format(n=speaker.id[1:], nth=_ORDINALS[speaker.id])
     return _Item(question, answer, tuple(wrong), f"find what {speaker.id} says", f"{speaker.id} says {answer}")
 
 
@@ -206,10 +209,10 @@ def _askable_words(scene: Scene) -> list[tuple[str, str, tuple[str, ...]]]:
     return askable
 
 
-def _ask_word(scene: Scene, rng: random.Random) -> _Item:
+def _ask_word(scene: Scene, rng: random.Random, wordings: Wordings) -> _Item:
     speaker, word, wrong = rng.choice(_askable_words(scene))
     return _Item(
-        rng.choice(_QUESTIONS["word"]),
+        rng.choice(wordings["word"]),
         word,
         tuple(rng.sample(wrong, min(4, len(wrong)))),
         "look for the word",
@@ -217,13 +220,13 @@ def _ask_word(scene: Scene, rng: random.Random) -> _Item:
     )
 
 
-def _ask_end(kind: str) -> Callable[[Scene, random.Random], _Item]:
-    def ask(scene: Scene, rng: random.Random) -> _Item:
+def _ask_end(kind: str) -> Callable[[Scene, random.Random, Wordings], _Item]:
+    def ask(scene: Scene, rng: random.Random, wordings: Wordings) -> _Item:
         turn = scene.turns[-1 if kind == "last" else 0]
         wrong = _other_lines(scene, rng, turn.line, 4)
         place = "last" if kind == "last" else "first"
         return _Item(
-            rng.choice(_QUESTIONS[kind]),
+            rng.choice(wordings[kind]),
             turn.line.text,
             tuple(wrong),
             f"find the {place} sentence",
@@ -233,16 +236,16 @@ def _ask_end(kind: str) -> Callable[[Scene, random.Random], _Item]:
     return ask
 
 
-def _ask_source(scene: Scene, rng: random.Random) -> _Item:
+def _ask_source(scene: Scene, rng: random.Random, wordings: Wordings) -> _Item:
     is_background = scene.background_line is not None and rng.random() < 0.6
     line = scene.background_line if is_background else rng.choice(scene.turns).line.text
     who = "the background" if is_background else "a speaker"
     reasoning = "no speaker says it" if is_background else "the transcript has it"
-    question = rng.choice(_QUESTIONS["source"]).format(x=line)
+    question = rng.choice(wordings["source"]).format(x=line)
     return _Item(question, who, ("a speaker" if is_background else "the background",), "find who says it", reasoning)
 
 
-def _ask_content(scene: Scene, rng: random.Random) -> _Item:
+def _ask_content(scene: Scene, rng: random.Random, wordings: Wordings) -> _Item:
     candidates = [(t, q) for t in scene.turns for q in t.line.questions]
     contradicted = [(t, q) for t, q in candidates if q.question == scene.contradicted]
     turn, chosen = rng.choice(contradicted or candidates)
@@ -264,7 +267,7 @@ def _ask_content(scene: Scene, rng: random.Random) -> _Item:
     )
 
 
-_ASK: dict[str, Callable[[Scene, random.Random], _Item]] = {
+_ASK: dict[str, Callable[[Scene, random.Random, Wordings], _Item]] = {
     "environment": _ask_environment,
     "present": _ask_present,
     "count": _ask_count,
@@ -307,17 +310,23 @@ def perception(scene: Scene) -> Trace:
 
 
 def draw_example(
-    scene: Scene, rng: random.Random, *, kind: str | None = None, with_choices: bool | None = None
+    scene: Scene,
+    rng: random.Random,
+    *,
+    kind: str | None = None,
+    with_choices: bool | None = None,
+    wordings: Wordings | None = None,
 ) -> SceneExample:
     """Draw one example about a scene.
 
     Args:
         kind: one of `possible_kinds(scene)`; None draws one.
         with_choices: force or forbid choices. None draws: three of four examples have 2 to 5 choices.
+        wordings: questions of each kind to draw from; None takes those of this module.
     """
     if kind is None:
         kind = rng.choice(possible_kinds(scene))
-    item = _ASK[kind](scene, rng)
+    item = _ASK[kind](scene, rng, wordings or _QUESTIONS)
     choices: tuple[str, ...] = ()
     ask_choices = rng.random() < 0.75 if with_choices is None else with_choices
     # "Which of these words" needs its choices.
