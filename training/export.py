@@ -255,5 +255,12 @@ def adapt(policy: HyperPolicy, lora: Lora) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(lora.targets)})"
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
-    return get_peft_model(policy, config)  # pyright: ignore[reportArgumentType]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        modules_to_save=["multi_modal_projector"] if lora.trains_projector else None,
+    )
+    # In the policy's dtype: the optimizer keeps float32 copies of bfloat16 parameters (`MasterAdamW`).
+    return get_peft_model(policy, config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]

@@ -86,20 +86,45 @@ class Decoder:
 
 @dataclass(frozen=True, config=_STRICT)
 class Spelling:
-    """Settings of the projector's pretraining (`training/sft/projector_ctc.py`)."""
+    """Settings of the projector's pretraining (`training/sft/projector_ctc.py`).
+
+    Attributes:
+        freezes_embedding: Whether the embedding stays as it is, since a pretrained decoder reads it.
+        dropout_states: Share of audio tokens blanked.
+    """
 
     num_steps: int
     batch_size: int
     learning_rate: float
+    freezes_embedding: bool = False
+    dropout_states: float = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Talk:
+    """Settings of the sequences that align a pretrained decoder with the audio encoder (`training/sft/talk.py`).
+
+    Attributes:
+        num_clips: Clips before the first one comes again.
+        answer_share: Share of the clips with an answer behind the transcript.
+    """
+
+    num_clips: int
+    answer_share: float
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Lora:
-    """Settings of adapters: rank, scale (alpha / rank) and adapted projections."""
+    """Settings of adapters: rank, scale (alpha / rank) and adapted projections.
+
+    Attributes:
+        trains_projector: Whether the audio projector is trained as well, whole.
+    """
 
     rank: int
     alpha: int
     dropout: float = 0.0
+    trains_projector: bool = False
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -160,6 +185,7 @@ class SftRecipe(Run):
             Bengio et al. 2015, without a second pass).
         read_size: Additional sequences per step without audio (`training/data/text_scenes.py`): CAPTION is input, the
             following sections are targets. Requires explicit traces, since other styles have no CAPTION.
+        talk: Aligns a pretrained decoder of a composed checkpoint on talk; None trains on scenes or a data set.
     """
 
     decoder: Decoder | None
@@ -172,6 +198,7 @@ class SftRecipe(Run):
     pause_mode: Literal["parallel", "sampled"] = "parallel"
     wrong_words: float = 0.0
     read_size: int = 0
+    talk: Talk | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -308,6 +335,42 @@ def mini_grpo() -> GrpoRecipe:
         collapse_length=0.5,
         collapse_format=0.7,
         lgc_weights=True,
+    )
+
+
+def small_sft() -> SftRecipe:
+    """The alignment of hyper-small: Whisper base, SmolLM2-135M-Instruct with adapters, on one core."""
+    return SftRecipe(
+        name="small_sft",
+        seed=0,
+        num_steps=1_300,
+        batch_size=8,
+        rows_at_once=5,
+        learning_rate=6e-4,
+        min_learning_rate=5e-5,
+        warmup_steps=60,
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        save_every_steps=100,
+        log_every_steps=10,
+        dtype=native_dtype(),
+        export_dtype="bfloat16",
+        autocast=False,
+        gradient_checkpointing=False,
+        fsdp="",
+        lora=Lora(rank=32, alpha=64, trains_projector=True),
+        shown=("loss", "step_s"),
+        decoder=None,
+        spelling=Spelling(
+            num_steps=500, batch_size=48, learning_rate=4e-3, freezes_embedding=True, dropout_states=0.05
+        ),
+        dropout_states=0.05,
+        speech_share=(0.0, 0.0),
+        pause_share=0.1,
+        cut_share=(0.0, 0.0),
+        read_size=2,
+        talk=Talk(num_clips=20_000, answer_share=0.15),
     )
 
 
@@ -459,6 +522,7 @@ RECIPES = {
     recipe.__name__: recipe
     for recipe in (
         mini_sft,
+        small_sft,
         mini_finetune,
         mini_grpo,
         qwen2_audio_7b_sft,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from training.trainer import PolicyTrainer
 
 SEED = 0
+_NUM_READ_TEXTS = 20_000
+"""Lines of open text in scenes that are only read."""
 
 
 @click.command()
@@ -337,6 +339,9 @@ def _sft(
             open_texts = dict.fromkeys(turn.line.text for turn in turns if turn.line.is_open)
             writer = SceneWriter([*open_texts], held_out_lines(seed=SEED))
         sequences: Any = ClipSequences(scenes, speech, model.tokenizer, recipe, writer)
+    elif recipe.talk is not None:
+        model = _model(recipe, run_dir, base, work)
+        sequences = _talk(recipe, run_dir, model, work)
     else:
         if examples is None:
             raise click.UsageError(f"{recipe.name} needs a data set: set --data")
@@ -352,6 +357,49 @@ def _sft(
             log_mel=LogMel(model.config["audio_config"]["num_mel_bins"]),
         )
     return SftTrainer(model, recipe, run_dir, sequences, num_workers=num_workers)
+
+
+def _talk(recipe: SftRecipe, run_dir: Path, model: RunModel, work: Path) -> Any:
+    """Align the projector by CTC, and return the sequences of the alignment."""
+    import random
+
+    import torch
+
+    from training.data.clips import BASE_ENCODER_WIDTH, open_clips
+    from training.data.encoder import ClipEncoder, load_base_encoder
+    from training.data.reading import Reader
+    from training.data.sources.downloads import TEXTS_FOLDER
+    from training.data.sources.open_text import draw_text
+    from training.data.sources.voices import held_out_lines
+    from training.data.talk import TalkBuilder
+    from training.data.text_scenes import SceneWriter
+    from training.sft.projector_ctc import teach_spelling
+    from training.sft.talk import TalkClips, TalkSequences
+
+    assets, folder = work / "assets", work / "clips/train"
+    if recipe.spelling is not None:
+        clips = [*open_clips(folder, BASE_ENCODER_WIDTH, kind="talk")]
+        with _ranks().main_process_first():
+            file = run_dir / "spelling.safetensors"
+            spelled = teach_spelling(model.core, model.tokenizer, clips, recipe.spelling, file, seed=recipe.seed)
+        if spelled is not None:
+            click.echo(f"the projector alone spells {spelled.num_clips} clips with word error {spelled.word_error:.3f}")
+    if not torch.cuda.is_available():
+        # On CPU the fused attention's backward pass takes three times as long as plain products (docs/LOG.md). No row
+        # of these sequences has branches, whose mask plain attention would not take.
+        core: Any = model.core
+        core.model.language_model.set_attn_implementation("eager")
+    rng = random.Random(f"{recipe.seed}/texts")
+    open_texts = [draw_text(rng, "train", assets / TEXTS_FOLDER) for _ in range(_NUM_READ_TEXTS)]
+    encode = ClipEncoder(load_base_encoder(), getattr(torch, recipe.dtype))
+    return TalkSequences(
+        TalkClips(folder, TalkBuilder(assets, "train").draw, encode),
+        model.tokenizer,
+        recipe,
+        Reader(SceneWriter(open_texts, held_out_lines(seed=SEED))),
+        stack=model.core.stack,
+        latent_tokens=model.manifest["pause"]["latent_tokens"],
+    )
 
 
 def _grpo(

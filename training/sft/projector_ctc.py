@@ -4,6 +4,8 @@ Afterwards the state of an audio token points at the embedding of its spoken tex
 copy text can then copy speech. Training is cheap: it computes only the projector and the embedding, with the embedding
 as classifier, starting from its current values. It needs only the order of the words, not their times.
 
+The embedding of a pretrained language model stays as it is: its rows, centred and of length 1, are the classifier.
+
 Axes: B clips, A audio tokens, D encoder width, H hidden width, V vocabulary. This module depends on no question or
 trace.
 """
@@ -11,7 +13,7 @@ trace.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from hyper_model.audio_encoder import stack_rows
 from hyper_model.trace import TraceTokenizer
 from training.data.clips import Clip
 from training.policy import HyperPolicy
@@ -31,6 +34,10 @@ from training.text_metrics import edit_distance, words
 _BLANK = 0
 _MAX_CHECKED = 200
 _NUM_OTHERS = 512
+_OWN = ("bias_V", "blank_H", "blank_bias", "scale")
+"""Parameters of the classifier, which the policy does not have."""
+_FROZEN_SCALE = 0.5
+"""Initial scale of the logits over rows of length 1."""
 _WINDOW_BATCHES = 8
 
 
@@ -47,20 +54,28 @@ class Spelled:
 
 
 class _Speller(nn.Module):
-    """The projector, the embedding as a classifier, and a blank."""
+    """The projector, the embedding as a classifier, and a blank.
 
-    def __init__(self, policy: HyperPolicy) -> None:
+    Args:
+        policy: Owner of the projector and the embedding; not changed.
+        is_frozen: Whether the embedding stays as it is.
+    """
+
+    def __init__(self, policy: HyperPolicy, *, is_frozen: bool) -> None:
         super().__init__()
-        library: Any = policy.model.multi_modal_projector
+        linear = _projector(policy)
         weight_VH = policy.get_input_embeddings().weight.detach().float()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        self.projector = nn.Linear(*reversed(library.linear.weight.shape))
-        self.projector.load_state_dict({k: v.detach().float() for k, v in library.linear.state_dict().items()})
-        self.embedding_VH = nn.Parameter(weight_VH.clone())
+        self.projector = nn.Linear(linear.in_features, linear.out_features)
+        self.projector.load_state_dict({k: v.detach().float() for k, v in linear.state_dict().items()})
+        self.rms = float(weight_VH.square().mean().sqrt())
+        if is_frozen:
+            weight_VH = F.normalize(weight_VH - weight_VH.mean(0))
+        self.embedding_VH = nn.Parameter(weight_VH.clone(), requires_grad=not is_frozen)
         self.bias_V = nn.Parameter(torch.zeros(len(weight_VH)))
         self.blank_H = nn.Parameter(torch.zeros(weight_VH.shape[1]))
         # Most states are silence or the middle of a word.
         self.blank_bias = nn.Parameter(torch.tensor([2.0]))
-        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.scale = nn.Parameter(torch.tensor(_FROZEN_SCALE if is_frozen else 1.0))
 
     def forward(self, states_BAD: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return log-probabilities [A, B, 1 + V], the blank's first.
@@ -78,13 +93,50 @@ class _Speller(nn.Module):
         bias = torch.cat([self.blank_bias, bias_V])
         return F.linear(hidden_BAH, weight, bias).log_softmax(-1).transpose(0, 1)
 
+    def transcribe_states(self, states_AD: torch.Tensor, tokenizer: TraceTokenizer) -> str:
+        """Return the text of one clip, of tokens that training drew at least once."""
+        batch = {"states_BAD": states_AD[None], "lengths_B": torch.tensor([len(states_AD)])}
+        return self.transcribe(batch, tokenizer, self.bias_V.detach().nonzero().flatten().tolist())[0]
 
-def _batch(clips: Sequence[Clip], tokenizer: TraceTokenizer, width: int) -> dict[str, torch.Tensor]:
-    lengths = [clip.num_tokens for clip in clips]
-    states_BAD = torch.zeros(len(clips), max(lengths), width)
-    for place, clip in enumerate(clips):
-        states_BAD[place, : lengths[place]] = clip.states(width).float()
-    transcripts = [tokenizer.encode_text(clip.scene.transcript) for clip in clips]
+    @torch.no_grad()
+    def transcribe(
+        self, batch: dict[str, torch.Tensor], tokenizer: TraceTokenizer, vocabulary: Sequence[int]
+    ) -> list[str]:
+        """Return the text of each clip by the likeliest token at each state.
+
+        Args:
+            vocabulary: Tokens that a text may hold.
+        """
+        ids = torch.tensor(vocabulary)
+        best_BA = self(batch["states_BAD"], ids).argmax(-1).transpose(0, 1)
+        texts: list[str] = []
+        for best_A, length in zip(best_BA, batch["lengths_B"].tolist(), strict=True):
+            found = best_A[:length].unique_consecutive()
+            texts.append(tokenizer.decode(ids[found[found != _BLANK] - 1].tolist()))
+        return texts
+
+
+def _projector(policy: HyperPolicy) -> nn.Linear:
+    """Return the projector's layer, or the copy that adapters train (peft)."""
+    module: Any = policy.model.multi_modal_projector
+    return module.modules_to_save["default"].linear if hasattr(module, "modules_to_save") else module.linear
+
+
+def _encode(tokenizer: TraceTokenizer, transcript: str) -> list[int]:
+    """Encode a transcript with a space before it, so that its first word has the token of a word inside a line."""
+    return tokenizer.encode_text(f" {transcript}") if transcript else []
+
+
+def _batch(clips: Sequence[Clip], tokenizer: TraceTokenizer, width: int, stack: int) -> dict[str, torch.Tensor]:
+    """Collect clips of one batch.
+
+    Args:
+        width: Of the projector's input: `stack` states of the encoder.
+    """
+    states = [stack_rows(clip.states(width // stack).float(), [clip.num_tokens], stack)[0] for clip in clips]
+    lengths = [len(states_AD) for states_AD in states]
+    states_BAD = nn.utils.rnn.pad_sequence(states, batch_first=True)
+    transcripts = [_encode(tokenizer, clip.scene.transcript) for clip in clips]
     return {
         "states_BAD": states_BAD,
         "lengths_B": torch.tensor(lengths),
@@ -93,14 +145,16 @@ def _batch(clips: Sequence[Clip], tokenizer: TraceTokenizer, width: int) -> dict
     }
 
 
-def _loss(speller: _Speller, batch: dict[str, torch.Tensor], rng: random.Random) -> torch.Tensor:
+def _loss(
+    speller: _Speller, batch: dict[str, torch.Tensor], rng: random.Random, vocabulary: Sequence[int]
+) -> torch.Tensor:
     """Return the CTC loss in nats per text token.
 
     Args:
+        vocabulary: Tokens that negatives are drawn from.
         rng: Draws the negative tokens. The full vocabulary would spend most of the time on tokens outside the batch
             (Jean et al. 2015, "On Using Very Large Target Vocabulary").
     """
-    vocabulary = range(len(speller.embedding_VH))
     others = torch.tensor(rng.sample(vocabulary, min(_NUM_OTHERS, len(vocabulary))))
     ids = torch.cat([batch["ids"], others]).unique()
     total = F.ctc_loss(
@@ -117,10 +171,22 @@ def _loss(speller: _Speller, batch: dict[str, torch.Tensor], rng: random.Random)
     return total / batch["target_lengths_B"].sum().clamp(min=1)
 
 
+def load_speller(policy: HyperPolicy, saved: Mapping[str, torch.Tensor]) -> _Speller:
+    """Return the classifier that `teach_spelling` saved, over the embedding of the policy."""
+    speller = _Speller(policy, is_frozen="embedding" not in saved)
+    speller.projector.load_state_dict({name: saved[name] for name in ("weight", "bias")})
+    with torch.no_grad():
+        for name in _OWN:
+            getattr(speller, name).copy_(saved[name])
+    return speller
+
+
 def teach_spelling(
     policy: HyperPolicy, tokenizer: TraceTokenizer, clips: Sequence[Clip], spelling: Spelling, file: Path, *, seed: int
 ) -> Spelled | None:
     """Train projector and embedding of a policy, or restore the result of an earlier call from `file`.
+
+    A pretrained embedding (`Spelling.freezes_embedding`) is not trained, and the projector is scaled to its size.
 
     Args:
         clips: Clips of one width; a few are held back for the check.
@@ -132,12 +198,13 @@ def teach_spelling(
     if not file.exists():
         spelled = _teach(policy, tokenizer, clips, spelling, file, seed)
     saved = load_file(file)
-    projector: Any = policy.model.multi_modal_projector
+    projector = _projector(policy)
     embedding: Any = policy.get_input_embeddings()
     with torch.no_grad():
-        projector.linear.weight.copy_(saved["weight"])
-        projector.linear.bias.copy_(saved["bias"])
-        embedding.weight.copy_(saved["embedding"])
+        projector.weight.copy_(saved["weight"])
+        projector.bias.copy_(saved["bias"])
+        if "embedding" in saved:
+            embedding.weight.copy_(saved["embedding"])
     return spelled
 
 
@@ -148,9 +215,14 @@ def _teach(
     clips = rng.sample(clips, len(clips))
     num_checked = min(_MAX_CHECKED, len(clips) // 10)
     checked, taught = clips[:num_checked], clips[num_checked:]
-    speller = _Speller(policy)
-    width = speller.projector.in_features
-    optimizer = torch.optim.AdamW(speller.parameters(), lr=spelling.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    speller = _Speller(policy, is_frozen=spelling.freezes_embedding)
+    width, stack = speller.projector.in_features, policy.stack
+    vocabulary: Sequence[int] = range(len(speller.embedding_VH))
+    if spelling.freezes_embedding:
+        # Most tokens of a language model are in no transcript; telling those apart would cost steps and gain nothing.
+        vocabulary = sorted({token_id for clip in clips for token_id in _encode(tokenizer, clip.scene.transcript)})
+    trained = [parameter for parameter in speller.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=spelling.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, spelling.learning_rate, total_steps=spelling.num_steps, pct_start=0.1, cycle_momentum=False
     )
@@ -164,35 +236,48 @@ def _teach(
             drawn.sort(key=lambda clip: clip.num_tokens)
             waiting = [drawn[i : i + size] for i in range(0, len(drawn), size)]
             rng.shuffle(waiting)
-        loss = _loss(speller, _batch(waiting.pop(), tokenizer, width), rng)
+        batch = _batch(waiting.pop(), tokenizer, width, stack)
+        if spelling.dropout_states:
+            kept_BA = torch.rand(batch["states_BAD"].shape[:2]) > spelling.dropout_states
+            batch["states_BAD"] *= kept_BA[..., None]
+        loss = _loss(speller, batch, rng, vocabulary)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(speller.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{float(loss.detach()):.2f}")
-    spelled = _check(speller, tokenizer, checked, size, width)
-    saved = {
-        "weight": speller.projector.weight.detach(),
-        "bias": speller.projector.bias.detach(),
-        "embedding": speller.embedding_VH.detach(),
-    }
+    transcripts = [clip.scene.transcript for clip in checked]
+    found = [
+        text
+        for start in range(0, len(checked), size)
+        for text in speller.transcribe(
+            _batch(checked[start : start + size], tokenizer, width, stack), tokenizer, vocabulary
+        )
+    ]
+    num_errors, num_words = word_errors(transcripts, found)
+    spelled = Spelled(num_errors / max(1, num_words), len(checked))
+    saved = {"weight": speller.projector.weight.detach(), "bias": speller.projector.bias.detach()}
+    if spelling.freezes_embedding:
+        scale = speller.rms / _output_rms(speller.projector, _batch(checked, tokenizer, width, stack))
+        saved = {name: tensor * scale for name, tensor in saved.items()}
+    else:
+        saved["embedding"] = speller.embedding_VH.detach()
+    saved |= {name: getattr(speller, name).detach() for name in _OWN}
     partial = file.with_suffix(".partial")
     save_file(saved, partial)
     partial.replace(file)
     return spelled
 
 
+def word_errors(references: Sequence[str], found: Sequence[str]) -> tuple[int, int]:
+    """Count the word errors of texts, and the words of their references."""
+    pairs = [(words(reference), words(text)) for reference, text in zip(references, found, strict=True)]
+    return sum(edit_distance(*pair) for pair in pairs), sum(len(reference) for reference, _ in pairs)
+
+
 @torch.no_grad()
-def _check(speller: _Speller, tokenizer: TraceTokenizer, clips: Sequence[Clip], batch_size: int, width: int) -> Spelled:
-    num_errors = num_words = 0
-    for start in range(0, len(clips), batch_size):
-        batch = clips[start : start + batch_size]
-        logprobs_ABV = speller(_batch(batch, tokenizer, width)["states_BAD"])
-        for place, clip in enumerate(batch):
-            best = logprobs_ABV[: clip.num_tokens, place].argmax(-1).unique_consecutive().tolist()
-            text = tokenizer.decode(token_id - 1 for token_id in best if token_id != _BLANK)
-            reference = words(clip.scene.transcript)
-            num_words += len(reference)
-            num_errors += edit_distance(reference, words(text))
-    return Spelled(num_errors / max(1, num_words), len(clips))
+def _output_rms(projector: nn.Linear, batch: dict[str, torch.Tensor]) -> float:
+    """Return the root mean square of the projector's output over the states of a batch, without padding."""
+    is_state_BA = torch.arange(batch["states_BAD"].shape[1]) < batch["lengths_B"][:, None]
+    return float(projector(batch["states_BAD"][is_state_BA]).square().mean().sqrt())
