@@ -23,6 +23,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hyper_model.errors import HyperError
+from server.telemetry.labels import Priority
 
 logger = logging.getLogger("hyper.server")
 
@@ -32,7 +33,6 @@ NUM_SHOWN_CHARS = 8
 MAX_KEY_CHARS = 200
 
 Scope = Literal["ask", "metrics"]
-Priority = Literal["interactive", "batch"]
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import logging
 import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-import numpy as np
 from fastapi import FastAPI
 
-from hyper_model.audio import SAMPLE_RATE_HZ, WINDOW_S, Waveform
 from hyper_model.checkpoint import Checkpoint, open_checkpoint
-from hyper_model.errors import CheckpointError
-from hyper_model.trace import build_prompt
+from hyper_model.errors import CheckpointError, HyperError
 from server import error_handlers
-from server.answering import QaRun, Question
-from server.api import qa as routes
+from server.api import health, info, qa
 from server.api.openapi import document
+from server.api_keys import KeyRing
 from server.engines.protocol import Engine, ScriptedEngine
 from server.engines.scripted import scripted_checkpoint
 from server.middleware import RequestMiddleware
-from server.request_context import RequestContext
 from server.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import Metrics, version
 from server.telemetry.tracing import tracer_from
+
+logger = logging.getLogger("hyper.server")
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints/hyper-mini"
 
@@ -48,11 +46,11 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     checkpoint = load_checkpoint(settings)
     metrics = Metrics()
     engine = engine or build_engine(settings, checkpoint)
-    service = Service(settings, checkpoint, engine, metrics, tracer_from(os.environ))
+    service = Service(settings, checkpoint, engine, metrics, tracer_from(os.environ), key_ring(settings))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        life = asyncio.create_task(service.start(canary))
+        life = asyncio.create_task(service.start())
         try:
             yield
         finally:
@@ -62,8 +60,11 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
 
     app = FastAPI(title="HyPeR", version=version(), description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.state.service = service
-    app.include_router(routes.router)
-    app.openapi = lambda: document(app, settings, max_pauses=service.max_pauses, asks_for_keys=service.keys is not None)
+    app.include_router(qa.router)
+    app.include_router(info.router)
+    app.include_router(health.router)
+    max_pauses, asks_for_keys = service.answerer.max_pauses, service.keys is not None
+    app.openapi = lambda: document(app, settings, max_pauses=max_pauses, asks_for_keys=asks_for_keys)
     error_handlers.install(app)
     app.add_middleware(RequestMiddleware, service=service)
     return app
@@ -83,6 +84,23 @@ def load_checkpoint(settings: Settings) -> Checkpoint:
     )
 
 
+def key_ring(settings: Settings) -> KeyRing | None:
+    """Open the key file; None where no key is required.
+
+    Raises:
+        HyperError: The keys cannot be read, or there are none and other machines can reach the service.
+    """
+    if settings.key_file is not None:
+        return KeyRing(settings.key_file)
+    if settings.is_local or settings.open_to_all:
+        logger.warning("no HYPER_KEY_FILE: every client that can connect to %s has access without a key", settings.host)
+        return None
+    raise HyperError(
+        f"HYPER_HOST={settings.host} would give every client access without a key. Create keys with `hyper keys add` "
+        "and set HYPER_KEY_FILE, listen on 127.0.0.1, or allow access without a key with HYPER_OPEN_TO_ALL=true."
+    )
+
+
 def build_engine(settings: Settings, checkpoint: Checkpoint) -> Engine:
     """Builds the engine that the settings name; vLLM is imported only where it is asked for."""
     if settings.engine == "scripted":
@@ -94,24 +112,3 @@ def build_engine(settings: Settings, checkpoint: Checkpoint) -> Engine:
     from server.engines.vllm import VllmEngine
 
     return VllmEngine(settings, checkpoint)
-
-
-async def canary(service: Service) -> float:
-    """Asks two questions of a known sound before anybody else may, and returns the seconds that the second took.
-
-    The first, of a full window, makes the engine allocate what the largest request needs; both go all the way to a
-    scored choice. Whether the answers are good is not looked at: a checkpoint may be untrained, an engine not dead.
-    """
-    seconds = 0.0
-    for duration_s in (WINDOW_S, 1.0):
-        times_S = np.arange(int(duration_s * SAMPLE_RATE_HZ), dtype=np.float32) / SAMPLE_RATE_HZ
-        waveform = Waveform.from_samples(0.1 * np.sin(2 * np.pi * 440 * times_S), SAMPLE_RATE_HZ)
-        choices = ("yes", "no")
-        prompt_token_ids = build_prompt(service.checkpoint.tokenizer, "Is there a tone?", choices)
-        question = Question(choices=choices, prompt_token_ids=tuple(prompt_token_ids), max_tokens=16)
-        context = RequestContext(request_id="canary", is_body_complete=True)
-        # Past the line and the quarantine: nobody else is in the engine, and its own question is no suspect.
-        reply = await QaRun(service, context, question, waveform).answer(routes.drop)
-        json.dumps(reply.model_dump(mode="json"), allow_nan=False)
-        seconds = context.elapsed_ms() / 1000
-    return seconds

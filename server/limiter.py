@@ -14,8 +14,8 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from server.api_keys import Priority
 from server.pause_budget import smooth
+from server.telemetry.labels import Priority
 
 RANKS: dict[Priority, int] = {"interactive": 0, "batch": 1}
 

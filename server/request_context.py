@@ -9,10 +9,10 @@ import contextlib
 import time
 from collections.abc import Generator, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from server.api_keys import Priority
-from server.telemetry.labels import Phase, Stage
+from server.telemetry.labels import Phase, Priority, Stage
+from server.telemetry.stages import Fact, SectionTime, StageTime
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -20,24 +20,6 @@ if TYPE_CHECKING:
     from server.quotas import Tenant
 
 SCOPE_KEY = "hyper.context"
-
-Fact = str | int | float | bool | None
-
-
-class StageTime(NamedTuple):
-    """Duration of a request's stage, and its start time; None for a stage in several pieces."""
-
-    stage: Stage
-    seconds: float
-    started_s: float | None = None
-
-
-class SectionTime(NamedTuple):
-    """Start and end of a section of the trace, with its name but no text."""
-
-    section: str
-    started_s: float
-    ended_s: float
 
 
 @dataclass

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from hyper_model.answering import AnswerResult
 from hyper_model.checkpoint import Checkpoint, export
-from hyper_model.trace import train_tokenizer
+from hyper_model.pause import GateReport
+from hyper_model.trace import PauseMode, train_tokenizer
+from hyper_model.trace_parser import parse
 from hyper_model.weights import DEFAULT_SHARD_BYTES
 
 # Training texts of the tokenizer: long enough to make common words short, short enough to train fast.
@@ -114,6 +117,24 @@ def build_random_checkpoint(
         manifest_fields=fields,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
+    )
+
+
+def answer_result(checkpoint: Checkpoint, token_ids: Sequence[int]) -> AnswerResult:
+    """Return the answer of an open question with this completion, as the answering procedure would."""
+    pause = checkpoint.manifest.pause
+    mode, latent_tokens = PauseMode(pause.mode), pause.latent_tokens
+    parsed = parse(token_ids, checkpoint.tokenizer, pause_mode=mode, latent_tokens=latent_tokens)
+    return AnswerResult(
+        text=parsed.answer_text or "",
+        choice_index=None,
+        scores=(),
+        parsed=parsed,
+        token_ids=tuple(token_ids),
+        num_completion_tokens=len(token_ids),
+        num_pauses=len(parsed.pauses),
+        num_pause_tokens=sum(seen.num_latent for seen in parsed.pauses),
+        report=GateReport(),
     )
 
 

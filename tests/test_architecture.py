@@ -41,7 +41,13 @@ VLLM_MODULES = {
 MEASURED_WITHOUT_HTTP = "loadtests.peers"
 """Module for the benchmark's peers in separate processes: engines and models without HTTP."""
 
-PURE_MODULES = ("hyper_model.errors", "hyper_model.trace", "hyper_model.pause", "training.rl.rewards")
+PURE_MODULES = (
+    "hyper_model.errors",
+    "hyper_model.trace",
+    "hyper_model.pause",
+    "hyper_model.answering",
+    "training.rl.rewards",
+)
 """Modules free of torch, transformers and vLLM, at any depth of imports."""
 
 HEAVY = {"torch", "transformers", "vllm"}
@@ -50,15 +56,15 @@ HTTP_LIBRARIES = {"fastapi", "starlette", "uvicorn", "httpx"}
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "server": (
-        "settings",
-        "api_keys telemetry",
-        "errors",
+        "settings telemetry",
+        "api_keys errors",
         "engines decoding quotas",
         "pause_budget request_context",
-        "error_handlers",
-        "limiter",
+        "error_handlers limiter",
+        "generation_stats",
+        "answering admission gauges",
         "service",
-        "answering replies middleware connection",
+        "middleware connection",
         "api",
         "app",
         "serving",

@@ -5,20 +5,21 @@ What it says is true of the running service: its limits stand in the schemas, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.routing import BaseRoute
 
 from hyper_model.trace import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_QUESTION_CHARS
-from server.api.types import ErrorReply, LateReply, QaBody, QaOptions
+from server.api.types import ErrorReply, LateReply
 from server.errors import ERRORS
 from server.middleware import CLIENT_REQUEST_ID, PRIORITY_HEADER, PUBLIC_PATHS
 from server.settings import Settings
 
-QA_PATH = "/v1/audio/qa"
 SECURITY_SCHEME = "API key"
 
 REQUEST_ID = {
@@ -35,8 +36,6 @@ RETRY_AFTER = {
         "schema": {"type": "integer", "minimum": 1},
     }
 }
-
-EVENTS = "section.start section.delta section.end pause answer.delta answer.done usage done error".split()
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -58,45 +57,65 @@ def responses_of(codes: Iterable[str]) -> Responses:
     return found
 
 
-# What the layers before every route may answer, whatever it is.
-EVERYWHERE = responses_of(
+ANYWHERE = responses_of(
     (
         *("invalid_http", "invalid_parameter", "invalid_request", "invalid_api_key", "forbidden"),
         *("head_timeout", "body_too_large", "headers_too_large", "internal_error"),
     )
 )
-EVENT = {
-    "type": "object",
-    "description": "One server-sent event; `data` is a JSON object. Comments keep the connection alive.",
-    "required": ["event", "data"],
-    "properties": {
-        "event": {"type": "string", "enum": EVENTS},
-        "data": {"type": "string", "contentMediaType": "application/json"},
-    },
-}
-# A client that closed the connection reads no reply, and a route that was found is not missing.
-QA_RESPONSES: Responses = {
-    200: {
-        "description": "The answer; with `stream=true`, its events. The event `done` contains the whole answer.",
-        "headers": REQUEST_ID,
-        "content": {"text/event-stream": {"schema": EVENT}},
+"""What the layers in front of every route may reply, whichever route it is."""
+
+
+def event_stream_responses(events: Sequence[str], description: str) -> Responses:
+    """Describe the replies of an endpoint that answers about a clip, whole or as a stream of named events."""
+    event = {
+        "type": "object",
+        "description": "One server-sent event; `data` is a JSON object. Comments keep the connection alive.",
+        "required": ["event", "data"],
+        "properties": {
+            "event": {"type": "string", "enum": list(events)},
+            "data": {"type": "string", "contentMediaType": "application/json"},
+        },
     }
-} | responses_of(code for code in ERRORS if code not in ("client_closed_request", "not_found", "method_not_allowed"))
-METRICS_RESPONSES: Responses = {
-    200: {
-        "description": "Prometheus text format.",
-        "content": {"text/plain": {"schema": {"type": "string"}}},
+    found: Responses = {
+        200: {
+            "description": description,
+            "headers": REQUEST_ID,
+            "content": {"text/event-stream": {"schema": event}},
+        }
     }
-}
+    # A client that closed the connection reads no reply, and a route that was found is not missing.
+    return found | responses_of(
+        code for code in ERRORS if code not in ("client_closed_request", "not_found", "method_not_allowed")
+    )
+
+
+Limits = Mapping[str, Mapping[str, Any]]
+"""What the schemas of fields say beside their types, by field; see `limits_of`."""
+
+RequestBody = Callable[[Limits], dict[str, Any]]
+"""Describes a request body, given this service's limits."""
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+BODY_ATTRIBUTE = "openapi_body"
+
+
+def takes_body(describe: RequestBody) -> Callable[[Endpoint], Endpoint]:
+    """Describe the body of an endpoint that reads it by hand; stands below the route's decorator."""
+
+    def mark(endpoint: Endpoint) -> Endpoint:
+        setattr(endpoint, BODY_ATTRIBUTE, describe)
+        return endpoint
+
+    return mark
 
 
 def document(app: FastAPI, settings: Settings, *, max_pauses: int, asks_for_keys: bool) -> dict[str, Any]:
-    """Returns the API's description, made once."""
+    """Return the API's description, made once."""
     if app.openapi_schema is None:
         found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        question = found["paths"][QA_PATH]["post"]
-        question["requestBody"] = request_body(limits_of(settings, max_pauses))
-        question["parameters"] = HEADERS
+        add_bodies(found["paths"], app.routes, limits_of(settings, max_pauses))
         if asks_for_keys:
             scheme = {"type": "http", "scheme": "bearer", "description": "`Authorization: Bearer hyp_...`"}
             found["components"]["securitySchemes"] = {SECURITY_SCHEME: scheme}
@@ -109,6 +128,17 @@ def document(app: FastAPI, settings: Settings, *, max_pauses: int, asks_for_keys
                         operation["security"] = [{SECURITY_SCHEME: []}]
         app.openapi_schema = found
     return app.openapi_schema
+
+
+def add_bodies(paths: dict[str, Any], routes: Iterable[BaseRoute], limits: Limits) -> None:
+    """Add the bodies and headers of the endpoints that `takes_body` marks."""
+    for route in routes:
+        describe: RequestBody | None = getattr(getattr(route, "endpoint", None), BODY_ATTRIBUTE, None)
+        if describe is not None and isinstance(route, APIRoute):
+            for method in route.methods:
+                operation = paths[route.path][method.lower()]
+                operation["requestBody"] = describe(limits)
+                operation["parameters"] = HEADERS
 
 
 HEADERS = [
@@ -129,7 +159,7 @@ HEADERS = [
 WORDS = r"\S"
 
 
-def limits_of(settings: Settings, max_pauses: int) -> Mapping[str, dict[str, Any]]:
+def limits_of(settings: Settings, max_pauses: int) -> Limits:
     """Returns what the schemas of fields say beside their types: what the service refuses, with a code of its own."""
     return {
         "question": {"minLength": 1, "maxLength": MAX_QUESTION_CHARS, "pattern": WORDS},
@@ -155,33 +185,41 @@ def whole_number(maximum: int) -> dict[str, Any]:
     return {"anyOf": [{"type": "integer", "minimum": 1, "maximum": maximum}, {"type": "null"}]}
 
 
-def request_body(limits: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Describes both forms of a question."""
-    form, body = form_schema(), json_schema()
-    for schema in (form, body):
-        for name, said in limits.items():
-            schema["properties"][name] |= said
-    return {
-        "required": True,
-        "content": {
-            "multipart/form-data": {"schema": form, "encoding": {"choices": {"style": "form", "explode": True}}},
-            "application/json": {"schema": body},
-        },
-    }
+def form_and_json(form: type[BaseModel], body: type[BaseModel]) -> RequestBody:
+    """Describe a body that is either a multipart form with the clip as `file`, or JSON with the clip as `audio`.
+
+    Args:
+        form: The fields of the form beside the file.
+        body: The JSON body.
+    """
+
+    def describe(limits: Limits) -> dict[str, Any]:
+        schemas = (form_schema(form), json_schema(body))
+        for schema in schemas:
+            for name, limit in limits.items():
+                if name in schema["properties"]:
+                    schema["properties"][name] |= limit
+        form_content: dict[str, Any] = {"schema": schemas[0]}
+        if "choices" in schemas[0]["properties"]:
+            form_content["encoding"] = {"choices": {"style": "form", "explode": True}}
+        content = {"multipart/form-data": form_content, "application/json": {"schema": schemas[1]}}
+        return {"required": True, "content": content}
+
+    return describe
 
 
-def form_schema() -> dict[str, Any]:
-    """Describes the multipart form: the options and the clip as a file."""
-    schema = QaOptions.model_json_schema()
+def form_schema(form: type[BaseModel]) -> dict[str, Any]:
+    """Describe the multipart form: the fields and the clip as a file."""
+    schema = form.model_json_schema()
     clip = {"type": "string", "format": "binary", "description": "Audio file in a format of /v1/info."}
     schema["properties"] = {"file": clip, **schema["properties"]}
-    schema["required"] = ["file", *schema["required"]]
+    schema["required"] = ["file", *schema.get("required", ())]
     return schema
 
 
-def json_schema() -> dict[str, Any]:
-    """Describes the JSON body, with the shape of the clip written in place."""
-    schema = QaBody.model_json_schema()
+def json_schema(body: type[BaseModel]) -> dict[str, Any]:
+    """Describe the JSON body, with the shape of the clip written in place."""
+    schema = body.model_json_schema()
     schema["properties"]["audio"] = schema.pop("$defs")["AudioData"]
     schema["properties"]["audio"]["properties"]["data"]["format"] = "byte"
     return schema

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+Priority = Literal["interactive", "batch"]
+"""Class of a request in every queue."""
+
 Phase = Literal["upload", "decode", "queue", "generate", "done"]
 """Progress of a request."""
 

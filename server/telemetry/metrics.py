@@ -23,8 +23,7 @@ from prometheus_client import (
 from prometheus_client.metrics import MetricWrapperBase
 
 from hyper_model.trace import REQUIRED_SECTIONS
-from server.api_keys import Priority
-from server.telemetry.labels import STAGES, AbortedBy, FormFailure, Phase, WorkerFailure
+from server.telemetry.labels import STAGES, AbortedBy, FormFailure, Phase, Priority, WorkerFailure
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 4, 6, 10, 15, 30, 60, 120, 300)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000)

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hyper_model.errors import HyperError
-from server.request_context import RequestContext, SectionTime
 from server.telemetry.metrics import version
+from server.telemetry.stages import SectionTime, TracedRequest
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -84,7 +84,7 @@ class Tracer:
         self.tracer = provider.get_tracer("hyper", version())
         self.propagator = TraceContextTextMapPropagator()
 
-    def begin(self, context: RequestContext, headers: Mapping[str, str]) -> None:
+    def begin(self, context: TracedRequest, headers: Mapping[str, str]) -> None:
         """Start a request's span, below the caller's if given, and write its ids into the context."""
         from opentelemetry.trace import SpanKind, set_span_in_context
 
@@ -100,7 +100,7 @@ class Tracer:
         context.traceparent = injected.get("traceparent")
         context.trace_id = trace_id_of(context.traceparent or "")
 
-    def end(self, context: RequestContext, *, method: str, endpoint: str, status: int | None) -> None:
+    def end(self, context: TracedRequest, *, method: str, endpoint: str, status: int | None) -> None:
         """End a request's span, with child spans for its stages and the sections of its trace."""
         from opentelemetry.trace import StatusCode
 
@@ -144,7 +144,7 @@ class Tracer:
             self.child(context, stages["generate"] if is_generated else span, *named(section))
         span.end()
 
-    def child(self, context: RequestContext, parent: Span, name: str, started_s: float, ended_s: float) -> Span:
+    def child(self, context: TracedRequest, parent: Span, name: str, started_s: float, ended_s: float) -> Span:
         """Make a finished span."""
         from opentelemetry.trace import set_span_in_context
 

@@ -12,15 +12,17 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.samples import Sample
 
+from hyper_model.answering import ANSWER_TOKENS, Question
 from hyper_model.audio import SAMPLE_RATE_HZ, Waveform
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.trace import Section, TagStyle, TraceTokenizer, build_prompt, render
 from hyper_model.trace import Trace as Written
-from server.answering import ANSWER_TOKENS, QaRun, Question, softmax
-from server.api.types import QaReply
+from server.answering import AnswerRun
+from server.api.qa import AudioQa
+from server.api.stream import ServerSentEvent
+from server.api.types import QaOptions, QaReply
 from server.engines.protocol import ScriptedEngine
 from server.engines.scripted import scripted_checkpoint
-from server.replies import record_metrics
 from server.request_context import RequestContext
 from server.service import Service
 from server.telemetry.metrics import Metrics
@@ -47,7 +49,7 @@ def ask(
     max_tokens: int = 2000,
     max_pauses: int = 0,
     edit: Callable[[list[int], TraceTokenizer], list[int]] | None = None,
-    **fields: Any,
+    shows_reasoning: bool = True,
 ) -> tuple[QaReply, list[tuple[str, dict[str, Any]]], Service]:
     """Answers with an engine that writes this text, and returns the reply, the events and the service."""
 
@@ -59,18 +61,24 @@ def ask(
     engine = ScriptedEngine(tokenizer, script=write)
     service = Service(scripted(), checkpoint, engine, Metrics())
     prompt = tuple(build_prompt(tokenizer, "What?", choices))
-    question = Question(tuple(choices), prompt, max_tokens=max_tokens, max_pauses=max_pauses, **fields)
+    gate = service.answerer.gate.with_budget(max_pauses) if service.answerer.gate else None
+    question = Question(prompt, tuple(choices), max_tokens=max_tokens, gate=gate)
     waveform = Waveform(np.full(SAMPLE_RATE_HZ, 0.25, dtype=np.float32))
     events: list[tuple[str, dict[str, Any]]] = []
 
-    async def emit(name: str, data: dict[str, Any]) -> None:
-        events.append((name, data))
+    async def emit(event: ServerSentEvent) -> None:
+        assert event.name is not None and not isinstance(event.data, str)
+        events.append((event.name, dict(event.data)))
 
     async def run() -> QaReply:
         await engine.start()
-        qa = QaRun(service, RequestContext("test", is_body_complete=True), question, waveform)
-        reply = await qa.run(emit)
-        record_metrics(service, qa, reply)
+        context = RequestContext("test", is_body_complete=True)
+        options = QaOptions(question="What?", choices=list(choices), reasoning="full" if shows_reasoning else "answer")
+        handler = AudioQa(service, context, options, b"")
+        handler.run = AnswerRun(service.answerer, context, question, waveform)
+        reply = await handler.answer(emit)
+        for event in handler.last_events(reply):
+            await emit(event)
         return reply
 
     reply = asyncio.run(run())
@@ -282,13 +290,6 @@ def test_choices_may_look_like_markup() -> None:
     choices = ("<THINK>", "</FINAL_ANSWER>")
     reply, _, _ = ask(render(WORDS), choices)
     assert reply.answer.text in choices and reply.trace.format == "strict"
-
-
-def test_scores_are_shares_whatever_the_engine_says() -> None:
-    for logprobs in ([-1.0, -2.0], [float("-inf"), -3.0], [float("-inf")] * 2, [float("nan"), -1.0], [-1e30, -1e30]):
-        shares = softmax(logprobs)
-        assert sum(shares) == pytest.approx(1) and min(shares) >= 0
-    assert softmax([0.0, float("-inf")]) == [1.0, 0.0]
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float:

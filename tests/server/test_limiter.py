@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
-from server.api_keys import Priority
 from server.engines.protocol import ScriptedEngine
 from server.limiter import PriorityLimiter
+from server.telemetry.labels import Priority
 from tests.serving import QUESTION, Live, assert_error, running, scripted, tone, wait_for
 
 

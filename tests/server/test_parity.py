@@ -16,15 +16,14 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
+from hyper_model.answering import AnswerResult, Question, softmax
 from hyper_model.audio import SAMPLE_RATE_HZ, Waveform, decode
 from hyper_model.checkpoint import Checkpoint, open_checkpoint
 from hyper_model.pause import Gate, GateSettings
 from hyper_model.positions import give_positions
 from hyper_model.trace import Section, build_prompt
 from hyper_model.trace_parser import TraceParser
-from server.answering import QaRun, Question, softmax
-from server.api.qa import drop
-from server.api.types import QaReply
+from server.answering import AnswerRun, discard
 from server.request_context import RequestContext
 from tests.conftest import PAUSING, VllmHost
 from tests.paths import CLIPS
@@ -137,12 +136,14 @@ def loop(host: VllmHost) -> PlainLoop:
     return PlainLoop(open_checkpoint(host.checkpoint, verify=False))
 
 
-def ask(host: VllmHost, waveform: Waveform, prompt: list[int], choices: tuple[str, ...]) -> tuple[QaRun, QaReply]:
-    """Ask through the running service's code; HTTP adds nothing to tokens and scores."""
+def ask(host: VllmHost, waveform: Waveform, prompt: list[int], choices: tuple[str, ...]) -> AnswerResult:
+    """Ask through the running service's own driver; HTTP adds nothing to tokens and scores."""
     live = host.live()
-    question = Question(choices, tuple(prompt), max_tokens=MAX_TOKENS, max_pauses=PAUSING["max_pauses"])
-    run = QaRun(live.service, RequestContext("parity", is_body_complete=True), question, waveform)
-    return run, live.run(run.run(drop))
+    answerer = live.service.answerer
+    question = Question(tuple(prompt), choices, max_tokens=MAX_TOKENS, gate=answerer.gate)
+    return live.run(
+        AnswerRun(answerer, RequestContext("parity", is_body_complete=True), question, waveform).run(discard)
+    )
 
 
 def test_twenty_clips_get_the_tokens_and_the_scores_of_a_plain_loop(host: VllmHost, loop: PlainLoop) -> None:
@@ -151,25 +152,24 @@ def test_twenty_clips_get_the_tokens_and_the_scores_of_a_plain_loop(host: VllmHo
     num_pauses, worst = list[int](), 0.0
     for waveform, question, choices in clips():
         prompt = build_prompt(tokenizer, question, choices)
-        run, reply = ask(host, waveform, prompt, choices)
+        result = ask(host, waveform, prompt, choices)
         stop = {*tokenizer.stop_ids, opens_answer if choices else closes_answer}
         written = loop.write(waveform, prompt, stop)
         if written[-1] in tokenizer.stop_ids:
             del written[-1]  # It ends a turn and is not part of the trace.
-        assert run.written[: len(written)] == written, question
-        num_pauses.append(reply.pause.count)
-        assert reply.usage.pause_tokens == reply.pause.count * PAUSING["latent_tokens"]
-        assert "PAUSE" not in (reply.trace.raw or "")
-        latent = [each for each in run.written if each in tokenizer.latent_ids]
-        assert latent == [*loop.settings.span_ids] * reply.pause.count
+        assert [*result.token_ids[: len(written)]] == written, question
+        num_pauses.append(result.num_pauses)
+        assert result.num_pause_tokens == result.num_pauses * PAUSING["latent_tokens"]
+        assert "PAUSE" not in result.parsed.raw
+        latent = [each for each in result.token_ids if each in tokenizer.latent_ids]
+        assert latent == [*loop.settings.span_ids] * result.num_pauses
         if choices:
             parser = TraceParser(tokenizer, latent_tokens=PAUSING["latent_tokens"])
             for token_id in written:
                 parser.feed(token_id)
             prefix = [*prompt, *written, *parser.ids_to_final_answer()]
             scores = softmax(loop.score(waveform, prefix, tokenizer.choice_ids(choices, by_letter=False)))
-            assert reply.answer.scores is not None
-            worst = max(worst, float(np.abs(np.subtract(scores, reply.answer.scores)).max()))
+            worst = max(worst, float(np.abs(np.subtract(scores, result.scores)).max()))
     print(f"20 clips, {sum(num_pauses)} pauses; scores differ by at most {worst:.1e}")
     assert worst <= 1e-3
     assert min(num_pauses) >= 1 and sum(num_pauses) >= 40

@@ -50,9 +50,9 @@ def test_a_budget_of_nothing_is_not_lowered() -> None:
 
 
 def test_a_request_says_what_became_of_auto_and_a_fixed_budget_stays(live: Live) -> None:
-    service = live.service
-    before, lowered = service.pause_budgeter, live.metric("hyper_pause_budget_lowered_total", by="deadline")
-    service.pause_budgeter = learned(trace_s=100.0)
+    answerer = live.service.answerer
+    before, lowered = answerer.pause_budgeter, live.metric("hyper_pause_budget_lowered_total", by="deadline")
+    answerer.pause_budgeter = learned(trace_s=100.0)
     try:
         auto = live.ask(timeout_ms=30_000).json()["pause"]
         assert (auto["budget"], auto["lowered_by"], auto["mode"]) == (0, "deadline", "off")
@@ -60,7 +60,7 @@ def test_a_request_says_what_became_of_auto_and_a_fixed_budget_stays(live: Live)
         fixed = live.ask(timeout_ms=30_000, pause=2).json()["pause"]
         assert (fixed["budget"], fixed["lowered_by"], fixed["mode"]) == (2, None, "parallel")
     finally:
-        service.pause_budgeter = before
+        answerer.pause_budgeter = before
     assert live.ask().json()["pause"]["budget"] == 3
 
 
@@ -78,22 +78,22 @@ def test_an_answer_that_missed_its_deadline_is_remembered_as_long() -> None:
 
 
 def test_deadlines_that_pass_lower_the_next_budget(slow: Live) -> None:
-    service, before = slow.service, slow.service.pause_budgeter
-    service.pause_budgeter = PauseBudgeter()
+    answerer, before = slow.service.answerer, slow.service.answerer.pause_budgeter
+    answerer.pause_budgeter = PauseBudgeter()
     try:
         assert slow.ask(timeout_ms=700).status_code == 504
-        assert service.pause_budgeter.trace_s is not None
-        assert service.auto_budget(0.7) == Budget(0, "deadline")
+        assert answerer.pause_budgeter.trace_s is not None
+        assert answerer.auto_budget(0.7) == Budget(0, "deadline")
     finally:
-        service.pause_budgeter = before
+        answerer.pause_budgeter = before
 
 
 def test_a_full_engine_lowers_auto_and_uploads_do_not() -> None:
     service: Service = create_app(scripted(max_in_flight=20, max_num_seqs=16)).state.service
     assert isinstance(service.engine, ScriptedEngine)
-    service.num_in_flight = 19
+    service.admission.num_in_flight = 19
     service.limiter.num_working = 15
-    assert service.auto_budget(60.0) == Budget(3)
+    assert service.answerer.auto_budget(60.0) == Budget(3)
     service.limiter.num_working = 17
-    assert service.auto_budget(60.0) == Budget(1, "load")
+    assert service.answerer.auto_budget(60.0) == Budget(1, "load")
     service.pool.shutdown()

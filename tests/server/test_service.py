@@ -6,14 +6,16 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
 import pytest
 
-from server.api import qa as routes
+from hyper_model.audio import Waveform
+from server.api import stream
+from server.api.lifecycle import decode_clip
 from server.engines.protocol import ScriptedEngine
 from server.request_context import RequestContext
 from tests.serving import QUESTION, Live, assert_error, mp3, parse_events, running, scripted, slow_down, tone, wait_for
@@ -59,10 +61,11 @@ def test_a_client_that_leaves_in_the_upload_is_counted(live: Live) -> None:
 def test_decoding_ends_with_its_request(live: Live) -> None:
     clip = mp3(500.0)
 
+    def decoding(data: bytes) -> Coroutine[Any, Any, Waveform]:
+        return decode_clip(live.service, RequestContext("x", is_body_complete=True), data)
+
     async def give_up() -> float:
-        tasks = [
-            asyncio.create_task(live.service.decode(clip, RequestContext("x", is_body_complete=True))) for _ in range(8)
-        ]
+        tasks = [asyncio.create_task(decoding(clip)) for _ in range(8)]
         await asyncio.sleep(0.1)
         assert not any(task.done() for task in tasks)
         for task in tasks:
@@ -70,7 +73,7 @@ def test_decoding_ends_with_its_request(live: Live) -> None:
         started_s = time.monotonic()
         await asyncio.gather(*tasks, return_exceptions=True)
         # The places of those that were decoding, and of those that waited, are free.
-        await live.service.decode(tone(), RequestContext("x", is_body_complete=True))
+        await decoding(tone())
         return time.monotonic() - started_s
 
     before = live.metric("hyper_decoder_deaths_total")
@@ -100,7 +103,7 @@ def test_a_client_that_stops_reading_does_not_keep_its_place(
     monkeypatch: pytest.MonkeyPatch, reads: int, is_drained: bool
 ) -> None:
     """By its deadline, or by a drain: the last words are not waited for without end."""
-    monkeypatch.setattr(routes, "LAST_WORDS_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(stream, "LAST_EVENT_TIMEOUT_S", 0.2)
     with running(scripted(scripted_token_interval_s=0.001, ping_interval_s=0.1, drain_timeout_s=0.2)) as service:
         request = httpx.Request(
             "POST",

@@ -81,7 +81,7 @@ def calibrate(
         backend = VllmBackend(checkpoint)
 
         def complete(gate: GateSettings, is_armed: bool) -> list[Completion]:
-            return backend.complete(prompts, gate=gate, is_armed=is_armed, use_tqdm=use_tqdm)
+            return backend.answer(prompts, gate=gate, is_armed=is_armed, use_tqdm=use_tqdm)
 
         thresholds, calibration = find_thresholds(settings, complete, source=source, wanted=wanted)
         return update_pause(checkpoint.path, thresholds), calibration

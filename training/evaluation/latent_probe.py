@@ -94,7 +94,7 @@ class Prober:
 
     def probe_one(self, prompt: Prompt, completion: Completion) -> list[Span] | None:
         """Return the effect of each pause of a completion; None for a completion without an answer."""
-        token_ids = completion.token_ids
+        token_ids = completion.result.token_ids
         (answer_tag,) = self.checkpoint.tokenizer.open_ids(Section.FINAL_ANSWER)
         if answer_tag not in token_ids[:-1]:
             return None

@@ -1,9 +1,11 @@
-"""Generates completions with vLLM in this process: what evaluation, calibration and Stage II's rollouts run on.
+"""Drive the answering procedure in batches over vLLM in this process, and sample rollouts for Stage II.
 
-Takes and returns token ids; choices are scored as the service scores them, and pauses are decided by the gate that
-serves, its spans forced token by token: the same tokens as the service's, at another price. Only where a completion
-was given up the model reads one token more before it answers: the one that says so. Knows nothing of rewards or
-metrics. The environment that vLLM reads is set before it is imported.
+Evaluation and calibration call `VllmBackend.answer`: the procedure of `hyper_model.answering`, as the service drives it
+token by token. Here every `Generate` of a batch goes to the engine in one call, then every `Score` in one. Pauses are
+decided by the gate that serves; its spans are forced token by token, which gives the same tokens at another price.
+
+Takes and returns token ids; has no notion of rewards or figures. The environment that vLLM reads is set before it is
+imported.
 """
 
 from __future__ import annotations
@@ -13,19 +15,28 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from hyper_model.answering import (
+    DEFAULT_MAX_TOKENS,
+    Answering,
+    AnswerResult,
+    FinishReason,
+    Generate,
+    Question,
+    Score,
+    max_trace_tokens,
+)
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.engine_environment import native_dtype, prepare_environment
-from hyper_model.errors import CheckpointError
+from hyper_model.errors import CheckpointError, PromptError
 from hyper_model.pause import Gate, GateSettings, replay
-from hyper_model.trace import PauseMode, Section, TagStyle, TraceTokenizer
-from hyper_model.trace_parser import TraceParser
+from hyper_model.trace import PauseMode, TagStyle, TraceTokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -45,15 +56,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote, and how it scored the choices (log-probabilities, a number a choice).
+    """Holds an answer, and the trace as the model itself wrote it.
 
     Attributes:
-        gate: A gate that has followed what the model itself wrote; None unless one was asked for.
-        written_ids, confidences: What that was, and the probability of the likeliest token at each place.
+        gate: A gate that has followed `written_ids`; None unless one was given.
+        written_ids: The model's own tokens up to where the trace ended or broke off, pauses included.
+        confidences: The probability of the likeliest token at each of these places.
     """
 
-    token_ids: list[int]
-    choice_scores: tuple[float, ...]
+    result: AnswerResult
     gate: Gate | None = None
     written_ids: tuple[int, ...] = ()
     confidences: tuple[float, ...] = ()
@@ -201,33 +212,23 @@ class VllmBackend:
             max_tokens: Of visible tokens.
             gate: Lets rollouts pause, by the gate that serves; None, and none does.
         """
-        from vllm import SamplingParams
-
-        from hyper_model.pause_vllm import arguments
-
         tokenizer = self.checkpoint.tokenizer
-        room = gate.max_pauses * gate.span_tokens if gate else 0
-
-        def params(seed: int) -> SamplingParams:
-            return SamplingParams(
-                temperature=temperature,
-                top_p=1.0,
-                top_k=0,
-                seed=seed,
-                max_tokens=max_tokens + room,
-                stop_token_ids=list(tokenizer.stop_ids),
-                detokenize=False,
-                logprobs=1,
-                logit_bias=dict.fromkeys(banned_ids(tokenizer, gate), -100.0),
-                extra_args=arguments(Gate(gate), f"rollout-{next(self.numbers)}") if gate else None,
-            )
-
         jobs = [
             (prompt, (seed + i) % 2**63) for prompt, seed in zip(prompts, seeds, strict=True) for i in range(group_size)
         ]
-        outputs = self._generate(
-            [p for p, _ in jobs], [p.token_ids for p, _ in jobs], [params(seed) for _, seed in jobs]
-        )
+        steps = [
+            Generate(
+                prompt.token_ids,
+                max_tokens,
+                temperature=temperature,
+                seed=seed,
+                stop_token_ids=tokenizer.stop_ids,
+                banned_token_ids=tuple(banned_ids(tokenizer, gate)),
+                gate=gate,
+            )
+            for prompt, seed in jobs
+        ]
+        outputs = self._generate([prompt for prompt, _ in jobs], steps, has_logprobs=True)
         found = [self._rollout(output.outputs[0], max_tokens, gate) for output in outputs]
         return [found[i : i + group_size] for i in range(0, len(found), group_size)]
 
@@ -245,121 +246,212 @@ class VllmBackend:
         """The checkpoint's gate, with its whole budget; None where it has none."""
         return GateSettings.of(self.checkpoint.manifest, self.checkpoint.tokenizer)
 
-    def complete(
+    def answer(
         self,
         prompts: Sequence[Prompt],
         *,
-        max_tokens: int = 512,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
         gate: GateSettings | None = None,
         is_armed: bool = True,
         use_tqdm: bool = True,
     ) -> list[Completion]:
-        """Complete every prompt greedily; where there are choices, up to FINAL_ANSWER, then score them.
+        """Answer every prompt greedily, as the service would.
 
         Args:
-            max_tokens: Of visible tokens.
-            gate: Lets completions pause; None, and none does.
-            is_armed: False to let the gate only read along: what it would have done, and nothing is changed.
+            max_tokens: Most visible tokens of a trace; less where the model has no room for as many.
+            gate: Lets traces pause; None, and none does.
+            is_armed: False to let the gate only read along: it reports what it would have done, and changes nothing.
+
+        Raises:
+            PromptError: A prompt and its clip leave the model no room to answer.
         """
         completions: list[Completion] = []
         with tqdm(total=len(prompts), desc="questions", disable=not use_tqdm) as bar:
             for start in range(0, len(prompts), PROMPTS_AT_ONCE):
                 some = prompts[start : start + PROMPTS_AT_ONCE]
-                completions += self._complete_some(some, max_tokens, gate, is_armed=is_armed)
+                completions += self._answer_some(some, max_tokens, gate, is_armed=is_armed)
                 bar.update(len(some))
         return completions
 
-    def _complete_some(
+    def _answer_some(
         self, prompts: Sequence[Prompt], max_tokens: int, gate: GateSettings | None, *, is_armed: bool
     ) -> list[Completion]:
+        runs = [
+            _Run(prompt, self._procedure(prompt, max_tokens, gate if is_armed else None), gate) for prompt in prompts
+        ]
+        while any(run.answering.next_step is not None for run in runs):
+            self._generate_all(runs)
+            self._score_all(runs)
+        return [Completion(run.answering.result, run.followed, run.written_ids, run.confidences) for run in runs]
+
+    def room(self, prompt: Prompt, gate: GateSettings | None) -> int:
+        """Return how many visible tokens of trace fit beside a prompt, its clip and its pauses; below 1, none."""
+        manifest = self.checkpoint.manifest
+        return max_trace_tokens(
+            prompt.token_ids,
+            prompt.choices,
+            num_audio_tokens=round(len(prompt.samples_S) / SAMPLE_RATE_HZ * manifest.audio.tokens_per_s),
+            gate=gate,
+            tokenizer=self.checkpoint.tokenizer,
+            manifest=manifest,
+        )
+
+    def _procedure(self, prompt: Prompt, max_tokens: int, gate: GateSettings | None) -> Answering:
+        room = self.room(prompt, gate)
+        if room < 1:
+            raise PromptError("the question, the choices and the clip leave the model no room to answer")
+        question = Question(tuple(prompt.token_ids), prompt.choices, max_tokens=min(max_tokens, room), gate=gate)
+        return Answering(question, self.checkpoint.tokenizer, self.checkpoint.manifest)
+
+    def _generate_all(self, runs: Sequence[_Run]) -> None:
+        """Take every `Generate` of a batch as far as it goes, all of them in one call of the engine."""
+        while asked := [(run, step) for run in runs if isinstance(step := run.answering.next_step, Generate)]:
+            # The gate follows the trace alone; what is written after a trace that broke off has no confidences.
+            has_logprobs = any(run.gate is not None and run.is_in_trace for run, _ in asked)
+            prompts, steps = [run.prompt for run, _ in asked], [step for _, step in asked]
+            outputs = self._generate(prompts, steps, has_logprobs=has_logprobs)
+            for (run, step), output in zip(asked, outputs, strict=True):
+                run.receive(step, output.outputs[0])
+
+    def _score_all(self, runs: Sequence[_Run]) -> None:
+        """Score the choices of every `Score` of a batch in one call of the engine."""
+        from vllm import SamplingParams
+
+        asked = [(run, step) for run in runs if isinstance(step := run.answering.next_step, Score)]
+        prompts: list[Prompt] = []
+        ids: list[list[int]] = []
+        params: list[SamplingParams] = []
+        for run, step in asked:
+            token_ids = _single_tokens(step)
+            # vLLM must write a token; which one does not matter.
+            shared: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+            if token_ids is not None:
+                continuations: Sequence[Sequence[int]] = [()]
+                params.append(SamplingParams(logprob_token_ids=token_ids, **shared))
+            else:
+                continuations = step.candidates
+                params += [SamplingParams(prompt_logprobs=0, **shared)] * len(continuations)
+            prompts += [run.prompt] * len(continuations)
+            ids += [[*step.prompt_token_ids, *continuation] for continuation in continuations]
+        outputs = iter(self._ask(prompts, ids, params))
+        for run, step in asked:
+            token_ids = _single_tokens(step)
+            if token_ids is not None:
+                position = next(outputs).outputs[0].logprobs[0]
+                run.answering.receive_scores([position[token_id].logprob for token_id in token_ids])
+            else:
+                run.answering.receive_scores([_total(next(outputs), candidate) for candidate in step.candidates])
+
+    def _generate(self, prompts: Sequence[Prompt], steps: Sequence[Generate], *, has_logprobs: bool) -> list[Any]:
+        """Let the engine write the continuations of these steps, one output per step."""
         from vllm import SamplingParams
 
         from hyper_model.pause_vllm import arguments
 
-        tokenizer = self.checkpoint.tokenizer
-        (final_id,) = tokenizer.open_ids(Section.FINAL_ANSWER)
-        fields: dict[str, Any] = {"max_tokens": max_tokens}
-        if gate is not None:
-            fields["logprobs"] = 1
-        if gate is not None and is_armed:
-            fields["max_tokens"] += gate.max_pauses * gate.span_tokens
-        else:
-            fields["logit_bias"] = dict.fromkeys(tokenizer.pause_ids, -100.0)
-
-        def params(prompt: Prompt) -> SamplingParams:
-            stop = [*tokenizer.stop_ids, *([final_id] if prompt.choices else [])]
-            extra_args = arguments(Gate(gate), f"rollout-{next(self.numbers)}") if gate and is_armed else None
+        def params(step: Generate) -> SamplingParams:
+            gate = step.gate
             return SamplingParams(
-                temperature=0.0, stop_token_ids=stop, detokenize=False, extra_args=extra_args, **fields
+                temperature=step.temperature,
+                top_p=1.0,
+                top_k=0,
+                seed=step.seed,
+                # vLLM counts the tokens of pauses too, and the one by which the gate gives up.
+                max_tokens=step.max_tokens + (gate.max_pauses * gate.span_tokens + 1 if gate else 0),
+                stop_token_ids=list(step.stop_token_ids),
+                # vLLM would add the tokenizer's own end.
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=1 if has_logprobs else None,
+                logit_bias=dict.fromkeys(step.banned_token_ids, -100.0) or None,
+                extra_args=arguments(Gate(gate), f"rollout-{next(self.numbers)}") if gate else None,
             )
 
-        outputs = self._generate(prompts, [p.token_ids for p in prompts], [params(p) for p in prompts])
-        sampled = [tuple(output.outputs[0].token_ids) for output in outputs]
-        known = [_confidences(output.outputs[0].logprobs) for output in outputs]
-        if gate is not None and is_armed:
-            # vLLM counts the tokens of pauses too, so it was given room for all of them.
-            kept = [num_kept(gate, token_ids, max_tokens) for token_ids in sampled]
-            sampled = [token_ids[:num] for token_ids, num in zip(sampled, kept, strict=True)]
-            known = [confidences[:num] for confidences, num in zip(known, kept, strict=True)]
-        gates = [replay(gate, *each) if gate else None for each in zip(sampled, known, strict=True)]
-        ends = set(tokenizer.stop_ids)
-        written = [[token for token in token_ids if token not in ends] for token_ids in sampled]
-        asked = [i for i, prompt in enumerate(prompts) if prompt.choices]
-        for i in asked:
-            parser = self.parser()
-            for token_id in written[i]:
-                parser.feed(token_id)
-            written[i] += parser.ids_to_final_answer()
-        scores = self._score(prompts, written, asked)
-        for i, totals in scores.items():
-            written[i] += self._candidates(prompts[i])[int(np.argmax(totals))]
-            if self._answers_by_letter:
-                written[i] += tokenizer.close_ids(Section.FINAL_ANSWER)
-        return [
-            Completion(tokens, scores.get(i, ()), gates[i], sampled[i], known[i]) for i, tokens in enumerate(written)
-        ]
+        return self._ask(prompts, [list(step.prompt_token_ids) for step in steps], [params(step) for step in steps])
 
-    def parser(self) -> TraceParser:
-        """Returns a reader of this checkpoint's completions."""
-        pause = self.checkpoint.manifest.pause
-        return TraceParser(
-            self.checkpoint.tokenizer, pause_mode=PauseMode(pause.mode), latent_tokens=pause.latent_tokens
-        )
-
-    @property
-    def _answers_by_letter(self) -> bool:
-        return self.checkpoint.manifest.trace.answer_style == "letter"
-
-    def _candidates(self, prompt: Prompt) -> list[list[int]]:
-        return self.checkpoint.tokenizer.choice_ids(prompt.choices, by_letter=self._answers_by_letter)
-
-    def _score(
-        self, prompts: Sequence[Prompt], written: list[list[int]], asked: list[int]
-    ) -> dict[int, tuple[float, ...]]:
-        """Return the log-probability of every choice of the prompts `asked`, as the service scores them."""
-        from vllm import SamplingParams
-
-        # vLLM must write a token; which one does not matter.
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        jobs = [(i, candidate) for i in asked for candidate in self._candidates(prompts[i])]
-        outputs = self._generate(
-            [prompts[i] for i, _ in jobs],
-            [[*prompts[i].token_ids, *written[i], *candidate] for i, candidate in jobs],
-            [params] * len(jobs),
-        )
-        totals: dict[int, tuple[float, ...]] = dict.fromkeys(asked, ())
-        for (i, candidate), output in zip(jobs, outputs, strict=True):
-            tail = output.prompt_logprobs[-len(candidate) :]
-            total = sum(logprobs[token].logprob for token, logprobs in zip(candidate, tail, strict=True))
-            totals[i] = (*totals[i], total)
-        return totals
-
-    def _generate(self, prompts: Sequence[Prompt], ids: list[list[int]], params: list[Any]) -> list[Any]:
+    def _ask(self, prompts: Sequence[Prompt], ids: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
         inputs: list[Any] = [
             {"prompt_token_ids": token_ids, "multi_modal_data": {"audio": [(prompt.samples_S, SAMPLE_RATE_HZ)]}}
             for prompt, token_ids in zip(prompts, ids, strict=True)
         ]
-        return self.llm.generate(inputs, params, use_tqdm=False) if inputs else []
+        return self.llm.generate(inputs, list(params), use_tqdm=False) if inputs else []
+
+
+@dataclass
+class _Run:
+    """Follows one prompt of a batch through the procedure.
+
+    Attributes:
+        gate: The gate that decides, or that reads along where the procedure has none.
+        followed: That gate at the end of the trace; None where there is none.
+    """
+
+    prompt: Prompt
+    answering: Answering
+    gate: GateSettings | None
+    followed: Gate | None = field(default=None, init=False)
+    written_ids: tuple[int, ...] = field(default=(), init=False)
+    confidences: tuple[float, ...] = field(default=(), init=False)
+    is_in_trace: bool = field(default=True, init=False)
+
+    def receive(self, step: Generate, output: Any) -> None:
+        """Give the procedure a finished continuation, in the chunks in which the service would get it."""
+        token_ids, confidences = tuple(output.token_ids), _confidences(output.logprobs)
+        reason: FinishReason = "length" if output.finish_reason == "length" else "stop"
+        if step.gate is not None:
+            num_kept = self._receive_spans(step, step.gate, token_ids, confidences, reason)
+        else:
+            num_kept = len(token_ids)
+            self.answering.receive_tokens(token_ids, reason)
+        if self.is_in_trace:
+            self.is_in_trace = False
+            self.written_ids, self.confidences = token_ids[:num_kept], confidences[:num_kept]
+            if self.gate is not None:
+                self.followed = replay(self.gate, self.written_ids, self.confidences)
+
+    def _receive_spans(
+        self,
+        step: Generate,
+        settings: GateSettings,
+        token_ids: Sequence[int],
+        confidences: Sequence[float],
+        reason: FinishReason,
+    ) -> int:
+        """Tell spans from visible tokens; return how many tokens stand up to where the trace ended or broke off."""
+        gate, visible, span, num_visible = Gate(settings), list[int](), list[int](), 0
+        for place, (token_id, confidence) in enumerate(zip(token_ids, confidences, strict=True)):
+            is_hidden = gate.is_pausing or token_id == settings.open_id
+            gate.push(token_id, confidence)
+            if is_hidden:
+                span.append(token_id)
+                if not gate.is_pausing:
+                    self.answering.receive_tokens(visible)
+                    self.answering.receive_tokens((), span=span)
+                    visible, span = [], []
+                continue
+            if token_id == settings.close_id:
+                # The gate has given up, and its engine goes on by itself. The procedure closes the trace instead.
+                self.answering.receive_tokens(visible, "abort", report=gate.report())
+                return place + 1
+            visible.append(token_id)
+            num_visible += 1
+            if token_id in step.stop_token_ids or num_visible == step.max_tokens:
+                is_stopped = token_id in step.stop_token_ids
+                self.answering.receive_tokens(visible, "stop" if is_stopped else "length", report=gate.report())
+                return place + 1
+        self.answering.receive_tokens(visible, reason, report=gate.report())
+        return len(token_ids)
+
+
+def _single_tokens(step: Score) -> list[int] | None:
+    """Return the candidates' tokens where each is a single one: then one engine step scores all of them."""
+    single = [candidate[0] for candidate in step.candidates if len(candidate) == 1]
+    return single if len(single) == len(step.candidates) else None
+
+
+def _total(output: Any, candidate: Sequence[int]) -> float:
+    """Return the log-probability of a candidate that ends a prompt."""
+    tail = output.prompt_logprobs[-len(candidate) :]
+    return sum(logprobs[token_id].logprob for token_id, logprobs in zip(candidate, tail, strict=True))
 
 
 def num_kept(settings: GateSettings, token_ids: Sequence[int], max_visible: int) -> int:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hyper_model.answering import CLOSING_TOKENS
 from hyper_model.audio import SAMPLE_RATE_HZ, Waveform
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.trace import MAX_CHOICE_CHARS
-from server.answering import CLOSING_TOKENS
-from server.api import qa as routes
-from server.api.types import QaBody, QaOptions
+from server.api import forms
+from server.api.questions import Asked, plan
+from server.api.types import QaBody
 from server.engines.protocol import ScriptedEngine
 from server.engines.scripted import scripted_checkpoint
 from server.errors import RequestError
@@ -233,10 +234,10 @@ def test_bad_json_is_a_bad_request(live: Live, name: str) -> None:
 def test_a_million_bad_items_are_refused_in_a_moment() -> None:
     """Without building an error for each: 0.2 s is a hundredth of what that took."""
     body = b'{"question": "a", "choices": [1' + b",1" * 500_000 + b"]}"
-    fields = routes.parse_json(body)
+    fields = forms.parse_json(body)
     started_s = time.process_time()
     with pytest.raises(RequestError, match="choices"):
-        routes.validate(QaBody, fields, strict=True)
+        forms.validate(QaBody, fields, strict=True)
     assert time.process_time() - started_s < 0.2
 
 
@@ -277,11 +278,11 @@ def test_choices_answered_by_their_words_have_room_to_be_scored() -> None:
     service = Service(scripted(default_max_tokens=10**6), checkpoint, ScriptedEngine(tokenizer), Metrics())
     choices = ["<THINK>" * (MAX_CHOICE_CHARS // len("<THINK>")), "plain"]
     waveform = Waveform(np.zeros(SAMPLE_RATE_HZ, dtype=np.float32))
-    question = routes.make_question(service, QaOptions(question="a", choices=choices), [1] * 10, waveform, 60.0)
+    question, budget = plan(service.answerer, Asked("a", tuple(choices)), [1] * 10, waveform, 60.0)
     longest = max(map(len, tokenizer.choice_ids(choices, by_letter=False)))
     assert longest > max(map(len, map(tokenizer.encode_text, choices)))
-    assert question.max_pauses is not None
-    pauses = question.max_pauses * manifest.pause.latent_tokens
+    assert budget is not None and question.gate is not None and question.gate.max_pauses == budget.max_pauses
+    pauses = budget.max_pauses * manifest.pause.latent_tokens
     used = 10 + round(manifest.audio.tokens_per_s) + pauses + question.max_tokens + CLOSING_TOKENS + longest + 1
     assert used == manifest.max_model_len
     service.pool.shutdown()

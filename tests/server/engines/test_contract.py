@@ -205,8 +205,8 @@ def pausing_vllm(pausing_host: VllmHost) -> Iterator[Live]:
 
 
 def gate_of(host: Live) -> GateSettings:
-    assert host.service.gate is not None
-    return host.service.gate
+    assert host.service.answerer.gate is not None
+    return host.service.answerer.gate
 
 
 def ask_pausing(host: Live, max_tokens: int = 400, **fields: object) -> GenerationRequest:

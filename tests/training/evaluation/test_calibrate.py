@@ -20,6 +20,7 @@ from hyper_model.manifest import Calibration
 from hyper_model.pause import GateSettings, replay
 from hyper_model.trace import PauseMode
 from server.engines.scripted import scripted_checkpoint
+from tests.builders import answer_result
 from tests.process import ROOT
 from training.cli import data as commands
 from training.evaluation.calibrate import (
@@ -51,9 +52,10 @@ def completions(gate: GateSettings, number: int = 60) -> list[Completion]:
     random, made = np.random.default_rng(0), list[Completion]()
     text = "<THINK><REASONING>" + "it rains and a train goes by " * 2 + "</REASONING></THINK><FINAL_ANSWER>a"
     written = tuple(CHECKPOINT.tokenizer.encode_trace(text))
+    result = answer_result(CHECKPOINT, written)
     for _ in range(number):
         confidences = tuple(float(each) for each in 1 - 0.6 * random.beta(0.6, 4, len(written)))
-        made.append(Completion([], (), replay(gate, written, confidences), written, confidences))
+        made.append(Completion(result, replay(gate, written, confidences), written, confidences))
     return made
 
 

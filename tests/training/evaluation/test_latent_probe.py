@@ -9,7 +9,7 @@ import torch
 from hyper_model.checkpoint import Checkpoint, open_checkpoint
 from hyper_model.positions import give_positions
 from hyper_model.trace import Section, build_prompt
-from tests.builders import build_random_checkpoint
+from tests.builders import answer_result, build_random_checkpoint
 from training.evaluation.latent_probe import Prober, probe, spans_of
 from training.rl.rollout import Completion, Prompt
 
@@ -41,21 +41,21 @@ def completion(checkpoint: Checkpoint, num_pauses: int, *, has_answer: bool = Tr
     if has_answer:
         answer = tokenizer.encode_text("rain")
         ids += [*tokenizer.open_ids(Section.FINAL_ANSWER), *answer, *tokenizer.close_ids(Section.FINAL_ANSWER)]
-    return Completion(ids, ())
+    return Completion(answer_result(checkpoint, ids))
 
 
 def test_spans_are_found_and_two_in_a_row_are_told_apart(checkpoint: Checkpoint) -> None:
-    ids = completion(checkpoint, 3).token_ids
+    ids = completion(checkpoint, 3).result.token_ids
     spans = spans_of(checkpoint, ids)
     assert len(spans) == 3 and all(last - first == 3 for first, last in spans)
     assert spans[2][0] == spans[1][1] + 1
     latent_ids = checkpoint.tokenizer.latent_ids
     assert all(ids[place] in latent_ids for first, last in spans for place in range(first, last + 1))
-    assert spans_of(checkpoint, completion(checkpoint, 0).token_ids) == []
+    assert spans_of(checkpoint, completion(checkpoint, 0).result.token_ids) == []
 
 
 def test_states_are_those_of_the_whole_model(checkpoint: Checkpoint, prompt: Prompt) -> None:
-    ids = completion(checkpoint, 2).token_ids
+    ids = completion(checkpoint, 2).result.token_ids
     prober = Prober(checkpoint)
     states = prober.states(prompt, ids)
     assert states.shape == (len(ids), 64)

@@ -1,6 +1,6 @@
-"""Lets a checkpoint answer a suite's items in this process, through vLLM, with the service's prompt, gate and parser.
+"""Let a checkpoint answer a suite's items in this process, through vLLM and the procedure that serves.
 
-Choices are scored as the service scores them. Knows nothing of truths and figures.
+Has no notion of figures.
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
 from tqdm import tqdm
 
-from hyper_model.errors import HyperError
+from hyper_model.errors import HyperError, PromptError
 from hyper_model.pause import GateSettings
-from hyper_model.trace import build_prompt
+from hyper_model.trace import Termination, build_prompt
 from training.evaluation.score import Reply
 from training.evaluation.suites.item import Item
 from training.rl.rollout import PROMPTS_AT_ONCE, Completion, Prompt, VllmBackend
@@ -27,10 +26,18 @@ NUM_PROBED = 300
 """Items whose hidden states are looked at."""
 
 
-def make_prompt(backend: VllmBackend, item: Item, samples_S: np.ndarray) -> Prompt:
-    """Returns the prompt that asks an item of a clip."""
+def load_prompt(backend: VllmBackend, item: Item, gate: GateSettings | None, *, cuts_long: bool) -> Prompt:
+    """Load an item's clip, and return the prompt that asks about it.
+
+    Raises:
+        HyperError: The clip cannot be read or is too long, or the model has no room to answer.
+    """
     truth = item.truth
-    return Prompt(build_prompt(backend.checkpoint.tokenizer, truth.question, truth.choices), samples_S, truth.choices)
+    token_ids = build_prompt(backend.checkpoint.tokenizer, truth.question, truth.choices)
+    prompt = Prompt(token_ids, item.load(cuts_long=cuts_long), truth.choices)
+    if backend.room(prompt, gate) < 1:
+        raise PromptError("the question, the choices and the clip leave the model no room to answer")
+    return prompt
 
 
 def answer(
@@ -62,11 +69,11 @@ def complete_for_probe(
         if len(prompts) == NUM_PROBED:
             break
         try:
-            prompts.append(make_prompt(backend, item, item.load(cuts_long=cuts_long)))
+            prompts.append(load_prompt(backend, item, gate, cuts_long=cuts_long))
         except HyperError:
             continue
         clusters.append(item.voice)
-    return prompts, backend.complete(prompts, gate=gate, use_tqdm=False), clusters
+    return prompts, backend.answer(prompts, gate=gate, use_tqdm=False), clusters
 
 
 def _answer_some(
@@ -76,31 +83,23 @@ def _answer_some(
     prompts: list[Prompt] = []
     for item in items:
         try:
-            prompts.append(make_prompt(backend, item, item.load(cuts_long=cuts_long)))
+            prompts.append(load_prompt(backend, item, gate, cuts_long=cuts_long))
             replies.append(None)
         except HyperError as error:
             replies.append(Reply.failed(str(error)))
-    completions = iter(backend.complete(prompts, gate=gate, use_tqdm=False))
-    return [
-        _read(backend, item, next(completions)) if reply is None else reply
-        for item, reply in zip(items, replies, strict=True)
-    ]
+    completions = iter(backend.answer(prompts, gate=gate, use_tqdm=False))
+    return [_reply(next(completions)) if reply is None else reply for reply in replies]
 
 
-def _read(backend: VllmBackend, item: Item, completion: Completion) -> Reply:
-    parser = backend.parser()
-    for token_id in completion.token_ids:
-        parser.feed(token_id)
-    parser.finish()
-    parsed, choices = parser.result, item.truth.choices
-    choice = int(np.argmax(completion.choice_scores)) if choices else None
+def _reply(completion: Completion) -> Reply:
+    result = completion.result
     return Reply(
-        parsed,
-        choice,
-        (parsed.answer_text or "") if choice is None else choices[choice],
+        result.parsed,
+        result.choice_index,
+        result.text,
         has_tokens=True,
-        num_pauses=completion.gate.num_pauses if completion.gate else 0,
-        is_aborted=completion.gate.is_aborted if completion.gate else False,
+        num_pauses=result.num_pauses,
+        is_aborted=result.parsed.termination is Termination.ABORTED,
     )
 
 
@@ -117,10 +116,10 @@ def time_alone(
         if len(seconds) == NUM_TIMED + _NUM_WARM_UP:
             break
         try:
-            prompt = make_prompt(backend, item, item.load(cuts_long=cuts_long))
+            prompt = load_prompt(backend, item, gate, cuts_long=cuts_long)
         except HyperError:
             continue
         started_s = time.perf_counter()
-        backend.complete([prompt], gate=gate, use_tqdm=False)
+        backend.answer([prompt], gate=gate, use_tqdm=False)
         seconds.append(time.perf_counter() - started_s)
     return seconds[_NUM_WARM_UP:]

@@ -1,0 +1,393 @@
+"""The answering procedure: from one question about one clip to an answer, without input or output.
+
+`Answering` holds the procedure and no engine, as h11 holds HTTP and no socket. It says in `next_step` what it needs
+from an engine, takes token ids and scores, and returns events. The service drives it token by token
+(`server.answering`); evaluation and calibration drive many of them in batches (`training.rl.rollout`). Both therefore
+measure and serve the same answer.
+
+    answering = Answering(question, tokenizer, manifest)
+    while (step := answering.next_step) is not None:
+        match step:
+            case Generate():
+                for chunk in engine.generate(step):
+                    events = answering.receive_tokens(chunk.token_ids, chunk.finish_reason)
+                    if answering.next_step is not step:
+                        break
+            case Score():
+                events = answering.receive_scores(engine.score(step))
+    result = answering.result
+
+Steps of the procedure:
+  1. The model writes its trace. Choices are scored, so its turn then ends at the tag that opens FINAL_ANSWER; an open
+     question ends at the tag that closes it.
+  2. A trace that breaks off (token limit, gate, end of turn without an answer) is closed by the missing tags.
+  3. With choices, each is scored as the continuation of the trace, and the likeliest is written into it. Without
+     choices, the model gets `ANSWER_TOKENS` more to answer a trace that broke off.
+
+This module imports neither torch nor vLLM and has no notion of HTTP, clips as samples, or wire formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hyper_model.manifest import Manifest
+from hyper_model.pause import GateReport, GateSettings
+from hyper_model.trace import PauseMode, Section, Termination, Trace, TraceTokenizer, escape_markup, render_choice
+from hyper_model.trace_parser import Event as TraceEvent
+from hyper_model.trace_parser import ParsedTrace, SectionDelta, TraceParser
+
+DEFAULT_MAX_TOKENS = 1024
+"""Most visible tokens of a trace, where the caller names no limit."""
+
+ANSWER_TOKENS = 64
+"""Most tokens of an answer after a trace that broke off; not part of `max_tokens`, so that a reply is never empty."""
+
+CLOSING_TOKENS = 16
+"""Most tokens of the tags that close such a trace."""
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Holds one checked question about one clip.
+
+    Attributes:
+        prompt_token_ids: As `build_prompt` writes it, with one placeholder for the clip.
+        choices: The options to choose from; empty for an open question.
+        max_tokens: Most visible tokens of the trace; `max_trace_tokens` is the upper bound.
+        gate: Lets the trace pause and gives up a trace that repeats itself; None turns both off.
+        temperature: 0 takes the likeliest token.
+        seed: Seeds sampling; None leaves it to the engine.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    choices: tuple[str, ...] = ()
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    gate: GateSettings | None = None
+    temperature: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Generate:
+    """Asks the driver for a continuation of a prompt.
+
+    Attributes:
+        prompt_token_ids: The question's prompt and everything written so far.
+        max_tokens: Most visible tokens; the stop token counts, the tokens of pauses do not.
+        stop_token_ids: The first of these ends the continuation and is its last token.
+        banned_token_ids: Tokens that may not be written.
+        gate: Runs over the continuation; None for no gate.
+    """
+
+    prompt_token_ids: Sequence[int]
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    banned_token_ids: tuple[int, ...] = ()
+    gate: GateSettings | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """Asks the driver for the log-probability of each candidate as the continuation of a prompt."""
+
+    prompt_token_ids: Sequence[int]
+    candidates: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class AnswerDelta:
+    """Adds text to the answer; the deltas joined are `AnswerResult.text`."""
+
+    text: str
+
+
+Event = TraceEvent | AnswerDelta
+
+
+@dataclass(frozen=True)
+class AnswerResult:
+    """Holds an answer and everything that led to it.
+
+    Attributes:
+        text: The answer: the chosen option as the caller wrote it, else the text of FINAL_ANSWER or RESPONSE.
+        choice_index: Index of the chosen option; None for an open question.
+        scores: One probability per option, of sum 1; empty for an open question.
+        parsed: The trace, the written choice included.
+        token_ids: The whole completion: pauses and closing tags included, the token that ends a turn left out.
+        num_completion_tokens: Visible tokens that the model wrote, stop tokens included.
+        num_pauses: Pauses taken; `num_pause_tokens` counts their hidden tokens.
+        report: What the gate measured.
+    """
+
+    text: str
+    choice_index: int | None
+    scores: tuple[float, ...]
+    parsed: ParsedTrace
+    token_ids: tuple[int, ...]
+    num_completion_tokens: int
+    num_pauses: int
+    num_pause_tokens: int
+    report: GateReport
+
+    @property
+    def confidence(self) -> float | None:
+        """The probability of the chosen option; None for an open question."""
+        return None if self.choice_index is None else self.scores[self.choice_index]
+
+    @property
+    def pause_confidences(self) -> tuple[float | None, ...]:
+        """The confidence at each pause of the trace; None for early pauses that the report no longer holds."""
+        num_pauses = len(self.parsed.pauses)
+        padded = (*[None] * num_pauses, *self.report.confidences)
+        return padded[len(padded) - num_pauses :]
+
+
+class Answering:
+    """Answers one question; see the module's first lines for how to drive it.
+
+    Attributes:
+        question: The question.
+        next_step: What the driver must do next; None when the answer is complete. A `Generate` stays the next step
+            until its continuation has ended.
+        token_ids: The completion so far.
+    """
+
+    def __init__(self, question: Question, tokenizer: TraceTokenizer, manifest: Manifest) -> None:
+        self.question = question
+        self.token_ids: list[int] = []
+        self.next_step: Generate | Score | None = None
+        self._tokenizer = tokenizer
+        self._by_letter = manifest.trace.answer_style == "letter"
+        pause = manifest.pause
+        self._parser = TraceParser(tokenizer, pause_mode=PauseMode(pause.mode), latent_tokens=pause.latent_tokens)
+        self._ends = frozenset(tokenizer.stop_ids)
+        self._is_in_trace = True
+        self._hint = Termination.COMPLETE
+        self._num_steps = 0
+        self._num_completion_tokens = 0
+        self._num_pauses = 0
+        self._num_pause_tokens = 0
+        self._report = GateReport()
+        self._result: AnswerResult | None = None
+        self._ask_for_trace()
+
+    @property
+    def parsed(self) -> ParsedTrace:
+        """The trace so far."""
+        return self._parser.result
+
+    @property
+    def result(self) -> AnswerResult:
+        """The finished answer.
+
+        Raises:
+            RuntimeError: The procedure has a next step.
+        """
+        if self._result is None:
+            raise RuntimeError("the answer is not complete: drive the procedure until next_step is None")
+        return self._result
+
+    def receive_tokens(
+        self,
+        token_ids: Sequence[int],
+        finish_reason: FinishReason | None = None,
+        *,
+        span: Sequence[int] = (),
+        report: GateReport | None = None,
+    ) -> list[Event]:
+        """Takes the next tokens of the continuation that `next_step` asks for; returns the events that they complete.
+
+        Args:
+            token_ids: Visible tokens.
+            finish_reason: Why the continuation ends with them; None where more follows. "abort" where the gate or the
+                engine gave it up.
+            span: The hidden tokens of a pause in front of `token_ids`.
+            report: What the gate measured, at the end of a continuation with a gate.
+        """
+        events: list[Event] = []
+        if span:
+            self._num_pauses += 1
+            self._num_pause_tokens += len(span)
+            self._feed(span, events)
+        if report is not None:
+            self._report = report
+        if self._is_in_trace:
+            self._receive_trace(token_ids, finish_reason, events)
+        else:
+            self._num_completion_tokens += len(token_ids)
+            self._feed((token_id for token_id in token_ids if token_id not in self._ends), events)
+            if finish_reason is not None:
+                self._finish(events)
+        return events
+
+    def receive_scores(self, logprobs: Sequence[float]) -> list[Event]:
+        """Takes the log-probabilities of the candidates and writes the likeliest choice into the trace."""
+        events: list[Event] = []
+        tokenizer, choices = self._tokenizer, self.question.choices
+        # Sums over whole candidates, not means: the model has read the choices and is about to copy one of them.
+        scores = softmax(logprobs)
+        index = int(np.argmax(scores))
+        words = render_choice(index, choices) if self._by_letter else " ".join(choices[index].split())
+        self._feed([*tokenizer.encode_text(escape_markup(words)), *tokenizer.close_ids(Section.FINAL_ANSWER)], events)
+        events.append(AnswerDelta(choices[index]))
+        self._finish(events, index, tuple(scores))
+        return events
+
+    def _ask_for_trace(self) -> None:
+        question = self.question
+        opens_answer, closes_answer = self._answer_tags()
+        self._generate(question.max_tokens, opens_answer if question.choices else closes_answer, question.gate)
+
+    def _receive_trace(self, token_ids: Sequence[int], finish_reason: FinishReason | None, events: list[Event]) -> None:
+        for token_id in token_ids:
+            self._num_completion_tokens += 1
+            if token_id in self._ends:
+                self._end_trace("stop", events)
+                return
+            self._feed((token_id,), events)
+            # Where tags are plain text no single token opens the answer: only the parser sees it, not the engine.
+            if self.question.choices and Section.FINAL_ANSWER in self._parser.open_sections:
+                self._end_trace("answer", events)
+                return
+        if finish_reason is not None:
+            self._end_trace(finish_reason, events)
+
+    def _end_trace(self, reason: FinishReason | Literal["answer"], events: list[Event]) -> None:
+        """Closes the trace where it broke off, and asks for the choice, for the answer, or for nothing more."""
+        self._is_in_trace = False
+        self._hint = _TERMINATIONS.get(reason, Termination.COMPLETE)
+        has_answer = reason == "answer" or self._parser.result.answer_text is not None
+        if self._hint is Termination.COMPLETE and not has_answer:
+            self._hint = Termination.MALFORMED
+        if not self.question.choices and has_answer:
+            self._finish(events)
+            return
+        self._feed(self._parser.ids_to_final_answer(), events)
+        if self.question.choices:
+            self._num_steps += 1
+            candidates = self._tokenizer.choice_ids(self.question.choices, by_letter=self._by_letter)
+            self.next_step = Score(self._prompt(), candidates)
+        else:
+            _, closes_answer = self._answer_tags()
+            self._generate(ANSWER_TOKENS, closes_answer, None)
+
+    def _finish(self, events: list[Event], choice_index: int | None = None, scores: tuple[float, ...] = ()) -> None:
+        self.next_step = None
+        self._add_events(self._parser.finish(self._hint), events)
+        parsed = self._parser.result
+        if choice_index is None:
+            text = parsed.answer_text or ""
+            if not parsed.texts.get(Section.FINAL_ANSWER):
+                # No delta has carried the answer: it is the text of RESPONSE, or empty.
+                events.append(AnswerDelta(text))
+        else:
+            text = self.question.choices[choice_index]
+        self._result = AnswerResult(
+            text=text,
+            choice_index=choice_index,
+            scores=scores,
+            parsed=parsed,
+            token_ids=tuple(self.token_ids),
+            num_completion_tokens=self._num_completion_tokens,
+            num_pauses=self._num_pauses,
+            num_pause_tokens=self._num_pause_tokens,
+            report=self._report,
+        )
+
+    def _generate(self, max_tokens: int, stop: frozenset[int], gate: GateSettings | None) -> None:
+        question = self.question
+        self.next_step = Generate(
+            prompt_token_ids=self._prompt(),
+            max_tokens=max_tokens,
+            temperature=question.temperature,
+            # Each step continues the same draw; the same seed again would repeat the random numbers of the first.
+            seed=None if question.seed is None else (question.seed + self._num_steps) % 2**32,
+            stop_token_ids=tuple(sorted(self._ends | stop)),
+            banned_token_ids=tuple(sorted(self._tokenizer.pause_ids)) if gate is None else (),
+            gate=gate,
+        )
+        self._num_steps += 1
+
+    def _prompt(self) -> list[int]:
+        return [*self.question.prompt_token_ids, *self.token_ids]
+
+    def _answer_tags(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Returns the tokens that open and close FINAL_ANSWER; none where tags are plain text."""
+        tag_ids = self._tokenizer.tag_ids.get(Section.FINAL_ANSWER)
+        return (frozenset(), frozenset()) if tag_ids is None else (frozenset(tag_ids[:1]), frozenset(tag_ids[1:]))
+
+    def _feed(self, token_ids: Iterable[int], events: list[Event]) -> None:
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            self._add_events(self._parser.feed(token_id), events)
+
+    def _add_events(self, found: Iterable[TraceEvent], events: list[Event]) -> None:
+        for event in found:
+            if not isinstance(event, SectionDelta) or event.section is not Section.FINAL_ANSWER:
+                events.append(event)
+            elif not self.question.choices:
+                events.append(AnswerDelta(event.text))
+
+
+_TERMINATIONS = {"length": Termination.TRUNCATED, "abort": Termination.ABORTED}
+
+
+def max_trace_tokens(
+    prompt_token_ids: Sequence[int],
+    choices: Sequence[str],
+    *,
+    num_audio_tokens: int,
+    gate: GateSettings | None,
+    tokenizer: TraceTokenizer,
+    manifest: Manifest,
+) -> int:
+    """Returns how many visible tokens of trace fit into the model beside prompt, clip, pauses and answer.
+
+    The number is 0 or negative where nothing fits.
+    """
+    longest_choice = 0
+    if manifest.trace.answer_style == "text":
+        # As they are scored: escaped, closed, and with the one token that the engine must write behind them.
+        longest_choice = max(map(len, tokenizer.choice_ids(choices, by_letter=False)), default=0) + 1
+    reserved = (
+        len(prompt_token_ids)
+        + num_audio_tokens
+        + (gate.max_pauses * gate.span_tokens if gate else 0)
+        + CLOSING_TOKENS
+        + max(ANSWER_TOKENS, longest_choice)
+    )
+    return manifest.max_model_len - reserved
+
+
+def changed_answer(trace: Trace, choices: Sequence[str] = ()) -> bool | None:
+    """Tells whether FINAL_ANSWER differs from RESPONSE in words; None for a trace without a reflection.
+
+    Args:
+        choices: The question's options: its second one is the same answer as `two` and as `B. two`.
+    """
+    if trace.reflection is None:
+        return None
+    own_words = {_folded(render_choice(index, choices)): _folded(choice) for index, choice in enumerate(choices)}
+    first, last = (own_words.get(_folded(text), _folded(text)) for text in (trace.response, trace.final_answer))
+    return bool(first and last and first != last)
+
+
+def _folded(text: str | None) -> str:
+    """Returns the words alone, without their case and spacing."""
+    return " ".join((text or "").casefold().split())
+
+
+def softmax(logprobs: Sequence[float]) -> list[float]:
+    """Returns log-probabilities of alternatives as shares of 1, whatever they are (NaN and infinities included)."""
+    values = np.nan_to_num(np.asarray(logprobs, dtype=np.float64), nan=-1e9, neginf=-1e9)
+    shares = np.exp(values - values.max())
+    return (shares / shares.sum()).tolist()

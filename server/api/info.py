@@ -1,0 +1,61 @@
+"""`GET /v1/info`: what this service is and takes."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from hyper_model.audio import FORMATS
+from hyper_model.trace import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_QUESTION_CHARS, Section
+from server.api.openapi import ANYWHERE
+from server.api.types import CheckpointInfo, DecodingInfo, InfoReply, LimitsInfo, PauseInfo
+from server.service import Service
+from server.telemetry.metrics import version
+
+router = APIRouter(responses=ANYWHERE)
+
+
+@router.get("/v1/info", summary="Checkpoint, limits and formats")
+async def info(request: Request) -> InfoReply:
+    """Describes the checkpoint, the limits, the formats and the pause settings."""
+    service: Service = request.app.state.service
+    settings, manifest, pause = service.settings, service.checkpoint.manifest, service.checkpoint.manifest.pause
+    return InfoReply(
+        version=version(),
+        engine=settings.engine,
+        checkpoint=CheckpointInfo(
+            name=manifest.name,
+            manifest_sha256=service.checkpoint.manifest_sha256,
+            base_model=manifest.base_model,
+            max_model_len=manifest.max_model_len,
+        ),
+        formats=list(FORMATS),
+        decoding=DecodingInfo(sandbox=list(service.decoder_pool.layers), memory_mib=settings.decode_memory_mib),
+        sections=[section.value for section in Section],
+        environment_labels=list(manifest.environment_labels),
+        pause=PauseInfo(
+            mode=pause.mode if service.answerer.gate else "off",
+            latent_tokens=pause.latent_tokens,
+            has_position_tokens=pause.position_ids is not None,
+            max_pauses=service.answerer.max_pauses,
+            tau_pause=pause.tau_pause,
+            tau_abort=pause.tau_abort,
+            window_tokens=pause.window_tokens,
+            sections=list(pause.sections),
+            is_calibrated=pause.calibration is not None,
+        ),
+        long_audio=["error"],
+        limits=LimitsInfo(
+            window_s=manifest.audio.window_s,
+            min_audio_s=manifest.audio.min_duration_s,
+            max_audio_s=settings.max_audio_s,
+            max_audio_bytes=settings.max_audio_bytes,
+            max_body_bytes=settings.max_body_bytes,
+            max_question_chars=MAX_QUESTION_CHARS,
+            max_choices=MAX_CHOICES,
+            max_choice_chars=MAX_CHOICE_CHARS,
+            max_tokens=settings.max_tokens,
+            max_timeout_ms=settings.max_timeout_ms,
+            max_in_flight=settings.max_in_flight,
+            max_queue_wait_s=settings.max_queue_wait_s,
+        ),
+    )

@@ -1,0 +1,243 @@
+"""Take a request about a clip from admission to its reply: the one lifecycle of every endpoint that answers.
+
+In order: admit it, read its body, set its deadline, prepare (prompts, decoding), answer, and reply whole or as a
+stream. Work is cancelled when the client leaves, the deadline passes or the service shuts down; a reply that missed its
+deadline carries the partial trace.
+
+An endpoint supplies a `Handler` and calls `respond`:
+
+    @router.post("/v1/audio/qa", ...)
+    async def audio_qa(request: Request) -> Response:
+        return await respond(request, AudioQa.read)
+
+`decode_clip` and `server.api.questions` are the parts that handlers share. A handler may decode several clips, answer
+several questions about one clip, or answer one question per window of a long recording: `prepare` and `answer` are free
+to loop, and the lifecycle around them stays the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from hyper_model.audio import Channel, Waveform
+from server.api.stream import Emit, EventStream, ServerSentEvent, discard
+from server.errors import RequestError, to_request_error
+from server.request_context import RequestContext
+from server.service import Service
+from server.telemetry.labels import AbortedBy
+
+logger = logging.getLogger("hyper.server")
+
+Result = TypeVar("Result")
+Reply = TypeVar("Reply")
+
+
+class Handler(Protocol[Reply]):
+    """Answers one request of one endpoint; made when the body has been read.
+
+    Attributes:
+        is_stream: Whether the caller wants events.
+        timeout_ms: The caller's deadline; None takes the service's own.
+    """
+
+    is_stream: bool
+    timeout_ms: int | None
+
+    async def prepare(self, deadline_s: float) -> None:
+        """Write prompts, decode clips and settle budgets. What is wrong by then has a status, in streams too."""
+        ...
+
+    async def answer(self, emit: Emit) -> Reply:
+        """Answer, and emit events on the way."""
+        ...
+
+    def response(self, reply: Reply) -> Response:
+        """Write the reply of a request that does not stream."""
+        ...
+
+    def last_events(self, reply: Reply) -> Iterable[ServerSentEvent]:
+        """Write the events that end a stream."""
+        ...
+
+    def error_event(self, body: dict[str, Any]) -> ServerSentEvent:
+        """Write the event that ends a stream with an error object."""
+        ...
+
+    def partial(self) -> dict[str, Any]:
+        """Write the trace so far, for a request that missed its deadline."""
+        ...
+
+
+Read = Callable[[Request, Service, RequestContext], Awaitable[Handler[Reply]]]
+"""Reads and checks the body of a request."""
+
+
+async def respond(request: Request, read: Read[Reply]) -> Response:
+    """Handle a request from admission to its reply or to the begin of its stream."""
+    service: Service = request.app.state.service
+    context = RequestContext.of(request.scope)
+    with contextlib.ExitStack() as held:
+        held.enter_context(service.admission.admit(context))
+        handler = await read_body(request, service, context, read)
+        timeout_ms = handler.timeout_ms or service.settings.default_timeout_ms
+        life = Lifecycle(service, context, handler, context.started_s + timeout_ms / 1000)
+        service.admission.require_time(context, life.deadline_s)
+        context.phase = "decode"
+        await life.run(handler.prepare(life.deadline_s), request.receive)
+        if handler.is_stream:
+            interval_s = service.settings.ping_interval_s
+            return EventStream(life.stream, context, ping_interval_s=interval_s, held=held.pop_all())
+        try:
+            reply = await life.run(handler.answer(discard), request.receive)
+        except RequestError as error:
+            raise life.cut_short(error) from None
+        with context.timing("serialize"):
+            return handler.response(reply)
+
+
+async def read_body(request: Request, service: Service, context: RequestContext, read: Read[Reply]) -> Handler[Reply]:
+    """Read the body, and time the upload and the checks."""
+    try:
+        return await read(request, service, context)
+    except ClientDisconnect:
+        service.metrics.aborted.labels("upload", "client").inc()
+        raise
+    finally:
+        context.record("receive", context.started_s, context.received_s)
+        if context.received_s is not None:
+            context.record("validate", context.received_s)
+
+
+@dataclass(frozen=True)
+class Lifecycle(Generic[Reply]):
+    """Runs the work of one request; `deadline_s` is a reading of `time.monotonic()`."""
+
+    service: Service
+    context: RequestContext
+    handler: Handler[Reply]
+    deadline_s: float
+
+    async def run(self, work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
+        """Run work until it ends, the client leaves, the deadline passes or the service shuts down.
+
+        Args:
+            receive: The request's ASGI receive; its body must have been read.
+
+        Raises:
+            ClientDisconnect: The client left.
+            RequestError: 504 or 503; the work was cancelled.
+        """
+        task = asyncio.create_task(work)
+        gone = asyncio.create_task(wait_for_disconnect(receive))
+        self.service.tasks.add(task)
+        try:
+            timeout_s = max(0.0, self.deadline_s - time.monotonic())
+            done, _ = await asyncio.wait({task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if task in done and not task.cancelled():
+                return task.result()
+            by: AbortedBy = "shutdown" if task in done else "client" if gone in done else "deadline"
+            self.service.metrics.aborted.labels(self.context.phase, by).inc()
+            raise self.abort_error(by)
+        finally:
+            self.service.tasks.discard(task)
+            for each in (task, gone):
+                each.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    def abort_error(self, by: AbortedBy) -> Exception:
+        """Return the error of a request whose work was cancelled."""
+        match by:
+            case "client":
+                return ClientDisconnect()
+            case "shutdown":
+                return RequestError("shutting_down", "The service shut down before it completed the answer.")
+            case _:
+                limit = round((self.deadline_s - self.context.started_s) * 1000)
+                return RequestError(
+                    "deadline_exceeded",
+                    f"The answer was not complete after {limit} ms.",
+                    limit=limit,
+                    hint="Raise `timeout_ms`, or lower `max_tokens`.",
+                )
+
+    async def stream(self, emit: Emit, receive: Receive) -> ServerSentEvent | None:
+        """Answer as a stream of events; return the event that reports an error, or None where there was none."""
+        context, metrics = self.context, self.service.metrics
+        try:
+            await self.run(self.emit_all(emit), receive)
+        except ClientDisconnect as error:
+            context.outcome = to_request_error(error).code
+            raise
+        except Exception as error:
+            fault = self.cut_short(to_request_error(error))
+            context.outcome = fault.code
+            metrics.stream_errors.labels(fault.code).inc()
+            if fault.code == "internal_error":
+                logger.error("stream failed", exc_info=error, extra={"request_id": context.request_id})
+            return self.handler.error_event(fault.body(context.request_id))
+        return None
+
+    async def emit_all(self, emit: Emit) -> None:
+        """Answer and emit every event, the last ones included."""
+        for event in self.handler.last_events(await self.handler.answer(emit)):
+            await emit(event)
+
+    def cut_short(self, error: RequestError) -> RequestError:
+        """Add the partial trace to the error of a deadline."""
+        if error.code == "deadline_exceeded":
+            error.partial = self.handler.partial()
+        return error
+
+
+async def decode_clip(
+    service: Service, context: RequestContext, data: bytes, *, track: int | None = None, channel: Channel = "mix"
+) -> Waveform:
+    """Decode a clip in the sandbox, charge its length to the caller and count it; cancelling kills the decoder.
+
+    Args:
+        track: Audio track to decode, from 1; None for the file's own choice.
+        channel: Which channel of it.
+
+    Raises:
+        AudioError: The clip cannot be used.
+        RequestError: 429, when the caller has used up its seconds of audio.
+    """
+    metrics = service.metrics
+    started_s = time.monotonic()
+    with metrics.decoding.track_inprogress():
+        async with contextlib.AsyncExitStack() as stack:
+            with context.timing("decode_wait"):
+                await stack.enter_async_context(service.decode_limiter.slot(context.priority))
+            with context.timing("decode"):
+                waveform = await service.decoder_pool.decode(data, track=track, channel=channel)
+        if context.tenant is not None:
+            context.tenant.charge(waveform.duration_s)
+        with context.timing("inspect"):
+            await service.in_pool(precompute_quality, waveform)
+    context.decode_s = time.monotonic() - started_s
+    metrics.audio_bytes.observe(len(data))
+    metrics.audio_duration.observe(waveform.duration_s)
+    metrics.audio_codec.labels(waveform.codec).inc()
+    metrics.audio_silence_ratio.observe(waveform.quality.silence_ratio)
+    return waveform
+
+
+def precompute_quality(waveform: Waveform) -> None:
+    """Compute the measurements that look at every sample; the waveform keeps them."""
+    _ = waveform.quality, waveform.sha256
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,140 @@
+"""Turn what a caller asks into a run of the answering procedure: prompt, token limit and pause budget.
+
+Shared by every endpoint that asks a clip a question, whatever its wire format.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hyper_model.answering import Question, max_trace_tokens
+from hyper_model.audio import SAMPLE_RATE_HZ, Waveform, require_single_window
+from hyper_model.errors import AudioTooLongError
+from hyper_model.trace import build_prompt
+from server.answering import Answerer, AnswerRun
+from server.errors import RequestError
+from server.pause_budget import Budget
+from server.request_context import RequestContext
+from server.service import Service
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Holds one question as the caller asks it; see `server.api.types.QaOptions` for the fields."""
+
+    question: str
+    choices: tuple[str, ...] = ()
+    pause: Literal["auto", "off"] | int = "auto"
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    seed: int | None = None
+
+
+async def write_prompt(service: Service, context: RequestContext, asked: Asked) -> list[int]:
+    """Encode the prompt, off the event loop.
+
+    Raises:
+        PromptError: The question or the choices cannot be used.
+    """
+    with context.timing("prompt"):
+        return await service.in_pool(build_prompt, service.checkpoint.tokenizer, asked.question, asked.choices)
+
+
+def start_run(
+    answerer: Answerer,
+    context: RequestContext,
+    asked: Asked,
+    prompt_token_ids: Sequence[int],
+    waveform: Waveform,
+    deadline_s: float,
+) -> AnswerRun:
+    """Settle the budgets of a question, and return the run that will answer it."""
+    question, budget = plan(answerer, asked, prompt_token_ids, waveform, deadline_s - time.monotonic())
+    lowered_by = budget.lowered_by if budget else None
+    return AnswerRun(answerer, context, question, waveform, lowered_by=lowered_by)
+
+
+def plan(
+    answerer: Answerer, asked: Asked, prompt_token_ids: Sequence[int], waveform: Waveform, left_s: float
+) -> tuple[Question, Budget | None]:
+    """Settle how many tokens and pauses there is room for, and time in the seconds left.
+
+    Returns:
+        The question, and its pause budget; None turns the gate off.
+
+    Raises:
+        RequestError: The model has no room for an answer, or for as many tokens as the caller wants.
+    """
+    checkpoint, settings = answerer.checkpoint, answerer.settings
+    manifest = checkpoint.manifest
+    match asked.pause:
+        case "auto":
+            budget = answerer.auto_budget(left_s)
+        case "off":
+            budget = None
+        case number:
+            budget = Budget(number)
+    gate = answerer.gate.with_budget(budget.max_pauses) if answerer.gate and budget else None
+    room = max_trace_tokens(
+        prompt_token_ids,
+        asked.choices,
+        num_audio_tokens=round(waveform.num_samples / SAMPLE_RATE_HZ * manifest.audio.tokens_per_s),
+        gate=gate,
+        tokenizer=checkpoint.tokenizer,
+        manifest=manifest,
+    )
+    if room < 1:
+        message = "The question, the choices and the clip together leave the model no room to answer."
+        limit = manifest.max_model_len
+        raise RequestError("invalid_prompt", message, param="question", limit=limit, actual=limit - room + 1)
+    if asked.max_tokens is not None and asked.max_tokens > room:
+        message = f"With this clip and question `max_tokens` may be at most {room}."
+        raise RequestError("invalid_parameter", message, param="max_tokens", limit=room, actual=asked.max_tokens)
+    question = Question(
+        prompt_token_ids=tuple(prompt_token_ids),
+        choices=asked.choices,
+        max_tokens=asked.max_tokens or min(room, settings.default_max_tokens),
+        gate=gate,
+        temperature=asked.temperature,
+        seed=asked.seed,
+    )
+    return question, budget
+
+
+def check_bounds(service: Service, **values: int | str | None) -> None:
+    """Refuse numbers beyond what this service or its checkpoint allows.
+
+    Args:
+        values: Any of `max_tokens`, `timeout_ms` and `pause`, under the names that the caller knows.
+
+    Raises:
+        RequestError: 400, with the limit.
+    """
+    settings = service.settings
+    limits = {
+        "max_tokens": settings.max_tokens,
+        "timeout_ms": settings.max_timeout_ms,
+        "pause": service.answerer.max_pauses,
+    }
+    for param, value in values.items():
+        if isinstance(value, int) and value > limits[param]:
+            message = f"`{param}` may be at most {limits[param]}."
+            raise RequestError("invalid_parameter", message, param=param, limit=limits[param], actual=value)
+
+
+def require_window(waveform: Waveform) -> None:
+    """Refuse a clip that does not fit into one window; nothing is ever cut without a word.
+
+    Raises:
+        AudioTooLongError: With the limit and a hint.
+    """
+    try:
+        require_single_window(waveform)
+    except AudioTooLongError as error:
+        error.hint = (
+            f"Send at most {error.limit:g} s. `long_audio` accepts only `error`; `window` and `chunk` are planned."
+        )
+        raise

@@ -1,0 +1,212 @@
+"""The answering procedure by itself: its steps, events and result, with tokens written here instead of by a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from hyper_model.answering import (
+    ANSWER_TOKENS,
+    DEFAULT_MAX_TOKENS,
+    AnswerDelta,
+    Answering,
+    AnswerResult,
+    Event,
+    FinishReason,
+    Generate,
+    Question,
+    Score,
+    max_trace_tokens,
+    softmax,
+)
+from hyper_model.manifest import Manifest
+from hyper_model.pause import GateReport, GateSettings
+from hyper_model.trace import Section, Termination, Trace, build_prompt, render
+from hyper_model.trace_parser import SectionDelta, TraceFormat
+from server.engines.scripted import scripted_checkpoint
+from server.settings import Settings
+
+CHECKPOINT = scripted_checkpoint()
+TOKENIZER, MANIFEST = CHECKPOINT.tokenizer, CHECKPOINT.manifest
+GATE = GateSettings.of(MANIFEST, TOKENIZER)
+WORDS = Trace(
+    planning="Listen.",
+    environment="rain",
+    transcript="the train leaves at nine",
+    reasoning="It rains.",
+    summary="Rain.",
+    response="sun",
+    final_answer="rain",
+)
+CHOICES = ("one", "two")
+
+
+def styled(answer_style: str) -> Manifest:
+    trace = MANIFEST.trace.model_copy(update={"answer_style": answer_style})
+    return MANIFEST.model_copy(update={"trace": trace})
+
+
+def question(choices: Sequence[str] = (), **fields: object) -> Question:
+    prompt = tuple(build_prompt(TOKENIZER, "What?", choices))
+    return replace(Question(prompt, tuple(choices)), **fields)  # pyright: ignore[reportArgumentType]
+
+
+def tokens(text: str) -> list[int]:
+    return TOKENIZER.encode_trace(text)
+
+
+def drive(
+    answering: Answering,
+    written: Iterable[tuple[Sequence[int], FinishReason]],
+    logprobs: Sequence[float] = (-2.0, -1.0),
+    *,
+    chunk_size: int = 1,
+) -> tuple[list[Generate | Score], list[Event], AnswerResult]:
+    """Drive a procedure with these continuations, in chunks, and return its steps, events and result."""
+    steps: list[Generate | Score] = []
+    events: list[Event] = []
+    continuations = iter(written)
+    while (step := answering.next_step) is not None:
+        steps.append(step)
+        if isinstance(step, Score):
+            events += answering.receive_scores(logprobs)
+            continue
+        token_ids, reason = next(continuations)
+        for start in range(0, len(token_ids), chunk_size):
+            is_last = start + chunk_size >= len(token_ids)
+            chunk = token_ids[start : start + chunk_size]
+            events += answering.receive_tokens(chunk, reason if is_last else None)
+            if answering.next_step is not step:
+                break
+        else:
+            if answering.next_step is step:
+                events += answering.receive_tokens((), reason)
+    return steps, events, answering.result
+
+
+def text_of(events: Sequence[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, AnswerDelta))
+
+
+def test_an_open_question_takes_one_step_and_ends_at_its_closing_tag() -> None:
+    written = tokens(render(WORDS))
+    steps, events, result = drive(Answering(question(), TOKENIZER, MANIFEST), [(written, "stop")])
+    (step,) = steps
+    assert isinstance(step, Generate) and step.max_tokens == DEFAULT_MAX_TOKENS and step.gate is None
+    assert set(step.stop_token_ids) == {*TOKENIZER.stop_ids, *TOKENIZER.close_ids(Section.FINAL_ANSWER)}
+    assert set(step.banned_token_ids) == TOKENIZER.pause_ids, "without a gate nothing may pause"
+    assert (result.text, result.choice_index, result.scores, result.confidence) == ("rain", None, (), None)
+    assert result.token_ids == tuple(written) and result.num_completion_tokens == len(written)
+    assert result.parsed.termination is Termination.COMPLETE and result.parsed.format is TraceFormat.STRICT
+    assert text_of(events) == result.text
+
+
+@pytest.mark.parametrize("choices", [(), CHOICES])
+def test_chunks_of_any_size_give_the_same_events_and_result(choices: tuple[str, ...]) -> None:
+    written = [*tokens(render(WORDS)), TOKENIZER.im_end_id]
+    found = [
+        drive(Answering(question(choices), TOKENIZER, MANIFEST), [(written, "stop")], chunk_size=size)
+        for size in (1, 2, 7, 1000)
+    ]
+    assert all(events == found[0][1] and result == found[0][2] for _, events, result in found)
+
+
+def test_a_trace_that_breaks_off_is_closed_and_an_open_question_gets_tokens_to_answer() -> None:
+    written, answer = tokens("<THINK><PLANNING>Listen"), [*tokens("rain"), *tokens("</FINAL_ANSWER>")]
+    asked = question(max_tokens=len(written), gate=GATE, seed=7)
+    steps, events, result = drive(Answering(asked, TOKENIZER, MANIFEST), [(written, "length"), (answer, "stop")])
+    first, second = steps
+    assert isinstance(first, Generate) and isinstance(second, Generate)
+    closing = tokens("</PLANNING></THINK><FINAL_ANSWER>")
+    assert list(second.prompt_token_ids) == [*asked.prompt_token_ids, *written, *closing]
+    assert second.max_tokens == ANSWER_TOKENS and second.gate is None and first.gate is GATE
+    assert not first.banned_token_ids and set(second.banned_token_ids) == TOKENIZER.pause_ids
+    assert (first.seed, second.seed) == (7, 8), "the same seed twice would repeat its random numbers"
+    assert result.text == text_of(events) == "rain" and result.parsed.termination is Termination.TRUNCATED
+    assert result.num_completion_tokens == len(written) + len(answer)
+
+
+def test_a_response_answers_a_trace_without_a_final_answer() -> None:
+    written = [*tokens("<THINK>hm</THINK><RESPONSE>rain</RESPONSE>"), TOKENIZER.im_end_id]
+    steps, events, result = drive(Answering(question(), TOKENIZER, MANIFEST), [(written, "stop")])
+    assert len(steps) == 1 and result.text == text_of(events) == "rain"
+    assert result.token_ids == tuple(written[:-1]), "the end of the turn is no part of the trace"
+    assert result.num_completion_tokens == len(written)
+
+
+@pytest.mark.parametrize(("style", "expected"), [("letter", "B. two"), ("text", "two")], ids=["letters", "words"])
+def test_the_likeliest_choice_is_written_into_the_trace(style: str, expected: str) -> None:
+    written = tokens(render(WORDS).partition("<FINAL_ANSWER>")[0] + "<FINAL_ANSWER>")
+    answering = Answering(question(CHOICES), TOKENIZER, styled(style))
+    steps, events, result = drive(answering, [(written, "stop")])
+    generate, score = steps
+    assert isinstance(generate, Generate) and isinstance(score, Score)
+    assert set(generate.stop_token_ids) == {*TOKENIZER.stop_ids, *TOKENIZER.open_ids(Section.FINAL_ANSWER)}
+    assert score.candidates == TOKENIZER.choice_ids(CHOICES, by_letter=style == "letter")
+    assert list(score.prompt_token_ids)[-len(written) :] == written
+    assert (result.text, result.choice_index) == ("two", 1) and text_of(events) == "two"
+    assert result.parsed.raw.endswith(f"<FINAL_ANSWER>{expected}</FINAL_ANSWER>")
+    assert result.parsed.format is TraceFormat.STRICT and result.parsed.termination is Termination.COMPLETE
+    assert sum(result.scores) == pytest.approx(1) and result.confidence == result.scores[1]
+    assert not any(isinstance(each, SectionDelta) and each.section is Section.FINAL_ANSWER for each in events)
+
+
+@pytest.mark.parametrize("choices", [(), CHOICES])
+def test_a_trace_that_the_gate_gives_up_is_answered_and_says_so(choices: tuple[str, ...]) -> None:
+    written = tokens("<THINK><CAPTION><ENV>rain rain rain")
+    answering = Answering(question(choices, gate=GATE), TOKENIZER, MANIFEST)
+    events = answering.receive_tokens(written, "abort", report=GateReport(0.01, ()))
+    _, rest, result = drive(answering, [(tokens("rain</FINAL_ANSWER>"), "stop")])
+    assert result.parsed.termination is Termination.ABORTED and result.report.lowest == 0.01
+    assert result.text == text_of([*events, *rest]) != ""
+
+
+def test_a_pause_counts_apart_from_visible_tokens() -> None:
+    assert GATE is not None
+    answering = Answering(question(gate=GATE), TOKENIZER, MANIFEST)
+    head, tail = tokens("<THINK><CAPTION><ENV>rain"), tokens("</ENV></CAPTION></THINK><FINAL_ANSWER>a</FINAL_ANSWER>")
+    answering.receive_tokens(head)
+    answering.receive_tokens((), span=GATE.span_ids)
+    answering.receive_tokens(tail, "stop", report=GateReport(0.4, (0.4,)))
+    result = answering.result
+    assert (result.num_pauses, result.num_pause_tokens) == (1, GATE.span_tokens)
+    assert result.num_completion_tokens == len(head) + len(tail)
+    assert [pause.section for pause in result.parsed.pauses] == [Section.ENV] and result.pause_confidences == (0.4,)
+    assert "PAUSE" not in result.parsed.raw
+    assert replace(result, report=GateReport()).pause_confidences == (None,), "where the report has been forgotten"
+
+
+def test_there_is_no_result_before_the_last_step() -> None:
+    answering = Answering(question(), TOKENIZER, MANIFEST)
+    with pytest.raises(RuntimeError, match="not complete"):
+        _ = answering.result
+    answering.receive_tokens(tokens("<THINK><PLANNING>Listen"))
+    assert answering.parsed.texts[Section.PLANNING] == "Listen"
+
+
+def test_the_room_for_a_trace_leaves_pauses_and_the_longest_choice() -> None:
+    assert GATE is not None
+    choices = ("<THINK>" * 60, "plain")
+    prompt = build_prompt(TOKENIZER, "What?", choices)
+
+    def room(gate: GateSettings | None, style: str) -> int:
+        return max_trace_tokens(
+            prompt, choices, num_audio_tokens=25, gate=gate, tokenizer=TOKENIZER, manifest=styled(style)
+        )
+
+    assert room(None, "letter") - room(GATE, "letter") == GATE.max_pauses * GATE.span_tokens
+    longest = max(map(len, TOKENIZER.choice_ids(choices, by_letter=False))) + 1
+    assert room(None, "letter") - room(None, "text") == longest - ANSWER_TOKENS > 0
+
+
+def test_the_service_and_the_evaluation_share_the_default_token_limit() -> None:
+    assert Settings().default_max_tokens == DEFAULT_MAX_TOKENS
+
+
+def test_scores_are_shares_whatever_the_engine_says() -> None:
+    for logprobs in ([-1.0, -2.0], [float("-inf"), -3.0], [float("-inf")] * 2, [float("nan"), -1.0], [-1e30, -1e30]):
+        shares = softmax(logprobs)
+        assert sum(shares) == pytest.approx(1) and min(shares) >= 0
+    assert softmax([0.0, float("-inf")]) == [1.0, 0.0]
