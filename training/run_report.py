@@ -12,7 +12,9 @@ from typing import Any
 
 from hyper_model.manifest import MANIFEST_FILE, read_manifest
 from training.recipes import REWARD_WEIGHTS
-from training.trainer import read_log, read_recipe
+from training.trainer import LEFT_OUT_FILE, read_left_out, read_log, read_recipe
+
+_MAX_LEFT_OUT = 50
 
 CURVES_FILE, REPORT_FILE = "curves.png", "report.md"
 
@@ -40,6 +42,11 @@ def write_report(run_dir: Path, *, outcome: str) -> Path:
     rows = read_log(run_dir)
     draw_curves(rows, run_dir / CURVES_FILE, title=recipe["name"])
     lines = [f"# Run of {recipe['name']}", "", outcome, "", f"![Curves]({CURVES_FILE})", "", *_told(rows)]
+    if left_out := read_left_out(run_dir):
+        lines += ["", "## Rows left out", "", f"{len(left_out)} rows of the data were not used ({LEFT_OUT_FILE}):", ""]
+        lines += [f"- {row}: {reason}" for row, reason in list(left_out.items())[:_MAX_LEFT_OUT]]
+        if len(left_out) > _MAX_LEFT_OUT:
+            lines += [f"- and {len(left_out) - _MAX_LEFT_OUT} more"]
     lines += ["", "## Recipe", "", "```json", json.dumps(recipe, indent=2), "```", ""]
     page = run_dir / REPORT_FILE
     page.write_text("\n".join(lines), encoding="utf-8")
@@ -57,9 +64,11 @@ def write_card(run_dir: Path, checkpoint: Path, *, num_steps: int, data: str | N
     """
     manifest = read_manifest((checkpoint / MANIFEST_FILE).read_bytes())
     recipe = read_recipe(run_dir)
+    left_out = read_left_out(run_dir)
     source = "Synthetic scenes (docs/data-card.md of the project that trained it)."
     if data is not None:
-        source = f"{data} (sha256 {recipe['origin']['data'][:12]})."
+        source = f"{data} (sha256 {recipe['origin']['data'][:12]})"
+        source += f", without {len(left_out)} rows that could not be used." if left_out else "."
     lines = [
         f"# {manifest.name}",
         "",

@@ -41,6 +41,8 @@ from training.recipes import R, Recipe, RecipeError, recipe_from_dict
 COMPLETE = "complete"
 LOG_FILE = "log.jsonl"
 RECIPE_FILE = "recipe.json"
+LEFT_OUT_FILE = "left_out.jsonl"
+"""Rows of the data that a run leaves out, each with its place and the reason."""
 
 
 class TrainingError(HyperError):
@@ -436,11 +438,27 @@ def prepare_run_dir(
     return None
 
 
+def write_left_out(run_dir: Path, reasons: Mapping[str, str]) -> None:
+    """Record the rows that a run leaves out, from their places to the reasons."""
+    lines = [json.dumps({"row": row, "reason": reason}) for row, reason in reasons.items()]
+    (run_dir / LEFT_OUT_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_left_out(run_dir: Path) -> dict[str, str]:
+    """Return the rows that a run left out, from their places to the reasons."""
+    file = run_dir / LEFT_OUT_FILE
+    if not file.exists():
+        return {}
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    return {row["row"]: row["reason"] for row in rows}
+
+
 def leave_run_dir(run_dir: Path) -> None:
     """Remove the files of `prepare_run_dir` after a failed start, so that another run can use the directory."""
     if _is_bare(run_dir):
-        (run_dir / RECIPE_FILE).unlink(missing_ok=True)
+        for name in (RECIPE_FILE, LEFT_OUT_FILE):
+            (run_dir / name).unlink(missing_ok=True)
 
 
 def _is_bare(run_dir: Path) -> bool:
-    return all(path.name == RECIPE_FILE for path in run_dir.iterdir())
+    return all(path.name in (RECIPE_FILE, LEFT_OUT_FILE) for path in run_dir.iterdir())

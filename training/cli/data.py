@@ -75,23 +75,30 @@ def _hard_sets() -> Mapping[str, Described]:
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of relative audio paths.  [default: the file's folder]",
 )
-def check(file: Path, format_: str | None, audio_root: Path | None) -> None:
-    """Read a data set of questions about clips, count its rows and report every unusable row.
+@click.option("--decode/--no-decode", "decodes", default=True, show_default=True, help="Also decode every clip.")
+def check(file: Path, format_: str | None, audio_root: Path | None, decodes: bool) -> None:
+    """Read a data set of questions about clips, count its rows and report every unusable row and clip.
 
-    Exits with 1 if a row is unusable.
+    Exits with 1 if a row is unusable, or a clip is missing, damaged or too long.
     """
     from training.data.examples import check_examples
 
-    found = check_examples(file, format=format_, audio_root=audio_root)
+    found = check_examples(file, format=format_, audio_root=audio_root, decodes=decodes)
     click.echo(f"{file}: {found.format}, {found.num_examples} examples, {found.num_with_choices} with choices")
     for category, number in found.by_category.items():
         click.echo(f"  {category}: {number}")
-    if found.num_missing_audio:
-        click.echo(f"{found.num_missing_audio} audio files are missing")
-    for fault in found.faults:
+    for warning in found.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    for fault in (*found.faults, *found.bad_audio):
         click.echo(str(fault), err=True)
+    problems: list[str] = []
     if found.faults:
-        raise click.ClickException(f"{len(found.faults)} unusable rows; correct or remove them")
+        problems.append(f"{len(found.faults)} unusable rows; correct or remove them")
+    if found.bad_audio:
+        advice = "set the folder of relative paths with --audio-root, or train with --skip-bad-rows"
+        problems.append(f"{len(found.bad_audio)} missing or unusable audio files; {advice}")
+    if problems:
+        raise click.ClickException(". ".join(problems))
 
 
 @data.command()

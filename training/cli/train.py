@@ -12,6 +12,8 @@ import click
 
 from training.cli.data import work_option
 
+_MAX_NAMED = 20
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -74,6 +76,12 @@ _NUM_READ_TEXTS = 20_000
     "settings.",
 )
 @click.option(
+    "--skip-bad-rows",
+    is_flag=True,
+    help="Decode all clips of --data first, and leave out rows with a missing, unreadable or too long clip. The run "
+    "directory lists all rows left out.",
+)
+@click.option(
     "--loader-workers", type=click.IntRange(0), default=0, show_default=True, help="Number of data loader processes."
 )
 def train(
@@ -90,6 +98,7 @@ def train(
     name: str | None,
     processes: int,
     settings: tuple[str, ...],
+    skip_bad_rows: bool,
     loader_workers: int,
 ) -> None:
     """Train RECIPE into RUN_DIR.
@@ -137,7 +146,11 @@ def train(
         model = None
     else:
         try:
-            examples = None if data is None else _examples(data, audio_root, chosen)
+            examples = (
+                None
+                if data is None
+                else usable_examples(data, audio_root, chosen, run_dir, skips_bad_clips=skip_bad_rows)
+            )
             if isinstance(chosen, GrpoRecipe):
                 trainer = _grpo(chosen, run_dir, base, examples, work)
             else:
@@ -241,27 +254,60 @@ def _launch(processes: int) -> None:
         ) from error
 
 
-def _examples(data: Path, audio_root: Path | None, recipe: SftRecipe | GrpoRecipe) -> list[Example]:
-    """Read the usable rows of a stage."""
-    from training.data.examples import ExampleError, read_examples
+def usable_examples(
+    data: Path, audio_root: Path | None, recipe: SftRecipe | GrpoRecipe, run_dir: Path, *, skips_bad_clips: bool
+) -> list[Example]:
+    """Read the usable rows of a stage, and record the others in the run directory.
+
+    Raises:
+        ClickException: Clips are missing or unusable, and `skips_bad_clips` is False; the message names them.
+    """
+    from hyper_model.errors import HyperError
+    from training.data.examples import ExampleError, audio_problem, read_clip, read_examples
     from training.recipes import GrpoRecipe
+    from training.trainer import write_left_out
 
     faults: list[ExampleError] = []
     examples = list(read_examples(data, audio_root=audio_root, on_fault=faults.append))
-    if faults:
-        click.echo(f"{len(faults)} rows left out, the first: {faults[0]}", err=True)
+    left_out = {fault.source: fault.message.removeprefix(f"{fault.source}: ") for fault in faults}
     wants_answer = isinstance(recipe, GrpoRecipe)
-    usable = [example for example in examples if (example.answer if wants_answer else example.completion)]
-    if len(usable) < len(examples):
-        lacking = "answer for the reward" if wants_answer else "gold completion"
-        click.echo(f"{len(examples) - len(usable)} rows left out: they have no {lacking}", err=True)
-    # A clip is opened on use, possibly hours later.
-    missing = [example for example in usable if not os.path.isfile(example.audio)]
-    if missing:
+    lacking = "no answer for the reward" if wants_answer else "no gold completion"
+    usable: list[Example] = []
+    bad_clips: dict[str, str] = {}
+    for example in examples:
+        if not (example.answer if wants_answer else example.completion):
+            left_out[example.source] = lacking
+        elif (problem := audio_problem(example.audio)) is not None:
+            bad_clips[example.source] = f"{example.audio} {problem}"
+        else:
+            usable.append(example)
+    # A clip is otherwise opened on use, possibly hours later.
+    if skips_bad_clips:
+        decoded: list[Example] = []
+        for example in usable:
+            try:
+                read_clip(example)
+                decoded.append(example)
+            except HyperError as error:
+                bad_clips[example.source] = error.message.removeprefix(f"{example.source}: ")
+        usable, left_out = decoded, left_out | bad_clips
+    elif bad_clips:
+        named = "; ".join(f"{row}: {problem}" for row, problem in list(bad_clips.items())[:_MAX_NAMED])
+        more = f"; and {len(bad_clips) - _MAX_NAMED} more" if len(bad_clips) > _MAX_NAMED else ""
         raise click.ClickException(
-            f"{len(missing)} of {len(usable)} clips are missing, the first: {missing[0].source}: {missing[0].audio}. "
-            "Set the folder of relative paths with --audio-root"
+            f"{len(bad_clips)} of {len(usable) + len(bad_clips)} clips are missing or unusable: {named}{more}. "
+            "Set the folder of relative paths with --audio-root, or leave these rows out with --skip-bad-rows"
         )
+    if os.environ.get("RANK", "0") == "0":
+        write_left_out(run_dir, left_out)
+        for row, reason in list(left_out.items())[:_MAX_NAMED]:
+            click.echo(f"left out: {row}: {reason}", err=True)
+        if left_out:
+            click.echo(
+                f"{len(left_out)} of {len(left_out) + len(usable)} rows left out; RUN_DIR has the list", err=True
+            )
+    if bad_clips and not usable:
+        raise click.ClickException(f"{data}: none of {len(left_out)} rows can be used; see `hyper data check {data}`")
     return usable
 
 

@@ -57,17 +57,20 @@ class Summary:
     """Counts of a data set.
 
     Attributes:
-        num_missing_audio: Number of missing files, each counted once.
+        bad_audio: Missing, empty and unreadable audio files in order of appearance, each once, with the cause and the
+            place of the first row that names it.
         by_category: Rows of each category, in order of appearance, without rows of no category.
         faults: Errors of the unusable rows; these rows are counted nowhere else.
+        warnings: Odd things about clips that decode, such as silence or missing audio.
     """
 
     format: str
     num_examples: int
     num_with_choices: int
-    num_missing_audio: int
+    bad_audio: tuple[str, ...]
     by_category: Mapping[str, int]
     faults: tuple[ExampleError, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def read_examples(
@@ -91,26 +94,57 @@ def read_examples(
     yield from _examples(found, rows, on_fault)
 
 
-def check_examples(path: str | Path, *, format: str | None = None, audio_root: str | Path | None = None) -> Summary:
-    """Read a whole data set and count its rows, its faults and its missing audio files.
+def check_examples(
+    path: str | Path, *, format: str | None = None, audio_root: str | Path | None = None, decodes: bool = False
+) -> Summary:
+    """Read a whole data set and count its rows, its faults and its unusable audio files.
+
+    Args:
+        decodes: Also decode every clip, which finds damaged and too long ones.
 
     Raises:
         ExampleError: For a file that cannot be read as rows at all.
     """
     found, rows = _open_rows(Path(path), format, audio_root)
     num_examples = num_with_choices = 0
-    missing: set[Path] = set()
+    bad_audio: dict[Path, str | None] = {}
+    warnings: list[str] = []
     categories: Counter[str] = Counter()
     faults: list[ExampleError] = []
     for example in _examples(found, rows, faults.append):
         num_examples += 1
         num_with_choices += bool(example.choices)
-        # os.path, not Path.is_file: a name too long for the file system counts as missing.
-        if not os.path.isfile(example.audio):
-            missing.add(example.audio)
+        if example.audio not in bad_audio:
+            problem = audio_problem(example.audio)
+            bad_audio[example.audio] = None if problem is None else f"{example.source}: {example.audio} {problem}"
+            if problem is None and decodes:
+                try:
+                    warnings += _warnings_about(example, read_clip(example))
+                except HyperError as error:
+                    bad_audio[example.audio] = error.message
         if example.category is not None:
             categories[example.category] += 1
-    return Summary(found, num_examples, num_with_choices, len(missing), dict(categories), tuple(faults))
+    bad = tuple(filter(None, bad_audio.values()))
+    return Summary(found, num_examples, num_with_choices, bad, dict(categories), tuple(faults), tuple(warnings))
+
+
+def _warnings_about(example: Example, waveform: Waveform) -> list[str]:
+    texts = [warning.message for warning in waveform.warnings]
+    if waveform.quality.silence_ratio == 1.0:
+        texts.append("the clip is silent")
+    return [f"{example.source}: {example.audio}: {text}" for text in texts]
+
+
+def audio_problem(path: Path) -> str | None:
+    """Return why an audio file cannot be opened as a clip; None if it can. Its content is not decoded."""
+    # os.path, not Path.is_file: a name too long for the file system counts as missing.
+    if os.path.isdir(path):
+        return "is a folder"
+    if not os.path.isfile(path):
+        return "is missing"
+    if not os.path.getsize(path):
+        return "is empty"
+    return None if os.access(path, os.R_OK) else "cannot be read: permission denied"
 
 
 def _examples(found: str, rows: Iterable[Row], on_fault: Callable[[ExampleError], None] | None) -> Iterator[Example]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from hyper_model.checkpoint import open_checkpoint
+from tests.paths import CLIPS
 from tests.process import ROOT
 from tests.training_data import write_clips, write_encoder
-from training.cli.train import train
+from training.cli.train import train, usable_examples
 from training.data.sources.downloads import ENCODER_FILE
-from training.trainer import read_log
+from training.recipes import RECIPES
+from training.trainer import read_left_out, read_log
 
 MINI = ROOT / "checkpoints/hyper-mini"
 ROW = {"audio": "no-such-clip.wav", "question": "Who speaks?", "answer": "one", "choices": "one|two"}
@@ -93,7 +97,7 @@ def test_what_cannot_be_trained_is_said_and_the_folder_stays_free(work: Path, ro
     for arguments, said in (
         (("qwen2_audio_7b_sft", "--base", MINI, "--data", rows), "--processes N or torchrun"),
         (("qwen2_audio_7b_grpo", "--base", MINI), "--set fsdp="),
-        (("debug_grpo", "--base", MINI, "--data", rows), "1 of 1 clips are missing"),
+        (("debug_grpo", "--base", MINI, "--data", rows), "1 of 1 clips are missing or unusable"),
         (("mini_finetune", "--base", MINI, "--data", rows), "no example with a gold completion"),
         (("mini_finetune", "--base", MINI), "set --data"),
         (("mini_grpo",), "set --base"),
@@ -109,3 +113,27 @@ def test_what_cannot_be_trained_is_said_and_the_folder_stays_free(work: Path, ro
         assert not list(run_dir.glob("*")), arguments
     # Its remains do not block a valid run.
     assert run("debug", run_dir, "--work", work, "--set", "num_steps=1").exit_code == 0
+
+
+def test_bad_rows_are_left_out_by_name_and_the_run_records_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = (CLIPS / "one-voice-word.flac").read_bytes()
+    (tmp_path / "good.flac").write_bytes(clip)
+    (tmp_path / "cut.flac").write_bytes(clip[:20_000])
+    row = {"question": "Who?", "answer": "Felix"}
+    names = ["good.flac", "gone.flac", "cut.flac"]
+    rows = [*({"file": name, **row} for name in names), {"file": "good.flac", "question": "", "answer": "x"}]
+    rows.append({"file": "good.flac", "question": "Who?"})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    recipe: Any = RECIPES["debug_grpo"]()
+    with pytest.raises(click.ClickException, match=r"1 of 3 clips.*line 2: .*gone.flac is missing.*--skip-bad-rows"):
+        usable_examples(file, None, recipe, run_dir, skips_bad_clips=False)
+    usable = usable_examples(file, None, recipe, run_dir, skips_bad_clips=True)
+    assert [example.audio.name for example in usable] == ["good.flac"]
+    left_out = read_left_out(run_dir)
+    assert sorted(int(place.rpartition(" ")[2]) for place in left_out) == [2, 3, 4, 5]
+    assert "4 of 5 rows left out" in capsys.readouterr().err

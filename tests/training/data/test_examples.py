@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hyper_model.audio import Waveform
 from hyper_model.errors import HyperError
 from hyper_model.trace import MAX_CHOICES, Trace, render
 from tests.paths import CLIPS
@@ -642,17 +646,47 @@ def test_a_refusal_is_a_hyper_error_that_survives_pickling(tmp_path: Path) -> No
 
 
 def test_checking_counts_rows_choices_categories_and_audio_that_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "here.wav").touch()
+    (tmp_path / "here.wav").write_bytes(b"RIFF")
+    (tmp_path / "empty.wav").touch()
     rows = [
         {**PLAIN, "file": "here.wav", "category": "count"},
         {**PLAIN, "file": "gone.wav", "category": "word", "choices": []},
         {**PLAIN, "file": "gone.wav", "category": "count"},
         {**PLAIN, "file": "x" * 5000},
+        {**PLAIN, "file": "empty.wav"},
     ]
     found = check_examples(write_array(tmp_path / "x.json", *rows))
-    assert found == Summary("plain", 4, 3, 2, {"count": 2, "word": 1})
-    assert check_examples(CLIPS / "truth.json") == Summary("plain", 10, 10, 0, {})
-    assert check_examples(tmp_path / "x.json", audio_root=CLIPS).num_missing_audio == 3
+    assert (found.num_examples, found.num_with_choices, found.by_category) == (5, 4, {"count": 2, "word": 1})
+    # Each is named once, with the first row that has it.
+    assert [text.rpartition(" is ")[2] for text in found.bad_audio] == ["missing", "missing", "empty"]
+    assert "item 2: " in found.bad_audio[0] and "gone.wav" in found.bad_audio[0] and found.warnings == ()
+    assert check_examples(CLIPS / "truth.json", decodes=True) == Summary("plain", 10, 10, (), {})
+    assert len(check_examples(tmp_path / "x.json", audio_root=CLIPS).bad_audio) == 4
+
+
+def test_checking_decodes_clips_and_names_what_would_stop_or_spoil_a_run(tmp_path: Path) -> None:
+    clip = (CLIPS / "one-voice-word.flac").read_bytes()
+    silence = Waveform(np.zeros(16_000, np.float32))
+    long = Waveform(np.zeros(31 * 16_000, np.float32))
+    for name, content in {
+        "good.flac": clip,
+        "cut.flac": clip[:20_000],
+        "text.wav": b"hello, this is text",
+        "silent.wav": encoded(silence),
+        "long.wav": encoded(long),
+        "short.wav": encoded(silence)[:12_044],
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    names = ["good.flac", "cut.flac", "text.wav", "silent.wav", "long.wav", "short.wav"]
+    found = check_examples(write_array(tmp_path / "x.json", *({**PLAIN, "file": name} for name in names)), decodes=True)
+    assert [text.split(": ")[1].rpartition("/")[2] for text in found.bad_audio] == ["cut.flac", "text.wav", "long.wav"]
+    assert sorted({text.split(": ")[1].rpartition("/")[2] for text in found.warnings}) == ["short.wav", "silent.wav"]
+
+
+def encoded(waveform: Waveform) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, waveform.samples_S, 16_000, format="WAV", subtype="PCM_16")
+    return file.getvalue()
 
 
 def test_checking_names_every_bad_row_and_reading_may_leave_them_out(tmp_path: Path) -> None:

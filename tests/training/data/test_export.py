@@ -46,7 +46,7 @@ def test_rows_come_back_with_question_choices_answer_and_a_clip_that_decodes(wor
         assert clip.duration_s == pytest.approx(row["duration_s"], abs=0.001)
         assert parsed.trace.environment == row["environment"] == example.environment
         assert (example.transcript, example.num_speakers) == (row["transcript"], row["num_speakers"])
-    assert check_examples(rows_file).num_missing_audio == 0
+    assert check_examples(rows_file).bad_audio == ()
     licences = json.loads((tmp_path / "out/LICENCES.json").read_text(encoding="utf-8"))
     assert set(licences["recordings"]) == {row["recording"] for row in rows} - {None}
     assert all("CC" in entry["licence"] for entry in licences["recordings"].values())

@@ -18,7 +18,7 @@ def read(row: Row) -> Example:
     choices_field = row.present("multi_choice", "choices")
     choices = row.choices(choices_field)
     question_field = row.present("question_text", "question")
-    question = row.text(question_field)
+    question = row.question(question_field)
     row.check(question, choices, question_field=question_field, choices_field=choices_field)
     audio_field = row.present("audio_path", "audio", "video_name")
     audio = row.text(audio_field)

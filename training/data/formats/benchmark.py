@@ -10,7 +10,7 @@ def read_benchmark(row: Row, audio_field: str, *category_fields: str) -> Example
     """Return the example of a benchmark's row; its category joins the category fields with "/"."""
     row.present("choices")
     choices = row.choices("choices")
-    question = row.text("question")
+    question = row.question("question")
     row.check(question, choices, question_field="question", choices_field="choices")
     categories = [text for name in category_fields if (text := row.optional_text(name))]
     return Example(

@@ -69,7 +69,7 @@ _INLINE_LABEL = re.compile(r"(?<!\S)\(?([A-Z])[.):]\s+")
 
 
 def split_question(text: str) -> tuple[str, tuple[str, ...]]:
-    """Split an instruction into the question and its choices, without `<audio>` marks.
+    """Split an instruction into the question and its choices.
 
     Choices have consecutive letters from A: "(a) x (b) y" anywhere, or "A. x" and the like at the start of lines. They
     can also follow "Choices:" or "Options:" as letters, a quoted list, lines, or texts separated by `|`, `;` or commas.

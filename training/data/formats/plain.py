@@ -15,7 +15,7 @@ def read(row: Row) -> Example:
 def read_own(row: Row, audio_field: str) -> Example:
     """Return the example of a row with our own fields."""
     choices = row.choices("choices")
-    question = row.text("question")
+    question = row.question("question")
     row.check(question, choices, question_field="question", choices_field="choices")
     return Example(
         id=row.id(),

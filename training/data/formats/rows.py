@@ -19,6 +19,7 @@ from typing import TypedDict, TypeVar, cast
 from hyper_model.errors import PromptError
 from hyper_model.trace import check_question
 from hyper_model.trace_parser import parse_text
+from training.data.formats.audio_marks import AudioMarkError, remove_marks, require_no_marks
 from training.data.formats.choices import gold_choice, stated_choice
 from training.data.formats.types import ExampleError
 
@@ -91,6 +92,17 @@ class Row:
             raise self.error(name, "contains an invalid character (NUL or a lone surrogate)", text)
         return text.strip()
 
+    def without_marks(self, name: str, text: str) -> str:
+        """Return a question without the mark of its clip."""
+        try:
+            return remove_marks(text)
+        except AudioMarkError as error:
+            raise self.error(name, str(error), text) from error
+
+    def question(self, name: str) -> str:
+        """Return the question of a required field, without the mark of its clip."""
+        return self.without_marks(name, self.text(name))
+
     def optional_list(self, name: str) -> list[object] | None:
         return cast("list[object] | None", self.value(name, list, "a list"))
 
@@ -148,7 +160,12 @@ class Row:
         }
 
     def check(self, question: str, choices: Sequence[str], *, question_field: str, choices_field: str) -> None:
-        """Refuse a question and choices invalid for a prompt."""
+        """Refuse a question and choices invalid for a prompt, or with marks of clips in them."""
+        for field, text in ((question_field, question), *((choices_field, choice) for choice in choices)):
+            try:
+                require_no_marks(text)
+            except AudioMarkError as error:
+                raise self.error(field, str(error), text) from error
         try:
             check_question(question, choices)
         except PromptError as error:
@@ -193,6 +210,10 @@ class Row:
         if not parsed.texts:
             if not words:
                 raise self.error(name, "is empty", text)
+            try:
+                require_no_marks(words)
+            except AudioMarkError as error:
+                raise self.error(name, str(error), text) from error
             return self.chosen(name, words, choices, is_sentence=True), None
         if parsed.answer_text is None:
             raise self.error(name, "is a trace without an answer (FINAL_ANSWER or RESPONSE)", text)
