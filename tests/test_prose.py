@@ -205,6 +205,39 @@ def test_sentences_of_documents_are_short() -> None:
     assert all(sentence.num_words <= MAX_DOCUMENT_WORDS for _, sentence in long), "\n" + listing
 
 
+def test_paths_and_links_in_documents_exist() -> None:
+    """A path is a code span such as `server/app.py`; a link is relative, with or without an anchor."""
+    missing: list[str] = []
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if "://" not in target and not (path.parent / target).exists():
+                missing.append(f"{path.relative_to(ROOT)}: link {target}")
+        if path == HISTORY:
+            continue
+        for target in re.findall(
+            r"`((?:hyper_model|server|training|loadtests|tests|client|deploy|docs)/[\w./-]+)`", text
+        ):
+            if "NAME" not in target and not (ROOT / target).exists():
+                missing.append(f"{path.relative_to(ROOT)}: path {target}")
+    assert not missing, "\n" + "\n".join(missing)
+
+
+def test_anchors_in_documents_exist() -> None:
+    """GitHub's anchor of a heading: lower case, without punctuation, hyphens for spaces."""
+    missing: list[str] = []
+    for path in documents():
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", path.read_text(encoding="utf-8")):
+            page = path.parent / target if target else path
+            if "://" in target or not page.exists():
+                continue
+            headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            if anchor not in anchors:
+                missing.append(f"{path.relative_to(ROOT)}: {target}#{anchor}")
+    assert not missing, "\n" + "\n".join(missing)
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
