@@ -18,6 +18,7 @@ WORKDIR /opt/hyper
 FROM scratch AS source
 COPY pyproject.toml README.md LICENSE /
 COPY hyper_model /hyper_model
+COPY client /client
 COPY server /server
 COPY training /training
 COPY loadtests /loadtests

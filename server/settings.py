@@ -18,7 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
 PREFIX = "HYPER_"
-NOT_OURS = frozenset({"HYPER_URL", "HYPER_KEY"})  # Read by `hyper ask`.
+NOT_OURS = frozenset({"HYPER_URL", "HYPER_API_KEY", "HYPER_KEY"})  # Read by the client and `hyper ask`.
 
 
 class Settings(BaseSettings):

@@ -17,8 +17,9 @@ from tests.serving import tone
 
 # The root command finds its sub-commands by entry points, present only in an installed project.
 SCRIPT = """
+from hyper.commands import ask
 from hyper_model.cli import hyper, main
-from server.commands import ask, keys, serve
+from server.commands import keys, serve
 hyper.add_command(serve)
 hyper.add_command(ask)
 hyper.add_command(keys)
@@ -54,7 +55,13 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start `hyper serve` on a free port like the installed script; a prefix is an outer program's command."""
     command = [*prefix, sys.executable, "-c", SCRIPT, "serve", *arguments]
-    full = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HYPER_PORT": "0", **environment}
+    full = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "client"))),
+        "OMP_NUM_THREADS": "1",
+        "HYPER_PORT": "0",
+        **environment,
+    }
     return subprocess.Popen(command, env=full, cwd=ROOT, stdout=subprocess.PIPE, text=True, **options)
 
 

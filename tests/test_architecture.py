@@ -18,14 +18,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("hyper_model", "server", "training", "loadtests", "tests")
+PACKAGES = ("hyper_model", "server", "hyper", "training", "loadtests", "tests")
+FOLDERS = {"hyper": "client/hyper"}
+"""Folders of packages with another name than their folder."""
 
 MAY_IMPORT = {
     "hyper_model": set[str](),
     "server": {"hyper_model"},
     "training": {"hyper_model"},
+    "hyper": {"server", "hyper_model"},
     "loadtests": set[str](),
-    "tests": {"hyper_model", "server", "training", "loadtests"},
+    "tests": {"hyper_model", "server", "hyper", "training", "loadtests"},
 }
 """Permitted imports between our packages; loadtests uses HTTP instead."""
 
@@ -96,8 +99,9 @@ def modules() -> dict[str, Path]:
     """Return the path of every module of the five packages by its dotted name; a package means its `__init__`."""
     found: dict[str, Path] = {}
     for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            parts = path.relative_to(ROOT).with_suffix("").parts
+        folder = ROOT / FOLDERS.get(package, package)
+        for path in sorted(folder.rglob("*.py")):
+            parts = (package, *path.relative_to(folder).with_suffix("").parts)
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
@@ -224,6 +228,17 @@ def test_each_package_imports_only_what_it_may() -> None:
         if top(name) in PACKAGES and top(name) != top(module) and top(name) not in may_import(module)
     ]
     assert not wrong
+
+
+CLIENT_IMPORTS = {"server.api.types", "hyper_model.proxies", "hyper_model.sse"}
+"""All that the client imports from other packages: the types of the API, and readers without dependencies."""
+
+
+def test_the_client_shares_the_types_of_the_api_and_nothing_else_of_the_server() -> None:
+    ours = {name for module in modules() if top(module) == "hyper" for name in imports(module) if top(name) in PACKAGES}
+    assert {name for name in ours if top(name) != "hyper" and name in modules()} <= CLIENT_IMPORTS
+    heavy = {"fastapi", "uvicorn", "av", "soundfile", *HEAVY}
+    assert not heavy & {top(name) for module in modules() if top(module) == "hyper" for name in reachable(module)}
 
 
 def test_only_the_adapters_import_vllm() -> None:

@@ -17,8 +17,8 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
+from hyper.commands import ask
 from hyper_model.checkpoint import open_checkpoint
-from server.commands import ask
 from tests.process import ROOT, exit_code, serve_process
 from tests.serving import parse_events
 from training.text_metrics import edit_distance, words

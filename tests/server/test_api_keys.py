@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from click.testing import CliRunner
+from hyper.commands import ask as ask_command
 from starlette.routing import Route
 
 from hyper_model.errors import HyperError
@@ -23,7 +24,6 @@ from loadtests.fuzz_http import DISGUISED_HEADERS, METHODS, STRAY_PATHS, bearer,
 from server import api_keys as keys
 from server.api_keys import KeyFileError, KeyRing
 from server.app import create_app
-from server.commands import ask as ask_command
 from server.commands import keys as command
 from server.middleware import OPERATOR_PATHS, PUBLIC_PATHS
 from server.quotas import Quotas

@@ -1,0 +1,252 @@
+"""Typed events of a streamed answer, and the iterators that yield them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeAlias
+
+import httpx
+
+from hyper.errors import UnexpectedReplyError
+from hyper.protocol import connection_error, not_ours, parse, parse_json, service_error
+from hyper_model.sse import read_events, read_events_async
+from server.api.types import Answer, QaReply, Usage
+
+__all__ = [
+    "AnswerDelta",
+    "AnswerDone",
+    "AsyncEventStream",
+    "Done",
+    "Event",
+    "EventStream",
+    "Pause",
+    "SectionDelta",
+    "SectionEnd",
+    "SectionStart",
+    "UsageReport",
+]
+
+
+@dataclass(frozen=True)
+class SectionStart:
+    """A section of the trace begins, for example `REASONING`."""
+
+    name: ClassVar[str] = "section.start"
+    section: str
+
+
+@dataclass(frozen=True)
+class SectionDelta:
+    """The next text of a section."""
+
+    name: ClassVar[str] = "section.delta"
+    section: str
+    text: str
+
+
+@dataclass(frozen=True)
+class SectionEnd:
+    """A section of the trace ends."""
+
+    name: ClassVar[str] = "section.end"
+    section: str
+
+
+@dataclass(frozen=True)
+class Pause:
+    """The model paused for so many latent tokens, inside a section or between two."""
+
+    name: ClassVar[str] = "pause"
+    section: str | None
+    latent_tokens: int
+
+
+@dataclass(frozen=True)
+class AnswerDelta:
+    """The next text of the answer."""
+
+    name: ClassVar[str] = "answer.delta"
+    text: str
+
+
+@dataclass(frozen=True)
+class AnswerDone:
+    """The whole answer, with the probabilities of the choices."""
+
+    name: ClassVar[str] = "answer.done"
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class UsageReport:
+    """The tokens of the request."""
+
+    name: ClassVar[str] = "usage"
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last event: the whole reply."""
+
+    name: ClassVar[str] = "done"
+    reply: QaReply
+
+
+Event: TypeAlias = SectionStart | SectionDelta | SectionEnd | Pause | AnswerDelta | AnswerDone | UsageReport | Done
+
+_READERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
+    "section.start": lambda data: SectionStart(str(data["section"])),
+    "section.delta": lambda data: SectionDelta(str(data["section"]), str(data["text"])),
+    "section.end": lambda data: SectionEnd(str(data["section"])),
+    "pause": lambda data: Pause(data["section"], int(data["latent_tokens"])),
+    "answer.delta": lambda data: AnswerDelta(str(data["text"])),
+    "answer.done": lambda data: AnswerDone(parse(Answer, data)),
+    "usage": lambda data: UsageReport(parse(Usage, data)),
+    "done": lambda data: Done(parse(QaReply, data)),
+}
+
+
+def read_event(name: str, text: str) -> Event | None:
+    """Return the typed event; None for a name that this release does not know.
+
+    Raises:
+        ServiceError: The event is an error.
+        UnexpectedReplyError: The event's data has another form.
+    """
+    if name != "error" and name not in _READERS:
+        return None
+    data = parse_json(text)
+    if name == "error":
+        raise service_error(data)
+    try:
+        return _READERS[name](data)
+    except (LookupError, TypeError, ValueError) as error:
+        raise UnexpectedReplyError(f"The event {name!r} of the stream has an unknown form.") from error
+
+
+class _Progress:
+    """What both streams keep: the name of the address, and the reply once it arrived."""
+
+    def __init__(self, response: httpx.Response, url: str) -> None:
+        self._response = response
+        self._url = url
+        self._reply: QaReply | None = None
+
+    @property
+    def reply(self) -> QaReply:
+        """The whole reply, after the last event.
+
+        Raises:
+            UnexpectedReplyError: The last event has not been read.
+        """
+        if self._reply is None:
+            raise UnexpectedReplyError("the stream has no reply before its last event.")
+        return self._reply
+
+    def _take(self, name: str, text: str) -> Event | None:
+        try:
+            event = read_event(name, text)
+        except UnexpectedReplyError as error:
+            raise not_ours(self._url) from error
+        if isinstance(event, Done):
+            self._reply = event.reply
+        return event
+
+    def _require_end(self) -> None:
+        if self._reply is None:
+            cause = "The connection broke, or the service is not `hyper serve`."
+            raise UnexpectedReplyError(f"the stream from {self._url} ended before its last event. {cause}")
+
+
+class EventStream(_Progress):
+    """Iterates over the events of one answer. Leaving the `with` block early cancels the question.
+
+    Errors of the service, also those in the middle of a stream, are raised as exceptions.
+    """
+
+    def __init__(self, response: httpx.Response, url: str) -> None:
+        super().__init__(response, url)
+        self._events = self._read()
+
+    def _read(self) -> Iterator[Event]:
+        try:
+            for name, text in read_events(self._response.iter_bytes()):
+                event = self._take(name, text)
+                if event is not None:
+                    yield event
+            self._require_end()
+        except httpx.HTTPError as error:
+            raise connection_error(error, self._url) from error
+        finally:
+            self.close()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self._events
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    def until_done(self) -> QaReply:
+        """Read the remaining events and return the whole reply."""
+        for _ in self:
+            pass
+        return self.reply
+
+    def close(self) -> None:
+        """Close the connection; the service stops an unfinished answer."""
+        self._response.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncEventStream(_Progress):
+    """The same as `EventStream`, for `async for` and `async with`."""
+
+    def __init__(self, response: httpx.Response, url: str) -> None:
+        super().__init__(response, url)
+        self._events = self._read()
+
+    async def _read(self) -> AsyncIterator[Event]:
+        try:
+            async for name, text in read_events_async(self._response.aiter_bytes()):
+                event = self._take(name, text)
+                if event is not None:
+                    yield event
+            self._require_end()
+        except httpx.HTTPError as error:
+            raise connection_error(error, self._url) from error
+        finally:
+            await self.aclose()
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self._events
+
+    async def __anext__(self) -> Event:
+        return await anext(self._events)
+
+    async def until_done(self) -> QaReply:
+        """Read the remaining events and return the whole reply."""
+        async for _ in self:
+            pass
+        return self.reply
+
+    async def aclose(self) -> None:
+        """Close the connection; the service stops an unfinished answer."""
+        await self._response.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()

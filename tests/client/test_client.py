@@ -1,0 +1,321 @@
+"""Both clients against the real service over the scripted engine, and against canned replies of troubled ones."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import hyper
+from hyper.protocol import AskOptions, dump
+from server import api_keys
+from server.api.types import InfoReply, QaOptions, QaReply
+from tests.client.replies import Canned, error_reply, replying, stream_of
+from tests.paths import CLIPS
+from tests.serving import QUESTION, Live, running, scripted, tone
+
+CLIP = CLIPS / "one-voice.mp3"
+
+
+def ask_sync(url: str, clip: Any = CLIP, question: str = QUESTION, *, client: Any = None, **options: Any) -> QaReply:
+    with hyper.Client(url, **(client or {})) as started:
+        if options.pop("stream", False):
+            return started.ask(clip, question, stream=True, **options).until_done()
+        return started.ask(clip, question, **options)
+
+
+def ask_async(url: str, clip: Any = CLIP, question: str = QUESTION, *, client: Any = None, **options: Any) -> QaReply:
+    async def main() -> QaReply:
+        async with hyper.AsyncClient(url, **(client or {})) as started:
+            if options.pop("stream", False):
+                return await (await started.ask(clip, question, stream=True, **options)).until_done()
+            return await started.ask(clip, question, **options)
+
+    return asyncio.run(main())
+
+
+@pytest.fixture(params=[ask_sync, ask_async], ids=["sync", "async"])
+def ask(request: pytest.FixtureRequest) -> Callable[..., QaReply]:
+    return request.param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_typed(live: Live, ask: Callable[..., QaReply], stream: bool) -> None:
+    reply = ask(live.url, stream=stream)
+    assert isinstance(reply, QaReply) and reply.answer.text == "9.6 s of loud sound"
+    assert reply.perception is not None and reply.perception.environment_text == "loud sound"
+    chosen = ask(live.url, choices=["a bell", "a dog"], stream=stream).answer
+    assert chosen.scores is not None and chosen.choice_index is not None
+    assert sum(chosen.scores) == pytest.approx(1) and chosen.text == ["a bell", "a dog"][chosen.choice_index]
+
+
+@pytest.mark.parametrize("kind", ["path", "text", "bytes", "file", "bytesio", "pipe"])
+def test_a_clip_may_be_a_path_bytes_a_file_or_a_pipe(
+    live: Live, ask: Callable[..., QaReply], kind: str, tmp_path: Path
+) -> None:
+    data = CLIP.read_bytes()
+    pipe = tmp_path / "pipe"
+    with CLIP.open("rb") as file:
+        clips = {"path": CLIP, "text": str(CLIP), "bytes": data, "file": file, "bytesio": io.BytesIO(data)}
+        if kind == "pipe":
+            os.mkfifo(pipe)
+            writer = threading.Thread(target=lambda: pipe.write_bytes(data))
+            writer.start()
+        assert ask(live.url, clips.get(kind, pipe)).answer.text == "9.6 s of loud sound"
+
+
+def test_what_is_no_clip_is_refused_before_anything_is_sent(tmp_path: Path, ask: Callable[..., QaReply]) -> None:
+    url = "http://127.0.0.1:9"
+    with pytest.raises(FileNotFoundError):
+        ask(url, tmp_path / "none.wav")
+    for clip in (io.StringIO("text"), 7, None):
+        with pytest.raises(TypeError, match=r"clip is"):
+            ask(url, clip)
+    with pytest.raises(TypeError, match="list of texts"):
+        ask(url, choices="ab")
+    with pytest.raises(TypeError, match="no option tempo"):
+        ask(url, tempo=3)
+    with pytest.raises(ValueError, match="UTF-8"):
+        ask(url, question="\ud800")
+
+
+def test_events_are_typed_and_their_deltas_are_the_reply(live: Live) -> None:
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    with hyper.Client(live.url) as client, client.ask(CLIP, QUESTION, stream=True) as events:
+        with pytest.raises(hyper.UnexpectedReplyError, match="before its last event"):
+            _ = events.reply
+        answer = ""
+        for event in events:
+            names.append(event.name)
+            match event:
+                case hyper.SectionDelta(section, text):
+                    texts[section] = texts.get(section, "") + text
+                case hyper.AnswerDelta(text):
+                    answer += text
+                case _:
+                    pass
+    assert names[0] == "section.start" and names[-3:] == ["answer.done", "usage", "done"]
+    reply = events.reply
+    assert reply.reasoning is not None and texts["REASONING"] == reply.reasoning.reasoning
+    assert answer == reply.answer.text
+
+
+def test_a_pause_is_an_event(live: Live) -> None:
+    with hyper.Client(live.url) as client:
+        events = list(client.ask(tone(2.0, amplitude=0.0), QUESTION, stream=True))
+        assert hyper.Pause("REASONING", 64) in events
+        assert hyper.Pause("REASONING", 64) not in list(
+            client.ask(tone(2.0, amplitude=0.0), QUESTION, stream=True, pause="off")
+        )
+
+
+def test_leaving_a_stream_stops_the_answer(slow: Live) -> None:
+    with hyper.Client(slow.url) as client, client.ask(CLIP, QUESTION, stream=True) as events:
+        assert isinstance(next(events), hyper.SectionStart)
+    slow.wait_until_idle()
+
+    async def main() -> None:
+        async with hyper.AsyncClient(slow.url) as client, await client.ask(CLIP, QUESTION, stream=True) as events:
+            assert isinstance(await anext(events), hyper.SectionStart)
+
+    asyncio.run(main())
+    slow.wait_until_idle()
+
+
+def test_info_is_that_of_the_service(live: Live) -> None:
+    with hyper.Client(live.url + "/") as client:
+        info = client.info()
+    assert info == InfoReply.model_validate(live.client.get("/v1/info").json())
+
+    async def main() -> InfoReply:
+        async with hyper.AsyncClient(live.url) as client:
+            return await client.info()
+
+    assert asyncio.run(main()) == info
+
+
+def test_the_options_are_the_fields_of_the_api() -> None:
+    fields = {*AskOptions.__annotations__} - {"priority", "request_id"}
+    assert fields | {"question", "choices", "stream"} == set(QaOptions.model_fields)
+
+
+def test_options_and_headers_arrive(live: Live, ask: Callable[..., QaReply]) -> None:
+    reply = ask(live.url, reasoning="answer", max_tokens=500, temperature=0.5, seed=3, timeout_ms=20_000, pause=1)
+    assert reply.perception is None and reply.pause.budget == 1
+    with replying(Canned(b"{}")) as sent, pytest.raises(hyper.UnexpectedReplyError):
+        ask(sent.url, priority="batch", request_id="mine", client={"api_key": "hyp_x"})
+    (headers,) = sent.headers
+    assert headers["x-hyper-clip"] == hashlib.sha256(CLIP.read_bytes()).hexdigest()
+    assert (headers["x-hyper-priority"], headers["x-request-id"]) == ("batch", "mine")
+    assert headers["authorization"] == "Bearer hyp_x"
+    assert b'name="priority"' not in sent.bodies[0] and CLIP.read_bytes() in sent.bodies[0]
+
+
+def test_an_unknown_priority_is_refused_by_the_service(live: Live, ask: Callable[..., QaReply]) -> None:
+    with pytest.raises(hyper.InvalidParameterError) as caught:
+        ask(live.url, priority="first")
+    assert caught.value.param == "x-hyper-priority"
+
+
+def test_the_service_s_refusals_are_exceptions(live: Live, ask: Callable[..., QaReply]) -> None:
+    with pytest.raises(hyper.UnsupportedAudioError) as caught:
+        ask(live.url, b"no audio", stream=True)
+    error = caught.value
+    assert (error.status, error.code, error.param, error.retryable) == (415, "unsupported_audio", "file", False)
+    assert error.hint is not None and error.hint in str(error) and error.request_id.startswith("req_")
+    with pytest.raises(hyper.InvalidAudioError) as caught_empty:
+        ask(live.url, b"")
+    assert caught_empty.value.code == "empty_audio" and isinstance(caught_empty.value, hyper.AudioError)
+    with pytest.raises(hyper.AudioTooLongError) as caught_long:
+        ask(live.url, tone(31.0))
+    assert caught_long.value.limit == 30
+    with pytest.raises(hyper.InvalidPromptError):
+        ask(live.url, choices=["only one"])
+
+
+def test_a_deadline_carries_the_trace_so_far_and_is_not_retried(slow: Live, ask: Callable[..., QaReply]) -> None:
+    before = slow.metric("hyper_rejected_total", code="504")
+    with pytest.raises(hyper.DeadlineExceededError) as caught:
+        ask(slow.url, timeout_ms=700)
+    assert caught.value.partial is not None and "<PLANNING>" in caught.value.partial["trace"]["raw"]
+    assert slow.metric("hyper_rejected_total", code="504") == before + 1
+    # In a stream the error is an event.
+    with pytest.raises(hyper.DeadlineExceededError) as caught:
+        ask(slow.url, timeout_ms=700, stream=True)
+    assert caught.value.status is None
+
+
+def test_a_key_comes_from_the_argument_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[..., QaReply]
+) -> None:
+    path = tmp_path / "keys.json"
+    secret = api_keys.add(path, name="anna", scopes=("ask",), expires=None, requests_per_minute=600)
+    with running(scripted(key_file=path)) as service:
+        with pytest.raises(hyper.InvalidApiKeyError):
+            ask(service.url)
+        assert ask(service.url, client={"api_key": secret}).answer.text
+        monkeypatch.setenv("HYPER_API_KEY", secret)
+        monkeypatch.setenv("HYPER_URL", service.url)
+        assert ask(None).answer.text
+        assert secret not in repr(hyper.Client()._options)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        error_reply(503, "overloaded", retryable=True, retry_after="0"),
+        error_reply(500, "internal_error", retryable=True),
+        Canned(None),
+    ],
+    ids=["retry-after", "backoff", "lost"],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_retryable_failure_is_retried(ask: Callable[..., QaReply], live: Live, reply: Canned, stream: bool) -> None:
+    plain = live.ask(CLIP.read_bytes())
+    answer = stream_of(("done", plain.json())) if stream else Canned(plain.content)
+    with replying(reply, answer) as sent:
+        assert ask(sent.url, stream=stream).answer.text == "9.6 s of loud sound"
+    # The whole clip is sent again.
+    assert len(sent.bodies) == 2 and all(CLIP.read_bytes() in body for body in sent.bodies)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        error_reply(503, "overloaded", retryable=True, retry_after="31"),
+        error_reply(503, "overloaded", retryable=True, x_should_retry="false"),
+        error_reply(503, "overloaded", retryable=False),
+        error_reply(504, "deadline_exceeded", retryable=True),
+        Canned(b"<html>bad gateway</html>", 502),
+    ],
+    ids=["too late", "told not to", "not retryable", "deadline", "proxy"],
+)
+def test_other_failures_are_not_retried(ask: Callable[..., QaReply], reply: Canned) -> None:
+    with replying(reply) as sent, pytest.raises(hyper.Error):
+        ask(sent.url)
+
+
+def test_retries_end(ask: Callable[..., QaReply]) -> None:
+    busy = error_reply(503, "overloaded", retryable=True, retry_after="0")
+    with replying(busy, busy, busy) as sent, pytest.raises(hyper.OverloadedError) as caught:
+        ask(sent.url)
+    assert caught.value.retry_after_s == 0
+    with replying(busy) as sent, pytest.raises(hyper.OverloadedError):
+        ask(sent.url, client={"max_retries": 0})
+
+
+def test_a_service_of_another_kind_is_reported(ask: Callable[..., QaReply]) -> None:
+    for body in (b"", b"[]", b"{}", b"<html>", b"\xff\xfe", b"[" * 100_000):
+        with replying(Canned(body)) as sent, pytest.raises(hyper.UnexpectedReplyError, match="hyper serve"):
+            ask(sent.url)
+    for reply in (stream_of(), stream_of(("section.start", {"section": "ENV"})), Canned(b"{}")):
+        with replying(reply) as sent, pytest.raises(hyper.UnexpectedReplyError):
+            ask(sent.url, stream=True)
+    with replying(stream_of(("section.delta", {"section": "ENV"}))) as sent, pytest.raises(hyper.UnexpectedReplyError):
+        ask(sent.url, stream=True)
+
+
+def test_newer_services_are_understood(live: Live, ask: Callable[..., QaReply]) -> None:
+    reply = live.ask(CLIP.read_bytes()).json()
+    newer = {**reply, "timeline": [{"index": 0}], "usage": {**reply["usage"], "joules": 3}}
+    events = (("window.done", {"index": 0}), ("answer.delta", {"text": "a\u2028b\x85c"}), ("done", newer))
+    for stream, answer in ((False, stream_of(("done", newer))), (True, stream_of(*events))):
+        canned = answer if stream else Canned(httpx.Response(200, json=newer).content)
+        with replying(canned) as sent:
+            found = ask(sent.url, stream=stream)
+        assert found.model_extra == {"timeline": [{"index": 0}]} and found.usage.model_extra == {"joules": 3}
+        assert dump(found) == newer
+    with replying(stream_of(*events)) as sent, hyper.Client(sent.url) as client:
+        assert hyper.AnswerDelta("a\u2028b\x85c") in list(client.ask(CLIP, QUESTION, stream=True))
+
+
+def test_a_silent_service_ends_the_wait(slow: Live, ask: Callable[..., QaReply]) -> None:
+    with pytest.raises(hyper.ReplyTimeoutError, match="timeout_s"):
+        ask(slow.url, client={"timeout_s": 0.2})
+    slow.wait_until_idle()
+
+
+def test_no_service_is_a_connection_error(ask: Callable[..., QaReply]) -> None:
+    with pytest.raises(hyper.ConnectionFailedError, match="hyper serve"):
+        ask("http://127.0.0.1:9", client={"max_retries": 0})
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "ftp://x", "http://", "http://[", "http://x:70000", "http://x\0y"])
+def test_an_invalid_address_is_named(ask: Callable[..., QaReply], url: str) -> None:
+    with pytest.raises(ValueError, match="not a valid address"):
+        ask(url)
+
+
+@pytest.mark.parametrize("proxy", ["socks5://user:word@127.0.0.1:9", "http://user:word@127.0.0.1:9", "nonsense://x"])
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "HTTP_PROXY"])
+def test_proxies_are_bypassed_for_this_machine_and_named_elsewhere(
+    live: Live, ask: Callable[..., QaReply], monkeypatch: pytest.MonkeyPatch, proxy: str, variable: str
+) -> None:
+    for name in ("ALL_PROXY", "HTTP_PROXY", "NO_PROXY", "all_proxy", "http_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, proxy)
+    assert ask(live.url).answer.text
+    with pytest.raises(hyper.ConnectionFailedError, match="proxy") as caught:
+        ask("http://service.example", client={"max_retries": 0})
+    assert proxy.rpartition("@")[2] in str(caught.value) and "word" not in str(caught.value)
+
+
+def test_the_client_loads_neither_the_service_nor_an_engine() -> None:
+    code = (
+        "import sys, hyper; light = sorted(set(sys.modules) & {'httpx', 'pydantic'}); hyper.AsyncClient;"
+        "heavy = {'fastapi', 'starlette', 'uvicorn', 'numpy', 'av', 'torch', 'transformers', 'vllm'};"
+        "print(light, sorted(heavy & set(sys.modules)), hasattr(hyper, 'Clients'), 'Client' in dir(hyper))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] [] False True"
