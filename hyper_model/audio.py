@@ -1,14 +1,13 @@
-"""Turns the bytes of a clip into a Waveform, mono float32 at 16 kHz and of known length, or says why it cannot.
+"""Decoding of clips: from bytes to a Waveform, mono float32 at 16 kHz, or an error with the reason.
 
-Serving and training hear through this module alone, so a clip sounds the same to both.
+Serving and training decode through this module only, so both get the same samples.
 
-The bytes are hostile until they are samples. No header is believed: length is counted in decoded samples, and a header
-can only make us refuse. WAV and FLAC are read by libsndfile, everything else by FFmpeg's libraries, both in the calling
-process: training calls `decode` directly, the service calls it in a sandboxed process (`server.decoding.pool`).
-What a decoder prints is never read. A clip that breaks off is refused: a shorter one would be answered wrongly, and
-nobody would notice.
+The bytes may be hostile, so no header is trusted. Length is counted in decoded samples; a header can only cause a
+refusal. libsndfile reads plain samples, and FFmpeg's libraries read everything else, both in the calling process.
+Training calls `decode` directly; the service calls it in a sandboxed process (`server.decoding.pool`). The output of
+decoders is never read. A truncated clip is refused, because its answer would be wrong without a sign of it.
 
-Knows no HTTP, no model and no client's file name: callers hand in bytes and get a value or an AudioError.
+The module is independent of HTTP, models and file names.
 
 Axes: S samples, C channels.
 """
@@ -78,7 +77,7 @@ __all__ = [
 WINDOW_S = 30.0
 
 _BLOCK_SAMPLES = 2**18
-# Delay and padding that an MP3 encoder counts as frames and a decoder takes off again: at most two and a half frames.
+# Delay and padding counted as frames by an MP3 encoder and removed by a decoder: at most two and a half frames.
 _MP3_PADDING_SAMPLES = 2880
 
 _ASF_DATA = b"\x36\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c"
@@ -94,7 +93,7 @@ _WEBM_ELEMENTS = frozenset(
     )
 )
 _MIN_JUNK_BYTES = 4
-# Top-level elements of a WebM that are looked at: a file of nothing but two-byte ones would take seconds.
+# Maximum number of top-level WebM elements read: a file of two-byte elements alone would take seconds.
 _MAX_ELEMENTS = 100_000
 
 Channel = Literal["mix", "left", "right"]
@@ -116,12 +115,12 @@ _QUALITY_FRAME_SAMPLES = SAMPLE_RATE_HZ // 50
 
 @dataclass(frozen=True)
 class Quality:
-    """Tells why a recording may be hard to hear.
+    """Signs of a recording that is hard to understand.
 
     Attributes:
-        silence_ratio: Share of 20 ms frames whose RMS is below -50 dBFS.
+        silence_ratio: Share of 20 ms frames with an RMS below -50 dBFS.
         clipping_ratio: Share of samples at full scale (0.999 and above).
-        peak_dbfs: Largest sample in dB of full scale; -120 for digital silence, so that it stays a JSON number.
+        peak_dbfs: Largest sample in dB of full scale; -120 for digital silence, to remain a JSON number.
     """
 
     silence_ratio: float
@@ -131,17 +130,17 @@ class Quality:
 
 @dataclass(frozen=True, eq=False)
 class Waveform:
-    """Holds a clip as the model hears it.
+    """Samples of a clip in the model's input format.
 
     Attributes:
         samples_S: float32 [S], mono, 16 kHz, finite, in [-1, 1].
-        codec: How the clip was coded, such as "mp3"; the container's name where the decoder did not tell.
-        source_sample_rate_hz: Rate before resampling; 0 where the decoder did not tell.
-        source_channels: Channels before the down-mix, which is their mean; 0 where the decoder did not tell.
+        codec: Codec of the clip, such as "mp3"; the container's name if the codec is unknown.
+        source_sample_rate_hz: Rate before resampling; 0 if unknown.
+        source_channels: Channels before the down-mix; 0 if unknown.
         num_tracks: Audio tracks of the file.
-        track: The track that was decoded, from 1.
-        missing_s: Seconds that the file's header states and the file does not hold.
-        warnings: Odd things about the file.
+        track: The decoded track, from 1.
+        missing_s: Seconds stated in the header but missing from the file.
+        warnings: Oddities of the file.
     """
 
     samples_S: NDArray[np.float32]  # noqa: N815
@@ -159,21 +158,21 @@ class Waveform:
 
     @classmethod
     def from_samples(cls, samples: NDArray[Any], sample_rate_hz: int, *, codec: str = "pcm") -> Waveform:
-        """Brings an array [S] or [S, C] in [-1, 1] at any rate to a Waveform."""
+        """Build a Waveform from an array [S] or [S, C] in [-1, 1] at any rate."""
         samples_SC = np.asarray(samples, dtype=np.float32).reshape(len(samples), -1)
         mono_S = resample(samples_SC.mean(axis=1, dtype=np.float32), sample_rate_hz)
         return cls(np.clip(mono_S, -1.0, 1.0), codec, sample_rate_hz, samples_SC.shape[1])
 
     @classmethod
     def from_segment(cls, segment: AudioSegment) -> Waveform:
-        """Takes over a pydub segment of any rate, width and number of channels."""
+        """Build a Waveform from a pydub segment of any rate, width and number of channels."""
         source = cast(Any, segment)
         samples = np.array(source.get_array_of_samples(), dtype=np.float32) / float(1 << (8 * source.sample_width - 1))
         return cls.from_samples(samples.reshape(-1, source.channels), source.frame_rate)
 
     def segment(self) -> AudioSegment:
-        """Gives the samples to pydub, rounded to 16 bits, for listening, cutting and measuring."""
-        # pydub warns on import when PATH holds no ffmpeg; we never let it open a file, so that is no news to anyone.
+        """Return the samples as a pydub segment, rounded to 16 bits, to play, cut and measure."""
+        # pydub warns at import without ffmpeg on PATH. It opens no file here, so the warning does not apply.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from pydub import AudioSegment  # pyright: ignore[reportMissingTypeStubs]
@@ -182,14 +181,17 @@ class Waveform:
 
     @property
     def num_samples(self) -> int:
+        """Return the number of samples."""
         return len(self.samples_S)
 
     @property
     def duration_s(self) -> float:
+        """Return the length in seconds."""
         return self.num_samples / SAMPLE_RATE_HZ
 
     @cached_property
     def quality(self) -> Quality:
+        """Return the measures of quality, computed once."""
         level_S = np.abs(self.samples_S)
         if not level_S.size:
             return Quality(silence_ratio=1.0, clipping_ratio=0.0, peak_dbfs=_LOWEST_DBFS)
@@ -204,10 +206,10 @@ class Waveform:
         )
 
     def slice(self, start_s: float, end_s: float) -> Waveform:
-        """Cuts out [start_s, end_s), to the nearest sample; an end past the clip means its end.
+        """Return the part [start_s, end_s), to the nearest sample; the end is cut to the clip's.
 
         Raises:
-            ValueError: Nothing lies between the two.
+            ValueError: If the part is empty.
         """
         start, end = round(start_s * SAMPLE_RATE_HZ), round(end_s * SAMPLE_RATE_HZ)
         if not 0 <= start < min(end, self.num_samples):
@@ -216,15 +218,15 @@ class Waveform:
 
     @cached_property
     def sha256(self) -> str:
-        """Names the sound: the digest of the samples as little-endian float32, whatever file they came from."""
+        """Return the digest of the samples as little-endian float32, independent of the file."""
         return hashlib.sha256(self.samples_S.astype("<f4", copy=False).tobytes()).hexdigest()
 
 
 def require_single_window(waveform: Waveform) -> None:
-    """Refuses a clip that one window cannot hold, to the sample: the encoder would drop the rest without a word.
+    """Refuse a clip longer than one window, because the encoder would drop the rest silently.
 
     Raises:
-        AudioTooLongError: The clip is longer than WINDOW_S.
+        AudioTooLongError: If the clip is longer than WINDOW_S.
     """
     if waveform.num_samples > WINDOW_S * SAMPLE_RATE_HZ:
         raise AudioTooLongError(
@@ -237,17 +239,17 @@ def require_single_window(waveform: Waveform) -> None:
 
 
 def mix(foreground_S: NDArray[np.float32], background_S: NDArray[np.float32], snr_db: float) -> NDArray[np.float32]:
-    """Lays a background under a foreground at exactly `snr_db`.
+    """Add a background to a foreground at exactly `snr_db`.
 
-    The background is repeated or cut to the foreground's length and scaled by sqrt(P_fg / (P_bg * 10^(snr_db / 10))),
-    with P the mean square over that length (arXiv 2604.14806, data construction). Where the sum would pass full scale,
-    all of it is scaled down: clipping would change the ratio.
+    The background is repeated or cut to the foreground's length and scaled by sqrt(P_fg / (P_bg * 10^(snr_db / 10))). P
+    is the mean square over that length (arXiv 2604.14806, data construction). If the sum exceeds full scale, all of it
+    is scaled down, because clipping would change the ratio.
 
     Returns:
         float32 [S], as long as the foreground, in [-1, 1].
 
     Raises:
-        ValueError: One of the two is silent, so no gain gives the ratio.
+        ValueError: If one of the two is silent, so no gain gives the ratio.
     """
     foreground = np.asarray(foreground_S, dtype=np.float64)
     if foreground.ndim != 1 or np.ndim(background_S) != 1:
@@ -268,18 +270,19 @@ def decode(
 ) -> Waveform:
     """Decode a clip within the limits.
 
-    Blocks for as long as decoding takes. Safe in several threads at once.
+    It blocks until the clip is decoded, and is thread-safe.
 
     Args:
         data: The whole file.
-        limits: Bounds the cost; AudioLimits() when left out.
-        track: Audio track to decode, from 1; the default track, or one with sound, when left out.
-        channel: "mix" for the mean of all channels, or a better mix where the mean cancels; "left" or "right" for one.
+        limits: Limits of time, size and duration; the default is AudioLimits().
+        track: Audio track to decode, from 1; the default is the default track, or one with sound.
+        channel: "mix" for the mean of all channels, or a better mix if they cancel; "left" or "right" for one.
 
     Raises:
-        UnsupportedAudioError: Not a container or codec we decode.
-        InvalidAudioError: Empty, damaged, broken off, too short, without audio or that track, or too slow to decode.
-        AudioTooLargeError: More bytes or more decoded seconds than the limits allow.
+        UnsupportedAudioError: If the container or codec is not supported.
+        InvalidAudioError: If the clip is empty, damaged, truncated, too short or too slow to decode, or without audio
+            or the track.
+        AudioTooLargeError: If it has more bytes or more decoded seconds than the limits allow.
     """
     limits = limits or AudioLimits()
     container, start = identify(data, limits)
@@ -294,7 +297,7 @@ def decode(
         statistics = decoded.gatherer.channels
         downmix = statistics.choose()
         if downmix.weights_C is not None:
-            # The same track again: which one was used is known now.
+            # The same track again: its number is now known.
             again = _decode_once(clip, container, allowance, decoded.track, downmix.weights_C)
             decoded = replace(decoded, samples_S=again.samples_S)
         if downmix.cancelled_s:
@@ -315,7 +318,7 @@ def decode(
         message = f"{trimmed_s:.3f} s at the end were cut as padding of the codec."
         warnings.append(AudioWarning("padding_trimmed", message, trimmed_s))
     if decoded.missing_s > limits.max_duration_s:
-        # No clip of that length would be taken: a writer's placeholder.
+        # A clip of such a length would be refused, so the value is a writer's placeholder.
         decoded = replace(decoded, missing_s=0.0)
         message = "The header states no true length; the clip was read to the end of the file."
         warnings.append(AudioWarning("size_mismatch", message))
@@ -343,12 +346,12 @@ def decode(
 
 
 def identify(data: bytes, limits: AudioLimits) -> tuple[str, int]:
-    """Name the container of a clip of allowed size and find its first byte, without a decoder.
+    """Return the container of a clip of allowed size and the place of its first byte, without a decoder.
 
     Raises:
-        UnsupportedAudioError: Not a container that we decode.
-        InvalidAudioError: There are no bytes.
-        AudioTooLargeError: More bytes than the limits allow.
+        UnsupportedAudioError: If the container is not supported.
+        InvalidAudioError: If there are no bytes.
+        AudioTooLargeError: If it has more bytes than the limits allow.
     """
     if len(data) > limits.max_bytes:
         raise AudioTooLargeError(
@@ -363,7 +366,7 @@ def identify(data: bytes, limits: AudioLimits) -> tuple[str, int]:
 def _decode_once(
     data: bytes, container: str, allowance: Allowance, track: int | None, weights_C: NDArray[np.float32] | None
 ) -> Decoded:
-    """Decode with the library that the container and its codec ask for."""
+    """Decode with the library for the container and its codec."""
     if container in PCM_CONTAINERS:
         source = find_samples(data, container, allowance.limits.max_bytes)
         if source is not None:
@@ -398,13 +401,13 @@ def _decode_once(
         if missing_samples > _MP3_PADDING_SAMPLES:
             if _ends_in_a_frame(data):
                 refuse_broken_off()
-            # An editor that cuts between frames leaves the old count in the first one.
+            # Editors cutting between frames leave the old count in the first one.
             return replace(decoded, missing_s=round(missing_samples / decoded.source_sample_rate_hz, 3))
     return decoded
 
 
 def _read_samples(data: bytes, source: PcmFile, allowance: Allowance, weights_C: NDArray[np.float32] | None) -> Decoded:
-    """Read the plain samples of a file with libsndfile, from the places that were found in it."""
+    """Read a file of plain samples with libsndfile, from their known places."""
     import soundfile  # pyright: ignore[reportMissingTypeStubs]
 
     rate_hz, channels = source.rate_hz, source.channels
@@ -456,7 +459,7 @@ def _read_samples(data: bytes, source: PcmFile, allowance: Allowance, weights_C:
 
 
 def _cancellation(downmix: Downmix) -> AudioWarning:
-    """Describe channels that cancel, and the mix that was used instead."""
+    """Describe channels that cancel, and the mix used instead."""
     if downmix.weights_C is None:
         used = "No other mix loses less"
     elif downmix.channel is None:
@@ -469,12 +472,12 @@ def _cancellation(downmix: Downmix) -> AudioWarning:
 
 
 def _trim_padding(decoded: Decoded, limits: AudioLimits) -> tuple[NDArray[np.float32], float]:
-    """Cut the delay and padding of a codec where they alone make a clip longer than a window or the limit.
+    """Remove a codec's delay and padding if they alone make a clip too long for a window or the limit.
 
-    Silence at the beginning is cut first: an encoder's delay stands there.
+    Silence at the beginning is removed first, because an encoder's delay is there.
 
     Returns:
-        The samples, and the audible seconds that were cut.
+        The samples, and the audible seconds removed.
     """
     samples_S = decoded.samples_S
     if decoded.is_exact:
@@ -494,7 +497,7 @@ def _trim_padding(decoded: Decoded, limits: AudioLimits) -> tuple[NDArray[np.flo
 
 
 def _breaks_off(data: bytes, container: str) -> bool:
-    """Tells whether the end of the file is missing, for the containers whose decoders keep quiet about it."""
+    """Return whether the end of the file is missing, for containers without such a check in their decoders."""
     match container:
         case "webm":
             return _webm_breaks_off(data)
@@ -507,10 +510,10 @@ def _breaks_off(data: bytes, container: str) -> bool:
 
 
 def _require_index(data: bytes) -> None:
-    """Refuse an MP4 whose index is missing: the one that was cut off, was never completed, or is a part of a stream.
+    """Refuse an MP4 without an index: truncated, never completed, or a part of a stream.
 
     Raises:
-        InvalidAudioError: There is no index.
+        InvalidAudioError: If there is no index.
     """
     position, names = 0, set[bytes]()
     for _ in range(_MAX_ELEMENTS):
@@ -538,9 +541,9 @@ def _require_index(data: bytes) -> None:
 
 
 def _asf_share(data: bytes) -> float:
-    """Return the size that the data object of an ASF file states, as a multiple of what is there; 1 where it is right.
+    """Return the stated size of an ASF file's data object as a multiple of the true size; 1 if it is right.
 
-    Live streams state zero, or a size below its own header.
+    Live streams state zero, or a size below the object's own header.
     """
     place = data.find(_ASF_DATA)
     if place < 0 or place + 24 > len(data):
@@ -550,9 +553,9 @@ def _asf_share(data: bytes) -> float:
 
 
 def _webm_breaks_off(data: bytes) -> bool:
-    """Tell whether the segment, or the last element in it, states more bytes than follow it.
+    """Return whether the segment or its last element states more bytes than follow.
 
-    What follows a whole segment, or is no element, is junk and not a part of it.
+    Bytes after a complete segment, and non-elements, are junk outside it.
     """
     position, is_inside = 0, False
     for _ in range(_MAX_ELEMENTS):
@@ -583,13 +586,13 @@ def _webm_breaks_off(data: bytes) -> bool:
 
 
 def _ebml_width(data: bytes, position: int, *, longest: int) -> int:
-    """Returns how many bytes a variable-length number has, which its leading zeros say; 0 where there is none."""
+    """Return the width of a variable-length number in bytes, from its leading zeros; 0 if there is none."""
     width = 9 - data[position].bit_length() if position < len(data) else 0
     return width if 1 <= width <= longest else 0
 
 
 def _stated_mp3_samples(data: bytes) -> int | None:
-    """Returns the samples that an MP3's encoder counted, delay and padding included; None where it left no count."""
+    """Return the number of samples stated by an MP3's encoder, with delay and padding; None without a statement."""
     start = 0
     head = data[start : start + 4]
     if len(head) < 4 or head[0] != 0xFF:
@@ -611,7 +614,7 @@ def _skip_tags(data: bytes) -> int:
 
 
 def _ends_in_a_frame(data: bytes) -> bool:
-    """Tell whether an MP3 ends within a frame, which happens to a file that was cut off."""
+    """Return whether an MP3 ends within a frame, a sign of truncation."""
     position = 0
     while size := mpeg_frame_bytes(data, position):
         position += size

@@ -35,10 +35,10 @@ DEMUXERS = {
 FORMATS = tuple(DEMUXERS)
 
 MAX_JUNK_BYTES = 2**20
-"""Bytes in front of the first frame or header that are searched."""
+"""Number of bytes searched for the first frame or header."""
 
 _MP4_BOXES = frozenset((b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp", b"sidx", b"moof"))
-# Beginnings of files that contain, describe or merely resemble audio. None is searched for audio inside.
+# Beginnings of files that contain, describe or merely resemble audio. They are not searched for audio inside.
 _OTHER_FILES = (
     (b"PK\x03\x04", "a ZIP archive"),
     (b"PK\x05\x06", "an empty ZIP archive"),
@@ -58,7 +58,7 @@ _OTHER_FILES = (
 )
 _TEXT_HEAD_BYTES = 512
 _MIN_FILE_BYTES = 64
-# Headers that are found behind junk: long enough that other bytes do not resemble them by chance.
+# Headers found behind junk: long enough to exclude a chance match.
 _BURIED_HEADERS: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (re.compile(rb"(?:RIFF|RIFX|RF64|BW64).{4}WAVE", re.DOTALL), "wav"),
     (re.compile(rb"fLaC[\x00\x80]\x00\x00\x22", re.DOTALL), "flac"),
@@ -73,10 +73,10 @@ _BURIED_HEADERS: tuple[tuple[re.Pattern[bytes], str], ...] = (
     (re.compile(rb"\.snd\x00\x00.{6}\x00\x00\x00[\x01-\x1b]\x00[\x00-\x05]..\x00\x00\x00", re.DOTALL), "au"),
 )
 _NUM_FRAMES_IN_A_ROW = 3
-# Beginnings of frames: sync word, version, layer, and for MPEG a bit rate that is neither free nor reserved.
+# Beginnings of frames: sync word, version, layer, and for MPEG a bit rate neither free nor reserved.
 _MPEG_SYNC = re.compile(rb"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff][\x10-\xef]", re.DOTALL)
 _ADTS_SYNC = re.compile(rb"\xff[\xf0\xf1\xf8\xf9]", re.DOTALL)
-# Bounds the search in bytes that were made to resemble frames.
+# Bound of the search in bytes made to resemble frames.
 _MAX_CANDIDATES = 20_000
 
 _MPEG_1_KBPS = {
@@ -93,21 +93,21 @@ _RATES_HZ = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_02
 
 
 def sniff(data: bytes) -> str:
-    """Name the container by its bytes, one of FORMATS.
+    """Return the container by the clip's bytes, one of FORMATS.
 
     Raises:
-        InvalidAudioError: There are no bytes.
-        UnsupportedAudioError: Anything else: text, playlists, session descriptions, pictures, archives.
+        InvalidAudioError: If there are no bytes.
+        UnsupportedAudioError: If it is anything else: text, playlists, session descriptions, pictures, archives.
     """
     return locate(data)[0]
 
 
 def locate(data: bytes) -> tuple[str, int]:
-    """Name the container, and return the place of its first byte behind tags and junk.
+    """Return the container, and the place of its first byte behind tags and junk.
 
     Raises:
-        InvalidAudioError: There are no bytes.
-        UnsupportedAudioError: Nothing in the file is audio in a format that we decode.
+        InvalidAudioError: If there are no bytes.
+        UnsupportedAudioError: If the file holds no audio in a supported format.
     """
     if not data:
         raise InvalidAudioError(
@@ -191,7 +191,7 @@ def _find_header(data: bytes) -> tuple[str, int] | None:
 
 
 def find_joined(data: bytes, container: str) -> int | None:
-    """Return the place of a second file of the same format that was joined to the first; None where there is none."""
+    """Return the place of a second file of the same format joined to the first, or None."""
     for pattern, name in _BURIED_HEADERS:
         if name == container and (match := pattern.search(data, _MIN_FILE_BYTES)) is not None:
             return match.start()
@@ -232,7 +232,7 @@ def _count_frames(data: bytes, position: int, frame_bytes: Callable[[bytes, int]
 
 
 def mpeg_frame_bytes(data: bytes, position: int) -> int:
-    """Return the size of the MPEG audio frame at a place; 0 where there is none, or its size is not stated."""
+    """Return the size of the MPEG audio frame at a place; 0 without a frame or a stated size."""
     head = data[position : position + 4]
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return 0
@@ -249,7 +249,7 @@ def mpeg_frame_bytes(data: bytes, position: int) -> int:
 
 
 def _adts_frame_bytes(data: bytes, position: int) -> int:
-    """Return the size of the ADTS frame at a place; 0 where there is none."""
+    """Return the size of the ADTS frame at a place; 0 without a frame."""
     head = data[position : position + 7]
     if len(head) < 7 or head[0] != 0xFF or head[1] & 0xF6 != 0xF0 or head[2] >> 2 & 15 > 12:
         return 0
@@ -265,9 +265,9 @@ _AMR_FRAME_BYTES: Mapping[bytes, Sequence[int]] = {
 
 
 def clean_amr(data: bytes) -> tuple[bytes, int]:
-    """Return an AMR file of whole frames alone, without joined headers and what follows the last frame.
+    """Return an AMR file of whole frames only, without joined headers and bytes after the last frame.
 
-    Also returns how many bytes behind the last frame were left out; the last frame may be cut.
+    Also return the number of bytes left out after the last frame, possibly a cut one.
     """
     for magic, sizes in _AMR_FRAME_BYTES.items():
         if not data.startswith(magic):
@@ -294,7 +294,7 @@ def clean_amr(data: bytes) -> tuple[bytes, int]:
 
 
 def skip_id3(data: bytes, start: int = 0) -> int:
-    """Return the place behind an ID3v2 tag at `start`, or `start` where there is none."""
+    """Return the place behind an ID3v2 tag at `start`, or `start` without a tag."""
     if len(data) < start + 10 or data[start : start + 3] != b"ID3":
         return start
     size = 0

@@ -1,6 +1,6 @@
-"""Says what one clip may cost, and refuses the one that costs more.
+"""Limits of one clip's cost, and the errors above them.
 
-Shared by the two ways of decoding (libsndfile and FFmpeg's libraries), so that both refuse in the same words.
+Both ways of decoding (libsndfile and FFmpeg's libraries) share them, so their error messages are the same.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from hyper_model.errors import AudioTooLargeError, InvalidAudioError
 
 SAMPLE_RATE_HZ = 16_000
 
-# Real recorders stay inside these; a 1 Hz or 655,350 Hz header exists to make the resampler work for hours.
+# Real recorders stay inside these; a header with 1 Hz or 655,350 Hz could occupy the resampler for hours.
 MIN_SOURCE_RATE_HZ = 2_000
 MAX_SOURCE_RATE_HZ = 384_000
 MAX_SOURCE_CHANNELS = 32
-# Ten minutes of 48 kHz stereo, and a little. A megabyte of constant FLAC frames holds a hundred times that.
+# Slightly more than ten minutes of 48 kHz stereo. A megabyte of constant FLAC frames holds a hundred times as much.
 MAX_SOURCE_SAMPLES = 2**26
-# Delay and padding of lossy codecs: up to 0.1 s more than was recorded.
+# Delay and padding of lossy codecs: up to 0.1 s beyond the recording.
 MAX_CODEC_PADDING_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioLimits:
-    """Bounds what one clip may cost.
+    """Limits of one clip's cost.
 
     Attributes:
-        max_bytes: Size of the uploaded file.
-        min_duration_s: Shortest clip; an encoder fed with less makes no frame at all.
-        max_duration_s: Longest clip, counted in decoded samples.
-        decode_timeout_s: Wall-clock time after which decoding is given up.
+        max_bytes: Maximum size of the uploaded file.
+        min_duration_s: Minimum length; a shorter clip gives no encoder frame.
+        max_duration_s: Maximum length, counted in decoded samples.
+        decode_timeout_s: Maximum wall-clock time for decoding.
     """
 
     max_bytes: int = 25 * 2**20
@@ -59,7 +59,7 @@ def _require_sane_source(rate_hz: int, channels: int) -> None:
 
 
 class Allowance:
-    """Watches one decode: its deadline and how much sound it has produced."""
+    """Budget of one decode: its deadline and its decoded seconds."""
 
     def __init__(self, limits: AudioLimits) -> None:
         self.limits = limits
@@ -69,27 +69,37 @@ class Allowance:
 
     @property
     def is_half_spent(self) -> bool:
-        """Whether half of the time has gone."""
+        """Return whether half of the time has passed."""
         return time.monotonic() > self._deadline_s - self.limits.decode_timeout_s / 2
 
     def allow_padding(self, is_allowed: bool) -> None:
-        """Tolerate the delay and padding of a codec, which no clip was recorded with, or stop to."""
+        """Set whether to tolerate a codec's delay and padding beyond the recording."""
         self._padding_s = MAX_CODEC_PADDING_S if is_allowed else 0.0
 
     def is_too_long(self, duration_s: float) -> bool:
-        """Whether a duration is above the limit."""
+        """Return whether a duration is above the limit."""
         return duration_s > self._max_duration_s + self._padding_s
 
     def check(self) -> None:
+        """Refuse the clip after the deadline.
+
+        Raises:
+            InvalidAudioError: If the time is over.
+        """
         if time.monotonic() > self._deadline_s:
             refuse_late(self.limits.decode_timeout_s)
 
     def set_source(self, rate_hz: int, channels: int) -> None:
-        """Refuses rates and channel counts that no recorder has; the others get as much time as their samples allow."""
+        """Refuse rates and channel counts outside all recorders, and limit the duration by the number of samples."""
         _require_sane_source(rate_hz, channels)
         self._max_duration_s = min(self.limits.max_duration_s, MAX_SOURCE_SAMPLES / (rate_hz * channels))
 
     def require_duration(self, duration_s: float) -> None:
+        """Refuse a duration above the limit.
+
+        Raises:
+            AudioTooLargeError: If the duration is above the limit.
+        """
         if self.is_too_long(duration_s):
             is_wide = self._max_duration_s < self.limits.max_duration_s
             raise AudioTooLargeError(
@@ -102,6 +112,7 @@ class Allowance:
 
 
 def refuse_late(limit_s: float) -> NoReturn:
+    """Raise the error for decoding beyond the deadline."""
     raise InvalidAudioError(
         f"Decoding the clip took longer than {limit_s:g} s.",
         code="decode_timeout",
@@ -111,11 +122,13 @@ def refuse_late(limit_s: float) -> NoReturn:
 
 
 def refuse_damaged(message: str = "The clip is damaged: decoding failed before its end.") -> NoReturn:
-    # Without the decoder's own exception as a cause: its text holds addresses.
+    # Without the decoder's exception as a cause, because its text contains memory addresses.
+    """Raise the error for a damaged clip."""
     raise InvalidAudioError(message, code="damaged_audio", hint="Send the file again, or export it again.") from None
 
 
 def refuse_broken_off() -> NoReturn:
+    """Raise the error for a truncated clip."""
     raise InvalidAudioError(
         "The clip is truncated: its end is missing.",
         code="truncated_audio",
@@ -124,6 +137,7 @@ def refuse_broken_off() -> NoReturn:
 
 
 def refuse_track(track: int, num_tracks: int) -> NoReturn:
+    """Raise the error for a missing audio track."""
     raise InvalidAudioError(
         f"The file has no audio track {track}; it has {num_tracks}, counted from 1.",
         code="no_such_track",

@@ -1,7 +1,7 @@
-"""Warnings about a clip that was decoded: codes, messages and seconds.
+"""Warnings about a decoded clip: codes, messages and seconds.
 
-A clip is refused where its sound cannot be trusted. It is decoded with a warning where something about it is odd.
-The codes are a closed set: programs branch on them and metrics use them as labels.
+A clip is refused if its sound cannot be trusted. An odd but usable clip is decoded with a warning. The codes are a
+closed set: programs branch on them and metrics use them as labels.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ WARNING_CODES: frozenset[str] = frozenset(get_args(AudioWarningCode))
 
 @dataclass(frozen=True)
 class AudioWarning:
-    """Describes one odd thing about a clip that was decoded all the same.
+    """An oddity of a decoded clip.
 
     Attributes:
-        code: A stable word for programs.
+        code: Stable identifier for programs.
         message: One or two sentences for a person, without any text of the clip.
-        seconds: Length of the sound that the warning concerns; None where no length applies.
+        seconds: Length of the affected sound; None if no length applies.
     """
 
     code: AudioWarningCode

@@ -1,7 +1,7 @@
-"""Choose how the channels of a clip become one, and measure what that loses.
+"""Choose the mix of a clip's channels, and measure its loss.
 
-The mean of the channels is the down-mix, unless it cancels: two channels of opposite sign sum to silence. Energies
-and products of the channels in blocks of 0.1 s tell whether it does, and which other weights lose less.
+The mean of the channels is the down-mix, unless it cancels: two channels of opposite sign sum to silence. Energies and
+products of the channels in blocks of 0.1 s detect this, and select weights with a smaller loss.
 
 Axes: S samples, C channels, B blocks.
 """
@@ -19,7 +19,7 @@ _BLOCK_S = 0.1
 _MAX_CHANNELS_IN_SHORT_BLOCKS = 8
 _LONG_BLOCK_S = 1.0
 _MIN_SAMPLES_AT_ONCE = 2**15
-# Quieter blocks hold no sound that could be lost: -50 dBFS, the threshold of `Quality.silence_ratio`.
+# Quieter blocks hold no sound to lose: -50 dBFS, the threshold of `Quality.silence_ratio`.
 _AUDIBLE_POWER = 10 ** (-50 / 10)
 # A mix keeps this share of the power of unrelated channels, or the block counts as cancelled. Two channels with a
 # correlation of -0.85 reach it.
@@ -29,7 +29,7 @@ _MIN_LOST_S = 0.3
 # Two people on two channels: hardly any common signal, and they speak at different times.
 _MAX_SHARED_CORRELATION = 0.3
 _MAX_ENVELOPE_CORRELATION = 0.3
-# Speech rises and falls by 10 dB and more; steady tones tell nothing about who speaks when.
+# Speech rises and falls by 10 dB and more; steady tones give no information on turns between speakers.
 _MIN_LEVEL_DEVIATION = 0.3
 _MIN_ACTIVE_S = 0.5
 _MIN_ACTIVE_SHARE = 0.1
@@ -37,13 +37,13 @@ _MIN_ACTIVE_SHARE = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Downmix:
-    """Holds the weights of the channels and the loss they avoid.
+    """Weights of the channels, and the cancellation they avoid.
 
     Attributes:
         weights_C: float32 [C], or None for the mean.
-        cancelled_s: Seconds that the mean would cancel.
-        lost_s: Seconds that these weights still lose.
-        channel: Index of the only channel used, from 0; None where several are used.
+        cancelled_s: Seconds cancelled by the mean.
+        lost_s: Seconds still cancelled with these weights.
+        channel: Index of the only channel used, from 0; None for several.
     """
 
     weights_C: NDArray[np.float32] | None  # noqa: N815
@@ -53,7 +53,7 @@ class Downmix:
 
 
 class ChannelStatistics:
-    """Measures energies and products of channels, block by block, while a clip is decoded."""
+    """Energies and products of channels, measured block by block during decoding."""
 
     def __init__(self) -> None:
         self._rate_hz = 0
@@ -66,7 +66,7 @@ class ChannelStatistics:
         self._is_uniform = True
 
     def add(self, samples_SC: NDArray[np.float32], rate_hz: int) -> None:
-        """Add the next block, float32 [S, C]. A clip that changes its layout midway is not measured."""
+        """Add the next block, float32 [S, C]; a clip with a changing layout is not measured."""
         num_channels = samples_SC.shape[1]
         if not self._rate_hz:
             self._rate_hz, self._num_channels = rate_hz, num_channels
@@ -106,7 +106,7 @@ class ChannelStatistics:
         return np.stack(products).astype(np.float64) if products else None
 
     def choose(self) -> Downmix:
-        """Choose the mean, or weights that cancel less where the mean cancels."""
+        """Return the mean, or weights with less cancellation if the mean cancels."""
         products_BCC = self._products_BCC()
         if products_BCC is None:
             return Downmix(None)
@@ -138,9 +138,9 @@ class ChannelStatistics:
         return Downmix(best[1].astype(np.float32), round(cancelled_s, 2), round(best[0], 2), best[2])
 
     def differing_s(self) -> float:
-        """Return the seconds in which either channel of a stereo clip holds sound of its own; 0 for ordinary stereo.
+        """Return the seconds with separate sound in each channel of a stereo clip; 0 for ordinary stereo.
 
-        Both channels are active, they share hardly any signal, and their levels do not rise and fall together.
+        Both channels are active, share hardly any signal, and their levels do not rise and fall together.
         """
         products_BCC = self._products_BCC()
         if products_BCC is None or self._num_channels != 2:

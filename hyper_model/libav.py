@@ -1,15 +1,13 @@
 """Decode one clip with FFmpeg's libraries, from memory and in this process.
 
-The demuxer is named and no other is tried, so a playlist that slipped past the magic bytes is read as (bad) sound; it
-reads from the bytes it is given and may use no protocol; and only the codecs below are opened. What the libraries print
-is never read.
+The demuxer is fixed, so a disguised playlist is read as (bad) sound. It reads only the given bytes and may use no
+protocol. Only the codecs below are opened. The output of the libraries is never read.
 
-Every stream of the container is counted. The default audio track is decoded, or the one that the caller names. A track
-that is silent, damaged or in a codec off the list is passed over for one with sound. Pictures, subtitles, attachments,
-data and chapters are not read.
+Every stream of the container is counted. The default audio track, or the caller's, is decoded. A silent, damaged or
+unsupported track is passed over for one with sound. Pictures, subtitles, attachments, data and chapters are not read.
 
-Their code is C that meets hostile bytes: whoever decodes for strangers does it in a process that may do nothing else
-(`server.decoding.pool`). Knows nothing of clients, windows or models.
+FFmpeg is C code on hostile bytes. Decode untrusted clips in a sandboxed process (`server.decoding.pool`). The module is
+independent of clients, windows and models.
 
 Axes: S samples, C channels.
 """
@@ -37,7 +35,7 @@ CODECS = frozenset(
     "pcm_mulaw pcm_alaw adpcm_ms adpcm_ima_wav adpcm_ima_qt mp3float mp3 mp2float mp2 mp1float mp1 flac vorbis "
     "libvorbis opus libopus aac aac_fixed alac amrnb amrwb libopencore_amrnb libopencore_amrwb wmav1 wmav2".split()
 )
-"""The decoders, by FFmpeg's names, that a clip may ask for."""
+"""Permitted decoders, by FFmpeg's names."""
 
 # An empty list of protocols would mean all of them; this one belongs to no protocol.
 _OPTIONS = {
@@ -49,19 +47,19 @@ _OPTIONS = {
     "max_probe_packets": "256",
     "threads": "1",
 }
-# MP3 decoders are made to find their step again after joins, tags and junk; elsewhere an error is damage.
+# MP3 decoders resynchronise after joins, tags and junk; elsewhere an error is damage.
 _MAX_MP3_ERROR_SHARE = 0.1
-# Their headers state no length, and FFmpeg makes one up from the bit rate.
+# Their headers state no length, and FFmpeg estimates one from the bit rate.
 _GUESSED_LENGTH = ("mp3", "aac", "amr", "asf")
-# Less than this may be an encoder's padding, which is not sound.
+# Less than this may be an encoder's padding.
 _PADDING_S = 1.0
-# What a last frame of a codec may add to the length that the header states.
+# Possible excess of a codec's last frame over the length in the header.
 _FRAME_PADDING_S = 0.1
-# A header that states this much more than there is announces sound that is not in the file.
+# A header with this much more than the file holds states missing sound.
 _MIN_MISSING_S = 0.25
-# An edit list that leaves out more than an encoder's delay and padding was meant to cut the recording.
+# An edit list with more cut than an encoder's delay and padding was meant to shorten the recording.
 _MIN_EDITED_S = 0.5
-# One that leaves less than this of a longer recording is wrong.
+# An edit list that keeps less than this of a longer recording is wrong.
 _MIN_KEPT_S = 0.1
 _NO_EDITS = {"ignore_editlist": "1"}
 _MATROSKA_HEAD_BYTES = 2**16
@@ -82,19 +80,19 @@ _LESS_LIKELY = ("comment", "hearing_impaired", "visual_impaired", "dub", "karaok
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """Holds what a clip decodes to, and what its stream is.
+    """Decoded samples of a clip and the properties of its stream.
 
     Attributes:
         samples_S: float32 [S], mono, 16 kHz, finite, in [-1, 1].
         codec: Name of the codec, such as "opus".
         source_sample_rate_hz: Rate before resampling.
         source_channels: Channels before the down-mix.
-        num_source_samples: Samples before resampling, a channel.
-        gatherer: Took the samples; measured the channels.
+        num_source_samples: Samples before resampling, per channel.
+        gatherer: Collector of the samples, with statistics of the channels.
         num_tracks: Audio tracks of the container.
-        track: The one that was decoded, from 1.
-        missing_s: Seconds that the header states and the file does not hold.
-        warnings: What is odd about the file.
+        track: The decoded track, from 1.
+        missing_s: Seconds stated in the header but missing from the file.
+        warnings: Oddities of the file.
     """
 
     samples_S: NDArray[np.float32]  # noqa: N815
@@ -110,12 +108,12 @@ class Decoded:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the codec adds no delay and no padding."""
+        """Return whether the codec adds no delay and no padding."""
         return self.codec.startswith(("pcm_", "flac", "alac"))
 
     @property
     def is_silent(self) -> bool:
-        """Whether no 20 ms of it are louder than -50 dBFS."""
+        """Return whether all its 20 ms frames are below -50 dBFS."""
         starts = np.arange(0, len(self.samples_S), _SILENCE_FRAME_SAMPLES)
         if not len(starts):
             return True
@@ -132,19 +130,19 @@ def decode_with_libav(
     track: int | None = None,
     weights_C: NDArray[np.float32] | None = None,
 ) -> Decoded:
-    """Decode, down-mix and resample; count what comes out.
+    """Decode, down-mix and resample a clip, and count its samples.
 
     Args:
         data: The whole file.
-        demuxer: FFmpeg's name of the container that the magic bytes announce; no other is tried.
-        allowance: Bounds the work.
-        track: Audio track to decode, from 1; the default track, or one with sound, when left out.
-        weights_C: Weights of the channels, float32 [C]; their mean when left out.
+        demuxer: FFmpeg's name of the container, from the magic bytes; no other is tried.
+        allowance: Budget of the decode.
+        track: Audio track to decode, from 1; the default is the default track, or one with sound.
+        weights_C: Weights of the channels, float32 [C]; the default is their mean.
 
     Raises:
-        UnsupportedAudioError: The codec is not on our list.
-        InvalidAudioError: Damaged, without audio, without that track, or too slow to decode.
-        AudioTooLargeError: More decoded seconds than the limits allow.
+        UnsupportedAudioError: If the codec is not permitted.
+        InvalidAudioError: If the clip is damaged, without audio or the track, or too slow to decode.
+        AudioTooLargeError: If it has more decoded seconds than the limits allow.
     """
     order, num_tracks, first_error = _read_tracks(data, demuxer, track)
     fallback: Decoded | None = None
@@ -168,7 +166,7 @@ def decode_with_libav(
             return _with_track_warnings(decoded, order, passed_over, is_chosen=track is not None)
         fallback = fallback or decoded
         passed_over.append(f"track {index + 1} is silent")
-        # The clip that is there must not be lost to the search for a better one.
+        # A decoded track must not be lost to the search for a better one.
         if allowance.is_half_spent:
             break
     if fallback is None:
@@ -198,7 +196,7 @@ def _open(data: bytes, demuxer: str, options: dict[str, str] | None = None) -> A
     return av.open(io.BytesIO(data), "r", format=demuxer, options=_OPTIONS | (options or {}), metadata_errors="replace")
 
 
-# FFmpeg's errors, and what PyAV makes of tags, layouts and numbers that no file should have.
+# FFmpeg's errors, and PyAV's errors for invalid tags, layouts and numbers.
 def _library_errors() -> tuple[type[Exception], ...]:
     import av.error
 
@@ -206,11 +204,11 @@ def _library_errors() -> tuple[type[Exception], ...]:
 
 
 def _read_tracks(data: bytes, demuxer: str, track: int | None) -> tuple[list[int], int, AudioError | None]:
-    """Return the audio tracks to try, from 0, their number, and why the first choice is not among them.
+    """Return the audio tracks to try, from 0, their number, and the error of an excluded first choice.
 
     Raises:
-        UnsupportedAudioError: No track has a codec of our list.
-        InvalidAudioError: Damaged, without audio, or without that track.
+        UnsupportedAudioError: If no track has a permitted codec.
+        InvalidAudioError: If the file is damaged, without audio, or without the track.
     """
     try:
         with _open(data, demuxer) as container:
@@ -243,7 +241,7 @@ def _read_tracks(data: bytes, demuxer: str, track: int | None) -> tuple[list[int
 
 
 def _unsupported(data: bytes, demuxer: str, name: str | None) -> UnsupportedAudioError:
-    """Describe a track that cannot be decoded: encrypted, or in a codec off the list."""
+    """Return the error for a track that cannot be decoded: encrypted, or in another codec."""
     message = "The audio codec of the file is not supported."
     if any(mark in data for mark in _ENCRYPTED.get(demuxer, ())):
         message = "The file is encrypted, as those of shops and streaming services are."
@@ -309,13 +307,13 @@ def _decode(
     is_exact = context.codec.canonical_name.startswith(("pcm_", "flac", "alac"))
     allowance.allow_padding(not is_exact)
     if demuxer == "flac":
-        # The library otherwise returns the noise that a damaged frame decodes to.
+        # Otherwise the library returns a damaged frame as noise.
         context.options = {"err_detect": "crccheck+explode"}
     stated_s = _stated_s(container, stream, data, demuxer)
     if stated_s is not None:
         allowance.set_source(context.sample_rate, context.layout.nb_channels)
         if allowance.is_too_long(stated_s - _PADDING_S):
-            # The header may be wrong; the packets tell without being decoded.
+            # The header may be wrong; the packets' durations need no decoding.
             allowance.require_duration(min(stated_s, _packets_s(data, demuxer, index)) - _PADDING_S)
     gatherer = Gatherer(allowance, weights_C)
     is_mp3 = demuxer == "mp3"
@@ -341,7 +339,7 @@ def _decode(
                 rate_hz, channels = frame.sample_rate, frame.layout.nb_channels
             allowance.set_source(frame.sample_rate, frame.layout.nb_channels)
             gatherer.add(_samples_of(frame), frame.sample_rate)
-    # The first frames of an MP3 that was cut out of a longer one refer to what is not there.
+    # The first frames of an MP3 cut from a longer one refer to missing data.
     if num_errors > max(2, _MAX_MP3_ERROR_SHARE * num_packets):
         refuse_damaged()
     warnings: list[AudioWarning] = []
@@ -357,7 +355,7 @@ def _decode(
     decoded_s = len(samples_S) / SAMPLE_RATE_HZ
     if stated_s is not None and stated_s - decoded_s > max(_MIN_MISSING_S, 0.01 * stated_s):
         missing_s = round(stated_s - decoded_s, 3)
-    # A stream of no samples is too short, which the caller says; its source is what its header states.
+    # The caller refuses a stream without samples as too short; its properties come from the header.
     return Decoded(
         samples_S,
         context.codec.canonical_name,
@@ -371,21 +369,21 @@ def _decode(
 
 
 def _stated_s(container: Any, stream: Any, data: bytes, demuxer: str) -> float | None:
-    """Return the seconds that the header states for a track; None where it states none, or only for all tracks."""
+    """Return the length of a track in the header, in seconds; None if absent, or given only for all tracks."""
     if demuxer in _GUESSED_LENGTH:
         return None
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     if container.duration is None or len(container.streams) > 1:
         return None
-    # Without this element FFmpeg makes a length up from the bit rate.
+    # Without this element FFmpeg estimates a length from the bit rate.
     if demuxer == "matroska" and b"\x44\x89" not in data[:_MATROSKA_HEAD_BYTES]:
         return None
     return container.duration / _MICROSECONDS
 
 
 def _packets_s(data: bytes, demuxer: str, index: int, options: dict[str, str] | None = None) -> float:
-    """Return the seconds that the packets of a track last, without decoding them."""
+    """Return the total duration of a track's packets in seconds, without decoding them."""
     seconds = 0.0
     with _open(data, demuxer, options) as container:
         for packet in container.demux(container.streams.audio[index]):
@@ -394,7 +392,7 @@ def _packets_s(data: bytes, demuxer: str, index: int, options: dict[str, str] | 
 
 
 def _samples_of(frame: AudioFrame) -> NDArray[np.float32]:
-    """Returns the samples of a frame, float32 [S, C]; integers are scaled to [-1, 1)."""
+    """Return the samples of a frame, float32 [S, C]; integers are scaled to [-1, 1)."""
     array = frame.to_ndarray()
     samples_SC = array.T if frame.format.is_planar else array.reshape(-1, frame.layout.nb_channels)
     if (scaling := _SCALES.get(frame.format.name.removesuffix("p"))) is not None:

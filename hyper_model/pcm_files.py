@@ -1,8 +1,8 @@
-"""Find the samples of uncompressed audio files, whatever their headers state about sizes.
+"""Find the samples of uncompressed audio files, regardless of the sizes in their headers.
 
 WAV (RIFF, RIFX, RF64, BW64), Wave64, AIFF, AU and CAF hold plain samples behind a header. Writers that stream or crash
-leave sizes of zero, placeholders or too small a number in it. The samples then last to the end of the file. A size that
-differs from the file is reported, and never shortens the sound.
+leave sizes of zero, placeholders or too small a number in it. The samples then last to the end of the file. A size
+different from the file's is reported, and never shortens the sound.
 
 Sources: Microsoft RIFF (1991), EBU Tech 3306 (RF64), Sony Wave64, Apple AIFF-C and CAF specifications.
 """
@@ -13,10 +13,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# Sizes that writers leave in a header that they cannot go back to: 2**31 less a little, or 2**32 - 1.
+# Sizes left by writers unable to return to the header: 2**31 less a little, or 2**32 - 1.
 _PLACEHOLDER_BYTES = 0x7FFF_0000
 _MAX_CHUNKS = 200_000
-# A trailing piece shorter than this is a pad or a rest, and no sound.
+# A trailing piece shorter than this is padding or a remainder, not sound.
 _MIN_TAIL_BYTES = 8
 _WAVE_PCM, _WAVE_FLOAT, _WAVE_ALAW, _WAVE_ULAW, _WAVE_EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
 _W64_RIFF = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
@@ -36,7 +36,7 @@ _FLOATS = {4: ("FLOAT", "pcm_f32"), 8: ("DOUBLE", "pcm_f64")}
 
 @dataclass(frozen=True)
 class SampleFormat:
-    """Describes plain samples.
+    """Coding of plain samples.
 
     Attributes:
         subtype: libsndfile's name, such as "PCM_16".
@@ -53,15 +53,15 @@ class SampleFormat:
 
 @dataclass(frozen=True)
 class PcmFile:
-    """Holds the format of a file of plain samples and their places.
+    """Format of a file of plain samples and their places.
 
     Attributes:
         sample_format: Coding of the samples.
-        rate_hz: Sample rate that the header states.
-        channels: Number of channels that the header states.
+        rate_hz: Sample rate in the header.
+        channels: Number of channels in the header.
         spans: Places of the samples in the file, each from its first byte to behind its last.
-        stated_bytes: Bytes of samples that the header states.
-        is_placeholder: Whether the stated size is one that a writer left before it was done.
+        stated_bytes: Bytes of samples by the header.
+        is_placeholder: Whether the stated size is a placeholder of an unfinished writer.
         unread_bytes: Bytes of a joined second file with samples of another format.
     """
 
@@ -83,7 +83,7 @@ class PcmFile:
 
     @property
     def is_size_wrong(self) -> bool:
-        """Whether the stated size differs from the samples by more than a frame or a pad byte."""
+        """Return whether the stated size differs from the samples by more than a frame or a pad byte."""
         return abs(self.stated_bytes - self.num_bytes) > max(self.frame_bytes, 2)
 
 
@@ -93,7 +93,7 @@ _Format = tuple[SampleFormat, int, int]
 
 @dataclass
 class _Extent:
-    """Collects the places of samples and the sizes stated for them."""
+    """Places of samples and their stated sizes, collected while reading."""
 
     spans: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     stated_bytes: int = 0
@@ -107,10 +107,10 @@ def find_samples(data: bytes, container: str, max_bytes: int) -> PcmFile | None:
     Args:
         data: The whole file, from its header on.
         container: One of "wav", "w64", "aiff", "au" and "caf".
-        max_bytes: Size of the largest file accepted; a header that states more holds a placeholder.
+        max_bytes: Size of the largest accepted file; a larger stated size is a placeholder.
 
     Returns:
-        None where the samples are compressed, or the header is not complete.
+        None if the samples are compressed or the header is incomplete.
     """
     try:
         return _PARSERS[container](data, max_bytes)
@@ -119,9 +119,9 @@ def find_samples(data: bytes, container: str, max_bytes: int) -> PcmFile | None:
 
 
 def with_true_size(data: bytes) -> tuple[bytes, float]:
-    """Return a RIFF file of compressed samples whose data chunk states its true size.
+    """Return a RIFF file of compressed samples with the true size in its data chunk.
 
-    Also returns the size that it stated, as a multiple of the true one; 1 where it is right.
+    Also return the stated size as a multiple of the true one; 1 if it is right.
     """
     position = 12
     for _ in range(_MAX_CHUNKS):
@@ -140,7 +140,7 @@ def with_true_size(data: bytes) -> tuple[bytes, float]:
 
 
 def _end_of(data: bytes, start: int, size: int, order: str, *, max_bytes: int = 0) -> tuple[int, bool]:
-    """Return the end of samples that begin at `start`, and whether the stated size is a placeholder."""
+    """Return the end of samples from `start`, and whether the stated size is a placeholder."""
     rest = len(data) - start
     is_placeholder = size >= _PLACEHOLDER_BYTES or (0 < max_bytes < size)
     if size > rest:
@@ -156,12 +156,12 @@ def _end_of(data: bytes, start: int, size: int, order: str, *, max_bytes: int = 
 
 
 def _is_padding(tail: bytes) -> bool:
-    """Tell whether what follows stated samples is no sound: a few bytes, zeros, or a tag of another format."""
+    """Return whether the bytes after the stated samples are not sound: few bytes, zeros, or a tag of another format."""
     return len(tail) < _MIN_TAIL_BYTES or tail.startswith((b"TAG", b"ID3", b"APETAGEX")) or not tail.strip(b"\0")
 
 
 def _has_chunks(data: bytes, position: int, order: str) -> bool:
-    """Tell whether chunks follow, up to the end of the file."""
+    """Return whether chunks follow, up to the end of the file."""
     num_chunks = 0
     while position + 8 <= len(data) and num_chunks < _MAX_CHUNKS:
         name = data[position : position + 4]
@@ -176,7 +176,7 @@ def _has_chunks(data: bytes, position: int, order: str) -> bool:
 
 
 def _add(extent: _Extent, data: bytes, start: int, size: int, order: str, max_bytes: int, stated: int) -> int:
-    """Add the samples that begin at `start`, and return the place behind them."""
+    """Add the samples from `start`, and return the place behind them."""
     end, is_placeholder = _end_of(data, start, size, order, max_bytes=max_bytes)
     extent.spans.append((start, end))
     extent.stated_bytes += stated
@@ -185,7 +185,7 @@ def _add(extent: _Extent, data: bytes, start: int, size: int, order: str, max_by
 
 
 def _is_same_format(extent: _Extent, found: _Format | None, stated: _Format | None, rest_bytes: int) -> bool:
-    """Tell whether a header can be read on; note what is left of a joined file in another format."""
+    """Return whether reading can continue at a header; record the rest of a joined file in another format."""
     if extent.spans and stated != found:
         extent.unread_bytes = rest_bytes
     return stated is not None and not extent.unread_bytes
@@ -224,7 +224,7 @@ def _wav(data: bytes, max_bytes: int) -> PcmFile | None:
             position = start + 4
             continue
         elif start + size > len(data) + 1:
-            # A chunk before the samples that states more than the file holds must not hide them.
+            # A chunk before the samples with a size beyond the file must not hide them.
             position = data.find(b"data", start)
             if position < 0 or found is None:
                 break
@@ -234,13 +234,13 @@ def _wav(data: bytes, max_bytes: int) -> PcmFile | None:
 
 
 def _wave_format(data: bytes, start: int, size: int, sign: str) -> _Format | None:
-    """Read a `fmt ` chunk; None where it is cut, or describes compressed samples."""
+    """Read a `fmt ` chunk; return None if it is cut or describes compressed samples."""
     tag, channels, rate_hz, _, align, bits = struct.unpack_from(sign + "HHIIHH", data, start)
     if tag == _WAVE_EXTENSIBLE and size >= 26:
         (tag,) = struct.unpack_from(sign + "H", data, start + 24)
     width = align // channels if channels and align % channels == 0 else 0
     if not width or width * 8 < bits or not bits:
-        # A header that contradicts itself is left to the number of bits, if that is a usual one.
+        # In a contradictory header the number of bits decides, if it is a usual one.
         width = bits // 8 if bits % 8 == 0 else 0
     is_big = sign == ">"
     if tag == _WAVE_PCM and width in (1, 2, 3, 4):
@@ -273,7 +273,7 @@ def _w64(data: bytes, max_bytes: int) -> PcmFile | None:
         elif tail == _W64_TAIL and name == b"data":
             stated = max(0, size - 24)
             end = start + stated
-            # Chunks of Wave64 are aligned to 8 bytes and named by 16; what else follows is sound.
+            # Chunks of Wave64 are aligned to 8 bytes and named by 16; other following bytes are sound.
             follows = data[(end + 7) // 8 * 8 :]
             is_whole = end <= len(data) and (
                 _is_padding(follows) or follows[4:16] == _W64_TAIL or follows[:16] == _W64_RIFF
@@ -398,7 +398,7 @@ def _caf(data: bytes, max_bytes: int) -> PcmFile | None:
                 _is_padding(follows) or all(0x20 <= byte < 0x7F for byte in follows[:4])
             )
             extent.spans.append((first, end if is_whole else len(data)))
-            # A size of -1 is the format's own way to state none.
+            # A size of -1 is the format's own value for an unknown size.
             extent.stated_bytes += extent.spans[-1][1] - first if size == -1 else max(0, stated)
             extent.is_placeholder |= not is_whole and (stated <= 0 or stated > min(max_bytes, _PLACEHOLDER_BYTES))
             position = extent.spans[-1][1]

@@ -1,6 +1,6 @@
-"""Brings decoded blocks of any rate and any number of channels to mono at 16 kHz, without keeping the source's samples.
+"""Conversion of decoded blocks of any rate and channel count to mono at 16 kHz, without storing the source's samples.
 
-Both ways of decoding end here, so a clip sounds the same whatever file it came in.
+Both ways of decoding use it, so the samples do not depend on the file's format.
 
 Axes: S samples, C channels.
 """
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from hyper_model.audio_limits import SAMPLE_RATE_HZ, Allowance, refuse_damaged
 from hyper_model.downmix import ChannelStatistics
 
-# Frames of a codec are a thousand samples; the resampler likes more at once.
+# A codec's frame has about a thousand samples; the resampler is faster with more at once.
 _BLOCK_SAMPLES = 2**15
-# What rounding and the resampler's tail may add to the longest clip.
+# Possible excess of the longest clip through rounding and the resampler's tail.
 _SPARE_S = 2.0
 
 
 def resample(mono_S: NDArray[np.float32], from_hz: int) -> NDArray[np.float32]:
-    """Brings mono samples to 16 kHz."""
+    """Resample mono samples to 16 kHz."""
     if from_hz == SAMPLE_RATE_HZ or not mono_S.size:
         return mono_S
     import soxr  # pyright: ignore[reportMissingTypeStubs]
@@ -32,12 +32,12 @@ def resample(mono_S: NDArray[np.float32], from_hz: int) -> NDArray[np.float32]:
 
 
 class Gatherer:
-    """Takes blocks as they are decoded, counts them against the allowance and keeps what they come to.
+    """Collector of decoded blocks as mono 16 kHz, counted against the allowance.
 
-    The same samples as `resample` gives for the whole clip at once, at the memory of its 16 kHz alone.
+    The samples equal those of `resample` for the whole clip, with memory for the 16 kHz samples only.
 
     Attributes:
-        num_source_samples: Samples taken so far, a channel.
+        num_source_samples: Source samples so far, per channel.
         channels: Energies and products of the channels so far.
     """
 
@@ -45,8 +45,9 @@ class Gatherer:
         """Prepare for one clip.
 
         Args:
-            allowance: Bounds the work.
-            weights_C: Weights of the channels, float32 [C]; their mean when left out, and for blocks of another width.
+            allowance: Budget of the decode.
+            weights_C: Weights of the channels, float32 [C]. Without weights, and for blocks of another width, their
+                mean is used.
         """
         self._allowance = allowance
         self._weights_C = weights_C
@@ -56,17 +57,17 @@ class Gatherer:
         self._stream: Any = None
         self._waiting: list[NDArray[np.float32]] = []
         self._num_waiting = 0
-        # Its pages are taken only where samples are written.
+        # The system allocates its pages only as samples are written.
         self._samples_S = np.empty(math.ceil((allowance.limits.max_duration_s + _SPARE_S) * SAMPLE_RATE_HZ), np.float32)
         self._num_samples = 0
         self.num_source_samples = 0
 
     def add(self, samples_SC: NDArray[np.float32], rate_hz: int) -> None:
-        """Takes the next block, float32 [S, C].
+        """Add the next block, float32 [S, C].
 
         Raises:
-            InvalidAudioError: Samples that are not numbers.
-            AudioTooLargeError: More seconds than the limits allow.
+            InvalidAudioError: If a sample is not a finite number.
+            AudioTooLargeError: If the clip has more seconds than the limits allow.
         """
         self._allowance.check()
         self.num_source_samples += len(samples_SC)
@@ -88,7 +89,7 @@ class Gatherer:
             self._flush()
 
     def finish(self) -> NDArray[np.float32]:
-        """Returns float32 [S] in [-1, 1]: everything that was added."""
+        """Return all added samples: float32 [S] in [-1, 1]."""
         self._flush(is_last=True)
         return self._samples_S[: self._num_samples]
 

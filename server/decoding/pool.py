@@ -1,11 +1,11 @@
-"""Decodes clips in processes that can do nothing else, and keeps them to their time.
+"""Decoding of clips in restricted processes with a time limit.
 
-One helper (`server.decoding.worker`) starts with the service, loads its libraries, locks itself down and then forks
-one worker per clip, in a few milliseconds. Each clip has a socket of its own, on which we send the bytes and get back
-either an error's fields or figures and samples. A reply is checked like anything from outside, since a clip may have
-taken over its worker. Orders (begin this one, kill that one) go over the control socket, which workers do not have.
+One helper (`server.decoding.worker`) starts with the service, loads its libraries and locks itself down. Then it forks
+one worker per clip, in a few milliseconds. Each clip has its own socket: it carries the bytes to the worker, and back
+either an error's fields or figures and samples. Replies are validated like external input, because a clip may have
+taken over its worker. Orders to start or kill a worker use the control socket, closed in workers.
 
-Knows neither HTTP nor requests; a caller that is cancelled takes its worker with it.
+The module is independent of HTTP and requests. Cancelling a caller kills its worker.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ logger = logging.getLogger("hyper.server")
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 5.0
-# A decoder looks at the clock itself and says so; only one that no longer does is killed.
+# A decoder checks the clock and reports a timeout itself; only an unresponsive one is killed, after this much longer.
 GRACE_S = 1.0
 SPARE_SAMPLES = 2 * SAMPLE_RATE_HZ
 MAX_TRACKS = 10_000
@@ -65,18 +65,18 @@ Code = Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9_]+$")]
 
 
 class WorkerReply(BaseModel):
-    """What a worker says in any case."""
+    """Fields of every worker reply."""
 
     peak_kib: int = Field(ge=0, le=2**40)
 
 
 class WorkerError(WorkerReply):
-    """What a worker says about a clip that it could not decode."""
+    """A worker's reply for a clip with an error."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     error: str
-    # A label of metrics: a worker that was taken over must not make up new ones.
+    # A metrics label: a compromised worker must not add new values.
     code: AudioCode
     message: Words
     limit: float | None
@@ -85,7 +85,7 @@ class WorkerError(WorkerReply):
 
 
 class WorkerFailed(WorkerReply):
-    """Reply of a worker whose clip led to an exception that no decoder of ours raises on purpose."""
+    """A worker's reply for a clip with an unexpected exception in the decoder."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -94,18 +94,18 @@ class WorkerFailed(WorkerReply):
 
 
 class WorkerWarning(BaseModel):
-    """Warning of a worker about its clip."""
+    """A worker's warning about its clip."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    # A label of metrics: a worker that was taken over must not make up new ones.
+    # A metrics label: a compromised worker must not add new values.
     code: AudioWarningCode
     message: Words
     seconds: float | None = Field(ge=0, le=MAX_WARNING_S)
 
 
 class WorkerResult(WorkerReply):
-    """Reply of a worker before it sends samples."""
+    """A worker's reply before the samples."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -120,16 +120,16 @@ class WorkerResult(WorkerReply):
 
 
 class WorkerDiedError(HyperError):
-    """Says that a worker ran out of memory, or was broken by its clip, or lies."""
+    """Error for a worker out of memory, crashed on its clip, or with an invalid reply."""
 
 
 class DecoderPool:
-    """Starts the helper, hands clips in and takes samples out.
+    """Owner of the helper process: sends clips and receives samples.
 
     Attributes:
-        layers: What keeps the decoder in, strongest first: "bubblewrap", "uid", "landlock", "seccomp".
-        peak_bytes: The most memory that a worker has had, by its own word.
-        on_death: Called with the reason for each worker that ended without a word, and for each lost helper.
+        layers: Active sandbox layers, strongest first: "bubblewrap", "uid", "landlock", "seccomp".
+        peak_bytes: Largest memory use reported by a worker.
+        on_death: Called with the reason for each worker without a reply and each lost helper.
     """
 
     def __init__(
@@ -154,14 +154,14 @@ class DecoderPool:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the decoder can reach neither files nor the network: any one of these layers sees to that."""
+        """Return whether the decoder can reach neither files nor the network; any one of these layers ensures it."""
         return bool({"bubblewrap", "landlock", "seccomp"} & set(self.layers))
 
     async def start(self) -> None:
-        """Starts the helper, inside bubblewrap where that is installed and works.
+        """Start the helper, inside bubblewrap if it is installed and works.
 
         Raises:
-            DecoderUnavailableError: It did not start.
+            DecoderUnavailableError: If it does not start.
         """
         bubblewrap = shutil.which("bwrap")
         for prefix, layers in (*(((bubblewrap_command(bubblewrap), ("bubblewrap",)),) if bubblewrap else ()), ([], ())):
@@ -171,7 +171,7 @@ class DecoderPool:
         raise DecoderUnavailableError("The decoder did not start; see the log.")
 
     async def launch(self, prefix: list[str]) -> list[str] | None:
-        """Starts the helper behind a prefix and returns what it locked itself in with; None where it did not start."""
+        """Start the helper behind a command prefix and return its sandbox layers, or None after a failure."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         with theirs:
@@ -180,7 +180,7 @@ class DecoderPool:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # Keys and proxies in our environment are not the decoder's business.
+                # The decoder must not receive keys and proxies from our environment.
                 env={
                     "PATH": os.defpath,
                     "LC_ALL": "C.UTF-8",
@@ -192,7 +192,7 @@ class DecoderPool:
                     MEMORY_VARIABLE: str(self.memory_bytes),
                 },
                 cwd="/",
-                # Ctrl-C is for the service, which lets its clips finish.
+                # Ctrl-C must reach only the service, to let its clips finish.
                 start_new_session=True,
             )
         try:
@@ -211,19 +211,19 @@ class DecoderPool:
         return json.loads(hello)["layers"]
 
     async def stop(self) -> None:
-        """Ends the helper and every worker, for good."""
+        """End the helper and every worker permanently."""
         self.is_stopped = True
         await self.end()
 
     async def end(self) -> None:
-        """Ends the helper, which ends its workers."""
+        """End the helper and thereby its workers."""
         if self.control is not None:
             self.control.close()
             self.control = None
         await self.end_process()
 
     async def end_process(self) -> None:
-        """Waits for the helper to end, and makes it."""
+        """Wait for the helper to end; kill it after a timeout."""
         process, self.process = self.process, None
         if process is None:
             return
@@ -234,7 +234,7 @@ class DecoderPool:
             await asyncio.to_thread(process.wait)
 
     async def decode(self, data: bytes, *, track: int | None = None, channel: Channel = "mix") -> Waveform:
-        """Decodes one clip in a worker of its own; cancelling this kills the worker.
+        """Decode one clip in its own worker; cancelling this kills the worker.
 
         Args:
             data: The whole file.
@@ -243,7 +243,7 @@ class DecoderPool:
 
         Raises:
             AudioError: As `hyper_model.audio.decode`.
-            DecoderUnavailableError: The helper is gone and cannot be started again.
+            DecoderUnavailableError: If the helper is gone and cannot be restarted.
         """
         identify(data, self.limits)
         process = self.process
@@ -252,17 +252,17 @@ class DecoderPool:
         except WorkerDiedError:
             if process is None or (process is self.process and process.poll() is None):
                 refuse_damaged()
-        # The whole helper has gone, which is not the clip's doing, or only once.
+        # The whole helper is gone, so the clip is probably not the cause; try it once more.
         try:
             return await self.attempt(data, track, channel)
         except WorkerDiedError:
             refuse_damaged()
 
     async def attempt(self, data: bytes, track: int | None, channel: Channel) -> Waveform:
-        """Decodes one clip in one worker.
+        """Decode one clip in one worker.
 
         Raises:
-            WorkerDiedError: It ended without an answer, or with one that no decoder of ours gives.
+            WorkerDiedError: If the worker ends without a reply, or with an invalid one.
         """
         job = next(self.jobs)
         ours, theirs = socket.socketpair()
@@ -292,7 +292,7 @@ class DecoderPool:
         return waveform
 
     async def context(self, connection: socket.socket, data: bytes) -> Waveform:
-        """Sends a clip to its worker and reads what it says."""
+        """Send a clip to its worker and read the reply."""
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(connection, len(data).to_bytes(8))
         await loop.sock_sendall(connection, data)
@@ -320,7 +320,7 @@ class DecoderPool:
             raise ValueError
         samples_S = np.empty(heard.num_samples, np.float32)
         await receive(connection, samples_S.data.cast("B"))
-        # In the order in which they fail for numbers that are none.
+        # In this order both comparisons fail for NaN.
         if heard.num_samples and not (samples_S.min() >= -1.0 and samples_S.max() <= 1.0):
             raise ValueError
         return Waveform(
@@ -335,11 +335,11 @@ class DecoderPool:
         )
 
     def record(self, said: WorkerReply) -> None:
-        """Remembers the most memory."""
+        """Update the peak memory."""
         self.peak_bytes = max(self.peak_bytes, said.peak_kib * 1024)
 
     async def order(self, message: Mapping[str, object], descriptor: int) -> None:
-        """Sends an order to the helper; starts it anew where it has gone."""
+        """Send an order to the helper, restarted if it is gone."""
         for _ in range(2):
             control = self.control
             if control is not None:
@@ -347,7 +347,7 @@ class DecoderPool:
                     send(control, message, [descriptor])
                     return
                 except BlockingIOError:
-                    # A hundred orders wait to be read: the machine is busy, and a moment later there is room.
+                    # A hundred orders are unread because the machine is busy; there is room a moment later.
                     await asyncio.sleep(0.01)
                     continue
                 except OSError:
@@ -356,7 +356,7 @@ class DecoderPool:
         raise DecoderUnavailableError("The decoder is not running.")
 
     async def restart(self, gone: socket.socket | None) -> None:
-        """Starts the helper again, once however many callers find it gone."""
+        """Restart the helper, once for any number of callers."""
         async with self.starting:
             if self.is_stopped:
                 raise DecoderUnavailableError("The service is shutting down.")
@@ -367,7 +367,7 @@ class DecoderPool:
                 await self.start()
 
     def kill(self, job: int) -> None:
-        """Has a worker killed that did not answer."""
+        """Make the helper kill a worker without a reply."""
         if self.control is not None:
             try:
                 send(self.control, {"kill": job}, [])
@@ -376,15 +376,15 @@ class DecoderPool:
 
 
 def send(control: socket.socket, message: Mapping[str, object], descriptors: list[int]) -> None:
-    """Sends one order and the descriptors that belong to it."""
+    """Send one order with its descriptors."""
     socket.send_fds(control, [json.dumps(message).encode()], descriptors)
 
 
 async def receive(connection: socket.socket, buffer: bytearray | memoryview) -> bytearray | memoryview:
-    """Fills a buffer.
+    """Fill a buffer.
 
     Raises:
-        EOFError: The worker ended first.
+        EOFError: If the worker ends first.
     """
     loop = asyncio.get_running_loop()
     view = memoryview(buffer)
@@ -397,18 +397,18 @@ async def receive(connection: socket.socket, buffer: bytearray | memoryview) -> 
 
 
 def python() -> str:
-    """Returns this interpreter without links on the way to its environment: links may lead out of what is bound."""
+    """Return this interpreter's path without links in its folders, because links may leave the bound folders."""
     folder, name = os.path.split(sys.executable)
     return os.path.join(os.path.realpath(folder), name)
 
 
 def import_paths() -> list[str]:
-    """Returns where this process imports from, without links."""
+    """Return this process's import paths, without links."""
     return [os.path.realpath(path) for path in sys.path if os.path.isabs(path)]
 
 
 def bubblewrap_command(bubblewrap: str) -> list[str]:
-    """Returns the prefix that gives the helper namespaces of its own, and of the file system its libraries alone."""
+    """Return a command prefix with separate namespaces and a file system of only the helper's libraries."""
     places = {"/usr", sys.prefix, sys.base_prefix, os.path.dirname(sys.executable), *import_paths()}
     places |= {os.path.dirname(os.path.realpath(sys.executable))}
     # An editable install finds our packages by a hook, not by a folder of sys.path.

@@ -1,11 +1,11 @@
-"""Takes from this process everything that a decoder of hostile bytes does not need. Linux only, in plain system calls.
+"""Restriction of this process to the needs of a decoder of hostile bytes. Linux only, with plain system calls.
 
-Three layers, each enough to keep a decoder from files and the network, so that a hole in one is not a hole in all:
-another user where we are root; Landlock, which names no file that may be opened; and seccomp, which lists the few
-system calls that may be made at all: among them none that opens a file or a socket, starts a program, signals another
-process or, in a worker, makes one. What is open already stays usable. Nothing here can be undone by the process.
+Three layers each keep a decoder from files and the network, so one broken layer does not suffice. The first is another
+user, if the process is root. The second is Landlock without any permitted file. The third is seccomp with a list of a
+few permitted system calls. None of them opens a file or a socket, starts a program or signals another process; in a
+worker, none creates a process. Open descriptors stay usable. The process cannot undo any of this.
 
-Knows nothing of audio. Numbers are from the kernel's headers.
+The module is independent of audio. The numbers are from the kernel's headers.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SECCOMP_RET_ERRNO = 0x00050000
 SECCOMP_RET_KILL_PROCESS = 0x80000000
 EPERM = 1
 ENOSYS = 38
-# Every namespace flag of clone(2): a process that may fork may not leave its namespaces.
+# Every namespace flag of clone(2): a process with permission to fork may not leave its namespaces.
 CLONE_NEW = 0x7E020080
 # Offsets in struct seccomp_data.
 NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
 LOAD, JUMP_EQUAL, JUMP_SET, RETURN = 0x20, 0x15, 0x45, 0x06
 
-# x86-64. What computing, allocating, and reading and writing open descriptors take.
+# x86-64. System calls to compute, allocate, and read and write open descriptors.
 WORKER_CALLS = {
     "read": 0,
     "write": 1,
@@ -77,7 +77,7 @@ WORKER_CALLS = {
     "membarrier": 324,
     "rseq": 334,
 }
-# What the process that forks workers needs besides.
+# Further system calls of the process that forks workers.
 FORKER_CALLS = WORKER_CALLS | {
     "sendto": 44,
     "recvfrom": 45,
@@ -98,11 +98,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds what one worker may use.
+    """Resource limits of one worker.
 
     Attributes:
-        address_space_bytes: Everything that it maps, what it was forked with included.
-        cpu_s: Processor time, after which the kernel kills it.
+        address_space_bytes: All mapped memory, including the memory inherited at the fork.
+        cpu_s: Processor time before the kernel kills it.
     """
 
     address_space_bytes: int
@@ -110,7 +110,7 @@ class Bounds:
 
 
 def become_nobody() -> list[str]:
-    """Gives up root for the user nobody; another user than root has nobody to become."""
+    """Switch from root to the user nobody; other users stay the same."""
     if os.geteuid() != 0:
         return []
     os.setgroups([])
@@ -120,7 +120,7 @@ def become_nobody() -> list[str]:
 
 
 def forbid_files_and_ports() -> list[str]:
-    """Lets Landlock refuse every file and every port that is not open yet, where the kernel has it."""
+    """Deny all new files and ports with Landlock, if the kernel supports it."""
     abi = _libc.syscall(SYS_LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
     if abi < 1:
         return []
@@ -142,7 +142,7 @@ def forbid_files_and_ports() -> list[str]:
 
 
 def forbid_calls(allowed: Collection[int]) -> list[str]:
-    """Lets seccomp answer every other system call with EPERM, where the kernel has it and we know its numbers."""
+    """Deny all other system calls with EPERM by seccomp, on supported kernels and processors."""
     if platform.machine() != "x86_64":
         return []
     code = _program(allowed)
@@ -153,13 +153,13 @@ def forbid_calls(allowed: Collection[int]) -> list[str]:
 
 
 def no_new_privileges() -> None:
-    """Makes set-uid programs ordinary ones, and keeps the memory from debuggers of the same user."""
+    """Disable set-uid programs, and hide the memory from debuggers of the same user."""
     _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def limit(bounds: Bounds) -> None:
-    """Sets the worker's limits; none of them can be raised again."""
+    """Set the worker's limits; they cannot be raised again."""
     for kind, bound in {
         resource.RLIMIT_AS: bounds.address_space_bytes,
         resource.RLIMIT_CPU: bounds.cpu_s,
@@ -167,7 +167,7 @@ def limit(bounds: Bounds) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
-        # The worker's descriptors are open already.
+        # The worker's descriptors are already open.
         resource.RLIMIT_NOFILE: 0,
         resource.RLIMIT_NPROC: 0,
     }.items():
@@ -175,7 +175,7 @@ def limit(bounds: Bounds) -> None:
 
 
 def _program(allowed: Collection[int]) -> bytes:
-    """Writes the filter: another architecture kills, a listed call passes, clone without new namespaces passes."""
+    """Return the filter: another architecture kills, a listed call passes, clone without new namespaces passes."""
 
     def step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("HBBI", code, if_true, if_false, value)
@@ -185,7 +185,7 @@ def _program(allowed: Collection[int]) -> bytes:
         step(JUMP_EQUAL, AUDIT_ARCH_X86_64, 1, 0),
         step(RETURN, SECCOMP_RET_KILL_PROCESS),
         step(LOAD, NUMBER),
-        # Its flags are behind a pointer, which a filter cannot follow; the C library falls back to clone.
+        # A filter cannot read its flags behind a pointer; the C library falls back to clone.
         step(JUMP_EQUAL, CLONE3, 0, 1),
         step(RETURN, SECCOMP_RET_ERRNO | ENOSYS),
     ]

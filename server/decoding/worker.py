@@ -1,8 +1,8 @@
-"""The program inside the box: gives up the machine, then forks one worker a clip, which decodes it and ends.
+"""Sandboxed decoder program: it gives up all privileges, then forks one worker per clip.
 
-Everything that decoding needs is loaded first; then files, sockets and programs are given up for good. A worker gets
-one clip and one socket and cannot reach another's; it may not even fork. So what a hostile clip takes over ends with
-it, and has seen nothing but itself. Started by `server.decoding.pool`, which says what passes between the two.
+It first loads everything needed for decoding, then gives up files, sockets and programs permanently. A worker gets one
+clip and one socket; it cannot reach another's, nor fork. So a hostile clip gains access only to its own worker, and the
+worker ends with it. `server.decoding.pool` starts the program and documents the protocol.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MAX_MESSAGE_BYTES = 64 * 1024
 CONTROL_FD_VARIABLE = "DECODER_CONTROL_FD"
 MEMORY_VARIABLE = "DECODER_MEMORY_BYTES"
 REAP_INTERVAL_MS = 100
-# Programs, and a module that fetches examples.
+# Programs, and a module for the download of examples.
 NOT_FOR_DECODING = ("av.__main__", "av.datasets")
-# Codecs of tags: what a library decodes text with must be loaded before.
+# Text codecs of tags, loaded early because libraries need them to decode text.
 ENCODINGS = (
     "utf-8",
     "ascii",
@@ -57,7 +57,7 @@ Handler = Callable[[bytes, AudioLimits, int | None, Channel], tuple[dict[str, An
 def decode_clip(
     data: bytes, limits: AudioLimits, track: int | None, channel: Channel
 ) -> tuple[dict[str, Any], memoryview]:
-    """Decodes; returns what the clip is, and its samples."""
+    """Decode a clip; return its properties or its error, and its samples."""
     try:
         waveform = decode(data, limits, track=track, channel=channel)
     except AudioError as error:
@@ -83,13 +83,13 @@ def decode_clip(
 
 
 def serve(handler: Handler) -> None:
-    """Locks this process down and forks workers for the clips that come over the control socket, until it closes."""
+    """Lock down this process and fork workers for the clips from the control socket, until it closes."""
     control = socket.socket(fileno=int(os.environ[CONTROL_FD_VARIABLE]))
     memory_bytes = int(os.environ[MEMORY_VARIABLE])
     warm_up()
     virtual_pages, resident_pages = (int(field) for field in Path("/proc/self/statm").read_text().split()[:2])
     page_bytes = os.sysconf("SC_PAGE_SIZE")
-    # What a worker shares with this process counts as its memory; what this process only maps does not.
+    # Memory shared with this process counts as the worker's; memory only mapped here does not.
     address_space_bytes = virtual_pages * page_bytes + max(0, memory_bytes - resident_pages * page_bytes)
     silence = os.open(os.devnull, os.O_RDWR)
     os.dup2(silence, sys.stderr.fileno())
@@ -100,7 +100,7 @@ def serve(handler: Handler) -> None:
         *sandbox.forbid_calls(sandbox.FORKER_CALLS.values()),
     ]
     control.send(json.dumps({"layers": layers}).encode())
-    # A collection in a worker would touch, and so copy, every page that it shares with this process.
+    # A garbage collection in a worker would touch, and so copy, every shared page.
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -109,7 +109,7 @@ def serve(handler: Handler) -> None:
     orders.register(control, select.POLLIN)
     while True:
         has_order = orders.poll(REAP_INTERVAL_MS if pids else None)
-        # Here and nowhere else, so that a process id that is known is never that of a stranger.
+        # Only here, so a known process id never belongs to another process.
         for job, pid in list(pids.items()):
             if os.waitpid(pid, os.WNOHANG)[0]:
                 del pids[job]
@@ -146,7 +146,7 @@ def _handle(
         return handler(data, *choice)
     except MemoryError:
         return {"failure": "out_of_memory", "kind": "MemoryError"}, memoryview(b"")
-    # The last resort: a file that nobody thought of ends in order, unlike one that breaks the process.
+    # Last resort: an unforeseen file gives a regular reply, unlike a crash of the process.
     except Exception as error:
         return {"failure": "odd_file", "kind": type(error).__name__}, memoryview(b"")
 
@@ -158,7 +158,7 @@ def work(
     control: socket.socket,
     address_space_bytes: int,
 ) -> None:
-    """Handles one clip in a fresh worker, which never returns."""
+    """Handle one clip in a new worker; never return."""
     status = 1
     try:
         control.close()
@@ -173,12 +173,16 @@ def work(
         write_all(connection, samples)
         status = 0
     finally:
-        # Whatever went wrong, nothing of this copy of the process may run on.
+        # After any failure, this copy of the process must not continue.
         os._exit(status)
 
 
 def read_exactly(descriptor: int, num_bytes: int) -> bytes:
-    """Reads that many bytes; the other side closing early ends the worker."""
+    """Read exactly this many bytes.
+
+    Raises:
+        EOFError: If the other side closes early.
+    """
     parts: list[bytes] = []
     while num_bytes:
         part = os.read(descriptor, min(num_bytes, 2**20))
@@ -190,16 +194,15 @@ def read_exactly(descriptor: int, num_bytes: int) -> bytes:
 
 
 def write_all(descriptor: int, view: memoryview) -> None:
-    """Writes all of it."""
+    """Write all bytes of the view."""
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def warm_up() -> None:
-    """Load everything that any file may need, since no module and no library can be opened later.
+    """Load all modules and libraries for any file, because none can be opened later.
 
-    PyAV imports its classes of streams and codecs when it first meets one of their kind. Clips of each way of decoding
-    load the rest.
+    PyAV imports its classes of streams and codecs at their first use. Decoding a clip with each library loads the rest.
     """
     import av
     import numpy as np
@@ -216,7 +219,7 @@ def warm_up() -> None:
         soundfile.write(file, noise_SC, 8_000, format="WAV", subtype=subtype)  # pyright: ignore[reportUnknownMemberType]
         for channel in ("mix", "left"):
             decode(file.getvalue(), channel=channel)
-    # Channels out of phase take another way.
+    # Channels out of phase are decoded in another way.
     file = io.BytesIO()
     noise_SC[:, 1] = -noise_SC[:, 0]
     soundfile.write(file, noise_SC, 8_000, format="WAV", subtype="PCM_16")  # pyright: ignore[reportUnknownMemberType]
