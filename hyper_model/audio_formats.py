@@ -54,6 +54,21 @@ _OTHER_FILES = (
     (b"MThd", "a MIDI file, which holds notes and no sound"),
     (b"\x7fELF", "a program"),
     (b"MZ", "a program"),
+    (b"FLV\x01", "an FLV video"),
+    (b"\x00\x00\x01\xba", "an MPEG program stream"),
+    (b"\x00\x00\x01\xb3", "an MPEG video"),
+    (b"MAC ", "Monkey's Audio"),
+    (b"wvpk", "WavPack audio"),
+    (b"TTA1", "TTA audio"),
+    (b"MPCK", "Musepack audio"),
+    (b"DSD ", "DSD audio"),
+    (b"FRM8", "DSD audio"),
+    (b"#!SILK", "SILK audio of a messenger"),
+    (b"\x02#!SILK", "SILK audio of a messenger"),
+    (b"ADIF", "AAC in an ADIF header"),
+    (b"\x0b\x77", "AC-3 audio"),
+    (b".RMF", "RealMedia audio"),
+    (b"\x1f\x43\xb6\x75", "a later part of a WebM recording, without the header of its first part"),
     (b"SQLite format 3\0", "a database"),
 )
 _TEXT_HEAD_BYTES = 512
@@ -129,6 +144,10 @@ def locate(data: bytes) -> tuple[str, int]:
     for magic, name in _OTHER_FILES:
         if data.startswith(magic):
             _refuse(f"This is {name}, not audio that we decode.", "unknown")
+    if data[:4] == b"RIFF" and data[8:12] in (b"AVI ", b"RMID", b"WEBP", b"AMV "):
+        _refuse(f"This is a RIFF file of type {data[8:12].decode().strip()}, not audio that we decode.", "unknown")
+    if all(data[place : place + 1] == b"\x47" for place in (0, 188, 376, 564)):
+        _refuse("This is an MPEG transport stream, not audio that we decode.", "unknown")
     if _looks_like_text(data[:_TEXT_HEAD_BYTES]) and _looks_like_text(data[:MAX_JUNK_BYTES]):
         _refuse("This is not audio that we decode.", "text")
     found = [place for search in (_find_header, _find_mpeg, _find_adts) if (place := search(data)) is not None]

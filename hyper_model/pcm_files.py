@@ -186,7 +186,8 @@ def _add(extent: _Extent, data: bytes, start: int, size: int, order: str, max_by
 
 def _is_same_format(extent: _Extent, found: _Format | None, stated: _Format | None, rest_bytes: int) -> bool:
     """Return whether reading can continue at a header; record the rest of a joined file in another format."""
-    if extent.spans and stated != found:
+    # A description may follow the samples.
+    if extent.spans and found is not None and stated != found:
         extent.unread_bytes = rest_bytes
     return stated is not None and not extent.unread_bytes
 

@@ -563,6 +563,21 @@ def test_junk_behind_is_left_out() -> None:
 # --- Errors name the true cause --------------------------------------------------------------------------------------
 
 
+def later_webm() -> bytes:
+    """Return a WebM without the first part, as a page sends it that uploads each piece of a recording alone."""
+    data = encode(*source(VOICE), "-c:a", "libopus", "-f", "webm")
+    return data[data.index(b"\x1f\x43\xb6\x75") :]
+
+
+def test_a_description_behind_the_samples_is_read() -> None:
+    one = encode(*source(VOICE), *PLAIN["aiff"][0])
+    comm = one.index(b"COMM")
+    moved = one[:comm] + one[comm + 26 :] + one[comm : comm + 26]
+    assert decode(moved).sha256 == decode(one).sha256
+    body = riff((b"data", SECOND, None), FORMAT)
+    assert decode(body).num_samples == 16_000
+
+
 ENCRYPTION = (
     *("-encryption_scheme", "cenc-aes-ctr", "-encryption_key", "76a6c65c5ea762046bd749a2e632ccbb"),
     *("-encryption_kid", "a7e61c373e219033c21091fa607bf3b8"),
@@ -578,6 +593,11 @@ def test_an_error_names_the_true_cause() -> None:
         (b"PK\x03\x04" + mp4, "unsupported_audio", "ZIP archive"),
         (b"%PDF-1.7\n" + mp4, "unsupported_audio", "PDF"),
         (b"\x1f\x8b\x08\x00" + bytes(100), "unsupported_audio", "gzip"),
+        (encode(*source(VOICE), "-c:a", "libmp3lame", "-f", "avi"), "unsupported_audio", "AVI"),
+        (encode(*source(VOICE), "-c:a", "libmp3lame", "-f", "mpegts"), "unsupported_audio", "transport stream"),
+        (encode(*source(VOICE), "-c:a", "libmp3lame", "-ar", "44100", "-f", "flv"), "unsupported_audio", "FLV"),
+        (encode(*source(VOICE), "-c:a", "mp2", "-f", "vob"), "unsupported_audio", "program stream"),
+        (later_webm(), "unsupported_audio", "later part of a WebM"),
         (encode(*source(VOICE), "-c:a", "ac3", "-f", "mp4"), "unsupported_codec", "codec"),
         (encode(*source(VOICE), "-c:a", "aac", *ENCRYPTION, "-f", "mp4"), "unsupported_codec", "encrypted"),
         (b"", "empty_audio", "empty"),

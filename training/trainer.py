@@ -340,7 +340,7 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
     """Read the lines of a run's log, except an incomplete last line."""
     rows: list[dict[str, Any]] = []
     file = run_dir / LOG_FILE
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n") if file.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:

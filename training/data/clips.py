@@ -189,7 +189,7 @@ def open_clips(folder: Path, width: int, *, kind: ClipKind | None = None, shard:
     number = "*" if shard is None else f"{shard:04d}"
     for index in sorted(folder.glob(f"{kind or '*'}-{number}.jsonl")):
         offset = 0
-        for line in index.read_text(encoding="utf-8").splitlines():
+        for line in filter(None, index.read_text(encoding="utf-8").split("\n")):
             row = json.loads(line)
             yield Clip(scene_from_json(row["scene"]), index.with_suffix(".bf16"), offset, row["num_tokens"])
             offset += 2 * width * row["num_tokens"]

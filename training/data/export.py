@@ -112,7 +112,8 @@ def export_scenes(plan: ExportPlan, folder: Path, *, num_workers: int) -> Path:
     voices: set[str] = set()
     with partial.open("w", encoding="utf-8") as out:
         for first in firsts:
-            for line in (chunks_folder / f"{first:06d}.jsonl").read_text(encoding="utf-8").splitlines():
+            # Texts may contain other line ends, such as U+2028.
+            for line in filter(None, (chunks_folder / f"{first:06d}.jsonl").read_text(encoding="utf-8").split("\n")):
                 row = json.loads(line)
                 backgrounds |= {row["recording"]} - {None}
                 voices |= set(row["voices"])
