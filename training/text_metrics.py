@@ -1,8 +1,11 @@
-"""Compares texts by their words, and reads which choice a text means.
+"""Compare texts by words, and match texts to choices.
 
-Readers of choices, strictest first: `named_choice` (the whole text is a choice), `mentioned_choices` (words of choices
-inside a text), `chosen` (prose of other models, by rules in a fixed order) and `matches_words` (the string match of
-MMAU and MMAR).
+The matchers of choices, strictest first:
+
+- `named_choice`: the whole text is a choice.
+- `mentioned_choices`: words of choices inside a text.
+- `chosen`: prose of other models, by rules in a fixed order.
+- `matches_words`: the string match of MMAU and MMAR.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ from rapidfuzz.distance import Levenshtein
 from hyper_model.trace import choice_label, environment_labels, render_choice
 
 _STATEMENT = re.compile(r"(?i)\b(?:final\s+)?(?:answer|choice|option)\b\s*(?:is|would be|:|=)\s*(?:option\s+)?[:\s]*")
-"""Opens a statement of the answer: "The answer is", "Final answer:", "The correct option is option"."""
+"""Start of an answer statement: "The answer is", "Final answer:", "The correct option is option"."""
 
 _LETTER_AHEAD = re.compile(r"\(?([A-Za-z])(?:\)|[.:](?=\s|\Z)|(?=\s*\Z)|(?=\s*[,;]))")
-"""A letter that stands for itself: "(b) ...", "B. ...", "B: ...", "B" and nothing more."""
+"""A separate letter: "(b) ...", "B. ...", "B: ...", or "B" alone."""
 
 
 def words(text: str) -> list[str]:
-    """Returns the words of a text, lower case, without punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     return "".join(c if c.isalnum() or c.isspace() else " " for c in text.lower()).split()
 
 
@@ -32,14 +35,14 @@ def edit_distance(reference: Sequence[Hashable], hypothesis: Sequence[Hashable])
 
 
 def similarity(one: str, other: str) -> float:
-    """Returns 1 less the edit distance over the longer length, by characters of the words alone."""
+    """Return 1 minus the edit distance over the longer length, by characters of the words."""
     one, other = " ".join(words(one)), " ".join(words(other))
     longest = max(len(one), len(other))
     return 1 - edit_distance(one, other) / longest if one and other else 0.0
 
 
 def label_set(environment: str) -> set[str]:
-    """Returns the labels that an environment lists, in plain words."""
+    """Return the labels in an environment text, in plain words."""
     return {" ".join(words(label)) for label in environment_labels(environment)}
 
 
@@ -48,15 +51,15 @@ def sentences(text: str) -> list[str]:
 
 
 def holds_words(text: Sequence[str], part: Sequence[str]) -> bool:
-    """Tells whether words stand in a text, one behind the other."""
+    """Return True if a text contains words consecutively."""
     return any(list(text[at : at + len(part)]) == list(part) for at in range(len(text) - len(part) + 1))
 
 
 def named_choice(text: str, choices: Sequence[str]) -> int | None:
-    """Returns the one choice that a text is: its words, its letter (`B`, `(b)`, `B.`), or both; None for anything else.
+    """Return the only choice equal to a text: its words, its letter (`B`, `(b)`, `B.`), or both; else None.
 
-    Where a text is one choice by its words and another by its letter, it names none. What stands there to the last mark
-    is that choice, whatever others have the same words ("C major" and "C# major", "5" and "-5").
+    A text equal to one choice by words and to another by letter names none. An exact match, punctuation included, has
+    precedence over choices with equal words ("C major" and "C# major", "5" and "-5").
     """
     exact = [index for index, choice in enumerate(choices) if text.strip().casefold() == choice.strip().casefold()]
     if len(exact) == 1 and not _is_letter(text):
@@ -74,7 +77,7 @@ def _is_letter(text: str) -> bool:
 
 
 def mentioned_choices(text: str, choices: Sequence[str]) -> set[int]:
-    """Returns the choices whose words stand in a text; of one inside a longer one that stands there, the longer."""
+    """Return the choices with their words inside a text; a choice inside a longer mentioned one does not count."""
     whole = named_choice(text, choices)
     if whole is not None:
         return {whole}
@@ -88,16 +91,16 @@ def mentioned_choices(text: str, choices: Sequence[str]) -> set[int]:
 
 
 def chosen(text: str, choices: Sequence[str]) -> int | None:
-    """Returns the index of the choice that a text means, None where it means none or more than one.
+    """Return the index of the choice chosen by a text, or None for no choice or several.
 
-    The first of these that finds exactly one choice decides:
-      1. the whole text is a choice: its words, its letter ("B", "(b)", "B."), or both;
-      2. what the last statement of an answer says ("The answer is ...", "Final answer: ...", to the end of its line):
-         a choice as in 1, else the letter that it begins with, else the one choice whose words stand in it;
-      3. the last line that is not empty, read as in 1;
-      4. the text begins with a letter and a mark behind it ("(b) because ...", "B. because ...");
-      5. the one choice whose words stand in the text (of one inside a longer one, the longer).
-    Marks of emphasis (`*`, `_`, backquotes) are left out first.
+    The first rule with exactly one choice decides:
+      1. The whole text is a choice: its words, its letter ("B", "(b)", "B."), or both.
+      2. The last statement of an answer ("The answer is ...", "Final answer: ...", to the end of its line): a choice as
+          in 1, else its leading letter, else the only choice with its words in the statement.
+      3. The last non-empty line is a choice as in 1.
+      4. The text begins with a letter and a mark ("(b) because ...", "B. because ...").
+      5. Only one choice has its words in the text (of one inside a longer one, the longer).
+    Marks of emphasis (`*`, `_`, backquotes) are removed first.
     """
     plain = re.sub(r"[*`]|(?<!\w)_+|_+(?!\w)", "", text).strip()
     whole = named_choice(plain, choices)
@@ -118,14 +121,14 @@ def chosen(text: str, choices: Sequence[str]) -> int | None:
 
 
 def matches_words(prediction: str, answer: str, choices: Sequence[str]) -> bool:
-    """Tells whether a prediction is right by the string match of MMAU and MMAR.
+    """Return True if a prediction is right by the string match of MMAU and MMAR.
 
-    Texts are sets of words (runs of letters, digits and underscores, in lower case). Right is a prediction that holds
-    every word of the answer, and no word that stands in another choice and not in the answer. So "not a dog" is right
-    where "a dog" is; the rule is the benchmarks', and ours (`chosen`) is reported beside it.
+    Texts are sets of words: runs of letters, digits and underscores, in lower case. A right prediction has every word
+    of the answer, and no word exclusive to another choice. So "not a dog" counts as right for "a dog". This is the
+    benchmarks' rule; our own (`chosen`) is reported beside it.
 
-    From the `string_match` of `evaluation.py` in github.com/Sakshi113/MMAU (Sakshi et al. 2024) and of
-    `code/evaluation.py` in github.com/ddlBoJack/MMAR (Ma et al. 2025), which are the same.
+    Source: `string_match` of `evaluation.py` in github.com/Sakshi113/MMAU (Sakshi et al. 2024), identical to
+    `code/evaluation.py` in github.com/ddlBoJack/MMAR (Ma et al. 2025).
     """
     said, wanted = _word_set(prediction), _word_set(answer)
     exclusive = {word for choice in choices for word in _word_set(choice) - wanted}
@@ -138,7 +141,7 @@ def _word_set(text: str) -> set[str]:
 
 def _letter(text: str, choices: Sequence[str]) -> int | None:
     match = _LETTER_AHEAD.match(text)
-    # "A dog barks" begins with no letter, and a choice beyond the last one is none.
+    # "A dog barks" has no leading letter, and a letter beyond the last choice is none.
     index = ord(match[1].upper()) - ord("A") if match else len(choices)
     return index if index < len(choices) else None
 

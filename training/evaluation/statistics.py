@@ -1,12 +1,14 @@
-"""Says how sure a figure is, and whether two systems differ: cluster bootstrap, paired bootstrap, McNemar's test.
+"""Compute confidence intervals and tests of figures: cluster bootstrap, paired bootstrap, McNemar's test.
 
-A figure is a function of sums over items (right answers and items; wrong words and words), so that one resampling of
-whole clusters is one product of a matrix: what one voice, recording or clip makes is drawn together, or not at all
-(Field and Welsh 2007). A handful of clusters, drawn anew, differ less than other clusters would: each draw's distance
-from the figure is stretched as Student's t stretches a normal deviate (`_stretch`). Where there is one cluster, items
-are drawn, which speaks of this voice or recording and of no other. Every draw has a fixed seed.
+A figure is a function of sums over items (right answers and items; wrong words and words). One bootstrap of whole
+clusters is then one matrix product. All items of one voice, recording or clip are drawn together or not at all (Field
+and Welsh 2007).
 
-Axes: N items, K sums that a figure is made of, C clusters, B bootstrap draws. Knows nothing of what the figures mean.
+A bootstrap of few clusters underestimates the variance. Each draw's distance from the figure is therefore stretched, as
+Student's t stretches a normal deviate (`_stretch`). With a single cluster, items are drawn instead; the interval then
+holds for this voice or recording only. Every draw has a fixed seed.
+
+Axes: N items, K sums of a figure, C clusters, B bootstrap draws. This module depends on no meaning of the figures.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ NUM_DRAWS = 2_000
 SEED = 0
 
 Statistic = Callable[[np.ndarray], np.ndarray]
-"""Turns sums [..., K] into a figure [...]."""
+"""A function from sums [..., K] to a figure [...]."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Holds what each item adds to a figure's sums, and the cluster that the item belongs to."""
+    """Each item's addends to the sums of a figure, and its cluster."""
 
     values_NK: np.ndarray  # noqa: N815  # the axis suffix
     clusters: tuple[str, ...]
@@ -37,7 +39,7 @@ class Sums:
 
     @property
     def drawn(self) -> tuple[str, ...]:
-        """Names what each item is drawn with: its cluster; where there is but one, nothing else."""
+        """Return the drawing unit of each item: its cluster, or the item itself if there is only one cluster."""
         if len(set(self.clusters)) == 1:
             return tuple(map(str, range(len(self.clusters))))
         return self.clusters
@@ -45,14 +47,14 @@ class Sums:
 
 @dataclass(frozen=True)
 class Difference:
-    """Holds how two systems differ on the items that both answered.
+    """The difference of two systems on their common items.
 
     Attributes:
-        value: The first one's figure less the other's.
-        interval: 95 %, by drawing the same clusters for both.
-        p_bootstrap: Twice the share of draws on the rarer side of 0, at least 1 in the number of draws.
-        only_first, only_other: Items that one alone got right; None where the figure is no share of right items.
-        p_mcnemar: Exact, two-sided, on those; it takes items for independent, which the bootstrap does not.
+        value: The first system's figure minus the other's.
+        interval: 95 %, from the same cluster draws for both.
+        p_bootstrap: Twice the share of draws on the rarer side of 0, at least 1 over the number of draws.
+        only_first, only_other: Items right in one system only; None unless the figure is a share of right items.
+        p_mcnemar: Exact and two-sided on these items; it assumes independent items, unlike the bootstrap.
     """
 
     value: float
@@ -66,19 +68,19 @@ class Difference:
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """Returns the first of two sums over the second; 0 where nothing was counted."""
+    """Return the first of two sums over the second; 0 for a zero count."""
     return sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
 
 
 def mean_average_precision(sums: np.ndarray) -> np.ndarray:
-    """Returns the mean average precision of named labels, over the labels that are true of any item.
+    """Return the mean average precision of named labels, over all labels true for any item.
 
-    A system that names labels and does not rank them has two levels for each: named and not. With precision P and
-    recall R of the first level, and a share p of items of which the label is true, its average precision (the sum of
-    precision times the gain in recall, items of one level taken together) is R P + (1 - R) p.
+    A system without ranked labels has two levels for each label: named and not. Let P and R be precision and recall of
+    the first level, and p the share of items with this label. The average precision is the sum of precision times the
+    gain in recall, with items of one level taken together: R P + (1 - R) p.
 
     Args:
-        sums: [..., 1 + 3 L]: items, then for each label items that name it rightly, that name it, of which it is true.
+        sums: [..., 1 + 3 L]: number of items, then per label the numbers of correctly named, named and true items.
     """
     num_items = np.maximum(sums[..., :1], 1e-12)
     parts = sums[..., 1:].reshape(*sums.shape[:-1], -1, 3)
@@ -90,28 +92,28 @@ def mean_average_precision(sums: np.ndarray) -> np.ndarray:
 
 
 def shares(outcomes: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> Sums:
-    """Returns the sums of a mean: each item adds its outcome, and itself."""
+    """Return the sums of a mean: each item's outcome and a count of 1."""
     values = np.asarray(outcomes, np.float64).reshape(-1)
     return Sums(np.stack([values, np.ones_like(values)], axis=1), tuple(clusters))
 
 
 def figure(sums: Sums, statistic: Statistic = ratio) -> tuple[float, tuple[float, float]]:
-    """Returns a figure and its 95 % interval (stretched bootstrap); 0 and (0, 0) where there are no items."""
+    """Return a figure and its 95 % interval (stretched bootstrap); 0 and (0, 0) without items."""
     if not len(sums.values_NK):
         return 0.0, (0.0, 0.0)
     value = float(statistic(sums.values_NK.sum(0)))
     low, high = _percentiles(_stretch(value, statistic(_draws(sums)), sums))
-    # What cannot be below 0, or above 1, is not beyond that in another sample either.
+    # A figure bounded by 0 or 1 has the same bounds in another sample.
     if (sums.values_NK >= 0).all():
         low = max(low, 0.0)
     return value, (low, min(high, 1.0) if _is_share(sums, statistic) else high)
 
 
 def compare(one: Sums, other: Sums, statistic: Statistic = ratio) -> Difference:
-    """Compares two systems on the same items in the same order.
+    """Compare two systems on the same items in the same order.
 
     Raises:
-        ValueError: The items are not the same, or there are none.
+        ValueError: The items differ, or there are none.
     """
     if one.clusters != other.clusters:
         raise ValueError("two systems are compared on the same items only")
@@ -151,13 +153,13 @@ def compare(one: Sums, other: Sums, statistic: Statistic = ratio) -> Difference:
 
 
 def mcnemar(only_first: int, only_other: int) -> float:
-    """Returns the exact two-sided p of McNemar's test (1947): a binomial test of the items on which two disagree."""
+    """Return the exact two-sided p of McNemar's test (1947), a binomial test on the items with different outcomes."""
     num = only_first + only_other
     return float(binomtest(only_first, num).pvalue) if num else 1.0
 
 
 def _draws(sums: Sums) -> np.ndarray:
-    """Returns the sums of every draw [B, K]: as many clusters as there are, drawn with replacement."""
+    """Return the sums of every draw [B, K], each with C clusters drawn with replacement."""
     names = {name: place for place, name in enumerate(dict.fromkeys(sums.drawn))}
     totals_CK = np.zeros((len(names), sums.values_NK.shape[1]))
     np.add.at(totals_CK, [names[name] for name in sums.drawn], sums.values_NK)
@@ -167,17 +169,18 @@ def _draws(sums: Sums) -> np.ndarray:
 
 
 def _is_share(sums: Sums, statistic: Statistic) -> bool:
-    """Tells whether a figure is between 0 and 1 by its nature."""
+    """Return True if the figure lies between 0 and 1 by definition."""
     values_NK = sums.values_NK
     return bool((values_NK >= 0).all() and (statistic is not ratio or (values_NK[:, 0] <= values_NK[:, 1]).all()))
 
 
 def _stretch(value: float, draws_B: np.ndarray, sums: Sums) -> np.ndarray:
-    """Returns draws as far from the figure as those of as few clusters have to be.
+    """Stretch the draws' distances from the figure, to correct for few clusters.
 
-    Resampling C clusters has the variance of C - 1 over C of what it stands for, and takes their spread for known: with
-    eight, a test at 5 % of two equal systems errs in 10 % of the cases. A normal deviate over the root of a chi-square
-    of C - 1 degrees over its degrees is t-distributed (Student 1908), so that is what each distance is divided by.
+    Resampling C clusters has a variance too low by (C - 1) / C, and ignores the uncertainty of the estimated spread.
+    With eight clusters, a 5 % test of two equal systems errs in 10 % of cases. A normal deviate divided by the root of
+    chi-square over its C - 1 degrees of freedom is t-distributed (Student 1908). Each distance is therefore divided by
+    this root.
     """
     num = len(set(sums.drawn))
     if num < 2:

@@ -1,11 +1,11 @@
 """Drive the answering procedure in batches over vLLM in this process, and sample rollouts for Stage II.
 
-Evaluation and calibration call `VllmBackend.answer`: the procedure of `hyper_model.answering`, as the service drives it
-token by token. Here every `Generate` of a batch goes to the engine in one call, then every `Score` in one. Pauses are
-decided by the gate that serves; its spans are forced token by token, which gives the same tokens at another price.
+Evaluation and calibration call `VllmBackend.answer`, the procedure of `hyper_model.answering`, driven token by token in
+the service. Here one engine call runs every `Generate` of a batch, and one call every `Score`. The serving gate decides
+pauses, with spans forced token by token: the same tokens as in the service, at another cost.
 
-Takes and returns token ids; has no notion of rewards or figures. The environment that vLLM reads is set before it is
-imported.
+Inputs and outputs are token ids. This module depends on no reward or figure. The environment of vLLM is set before its
+import.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import torch
 
 PROMPTS_AT_ONCE = 48
-"""Few enough that the encoder's output of each clip is still cached when its choices are scored."""
+"""Small enough to keep each clip's encoder output in the cache until its choices are scored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +56,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """Holds an answer, and the trace as the model itself wrote it.
+    """An answer, and the trace in the model's own tokens.
 
     Attributes:
-        gate: A gate that has followed `written_ids`; None unless one was given.
-        written_ids: The model's own tokens up to where the trace ended or broke off, pauses included.
-        confidences: The probability of the likeliest token at each of these places.
+        gate: A gate after following `written_ids`; None without a gate.
+        written_ids: The model's own tokens up to the end of the trace or its break, pauses included.
+        confidences: Probability of the likeliest token at each of these positions.
     """
 
     result: AnswerResult
@@ -72,14 +72,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Holds one sampled completion.
+    """One sampled completion.
 
     Attributes:
-        token_ids: With spans, forced tags and the token that ended it.
-        logprobs: Of each token as the engine sampled it, over what was allowed there; 0 where it was forced.
-        is_forced: Whether nobody chose the token: pauses, spans, and the tags that close what the gate gave up.
-        gate: A gate that has followed it; None where none was asked for.
-        is_cut: Whether it ran into the limit.
+        token_ids: All tokens, with spans, forced tags and the final token.
+        logprobs: Log-probability of each token in the engine, over the allowed tokens; 0 for forced ones.
+        is_forced: True for tokens outside the policy's choice: pauses, spans, and the closing tags after an abort.
+        gate: A gate after following the rollout; None without a gate.
+        is_cut: True if the rollout reached the length limit.
     """
 
     token_ids: tuple[int, ...]
@@ -90,27 +90,27 @@ class Rollout:
 
 
 def banned_ids(tokenizer: TraceTokenizer, gate: GateSettings | None) -> list[int]:
-    """Lists what a rollout may not choose: pauses, which the gate opens, and the tokens of turns and of the clip.
+    """List the tokens banned in rollouts: pauses, opened by the gate only, and the tokens of turns and of the clip.
 
-    A sampled AUDIO token has no sound behind it, and a scorer that finds one placeholder too many fails. Whoever scores
-    the rollouts leaves the same tokens out of the distribution.
+    A sampled AUDIO token has no clip, and a scorer fails on a surplus placeholder. Scorers of the rollouts exclude the
+    same tokens from the distribution.
     """
-    found = set(tokenizer.control_ids) - set(tokenizer.stop_ids) | tokenizer.pause_ids
+    banned = set(tokenizer.control_ids) - set(tokenizer.stop_ids) | tokenizer.pause_ids
     if gate is not None and gate.mode is PauseMode.SAMPLED:
-        # A sampled span may be closed by the model, and the gate sees to it that nothing else is.
-        found.discard(gate.close_id)
-    return sorted(found)
+        # The model may close a sampled span, and the gate prevents other closings.
+        banned.discard(gate.close_id)
+    return sorted(banned)
 
 
 def follow(
     settings: GateSettings | None, token_ids: Sequence[int], confidences: Sequence[float | None]
 ) -> tuple[Gate | None, tuple[bool, ...]]:
-    """Follows a rollout; returns the gate at its end, and which tokens were forced."""
+    """Follow a rollout; return the gate at its end, and a flag per token for forced ones."""
     if settings is None:
         return None, (False,) * len(token_ids)
     gate, is_forced = Gate(settings), list[bool]()
     for token_id, confidence in zip(token_ids, confidences, strict=True):
-        # Pauses cannot be chosen in a rollout, so where one stands it was forced; and so is all of its span.
+        # A rollout cannot choose pauses, so a pause and its span are forced.
         forced = gate.is_pausing or bool(gate.forced) or token_id in (settings.open_id, settings.close_id)
         gate.push(token_id, None if forced else confidence)
         is_forced.append(forced)
@@ -118,15 +118,16 @@ def follow(
 
 
 class VllmBackend:
-    """Holds one in-process engine on a checkpoint.
+    """An in-process engine on a checkpoint.
 
     Args:
-        dtype: What it computes in; None is `native_dtype`.
-        is_sampler: Lets it return the log-probabilities of what it sampled from, as Stage II compares them.
-        gpu_memory_utilization: Share of a GPU's memory; None is vLLM's own.
+        dtype: Dtype of the computation; None is `native_dtype`.
+        is_sampler: Return the log-probabilities of the sampling distribution, for Stage II.
+        gpu_memory_utilization: Share of a GPU's memory; None is vLLM's default.
 
     Raises:
-        CheckpointError: its tags are plain text, which no single token ends; ask such a checkpoint through the service.
+        CheckpointError: its tags are plain text without single end tokens; evaluate such a checkpoint through the
+            service.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class VllmBackend:
         if checkpoint.manifest.trace.tag_style is not TagStyle.TOKEN:
             raise CheckpointError(f"{checkpoint.path}: only checkpoints whose tags are tokens can be run here")
         prepare_environment()
-        # In this process: weights can then be replaced without a copy on disk.
+        # The engine runs in this process, so that weights can be replaced without a copy on disk.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         from vllm import LLM, EngineArgs
         from vllm.platforms import current_platform
@@ -152,10 +153,10 @@ class VllmBackend:
         self.numbers = itertools.count()
         memory: dict[str, Any] = {}
         if current_platform.is_cpu():
-            # As in the service: the rollouts of a prompt share its whole blocks, and smaller ones share more of it.
+            # As in the service: the rollouts of a prompt share its whole blocks, and smaller blocks share more.
             memory["block_size"] = 32
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # One whole engine a rank: it takes the trainer's process group as it is, and starts none of its own.
+            # One whole engine per rank, in the trainer's existing process group.
             memory["distributed_executor_backend"] = "external_launcher"
         if gpu_memory_utilization is not None:
             memory["gpu_memory_utilization"] = gpu_memory_utilization
@@ -170,26 +171,26 @@ class VllmBackend:
             enable_prefix_caching=True,
             enforce_eager=current_platform.is_cpu(),
             generation_config="vllm",
-            # A scorer can only be compared with the distribution that was sampled from.
+            # Stage II compares its scores with the sampling distribution.
             logprobs_mode="processed_logprobs" if is_sampler else "raw_logprobs",
             seed=0,
             **memory,
         )
-        # Its renderer asks for one thread a prompt, and its worker, in the same process here, says each time that it
-        # does not let it.
+        # vLLM's renderer requests one thread per prompt; its worker, in this process, logs each refusal.
         logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
-        # And when weights are replaced, it misses some for modules that have none.
+        # When weights are replaced, vLLM warns about modules without weights.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
     def sync(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replaces the weights of the running engine, and forgets everything that was computed with the old ones.
+        """Replace the weights of the running engine, and clear all caches of the old weights.
 
         Args:
-            tensors: All of them, under their names on disk.
+            tensors: All tensors, by their names on disk.
         """
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
-        # In this order. Without the first, the scheduler believes that clips are encoded that the worker has forgotten,
-        # and the engine dies; without the last, prompts of more than one block are answered from stale keys.
+        # The order matters. Without the first call, the scheduler still counts clips as encoded after the worker
+        # dropped them, and the engine dies. Without the last, prompts of more than one block are answered from stale
+        # keys.
         self.llm.llm_engine.reset_encoder_cache()
         self.llm.reset_mm_cache()
         if not self.llm.reset_prefix_cache():
@@ -205,12 +206,12 @@ class VllmBackend:
         max_tokens: int,
         gate: GateSettings | None,
     ) -> list[list[Rollout]]:
-        """Samples a group of completions for each prompt, all of what they say their own: no choice is scored.
+        """Sample a group of completions per prompt, all tokens from the policy: no choice is scored.
 
         Args:
-            seeds: One a prompt; each of its rollouts gets one of its own from it.
-            max_tokens: Of visible tokens.
-            gate: Lets rollouts pause, by the gate that serves; None, and none does.
+            seeds: One per prompt; each of its rollouts derives its own seed.
+            max_tokens: Visible tokens.
+            gate: The serving gate for pauses in rollouts; None disables pauses.
         """
         tokenizer = self.checkpoint.tokenizer
         jobs = [
@@ -229,8 +230,8 @@ class VllmBackend:
             for prompt, seed in jobs
         ]
         outputs = self._generate([prompt for prompt, _ in jobs], steps, has_logprobs=True)
-        found = [self._rollout(output.outputs[0], max_tokens, gate) for output in outputs]
-        return [found[i : i + group_size] for i in range(0, len(found), group_size)]
+        sampled = [self._rollout(output.outputs[0], max_tokens, gate) for output in outputs]
+        return [sampled[i : i + group_size] for i in range(0, len(sampled), group_size)]
 
     def _rollout(self, output: Any, max_tokens: int, gate: GateSettings | None) -> Rollout:
         token_ids = tuple(output.token_ids)
@@ -243,7 +244,7 @@ class VllmBackend:
 
     @property
     def gate(self) -> GateSettings | None:
-        """The checkpoint's gate, with its whole budget; None where it has none."""
+        """Return the checkpoint's gate with its whole budget, or None."""
         return GateSettings.of(self.checkpoint.manifest, self.checkpoint.tokenizer)
 
     def answer(
@@ -255,22 +256,22 @@ class VllmBackend:
         is_armed: bool = True,
         use_tqdm: bool = True,
     ) -> list[Completion]:
-        """Answer every prompt greedily, as the service would.
+        """Answer every prompt greedily, as the service does.
 
         Args:
-            max_tokens: Most visible tokens of a trace; less where the model has no room for as many.
-            gate: Lets traces pause; None, and none does.
-            is_armed: False to let the gate only read along: it reports what it would have done, and changes nothing.
+            max_tokens: Maximum number of visible tokens of a trace; the context length may allow fewer.
+            gate: The gate for pauses in traces; None disables pauses.
+            is_armed: False makes the gate only observe: it reports its decisions without any effect.
 
         Raises:
-            PromptError: A prompt and its clip leave the model no room to answer.
+            PromptError: A prompt and its clip leave no tokens for an answer.
         """
         completions: list[Completion] = []
         with tqdm(total=len(prompts), desc="questions", disable=not use_tqdm) as bar:
             for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-                some = prompts[start : start + PROMPTS_AT_ONCE]
-                completions += self._answer_some(some, max_tokens, gate, is_armed=is_armed)
-                bar.update(len(some))
+                batch = prompts[start : start + PROMPTS_AT_ONCE]
+                completions += self._answer_some(batch, max_tokens, gate, is_armed=is_armed)
+                bar.update(len(batch))
         return completions
 
     def _answer_some(
@@ -285,7 +286,7 @@ class VllmBackend:
         return [Completion(run.answering.result, run.followed, run.written_ids, run.confidences) for run in runs]
 
     def room(self, prompt: Prompt, gate: GateSettings | None) -> int:
-        """Return how many visible tokens of trace fit beside a prompt, its clip and its pauses; below 1, none."""
+        """Return the maximum number of visible tokens of a trace with this prompt, clip and pauses; below 1: none."""
         manifest = self.checkpoint.manifest
         return max_trace_tokens(
             prompt.token_ids,
@@ -304,26 +305,26 @@ class VllmBackend:
         return Answering(question, self.checkpoint.tokenizer, self.checkpoint.manifest)
 
     def _generate_all(self, runs: Sequence[_Run]) -> None:
-        """Take every `Generate` of a batch as far as it goes, all of them in one call of the engine."""
-        while asked := [(run, step) for run in runs if isinstance(step := run.answering.next_step, Generate)]:
-            # The gate follows the trace alone; what is written after a trace that broke off has no confidences.
-            has_logprobs = any(run.gate is not None and run.is_in_trace for run, _ in asked)
-            prompts, steps = [run.prompt for run, _ in asked], [step for _, step in asked]
+        """Run every `Generate` of a batch until none is left, one engine call per round."""
+        while pending := [(run, step) for run in runs if isinstance(step := run.answering.next_step, Generate)]:
+            # The gate follows only the trace; tokens after a broken trace need no confidences.
+            has_logprobs = any(run.gate is not None and run.is_in_trace for run, _ in pending)
+            prompts, steps = [run.prompt for run, _ in pending], [step for _, step in pending]
             outputs = self._generate(prompts, steps, has_logprobs=has_logprobs)
-            for (run, step), output in zip(asked, outputs, strict=True):
+            for (run, step), output in zip(pending, outputs, strict=True):
                 run.receive(step, output.outputs[0])
 
     def _score_all(self, runs: Sequence[_Run]) -> None:
-        """Score the choices of every `Score` of a batch in one call of the engine."""
+        """Score the choices of every `Score` of a batch in one engine call."""
         from vllm import SamplingParams
 
-        asked = [(run, step) for run in runs if isinstance(step := run.answering.next_step, Score)]
+        pending = [(run, step) for run in runs if isinstance(step := run.answering.next_step, Score)]
         prompts: list[Prompt] = []
         ids: list[list[int]] = []
         params: list[SamplingParams] = []
-        for run, step in asked:
+        for run, step in pending:
             token_ids = _single_tokens(step)
-            # vLLM must write a token; which one does not matter.
+            # vLLM must write a token; its value does not matter.
             shared: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
             if token_ids is not None:
                 continuations: Sequence[Sequence[int]] = [()]
@@ -334,7 +335,7 @@ class VllmBackend:
             prompts += [run.prompt] * len(continuations)
             ids += [[*step.prompt_token_ids, *continuation] for continuation in continuations]
         outputs = iter(self._ask(prompts, ids, params))
-        for run, step in asked:
+        for run, step in pending:
             token_ids = _single_tokens(step)
             if token_ids is not None:
                 position = next(outputs).outputs[0].logprobs[0]
@@ -343,7 +344,7 @@ class VllmBackend:
                 run.answering.receive_scores([_total(next(outputs), candidate) for candidate in step.candidates])
 
     def _generate(self, prompts: Sequence[Prompt], steps: Sequence[Generate], *, has_logprobs: bool) -> list[Any]:
-        """Let the engine write the continuations of these steps, one output per step."""
+        """Return the engine's continuation of each step."""
         from vllm import SamplingParams
 
         from hyper_model.pause_vllm import arguments
@@ -355,10 +356,10 @@ class VllmBackend:
                 top_p=1.0,
                 top_k=0,
                 seed=step.seed,
-                # vLLM counts the tokens of pauses too, and the one by which the gate gives up.
+                # vLLM counts the tokens of pauses too, and the abort token of the gate.
                 max_tokens=step.max_tokens + (gate.max_pauses * gate.span_tokens + 1 if gate else 0),
                 stop_token_ids=list(step.stop_token_ids),
-                # vLLM would add the tokenizer's own end.
+                # vLLM would add the tokenizer's own end token.
                 ignore_eos=True,
                 detokenize=False,
                 logprobs=1 if has_logprobs else None,
@@ -378,11 +379,11 @@ class VllmBackend:
 
 @dataclass
 class _Run:
-    """Follows one prompt of a batch through the procedure.
+    """One prompt of a batch on its way through the procedure.
 
     Attributes:
-        gate: The gate that decides, or that reads along where the procedure has none.
-        followed: That gate at the end of the trace; None where there is none.
+        gate: The deciding gate, or an observing one if the procedure has none.
+        followed: This gate at the end of the trace, or None.
     """
 
     prompt: Prompt
@@ -394,7 +395,7 @@ class _Run:
     is_in_trace: bool = field(default=True, init=False)
 
     def receive(self, step: Generate, output: Any) -> None:
-        """Give the procedure a finished continuation, in the chunks in which the service would get it."""
+        """Pass a finished continuation to the procedure, in the same chunks as in the service."""
         token_ids, confidences = tuple(output.token_ids), _confidences(output.logprobs)
         reason: FinishReason = "length" if output.finish_reason == "length" else "stop"
         if step.gate is not None:
@@ -416,7 +417,7 @@ class _Run:
         confidences: Sequence[float],
         reason: FinishReason,
     ) -> int:
-        """Tell spans from visible tokens; return how many tokens stand up to where the trace ended or broke off."""
+        """Separate spans from visible tokens; return the number of tokens up to the end of the trace or its break."""
         gate, visible, span, num_visible = Gate(settings), list[int](), list[int](), 0
         for place, (token_id, confidence) in enumerate(zip(token_ids, confidences, strict=True)):
             is_hidden = gate.is_pausing or token_id == settings.open_id
@@ -429,7 +430,7 @@ class _Run:
                     visible, span = [], []
                 continue
             if token_id == settings.close_id:
-                # The gate has given up, and its engine goes on by itself. The procedure closes the trace instead.
+                # The gate has aborted, but its engine continues. The procedure closes the trace instead.
                 self.answering.receive_tokens(visible, "abort", report=gate.report())
                 return place + 1
             visible.append(token_id)
@@ -443,19 +444,19 @@ class _Run:
 
 
 def _single_tokens(step: Score) -> list[int] | None:
-    """Return the candidates' tokens where each is a single one: then one engine step scores all of them."""
+    """Return the candidates' tokens if each has a single one, so that one engine step scores all of them; else None."""
     single = [candidate[0] for candidate in step.candidates if len(candidate) == 1]
     return single if len(single) == len(step.candidates) else None
 
 
 def _total(output: Any, candidate: Sequence[int]) -> float:
-    """Return the log-probability of a candidate that ends a prompt."""
+    """Return the log-probability of a candidate at the end of a prompt."""
     tail = output.prompt_logprobs[-len(candidate) :]
     return sum(logprobs[token_id].logprob for token_id, logprobs in zip(candidate, tail, strict=True))
 
 
 def num_kept(settings: GateSettings, token_ids: Sequence[int], max_visible: int) -> int:
-    """Returns how many tokens of a completion stand up to the last visible one that is allowed."""
+    """Return the number of tokens of a completion up to its last allowed visible one."""
     gate, num_visible = Gate(settings), 0
     for place, token_id in enumerate(token_ids):
         is_visible = not gate.is_pausing and token_id not in (settings.open_id, settings.close_id)
@@ -467,5 +468,5 @@ def num_kept(settings: GateSettings, token_ids: Sequence[int], max_visible: int)
 
 
 def _confidences(logprobs: Any) -> tuple[float, ...]:
-    """Return the probability of the likeliest token at each of vLLM's positions; none where it was not asked."""
-    return tuple(math.exp(max(each.logprob for each in position.values())) for position in logprobs or ())
+    """Return the probability of the likeliest token at each of vLLM's positions; empty if not requested."""
+    return tuple(math.exp(max(candidate.logprob for candidate in position.values())) for position in logprobs or ())

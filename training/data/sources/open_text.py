@@ -1,9 +1,9 @@
 # ruff: noqa: E501  # the grammar has one rule a line
-"""Draws open English text: what people say in clips beside the few sentence patterns of `training/data/sources/sentences.py`.
+"""Draw open English text, in addition to the sentence patterns of `training/data/sources/sentences.py`.
 
-Two sources: WordNet's example sentences and glosses, cleaned to speakable lines, and a small grammar of everyday talk,
-numbers, dates, times, money and names. A line's split is decided by a hash of its words, so a held-out line is spoken in
-no training clip whoever draws it. Knows nothing of sound, voices or scenes.
+There are two sources: WordNet's example sentences and glosses, cleaned to speakable lines, and a small grammar. The
+grammar covers everyday talk, numbers, dates, times, money and names. A hash of its words gives the split of a line, so
+no training clip contains a held-out line. This module depends on no audio, voice or scene.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Split = Literal["train", "validation", "test"]
 MIN_WORDS, MAX_WORDS = 3, 14
 _VALIDATION_PERCENT, _TEST_PERCENT = 2, 4
 _MIN_OCCURRENCES = 2
-"""A word that stands only once in all of WordNet is a Latin name or a misprint: nobody says it."""
+"""Words with a single occurrence in all of WordNet are excluded as Latin names or misprints."""
 
-# Which source a drawn line comes from: examples are talk, glosses bring words, the grammar brings numbers and names.
+# Sources of drawn lines: examples give talk, glosses give words, the grammar gives numbers and names.
 _SOURCES, _WEIGHTS = ("examples", "glosses", "grammar"), (48, 17, 35)
 
-# Synsets that WordNet itself marks, and words that nobody wants to meet in a data set, are left out.
+# Excluded: synsets marked by WordNet itself, and unwanted words.
 _MARKED = re.compile(r"\b(offensive|obscene|slur|vulgar|disparag\w*|derogatory|sexual\w*|genital\w*|taboo)\b")
 _UNWANTED = re.compile(
     r"\b(rap(e[ds]?|ing|ists?)|fuck\w*|shit\w*|whor\w*|bitch\w*|sluts?|nigg\w*|naked|penis|vagina\w*|breasts?|sex\w*|nazis?|"
@@ -49,12 +49,12 @@ def _spell_token(match: re.Match[str]) -> str:
         words = spell_year(number) if number >= 1100 else spell_number(number)
         return words[:-1] + "ies" if words.endswith("y") else words + "s"
     if suffix or number >= 1_000_000:
-        return "#"  # Not speakable as it stands; `clean` refuses the sign.
+        return "#"  # Not speakable in this form; `clean` refuses the sign.
     return spell_year(number) if len(digits) == 4 and 1100 <= number < 2100 else spell_number(number)
 
 
 def clean(text: str) -> str | None:
-    """Bring a sentence to the form of a line: words of letters and apostrophes alone, or None where that would lose words."""
+    """Convert a sentence to a line of words with letters and apostrophes only, or None if this would lose words."""
     text = re.sub(r"\([^)]*\)", " ", text).replace("`", "'").strip().rstrip(".?!,;: ")
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     if re.search(r"\d[.:/]\d", text):
@@ -66,7 +66,7 @@ def clean(text: str) -> str | None:
     words = text.split()
     if not MIN_WORDS <= len(words) <= MAX_WORDS or max(map(len, words)) > 16:
         return None
-    # Initials and symbols ("H", "cm") are read in ways no speller agrees on.
+    # Synthesizers disagree about the pronunciation of initials and symbols ("H", "cm").
     if any(len(word) == 1 and word not in ("a", "A", "I", "O") for word in words):
         return None
     if any(len(word) > 1 and word.isupper() for word in words):
@@ -75,7 +75,7 @@ def clean(text: str) -> str | None:
 
 
 def split_of(text: str) -> Split:
-    """Tell which split a line belongs to, from its words alone; case does not matter."""
+    """Return the split of a line by its words alone, ignoring case."""
     digest = hashlib.sha256(" ".join(text.lower().split()).encode()).digest()
     place = int.from_bytes(digest[:4], "little") % 100
     if place < _VALIDATION_PERCENT:
@@ -84,7 +84,7 @@ def split_of(text: str) -> Split:
 
 
 def _lower_first(lines: list[str]) -> list[str]:
-    """Write a line's first word as it is written inside lines: "the" and not "The", but "London"."""
+    """Convert the first word of a line to its form inside lines: "the" instead of "The", but "London"."""
     inside: Counter[str] = Counter(word for line in lines for word in line.split()[1:])
     lowered: list[str] = []
     for line in lines:
@@ -98,7 +98,7 @@ def _lower_first(lines: list[str]) -> list[str]:
 
 @lru_cache(maxsize=2)
 def _wordnet(folder: Path) -> dict[tuple[str, Split], tuple[str, ...]]:
-    """Read WordNet's data files: (source, split) -> lines, sorted and without doubles."""
+    """Read WordNet's data files: (source, split) -> lines, sorted and without duplicates."""
     raw: dict[str, list[str]] = {"examples": [], "glosses": []}
     for part in ("noun", "verb", "adj", "adv"):
         path = folder / f"data.{part}"
@@ -149,13 +149,13 @@ _GRAMMAR: dict[str, str] = {
     "reply": "yes I <dobase> <time>|no I do not <dobase> <time>|that is <adverb> <adj>|well that depends on the <noun>|I am sorry but <who> <did>|of course you can <dobase>|maybe we should <dobase>"
     "|not until <event> is over|I would rather <dobase> than <dobase>|that was <adverb> <adj> of <name>|all right then I <willdo>|you are right about the <noun>|I have no idea why <who> <did>"
     "|sure I can <dobase> <future>|honestly I did not expect the <noun>|thanks for the <adj> <noun> <name>|good luck with the <noun> <future>",
-    # What a hash split of sentences alone would hardly bring: numbers in all their forms.
+    # Numbers in all their forms, rare in WordNet.
     "figures": "my number is <digits>|the code is <digits4>|it costs <money>|that will be <money> please|I paid <money> for the <noun>|the <vehicle> leaves at <clock>|wake me up at <clock>"
     "|meet me at <clock> on <day>|my birthday is on <date>|she was born on <date> in <year>|the war ended in <year>|in <year> he moved to <city>|turn to page <number>"
     "|room <number> is on the <ordinal> floor|the flight number is <digits4>|there are <bignumber> people in <city>|it is <number> degrees in <city> today|about <percent> percent of the <nouns> <happened>"
     "|he ran <number> miles in <number> minutes|the <ordinal> <noun> on the left <isadj>|add <number> grams of <food>|<number> plus <number> is <number>|my address is <number> <surname> street"
     "|the score was <small> to <small>|this is the <ordinal> time <who> <did>|we sold <bignumber> <nouns> in <month>|the meeting on <date> starts at <clock>|her office is number <number> on <surname> road",
-    # Pairs that no one would say, from the slots of the question patterns: nothing to guess from but the sound.
+    # Unlikely word combinations from the slots of the question patterns; only the audio gives a clue.
     "odd": "<adj> <nouns> <didpl>|<noun> <noun> <noun>|the <color> <animal> and the <color> <noun>|<adj> <noun> <adj2> <animal>|<food> <food> and <food>|<name> <name> and <name>"
     "|<name> <surname> from <city>|<city> <city> and <city>|every <noun> needs a <adj> <noun>|no <animal> likes a <adj> <noun>|the <job> of <city> <did>|<count> <adj> <nouns> and a <noun>"
     "|<day> <day> and <day>|<month> the <ordinal>|<adverb> the <noun> <happened>|between the <noun> and the <noun>|under the <adj> <surface> by the <place>|with a <noun> in each hand",
@@ -227,7 +227,7 @@ _GRAMMAR: dict[str, str] = {
     "day": "@day",
     "month": "@month",
 }
-"""Symbol -> alternatives. `<x>` is another symbol, `@x` a slot of the question patterns; the rest is spoken."""
+"""Symbol -> alternatives. `<x>` is another symbol, `@x` a slot of the question patterns; all else is spoken text."""
 
 _SYMBOL = re.compile(r"<([a-z0-9]+)>|@([a-z]+)")
 _ALTERNATIVES = {symbol: tuple(rule.split("|")) for symbol, rule in _GRAMMAR.items()}
@@ -266,7 +266,7 @@ def _money(rng: random.Random) -> str:
 
 
 def _draw_figure(symbol: str, rng: random.Random) -> str | None:
-    """Draw a number in the form that the symbol names; None where the symbol is a rule of the grammar."""
+    """Draw a number in the symbol's form; None if the symbol is a rule of the grammar."""
     match symbol:
         case "digits":
             return " ".join(spell_number(rng.randrange(10)) for _ in range(rng.choice((5, 6, 7))))
@@ -328,18 +328,18 @@ def _draw_grammar_line(rng: random.Random) -> str | None:
 
 
 def draw_text(rng: random.Random, split: Split, folder: Path) -> str:
-    """Draw one line of open text that belongs to `split`.
+    """Draw one line of open text of a split.
 
     Args:
-        folder: holds WordNet's `data.noun`, `data.verb`, `data.adj` and `data.adv`.
+        folder: folder with WordNet's `data.noun`, `data.verb`, `data.adj` and `data.adv`.
 
     Raises:
-        MissingDataError: the folder lacks them.
+        MissingDataError: these files are missing.
     """
     source = rng.choices(_SOURCES, _WEIGHTS)[0]
     if source != "grammar":
         lines = _wordnet(folder)[source, split]
-        # Half of the examples are phrases of three to five words; people speak in longer ones.
+        # Half of the examples are phrases of three to five words, shorter than ordinary speech.
         count = 3 if source == "examples" and rng.random() < 0.7 else 1
         return max((rng.choice(lines) for _ in range(count)), key=len)
     while True:
@@ -349,7 +349,7 @@ def draw_text(rng: random.Random, split: Split, folder: Path) -> str:
 
 
 def iter_texts(folder: Path, *, num_generated: int = 20_000, seed: int = 0) -> Iterator[str]:
-    """Yield training text for a tokenizer: every training line of WordNet once, and `num_generated` of the grammar's."""
+    """Yield training text for a tokenizer: each training line of WordNet once, and `num_generated` grammar lines."""
     for source in ("examples", "glosses"):
         yield from _wordnet(folder)[source, "train"]
     rng = random.Random(seed)
@@ -374,5 +374,5 @@ _STOP_WORDS = frozenset(
 
 
 def content_words(text: str) -> tuple[str, ...]:
-    """List the words of a line that carry meaning: four letters or more and not on the list of function words."""
+    """List the content words of a line: four letters or more, and not in the list of function words."""
     return tuple(w for w in text.split() if len(w) >= 4 and "'" not in w and w.lower() not in _STOP_WORDS)

