@@ -165,8 +165,8 @@ class DecoderPool:
         """
         bubblewrap = shutil.which("bwrap")
         for prefix, layers in (*(((bubblewrap_command(bubblewrap), ("bubblewrap",)),) if bubblewrap else ()), ([], ())):
-            if (found := await self.launch(prefix)) is not None:
-                self.layers = (*layers, *found)
+            if (worker_layers := await self.launch(prefix)) is not None:
+                self.layers = (*layers, *worker_layers)
                 return
         raise DecoderUnavailableError("The decoder did not start; see the log.")
 
@@ -197,18 +197,18 @@ class DecoderPool:
             )
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                hello = await asyncio.get_running_loop().sock_recv(ours, MAX_MESSAGE_BYTES)
+                greeting = await asyncio.get_running_loop().sock_recv(ours, MAX_MESSAGE_BYTES)
         except (TimeoutError, ConnectionError):
-            hello = b""
+            greeting = b""
         except BaseException:
             ours.close()
             raise
-        if not hello:
+        if not greeting:
             ours.close()
             await self.end_process()
             return None
         self.control = ours
-        return json.loads(hello)["layers"]
+        return json.loads(greeting)["layers"]
 
     async def stop(self) -> None:
         """End the helper and every worker permanently."""
@@ -275,7 +275,7 @@ class DecoderPool:
                 await self.order(order, theirs.fileno())
             try:
                 async with asyncio.timeout(self.limits.decode_timeout_s + GRACE_S):
-                    waveform = await self.context(ours, data)
+                    waveform = await self.exchange(ours, data)
                 is_answered = True
             except TimeoutError:
                 self.on_death("late")
@@ -291,7 +291,7 @@ class DecoderPool:
                     self.kill(job)
         return waveform
 
-    async def context(self, connection: socket.socket, data: bytes) -> Waveform:
+    async def exchange(self, connection: socket.socket, data: bytes) -> Waveform:
         """Send a clip to its worker and read the reply."""
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(connection, len(data).to_bytes(8))
@@ -307,36 +307,40 @@ class DecoderPool:
             logger.warning("a decoder could not read an odd file: %s", failed.kind)
             refuse_damaged("The clip could not be decoded.")
         if "error" in header:
-            refused = WorkerError.model_validate(header)
-            self.record(refused)
-            raise ERRORS.get(refused.error, InvalidAudioError)(
-                refused.message, code=refused.code, limit=refused.limit, actual=refused.actual, hint=refused.hint
+            worker_error = WorkerError.model_validate(header)
+            self.record(worker_error)
+            raise ERRORS.get(worker_error.error, InvalidAudioError)(
+                worker_error.message,
+                code=worker_error.code,
+                limit=worker_error.limit,
+                actual=worker_error.actual,
+                hint=worker_error.hint,
             )
-        heard = WorkerResult.model_validate(header)
-        self.record(heard)
-        if heard.num_samples > self.limits.max_duration_s * SAMPLE_RATE_HZ + SPARE_SAMPLES:
+        result = WorkerResult.model_validate(header)
+        self.record(result)
+        if result.num_samples > self.limits.max_duration_s * SAMPLE_RATE_HZ + SPARE_SAMPLES:
             raise ValueError
-        if heard.codec not in CODEC_NAMES:
+        if result.codec not in CODEC_NAMES:
             raise ValueError
-        samples_S = np.empty(heard.num_samples, np.float32)
+        samples_S = np.empty(result.num_samples, np.float32)
         await receive(connection, samples_S.data.cast("B"))
         # In this order both comparisons fail for NaN.
-        if heard.num_samples and not (samples_S.min() >= -1.0 and samples_S.max() <= 1.0):
+        if result.num_samples and not (samples_S.min() >= -1.0 and samples_S.max() <= 1.0):
             raise ValueError
         return Waveform(
             samples_S,
-            heard.codec,
-            heard.sample_rate_hz,
-            heard.channels,
-            num_tracks=heard.num_tracks,
-            track=heard.track,
-            missing_s=heard.missing_s,
-            warnings=tuple(AudioWarning(each.code, each.message, each.seconds) for each in heard.warnings),
+            result.codec,
+            result.sample_rate_hz,
+            result.channels,
+            num_tracks=result.num_tracks,
+            track=result.track,
+            missing_s=result.missing_s,
+            warnings=tuple(AudioWarning(warning.code, warning.message, warning.seconds) for warning in result.warnings),
         )
 
-    def record(self, said: WorkerReply) -> None:
+    def record(self, reply: WorkerReply) -> None:
         """Update the peak memory."""
-        self.peak_bytes = max(self.peak_bytes, said.peak_kib * 1024)
+        self.peak_bytes = max(self.peak_bytes, reply.peak_kib * 1024)
 
     async def order(self, message: Mapping[str, object], descriptor: int) -> None:
         """Send an order to the helper, restarted if it is gone."""
