@@ -1,8 +1,8 @@
-"""Draw questions in many wordings about scenes without audio, for a decoder that learns to read.
+"""Draw questions in many wordings about scenes without audio, to teach a decoder reading.
 
-The wordings of each kind of question are in `wordings.json`. A fifth of them, chosen by a hash of their text, is never
-trained. Choices come in many dresses: with capitals, full stops, quotes, articles or digits, in the same dress for all
-choices of a question. This module depends on no audio, token or model.
+`wordings.json` has the wordings of each kind of question. A fifth of them, chosen by a hash of their text, is never
+trained. Choices come in several forms: with capitals, full stops, quotes, articles or digits, equal for all choices of
+a question. This module depends on no audio, token or model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HELD_OUT_FIFTH = 0
 _CHOICES_SHARE = 0.75
 _MAX_CHOICES = 5
 _DROPPED_SHARE = {"speakers": 0.2, "transcript": 0.4, "environment": 0.15}
-"""Share of the examples whose trace lacks a part, where the question does not need it."""
+"""Share of examples without a part of the trace, if the question does not need it."""
 _NEEDS = {
     "environment": {"environment"},
     "present": {"environment"},
@@ -40,7 +40,7 @@ _NEEDS = {
     "last": {"transcript"},
     "after": {"transcript"},
 }
-# Kinds of this module; the others are those of `questions`. Weighed by how little clips and figures taught of them.
+# Kinds of this module; the others are those of `questions`. Weights are higher for kinds learned least from clips.
 _WEIGHTS = {"free": 5, "count": 2, "last": 2, "who": 2}
 
 
@@ -52,7 +52,7 @@ class _Asked:
 
 
 def is_held_out(wording: str) -> bool:
-    """Tell whether a wording is one of the fifth for evaluation."""
+    """Return True for a wording of the evaluation's fifth."""
     return hashlib.sha256(wording.encode()).digest()[0] % 5 == _HELD_OUT_FIFTH
 
 
@@ -63,9 +63,9 @@ def _all_wordings() -> Mapping[str, tuple[str, ...]]:
 
 @lru_cache(maxsize=2)
 def wordings(*, held_out: bool = False) -> Mapping[str, tuple[str, ...]]:
-    """Return the wordings of each kind of question: the trained ones, or the fifth that is not.
+    """Return the wordings of each kind of question: the trained ones, or the held-out fifth.
 
-    `frames` holds sentences around a question, and `anything` questions that any clip answers; both are in both sets.
+    `frames` has sentences around a question, and `anything` has questions for any clip; both are in both sets.
     """
     return {
         kind: found if kind == "frames" else tuple(w for w in found if is_held_out(w) == held_out) or found[:1]
@@ -79,17 +79,16 @@ class Reader:
 
     Attributes:
         scenes: Source of the scenes.
-        held_out: Whether the wordings are those that training leaves out.
+        held_out: True for the held-out wordings.
     """
 
     scenes: SceneWriter
     held_out: bool = False
 
     def draw(self, rng: random.Random) -> SceneExample:
-        """Draw a question with choices or without, and the trace that answers it.
+        """Draw a question with or without choices, and its trace.
 
-        The trace has perception, RESPONSE and FINAL_ANSWER; parts that the question does not need are sometimes
-        missing.
+        The trace has perception, RESPONSE and FINAL_ANSWER; parts unnecessary for the question are sometimes missing.
         """
         scene = self.scenes.draw(rng).scene
         example = ask(scene, rng, wordings(held_out=self.held_out))
@@ -111,21 +110,21 @@ def ask(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) ->
         found: The wordings of each kind (`wordings`).
     """
     kinds = [kind for kind in possible_kinds(scene) if kind != "source" or scene.background_line]
-    own = [kind for kind, asked in _ASK.items() if asked(scene, random.Random(0), found) is not None]
+    own = [kind for kind, item in _ASK.items() if item(scene, random.Random(0), found) is not None]
     kinds += own
     kind = rng.choices(kinds, [_WEIGHTS.get(kind, 1) for kind in kinds])[0]
     if kind in own:
-        asked = _ASK[kind](scene, rng, found)
-        assert asked is not None
+        item = _ASK[kind](scene, rng, found)
+        assert item is not None
     else:
         drawn = draw_example(scene, rng, kind=kind, with_choices=True, wordings=found)
-        asked = _Asked(drawn.question, drawn.answer, tuple(c for c in drawn.choices if c != drawn.answer))
-    question = _frame(asked.question, rng, found["frames"])
-    return _with_choices(scene, kind, replace(asked, question=question), rng)
+        item = _Asked(drawn.question, drawn.answer, tuple(c for c in drawn.choices if c != drawn.answer))
+    question = _frame(item.question, rng, found["frames"])
+    return _with_choices(scene, kind, replace(item, question=question), rng)
 
 
 def _with_choices(scene: Scene, kind: str, asked: _Asked, rng: random.Random) -> SceneExample:
-    """Dress the answers, and offer them as choices in most questions."""
+    """Vary the form of the answers, and offer them as choices in most questions."""
     wrong = [text for text in dict.fromkeys(asked.wrong) if text.lower() != asked.answer.lower()]
     dressed = dress([asked.answer, *wrong[: rng.randint(1, _MAX_CHOICES - 1)]], kind, rng)
     answer, choices = dressed[0], tuple(dressed)
@@ -138,30 +137,30 @@ def _with_choices(scene: Scene, kind: str, asked: _Asked, rng: random.Random) ->
 
 
 def dress(texts: Sequence[str], kind: str, rng: random.Random) -> list[str]:
-    """Write all texts in one drawn dress; texts that differ stay different."""
-    found = list(texts)
+    """Write all texts in one drawn form; different texts stay different."""
+    dressed = list(texts)
     if kind == "count" and rng.random() < 0.5:
         forms = rng.choice(
             (("{d}",), ("{w} people", "one person"), ("{d} people", "1 person"), ("just {w}", "just one"))
         )
-        found = [_number(text, forms) for text in found]
+        dressed = [_number(text, forms) for text in dressed]
     elif kind in ("first", "sex") and rng.random() < 0.5:
         form = rng.choice(("{}", "the {}", "a {}'s voice", "it is a {}", "that was the {}"))
-        found = [form.format(text.removeprefix("a ")) for text in found]
+        dressed = [form.format(text.removeprefix("a ")) for text in dressed]
     elif kind == "who" and rng.random() < 0.5:
         form = rng.choice(("{}", "number {}", "S{}", "person {}", "the speaker number {}"))
-        found = [form.format(text.removeprefix("speaker ")) for text in found]
+        dressed = [form.format(text.removeprefix("speaker ")) for text in dressed]
     elif kind in ("mentioned", "present") and rng.random() < 0.4:
         yes, no = rng.choice((("yes, it is", "no, it is not"), ("true", "false"), ("yes indeed", "not at all")))
-        found = [yes if text == "yes" else no for text in found]
+        dressed = [yes if text == "yes" else no for text in dressed]
     if rng.random() < 0.3:
-        found = [text[:1].upper() + text[1:] for text in found]
+        dressed = [text[:1].upper() + text[1:] for text in dressed]
     style = rng.random()
     if style < 0.15:
-        return [f"{text}." for text in found]
+        return [f"{text}." for text in dressed]
     if style < 0.22:
-        return [f'"{text}"' for text in found]
-    return found
+        return [f'"{text}"' for text in dressed]
+    return dressed
 
 
 def _number(text: str, forms: Sequence[str]) -> str:
@@ -181,34 +180,34 @@ def _said_words(scene: Scene) -> list[str]:
 
 
 def _absent_words(scene: Scene, rng: random.Random, count: int) -> list[str]:
-    """Draw words of other lines that nobody says here, background included."""
+    """Draw words of other lines, absent from this clip and its background."""
     audible = set(f"{scene.transcript} {scene.background_line or ''}".lower().replace(".", "").split())
     others = [w for line in scene.other_lines for w in content_words(line)]
     others += rng.sample(sorted(vocabulary()), 12)
-    found = [w for w in dict.fromkeys(others) if w.lower() not in audible and len(w) > 3]
-    return rng.sample(found, min(count, len(found)))
+    absent = [w for w in dict.fromkeys(others) if w.lower() not in audible and len(w) > 3]
+    return rng.sample(absent, min(count, len(absent)))
 
 
 def _ask_mentioned(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) -> _Asked | None:
-    said = _said_words(scene)
+    spoken_words = _said_words(scene)
     is_said = rng.random() < 0.5
-    words = said if is_said else _absent_words(scene, rng, 1)
-    if not said or not words:
+    words = spoken_words if is_said else _absent_words(scene, rng, 1)
+    if not spoken_words or not words:
         return None
     answer, wrong = ("yes", "no") if is_said else ("no", "yes")
     return _Asked(rng.choice(found["mentioned"]).format(x=rng.choice(words)), answer, (wrong,))
 
 
 def _ask_absent(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) -> _Asked | None:
-    said, absent = [*dict.fromkeys(_said_words(scene))], _absent_words(scene, rng, 1)
-    if len(said) < 2 or not absent:
+    spoken_words, absent = [*dict.fromkeys(_said_words(scene))], _absent_words(scene, rng, 1)
+    if len(spoken_words) < 2 or not absent:
         return None
-    wrong = rng.sample(said, min(len(said), _MAX_CHOICES - 1))
+    wrong = rng.sample(spoken_words, min(len(spoken_words), _MAX_CHOICES - 1))
     return _Asked(rng.choice(found["absent"]), absent[0], tuple(wrong))
 
 
 def _turn_to_name(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """Draw (line, speaker's id) of a line that one person alone says."""
+    """Draw (line, speaker's id) of a line with a single occurrence."""
     texts = [turn.line.text for turn in scene.turns]
     single = [turn for turn in scene.turns if texts.count(turn.line.text) == 1]
     turn = rng.choice(single) if single else None

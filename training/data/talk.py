@@ -1,10 +1,10 @@
-"""Draws talk: clips of one to five lines in one to three voices, each a function of its seed alone.
+"""Draw talk: clips of one to five lines in one to three voices, each a function of its seed alone.
 
-The clips teach a decoder to transcribe. They hold open text, sentence patterns and unpredictable lines, 1 to 15 s in
-all, through rooms, telephones and codecs, over noise of 0 to 20 dB, with silence before, between and behind the lines.
-Some hold no speech. Fast synthesizers speak each line on demand. A bank of utterances adds the voices of slow ones.
+The clips teach a decoder to transcribe. They have open text, sentence patterns and unpredictable lines, 1 to 15 s in
+all. They pass through rooms, telephones and codecs, over noise of 0 to 20 dB, with silence around the lines. Some have
+no speech. Fast synthesizers speak each line on demand. A bank of utterances adds the voices of slow ones.
 
-Axes: S samples at 16 kHz. Knows nothing of models.
+Axes: S samples at 16 kHz. This module depends on no model.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _SEED_OF_BANK = 0
 
 
 class TalkBuilder:
-    """Draws and renders talk of one split.
+    """Source of talk clips of one split.
 
     Args:
         assets: Folder of the fetched texts, recordings and voices.
-        split: Whose voices speak, and which lines.
+        split: Split of the voices and lines.
         bank: Utterances of slow synthesizers; None leaves their voices out.
-        text_split: Split of the lines, if another; sentence patterns are then left out, since they have no split.
+        text_split: Split of the lines, if another. Sentence patterns are then left out, since they have no split.
         engines: Synthesizers to use, of those with voices.
 
     Raises:
@@ -74,14 +74,14 @@ class TalkBuilder:
             raise MissingDataError(f"no {split} voice of {', '.join(engines)}: build the bank first (make bank)")
         wanted = "test" if split == "test" else "train"
         self.recordings = tuple(r for r in sounds.list_recordings() if r.split == wanted and self._has(r))
-        # What the evaluation asks about must not be read or spoken in training.
+        # Evaluation lines are excluded from training, spoken or written.
         self.held_out = held_out_lines(seed=_SEED_OF_BANK) if split == "train" else frozenset[str]()
 
     def _has(self, recording: sounds.Recording) -> bool:
         return all((self.sounds / name).exists() for name in recording.files)
 
     def draw(self, seed: int) -> tuple[Scene, np.ndarray]:
-        """Draws one clip: what is said by whom, and its sound, float32 [S]."""
+        """Draw one clip: its truth and its audio, float32 [S]."""
         rng = random.Random(f"talk/{self.split}/{seed}")
         is_silent = rng.random() < _SILENT_SHARE
         spoken = [] if is_silent else self._draw_lines(rng)
@@ -109,7 +109,7 @@ class TalkBuilder:
         engine = rng.choices(list(self.voices), [_ENGINE_WEIGHTS[name] for name in self.voices])[0]
         voice = rng.choice(self.voices[engine])
         if self.split == "train" and engine != "kokoro":
-            # A little faster or slower: one more voice for the ear.
+            # A little faster or slower, a voice sounds like another one.
             return replace(voice, playback=voice.playback * rng.uniform(0.95, 1.05))
         return voice
 
@@ -136,7 +136,7 @@ class TalkBuilder:
         return text, speak(text, voice, self.assets, draw_pace(voice, rng))
 
     def _draw_lines(self, rng: random.Random) -> list[tuple[Voice, str, np.ndarray]]:
-        """Draws the lines of a clip, of `LONGEST_S` together at most, each voice with a microphone of its own."""
+        """Draw the lines of a clip, at most `LONGEST_S` together, with a separate microphone per voice."""
         count = rng.choices(_NUM_VOICES, _NUM_VOICES_WEIGHTS)[0]
         voices = [(self._draw_voice(rng), rng.uniform(-0.4, 0.4)) for _ in range(count)]
         lines: list[tuple[Voice, str, np.ndarray]] = []
@@ -153,7 +153,7 @@ class TalkBuilder:
     def _add_noise(
         self, rng: random.Random, speech_S: np.ndarray
     ) -> tuple[np.ndarray, sounds.Recording | None, float | None]:
-        """Lays colored noise or a recording under the speech, or neither."""
+        """Add colored noise, a recording, or nothing to the speech."""
         if rng.random() >= _NOISE_SHARE:
             return speech_S, None, None
         recording = None
@@ -180,7 +180,7 @@ class TalkBuilder:
 def _place(
     rng: random.Random, lines: list[tuple[Voice, str, np.ndarray]]
 ) -> tuple[tuple[SceneSpeaker, ...], tuple[Turn, ...], np.ndarray]:
-    """Lays lines one after the other with silence around them; without lines, 1 to 8 s of silence."""
+    """Place lines one after the other with silence around them; without lines, return 1 to 8 s of silence."""
 
     def pause_s(longest_s: float) -> float:
         return rng.uniform(1.0, 3.0) if rng.random() < _LONG_SILENCE_SHARE else rng.uniform(0.05, longest_s)
@@ -206,7 +206,7 @@ def _rms(samples_S: np.ndarray) -> float:
 
 
 def _colored_noise(rng: random.Random, num_samples: int) -> np.ndarray:
-    """Returns noise between white and brown, of root mean square 1."""
+    """Return noise between white and brown, with root mean square 1."""
     # A power of two, since transforms of other lengths take several times as long.
     size = 1 << max(1, num_samples - 1).bit_length()
     noise = np.random.default_rng(rng.randrange(2**32))
@@ -218,7 +218,7 @@ def _colored_noise(rng: random.Random, num_samples: int) -> np.ndarray:
 
 
 def _set_level(rng: random.Random, samples_S: np.ndarray) -> np.ndarray:
-    """Adds a recorder's own noise, 25 to 60 dB below the clip, and sets the level of the whole."""
+    """Add a recorder's noise, 25 to 60 dB below the clip, and set the level of the sum."""
     level = _rms(samples_S)
     floor_S = _colored_noise(rng, len(samples_S))
     if level:

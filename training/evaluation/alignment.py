@@ -1,12 +1,15 @@
 """Measure a checkpoint in training: word error on held-out speech, and reading of given perception.
 
-A model between alignment and traces cannot answer through the engine yet. These measures run it without an engine. They
-decode transcripts greedily behind a forced beginning of the trace, and score choices by the likelihood of their words
-behind a given perception. The projector alone is measured by the likeliest token at each state.
+A model between alignment and traces cannot answer through the engine yet, so these measures run it without an engine.
+Transcripts are decoded greedily after a forced beginning of the trace. Choices are scored by the likelihood of their
+words after a given perception. The projector alone is measured by the likeliest token at each state.
 
-Sets: `human` holds the recorded clips, `voices` lines of the test split by the flite test voices, `talk` clips with
-noise and channels of held-out lines. `reading_questions.json` holds the hand-written questions. Nothing of this is
-trained on.
+The sets are excluded from training:
+
+- `human`: recorded clips.
+- `voices`: lines of the test split by the flite test voices.
+- `talk`: clips of held-out lines, with noise and channels.
+- `reading_questions.json`: hand-written questions.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ class SpokenItem:
     """A clip and its words.
 
     Attributes:
-        cluster: Name of the voice, or of the clip: items that are drawn together for an interval.
+        cluster: Name of the voice or of the clip, the resampling unit of an interval.
     """
 
     samples_S: np.ndarray  # noqa: N815  # the axis suffix
@@ -61,7 +64,7 @@ class SpokenItem:
 
 @dataclass(frozen=True)
 class ReadingItem:
-    """A question about a perception that is given.
+    """A question about a given perception.
 
     Attributes:
         scene: Index of the scene, for intervals and for the controls.
@@ -110,7 +113,7 @@ def spoken_items(name: SetName, assets: Path) -> Iterator[SpokenItem]:
                 samples_S = np.concatenate([silence_S, speak(text, voice, assets, 1.0), silence_S])
                 yield SpokenItem(samples_S, text, f"{voice.name}/{text}")
     else:
-        # No fast synthesizer has validation voices: the lines are held out, the voices are not.
+        # No fast synthesizer has validation voices, so only the lines are held out.
         builder = TalkBuilder(assets, "train", text_split="test")
         for seed in range(_NUM_TALK):
             scene, samples_S = builder.draw(seed)
@@ -118,9 +121,9 @@ def spoken_items(name: SetName, assets: Path) -> Iterator[SpokenItem]:
 
 
 def reading_items() -> list[ReadingItem]:
-    """Read the hand-written questions, with the choices of each in a fixed drawn order."""
+    """Read the hand-written questions, each with its choices in a fixed random order."""
     rng = random.Random(5)
-    found: list[ReadingItem] = []
+    items: list[ReadingItem] = []
     for number, scene in enumerate(json.loads(_QUESTIONS_FILE.read_text(encoding="utf-8"))["scenes"]):
         turns = scene["turns"]
         people = {turn["speaker"]: turn["who"] for turn in turns}
@@ -130,15 +133,15 @@ def reading_items() -> list[ReadingItem]:
         )
         transcript = ". ".join(turn["text"] for turn in turns)
         trace = Trace(environment=scene["environment"], speakers=speakers, transcript=transcript)
-        for asked in scene["questions"]:
-            choices = [asked["answer"], *asked["wrong"]]
+        for row in scene["questions"]:
+            choices = [row["answer"], *row["wrong"]]
             rng.shuffle(choices)
-            found.append(ReadingItem(trace, asked["question"], tuple(choices), asked["answer"], number))
-    return found
+            items.append(ReadingItem(trace, row["question"], tuple(choices), row["answer"], number))
+    return items
 
 
 def controlled(items: Sequence[ReadingItem], control: Control) -> list[ReadingItem]:
-    """Return the same questions with no perception, or with another scene's: a reader must then be near chance."""
+    """Return the same questions without perception, or with another scene's; a reader must then be near chance."""
     if control == "given":
         return list(items)
     if control == "blank":
@@ -165,10 +168,10 @@ def accuracy(items: Sequence[ReadingItem], chosen: Sequence[str]) -> Figure:
 
 
 class AlignmentProbe:
-    """Runs a policy on the items of this module.
+    """Runner of a policy on the items of this module.
 
     Args:
-        policy: In eval mode, without adapters or with them.
+        policy: In eval mode, with or without adapters.
     """
 
     def __init__(self, policy: Any, core: HyperPolicy, tokenizer: TraceTokenizer) -> None:
@@ -177,7 +180,7 @@ class AlignmentProbe:
 
     @torch.inference_mode()
     def states(self, samples_S: np.ndarray) -> torch.Tensor:
-        """Return what the projector reads of a clip: [A, stack * D]."""
+        """Return the projector's input for a clip: [A, stack * D]."""
         model: Any = self.core.model
         mel_MW = self.log_mel(samples_S).to(model.audio_tower.conv1.weight.dtype)
         return encode(model.audio_tower, [mel_MW], self.core.stack)[0]
@@ -209,7 +212,7 @@ class AlignmentProbe:
 
     @torch.inference_mode()
     def choose(self, item: ReadingItem) -> str:
-        """Return the choice whose words are likeliest in RESPONSE, behind the given perception."""
+        """Return the choice with the likeliest words in RESPONSE, after the given perception."""
         prompt = build_prompt(self.tokenizer, item.question, item.choices)
         response = self.tokenizer.encode_trace(f"{render(item.trace)}{Section.RESPONSE.tags[0]}")
         closing = self.tokenizer.close_ids(Section.RESPONSE)
@@ -222,14 +225,14 @@ class AlignmentProbe:
         silence = torch.zeros(1, width, dtype=dtype)
         batch = pack([row], [silence], pad_id=self.tokenizer.end_of_text_id, is_encoded=True, stack=self.core.stack)
         logprobs = self.core(**batch).logprobs_N.split([len(ids) for ids in written])
-        return item.choices[int(torch.stack([each.sum() for each in logprobs]).argmax())]
+        return item.choices[int(torch.stack([logprobs_of_choice.sum() for logprobs_of_choice in logprobs]).argmax())]
 
 
 def spell(core: HyperPolicy, tokenizer: TraceTokenizer, probe: AlignmentProbe, file: Path) -> Any:
-    """Return a function from samples to the text that the projector alone spells.
+    """Return a function from samples to the text of the projector alone.
 
     Args:
-        file: What `projector_ctc.teach_spelling` saved.
+        file: The file saved by `projector_ctc.teach_spelling`.
     """
     from training.sft.projector_ctc import load_speller
 

@@ -1,10 +1,10 @@
 """Sequences for the alignment of a pretrained decoder with the audio encoder: transcripts of talk, and reading.
 
-A talk sequence asks any question about a clip, since a transcript must not depend on the question. Its trace ends
-behind ASR, or in a share of the sequences it goes on to an answer. A reading sequence has no audio. Its perception is
-given, and the answer is the target.
+A talk sequence has any question about a clip, since a transcript must not depend on the question. Its trace ends after
+ASR, or, in a share of the sequences, after an answer. A reading sequence has no audio. Its perception is input, and the
+answer is the target.
 
-A clip is a function of its index, so a shard on disk only saves the time to draw and encode it again.
+A clip is a function of its index, so a shard on disk only saves the time for drawing and encoding it again.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _WINDOW_STEPS = 8
 _READ = -1
 """Key of a reading sequence."""
 _ASR_END = Section.ASR.tags[1]
-# An answer must follow from the transcript; a trace of talk says nothing of voices and background.
+# An answer must follow from the transcript; traces of talk have no voices and no background.
 _ANSWERED_KINDS = frozenset({"free", "word", "order", "last", "after", "mentioned", "absent"})
 
 
 class TalkClips:
-    """Clips of talk by index, from shards where they exist, else drawn and encoded.
+    """Clips of talk by index, read from shards if available, else drawn and encoded.
 
     Args:
         folder: Folder of the shards.
-        draw: Returns the truth and the sound of a seed; None if all clips come from shards.
+        draw: Return truth and audio of a seed; None if all clips come from shards.
         encode: The encoder for drawn clips.
     """
 
@@ -56,13 +56,13 @@ class TalkClips:
         """Return the truth and the encoder's states [A, D] of a clip.
 
         Raises:
-            KeyError: No shard holds the clip and none can be drawn.
+            KeyError: No shard has the clip, and drawing is disabled.
         """
         shard, place = divmod(index, CLIPS_PER_SHARD)
         if shard not in self.shards:
-            found = list(open_clips(self.folder, BASE_ENCODER_WIDTH, kind="talk", shard=shard))
-            if found:
-                self.shards[shard] = found
+            clips = list(open_clips(self.folder, BASE_ENCODER_WIDTH, kind="talk", shard=shard))
+            if clips:
+                self.shards[shard] = clips
         if shard in self.shards:
             clip = self.shards[shard][place]
             return clip.scene, clip.states(BASE_ENCODER_WIDTH)
@@ -73,12 +73,12 @@ class TalkClips:
 
 
 class TalkSequences:
-    """Draws talk and reading sequences; the first pass over the clips is in order, the later ones are shuffled.
+    """Talk and reading sequences; the first pass over the clips is in order, later ones are shuffled.
 
     Args:
         clips: Source of the clips.
         reader: Source of reading sequences; unused if `read_size` of the recipe is 0.
-        stack: Rows of the encoder that one audio token joins.
+        stack: Number of encoder rows per audio token.
         latent_tokens: Length of a latent span.
     """
 
@@ -117,8 +117,8 @@ class TalkSequences:
         keys = sorted(self.held, key=lambda index: (len(self.held[index][1]), index))
         batches = [keys[i : i + self.recipe.batch_size] for i in range(0, len(keys), self.recipe.batch_size)]
         random.Random(f"{self.recipe.seed}/window/{window}").shuffle(batches)
-        heard = [(key, len(self.held[key][1])) for key in batches[place % len(batches)]]
-        return heard + [(_READ, 0)] * self.recipe.read_size
+        clips = [(key, len(self.held[key][1])) for key in batches[place % len(batches)]]
+        return clips + [(_READ, 0)] * self.recipe.read_size
 
     def draw(self, key: int, step: int, rng: random.Random) -> tuple[Encoded, torch.Tensor]:
         """Draw a question about a clip and blank a few of its states, or draw a reading sequence."""
@@ -144,7 +144,7 @@ class TalkSequences:
         return encoded, stacked_AD
 
     def _ask(self, scene: Scene, rng: random.Random) -> tuple[str, tuple[str, ...], str, bool]:
-        """Draw (question, choices, completion, whether the completion is cut) for a clip."""
+        """Draw (question, choices, completion, is_cut) for a clip."""
         found = wordings()
         trace = Trace(transcript=scene.transcript)
         if rng.random() < self.talk.answer_share and scene.turns:

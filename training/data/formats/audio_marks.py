@@ -1,10 +1,18 @@
-"""Recognise the marks that stand for a clip in the text of published data sets, and refuse broken ones.
+"""Recognise the placeholders of clips in the text of published data sets, and refuse broken ones.
 
-Data sets write the place of a clip into their text: `<audio>` (LLaMA-Factory, ms-swift), `<|AUDIO|>` between
-`<|audio_bos|>` and `<|audio_eos|>` behind "Audio 1: " (Qwen2-Audio), `<|audio_pad|>` (Qwen-Omni),
-`<Speech><SpeechHere></Speech>` (SALMONN), `<sound>` (Audio Flamingo), `<|audio_1|>` (Phi-4), `<audio_soft_token>`
-(Gemma), `[AUDIO]` (Voxtral), `(<audio>./</audio>)` (MiniCPM-o) and others. Left in a question, a mark would be trained
-on as words.
+Data sets mark the place of a clip in their text:
+
+- `<audio>` (LLaMA-Factory, ms-swift)
+- `<|AUDIO|>` between `<|audio_bos|>` and `<|audio_eos|>`, after "Audio 1: " (Qwen2-Audio)
+- `<|audio_pad|>` (Qwen-Omni)
+- `<Speech><SpeechHere></Speech>` (SALMONN)
+- `<sound>` (Audio Flamingo)
+- `<|audio_1|>` (Phi-4)
+- `<audio_soft_token>` (Gemma)
+- `[AUDIO]` (Voxtral)
+- `(<audio>./</audio>)` (MiniCPM-o)
+
+There are others. A mark left in a question would be trained as words.
 """
 
 from __future__ import annotations
@@ -20,14 +28,14 @@ _NAME = (
     rf"|(?:begin|end|start){_SPACE}{_NOUN}|im{_SPACE}media{_SPACE}\w+|sosp|eosp)"
 )
 _MARK = re.compile(rf"{_OPEN}\s*/?\s*\|?\s*/?{_NAME}\s*\|?\s*/?\s*{_CLOSE}", re.IGNORECASE)
-# In upper case, or in braces: "[music]" in a question is a word of subtitles.
+# Only in upper case, or in braces: "[music]" in a question is a word of subtitles.
 _BRACKETED = re.compile(r"\[/?(?:BEGIN_|END_)?AUDIO(?:_\w+)?\]|\{\{?\s*audio\s*\}?\}")
 _BEGINS = re.compile(rf"bos|start|begin|sosp|{_OPEN}\s*\|?\s*{_NOUN}\s*\|?\s*{_CLOSE}", re.IGNORECASE)
 _ENDS = re.compile(r"eos\b|eos\||end|eosp|/\s*\|?\s*[a-z]", re.IGNORECASE)
 _PATH = re.compile(r"[^\s<>]{1,300}")
 _LABEL = re.compile(r"(?:^|(?<=\n))[ \t]*(?:audio|sound|clip|speech)\s*\d*\s*:[ \t]*$", re.IGNORECASE)
 _NAMED_BEFORE = re.compile(rf"\b(?:{_NOUN}|recording|file|excerpt)s?\W{{0,3}}$", re.IGNORECASE)
-# What is left of a mark that was cut or escaped by halves, and marks of other media and of chat templates.
+# Remains of a mark after a cut or partial escaping, and marks of other media and of chat templates.
 _BROKEN = re.compile(
     rf"{_OPEN}\s*/?\s*\|?\s*{_NOUN}\b[^\s<>&]{{0,20}}|\|?\b{_NOUN}\s*(?:_\w+)?\s*\|\s*{_CLOSE}|\b{_NOUN}{_CLOSE}",
     re.IGNORECASE,
@@ -43,13 +51,13 @@ _WORDS = "the audio"
 
 
 class AudioMarkError(ValueError):
-    """A text names several clips or another medium, or contains a broken mark; the message says which."""
+    """A text names several clips or another medium, or contains a broken mark; the message names the mark."""
 
 
 def remove_marks(text: str) -> str:
     """Return a text without the mark of its one clip.
 
-    A mark at the beginning or the end is removed with its label ("Audio 1: "). One inside a sentence becomes "the
+    A mark at the beginning or the end is removed with its label ("Audio 1: "). A mark inside a sentence becomes "the
     audio", unless the words before it already name the clip.
 
     Raises:
@@ -80,7 +88,7 @@ def require_no_marks(text: str) -> None:
     """Refuse a text with any mark, whole or broken.
 
     Raises:
-        AudioMarkError: It has one.
+        AudioMarkError: The text has a mark.
     """
     for pattern, problem in (
         (_OTHER_MEDIA, "has the mark of a picture or a video"),
@@ -93,7 +101,7 @@ def require_no_marks(text: str) -> None:
 
 
 def _slots(text: str) -> list[tuple[int, int]]:
-    """Return the place of each clip: a single mark, or all marks from one that begins to the one that ends."""
+    """Return the span of each clip: a single mark, or all marks from an opening to a closing one."""
     marks = [match.span() for match in _MARK.finditer(text)]
     marks += [match.span() for match in _BRACKETED.finditer(text)]
     marks.sort()
@@ -103,7 +111,7 @@ def _slots(text: str) -> list[tuple[int, int]]:
         mark = text[start:end]
         between = text[slots[-1][1] : start] if slots else ""
         ends = _ENDS.search(mark) is not None
-        # Marks that touch, or enclose a path, belong to one clip; `<audio><audio>` are two.
+        # Adjacent marks, or marks around a path, belong to one clip; `<audio><audio>` are two.
         if slots and (is_open or ends) and (not between.strip() or (ends and _PATH.fullmatch(between.strip()))):
             slots[-1] = (slots[-1][0], end)
             is_open = not ends
@@ -114,7 +122,7 @@ def _slots(text: str) -> list[tuple[int, int]]:
 
 
 def _is_wrapper(mark: str) -> bool:
-    """Tell whether a mark begins a clip that other marks complete."""
+    """Return True if a mark begins a clip and needs further marks."""
     return re.search(r"bos|start|begin|sosp|speech\s*>", mark, re.IGNORECASE) is not None
 
 

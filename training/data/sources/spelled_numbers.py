@@ -6,7 +6,7 @@ from num2words import num2words
 
 
 def spell_number(number: int) -> str:
-    """Write a whole number below a million in words.
+    """Return a whole number below a million in words.
 
     Raises:
         ValueError: The number is negative or too large.
@@ -17,12 +17,12 @@ def spell_number(number: int) -> str:
 
 
 def spell_ordinal(number: int) -> str:
-    """Write "twenty third" for 23."""
+    """Return "twenty third" for 23."""
     return _spoken(num2words(number, to="ordinal"))
 
 
 def spell_year(year: int) -> str:
-    """Write a year from 1100 to 2099 in its spoken form: "nineteen oh five", "two thousand four", "twenty twelve"."""
+    """Return a year from 1100 to 2099 in its spoken form: "nineteen oh five", "two thousand four", "twenty twelve"."""
     return _spoken(num2words(year, to="year"))
 
 

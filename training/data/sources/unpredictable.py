@@ -1,7 +1,7 @@
-"""Draws lines that a language model cannot guess: shuffled words, names, numbers and spelled letters.
+"""Draw lines unpredictable for a language model: shuffled words, names, numbers and spelled letters.
 
-A pretrained decoder trusts its English more than the sound. These lines take that help away. Words and names come from
-WordNet. The split of a line follows from its words, as in `draw_text`. Knows nothing of sound or voices.
+A pretrained decoder trusts its English more than the audio; these lines remove this help. Words and names come from
+WordNet. The split of a line follows from its words, as in `draw_text`. This module depends on no audio or voice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPELLED = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @lru_cache(maxsize=2)
 def _lexicon(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns WordNet's plain words that occur in tagged texts, and its names of persons and places."""
+    """Return WordNet's plain words from tagged texts, and its names of persons and places."""
     counts = folder / "cntlist.rev"
     nouns = folder / "data.noun"
     for path in (counts, nouns):
@@ -76,14 +76,13 @@ def _draw(rng: random.Random, kind: str, split: Split, folder: Path) -> str:
 
 
 def draw_unpredictable(rng: random.Random, split: Split, folder: Path) -> str:
-    """Draws one line of `split`.
+    """Draw one line of a split.
 
     Args:
-        rng: Decides the line.
-        folder: Holds WordNet's files.
+        folder: Folder of WordNet's files.
 
     Raises:
-        MissingDataError: The folder lacks them.
+        MissingDataError: The files are missing.
     """
     kind = rng.choices(_KINDS, _WEIGHTS)[0]
     while True:
