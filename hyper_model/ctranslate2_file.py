@@ -1,7 +1,7 @@
-"""Reads Whisper's audio encoder out of a CTranslate2 file, as the audio tower of a Qwen2-Audio model.
+"""Reader of Whisper's audio encoder in a CTranslate2 file, as the audio tower of a Qwen2-Audio model.
 
-The tower is Whisper's encoder with a pooling step before the last layer norm, which has no weights of its own.
-Knows nothing of packages, clips or checkpoints.
+The tower is Whisper's encoder with a pooling step before the last layer norm; pooling has no weights. The module is
+independent of packages, clips and checkpoints.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Variables = Mapping[str, NDArray[Any]]
 
 
 def read_variables(data: bytes) -> dict[str, NDArray[Any]]:
-    """Reads the variables of a CTranslate2 `model.bin` (format version 6).
+    """Read the variables of a CTranslate2 `model.bin` (format version 6).
 
     Raises:
-        CheckpointError: The file is of another version, is cut short or has bytes left over.
+        CheckpointError: If the file has another version, is truncated or has bytes left over.
     """
     offset = 0
 
@@ -60,7 +60,7 @@ def read_variables(data: bytes) -> dict[str, NDArray[Any]]:
             num_bytes = unpack("I")
             variables[name] = np.frombuffer(data, dtype, num_bytes // dtype.itemsize, offset).reshape(shape)
             offset += num_bytes
-        for _ in range(unpack("I")):  # Aliases, which the encoder does not use.
+        for _ in range(unpack("I")):  # Aliases, unused by the encoder.
             text()
             text()
     except (struct.error, ValueError, KeyError) as error:
@@ -71,7 +71,7 @@ def read_variables(data: bytes) -> dict[str, NDArray[Any]]:
 
 
 def audio_config(variables: Variables) -> dict[str, Any]:
-    """Returns the `audio_config` of the tower."""
+    """Return the `audio_config` of the tower."""
     width, num_mel_bins = variables["encoder/conv1/weight"].shape[:2]
     layers = {name.split("/")[1] for name in variables if name.startswith("encoder/layer_")} - {"layer_norm"}
     return {
@@ -87,7 +87,7 @@ def audio_config(variables: Variables) -> dict[str, Any]:
 
 
 def tower_tensors(variables: Variables) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the tensors of the tower in float32, by the names that transformers gives them inside it."""
+    """Yield the tensors of the tower in float32, by transformers' names inside it."""
     for name in ("conv1", "conv2"):
         yield from _affine(variables, name, f"encoder/{name}")
     yield from _norm(variables, "layer_norm", "encoder/layer_norm")
@@ -99,7 +99,7 @@ def tower_tensors(variables: Variables) -> Iterator[tuple[str, torch.Tensor]]:
         biases = _tensor(variables, f"{theirs}/self_attention/linear_0/bias").chunk(3)
         for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
             yield f"{ours}.self_attn.{name}.weight", weight
-            if name != "k_proj":  # Whisper's keys have no bias; the fused file holds zeros there.
+            if name != "k_proj":  # Whisper's keys have no bias; the fused file has zeros there.
                 yield f"{ours}.self_attn.{name}.bias", bias
         yield from _affine(variables, f"{ours}.self_attn.out_proj", f"{theirs}/self_attention/linear_1")
         yield from _norm(variables, f"{ours}.final_layer_norm", f"{theirs}/ffn/layer_norm")

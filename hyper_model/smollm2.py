@@ -1,10 +1,10 @@
-"""Reads SmolLM2-135M-Instruct out of its GGUF file as a Qwen2 decoder, with a tokenizer that can carry traces.
+"""Reader of SmolLM2-135M-Instruct's GGUF file as a Qwen2 decoder, with a tokenizer for traces.
 
 A Llama block is a Qwen2 block with zero query, key and value biases. llama.cpp reorders the rows of each query and key
 head for its rotary embedding; `_restore_rows` restores them. The weights are quantised to four bits (Q4_1, the
 embedding Q8_0) and become float32 here. No package holds unquantised weights.
 
-Knows nothing of audio, packages or checkpoints.
+The module is independent of audio, packages and checkpoints.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _TENSORS = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-# A new token begins as the mean of the tokens that spell these words (Gee et al. 2022, "Fast Vocabulary Transfer").
+# A new token's embedding starts as the mean over the tokens of these words (Gee et al. 2022, "Fast Vocabulary
+# Transfer").
 _MEANINGS = {
     "<|audio_bos|>": " begin audio",
     "<|AUDIO|>": " audio",
@@ -51,13 +52,13 @@ _MEANINGS = {
 
 
 class SmolLM2File:
-    """Opens the GGUF file of a Llama model with a GPT-2 vocabulary.
+    """Open GGUF file of a Llama model with a GPT-2 vocabulary.
 
     Args:
         path: The file.
 
     Raises:
-        CheckpointError: The file is no GGUF of this architecture.
+        CheckpointError: If the file is not a GGUF of this architecture.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,12 +82,12 @@ class SmolLM2File:
 
     @property
     def num_rows(self) -> int:
-        """Counts the rows of the embedding: every token, up to a multiple of 64."""
+        """Return the number of embedding rows: every token, up to a multiple of 64."""
         highest = max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         return -(-(highest + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
     def text_config(self) -> dict[str, Any]:
-        """Returns the `text_config` of the same decoder as Qwen2."""
+        """Return the `text_config` of the same decoder as Qwen2."""
         fields = {name.removeprefix(f"{_ARCHITECTURE}."): value for name, value in self._fields.items()}
         return {
             "model_type": "qwen2",
@@ -103,7 +104,7 @@ class SmolLM2File:
         }
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields every tensor of the decoder in float32 under its name on disk; the head is the embedding."""
+        """Yield every tensor of the decoder in float32 by its name on disk; the head is the embedding."""
         import torch
 
         config = self.text_config()
@@ -124,7 +125,7 @@ class SmolLM2File:
                     raise CheckpointError(f"the GGUF file holds {stored.name}, which a Llama decoder does not have")
 
     def _grow(self, embedding_VH: torch.Tensor) -> torch.Tensor:
-        """Adds a row for each new token: the mean of those that spell its meaning, as long as rows are on average."""
+        """Add a row for each new token: the mean over its meaning's tokens, scaled to the average row length."""
         import torch
 
         rows_RH = torch.zeros(self.num_rows - len(embedding_VH), embedding_VH.shape[1])
@@ -138,12 +139,12 @@ class SmolLM2File:
 
 
 def make_tokenizer(tokens: Sequence[str], merges: Sequence[str], special_ids: Sequence[int]) -> Tokenizer:
-    """Makes the byte-level BPE of SmolLM2, which splits numbers into digits, with the tokens of traces behind it.
+    """Build SmolLM2's byte-level BPE, which splits numbers into digits, followed by the tokens of traces.
 
     Args:
         tokens: The vocabulary in the order of its ids.
-        merges: Pairs with a space between.
-        special_ids: Tokens that no text encodes to.
+        merges: Pairs, separated by a space.
+        special_ids: Tokens never produced by encoding text.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -173,7 +174,7 @@ def _dequantize(stored: Any) -> torch.Tensor:
 
 
 def _restore_rows(weight_OI: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Puts the rows of each head back into the order in which transformers rotates them: halves, not pairs."""
+    """Restore the row order of each head for transformers' rotary embedding: halves, not pairs."""
     num_rows, num_columns = weight_OI.shape
     pairs = weight_OI.reshape(num_heads, num_rows // num_heads // 2, 2, num_columns)
     return pairs.transpose(1, 2).reshape(num_rows, num_columns).contiguous()

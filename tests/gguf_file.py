@@ -1,4 +1,4 @@
-"""Writes a Llama as llama.cpp's converter does, unquantised, and a small checkpoint composed of it."""
+"""A Llama file in the form of llama.cpp's converter, unquantised, and a small checkpoint composed with it."""
 
 from __future__ import annotations
 
@@ -94,8 +94,9 @@ def compose_tiny(parts: compose.Parts, folder: Path, *, width: int) -> Checkpoin
     """Compose a checkpoint of a tiny Llama and a random encoder.
 
     Args:
-        folder: Gets the files of both, and the checkpoint as `made`.
-        width: Of the encoder.
+        parts: The trained parts.
+        folder: Folder for the files of both, and the checkpoint as `made`.
+        width: Width of the encoder.
     """
     decoder = SmolLM2File(write_gguf(folder / "tiny.gguf", tiny_llama()))
     variables = read_variables(write_encoder(folder / "model.bin", width).read_bytes())

@@ -1,6 +1,6 @@
-"""Measure the code base and its prose: `python -m tests.measure_code` prints one JSON line.
+"""Measures of the code base and its prose: `python -m tests.measure_code` prints one JSON line.
 
-Reads syntax trees and Markdown only; imports nothing of the project. Tests are not measured.
+It reads only syntax trees and Markdown, and imports nothing of the project. Tests are not measured.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def worst_places() -> Iterator[tuple[str, list[str]]]:
 
 @cache
 def modules() -> dict[str, ast.Module]:
-    """Return the syntax tree of every module of the packages by its dotted name; a package stands for `__init__`."""
+    """Return the syntax tree of every module of the packages by its dotted name; a package means its `__init__`."""
     found: dict[str, ast.Module] = {}
     for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -133,7 +133,7 @@ def import_cycles() -> list[list[str]]:
 
 
 def _imports(module: str) -> set[str]:
-    """Return our own modules that a module imports; a name from a package counts as its sub-module if it is one."""
+    """Return our own modules imported by a module; a name from a package counts as its sub-module if it is one."""
     names: set[str] = set()
     for node in ast.walk(modules()[module]):
         if isinstance(node, ast.Import):
@@ -163,7 +163,7 @@ def _public(name: str, node: Documented) -> Iterator[tuple[str, Documented]]:
 
 
 def broad_excepts() -> list[str]:
-    """Return module and line of each handler that catches Exception, BaseException or everything."""
+    """Return module and line of each handler for Exception, BaseException or all exceptions."""
     return [
         f"{module}:{node.lineno}"
         for module, tree in modules().items()
@@ -179,7 +179,7 @@ def _is_broad(caught: ast.expr | None) -> bool:
 
 
 def wh_words_per_1000(trees: Mapping[str, ast.Module]) -> float:
-    """Return that/which/what/where per 1,000 docstring words of some modules; 0.0 without any docstring."""
+    """Return the number of wh-words per 1,000 docstring words of some modules; 0.0 without any docstring."""
     counts = [_wh_count(tree) for tree in trees.values()]
     words = sum(words for _, words in counts)
     return round(1000 * sum(wh for wh, _ in counts) / words, 1) if words else 0.0

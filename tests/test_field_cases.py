@@ -1,6 +1,6 @@
-"""Odd files that people send: each kind of the field reports, and relatives that share its cause.
+"""Odd files from users: each kind in the field reports, and others with the same cause.
 
-The reports name situations; each test names the cause that its members share. Inputs are made here by an ffmpeg
+The reports describe situations; each test names the common cause of its files. Inputs are made here with an ffmpeg
 program or by editing bytes.
 """
 
@@ -37,7 +37,7 @@ SILENCE = "anullsrc=r=16000:cl=mono:d={}"
 
 @functools.cache
 def encode(*arguments: str) -> bytes:
-    """Run ffmpeg into a real file, so that its writer can go back and fill in the header."""
+    """Run ffmpeg with a real output file, so that its writer can return to the header."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip"
         subprocess.run([find_ffmpeg(), "-v", "error", "-y", *arguments, str(path)], check=True)
@@ -45,12 +45,12 @@ def encode(*arguments: str) -> bytes:
 
 
 def source(*patterns: str, seconds: float = 2.0) -> list[str]:
-    """Return ffmpeg's arguments for inputs of so many seconds."""
+    """Return ffmpeg's arguments for inputs of this duration."""
     return [part for pattern in patterns for part in ("-f", "lavfi", "-i", pattern.format(seconds))]
 
 
 def tracks(container: str, *patterns: str, codec: str = "aac", default: int | None = 0) -> bytes:
-    """Write a container with an audio track for each pattern, one of which, or none, is the default."""
+    """Write a container with one audio track per pattern; at most one is the default."""
     maps = [part for index in range(len(patterns)) for part in ("-map", str(index))]
     marks = [
         part
@@ -174,7 +174,7 @@ def test_what_is_beside_the_sound_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_sandboxed_decoder_reads_odd_files_too(tmp_path: Path) -> None:
-    """No module and no library can be opened inside of the sandbox, so all of them must be loaded before."""
+    """Modules and libraries cannot be opened inside the sandbox, so all of them must be loaded before."""
     files = beside(tmp_path) | {
         "silent first": tracks("mp4", SILENCE, VOICE),
         "hundreds of tracks": encode(*source(VOICE), *["-map", "0"] * 200, "-c:a", "pcm_s16le", "-f", "matroska"),
@@ -261,7 +261,7 @@ def test_channels_out_of_phase_are_mixed_so_that_they_do_not_cancel(name: str) -
     waveform = decode(wav(samples_SC))
     assert "channels_out_of_phase" in codes(waveform)
     assert "out of phase" in waveform.warnings[0].message and (waveform.warnings[0].seconds or 0) > 0.5
-    # The mean would keep next to nothing of it.
+    # The mean would keep almost nothing of it.
     assert rms(waveform.samples_S) > 0.6 * rms(samples_SC[:, 0])
 
 
@@ -339,7 +339,7 @@ THIRTY_S = {
 @pytest.mark.parametrize("name", THIRTY_S)
 def test_thirty_seconds_fit_a_window_in_every_codec(name: str) -> None:
     data = encode(*source(VOICE, seconds=30.0), *THIRTY_S[name])
-    # The limit of a service that takes one window is the same.
+    # A service with single windows has the same limit.
     waveform = decode(data, AudioLimits(max_duration_s=30.0))
     require_single_window(waveform)
     assert waveform.duration_s == pytest.approx(30.0, abs=0.06)
@@ -378,7 +378,7 @@ PLAIN = {
 
 
 def restated(name: str, size: int | None, share: float = 0.0) -> bytes:
-    """Write a clip of 2 s whose header states another size of its samples, or a share of the true one."""
+    """Write a clip of 2 s with another size of its samples in the header, or a share of the true one."""
     arguments, magic, offset, kind = PLAIN[name]
     data = encode(*source(VOICE), *arguments)
     place = data.index(magic) + offset
@@ -413,7 +413,7 @@ def test_samples_that_a_header_invents_are_reported_as_missing(name: str) -> Non
 
 
 def riff(*chunks: tuple[bytes, bytes, int | None]) -> bytes:
-    """Write a RIFF file of chunks, each with its bytes and the size that it states."""
+    """Write a RIFF file of chunks, each with its bytes and its stated size."""
     body = b"".join(
         name + struct.pack("<I", len(data) if size is None else size) + data + b"\0" * (len(data) % 2)
         for name, data, size in chunks
@@ -564,7 +564,7 @@ def test_junk_behind_is_left_out() -> None:
 
 
 def later_webm() -> bytes:
-    """Return a WebM without the first part, as a page sends it that uploads each piece of a recording alone."""
+    """Return a WebM without its first part, as sent by a page that uploads each piece of a recording separately."""
     data = encode(*source(VOICE), "-c:a", "libopus", "-f", "webm")
     return data[data.index(b"\x1f\x43\xb6\x75") :]
 

@@ -1,4 +1,4 @@
-"""Answers HTTP requests with given replies, to show a client what a healthy service does not send."""
+"""HTTP server with given replies, to show a client the errors of unhealthy services."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Canned:
-    """One reply; None as body closes the connection without one."""
+    """One reply; without a body the connection is closed."""
 
     body: bytes | None
     status: int = 200
@@ -48,7 +48,7 @@ def error_reply(status: int, code: str, *, retryable: bool = False, **headers: s
 
 @contextlib.contextmanager
 def replying(*replies: Canned) -> Iterator[Sent]:
-    """Answer one request after another with these replies."""
+    """Serve these replies, one per request."""
     pending = list(replies)
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""The answering procedure by itself: its steps, events and result, with tokens written here instead of by a model."""
+"""The answering procedure alone: its steps, events and result, with tokens from the tests instead of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clips become Waveforms that hold what was recorded, and nothing else becomes one."""
+"""Clips are decoded to Waveforms of the recorded sound, and other files are refused."""
 
 import contextlib
 import hashlib
@@ -33,7 +33,7 @@ from hyper_model.errors import (
     UnsupportedAudioError,
 )
 
-# Refusals take some 30 ms; the rest is patience with a machine that does other work.
+# Refusals take some 30 ms; the rest is tolerance for a busy machine.
 AT_ONCE_S = 2.0
 
 TONE = ["-f", "lavfi", "-i", "aevalsrc=0.5*sin(2*PI*440*t)|0.25*sin(2*PI*1000*t):s=44100:d=1"]
@@ -62,7 +62,7 @@ PLAIN = ("wav", "wav-24", "wav-float", "wav-alaw", "wav-adpcm", "aiff", "caf", "
 
 
 def encode(*arguments: str) -> bytes:
-    """Runs ffmpeg into a real file, so that its writer can go back and fill in the header."""
+    """Run ffmpeg with a real output file, so that its writer can return to the header."""
     with subprocess.Popen(
         [find_ffmpeg(), "-v", "error", "-y", *arguments], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
     ) as process:
@@ -87,7 +87,7 @@ def tone(frequency_hz: float, rate_hz: int, seconds: float = 1.0, amplitude: flo
 
 
 def wav(samples_SC: np.ndarray, rate_hz: int = SAMPLE_RATE_HZ, *, channels=None, stated_bytes=None) -> bytes:
-    """Writes a WAV by hand, lies included: int16, or float32 as it is."""
+    """Write a WAV by hand, also with false headers: int16, or float32 unchanged."""
     samples_SC = samples_SC if samples_SC.ndim == 2 else samples_SC[:, None]
     kind, width = (3, 4) if samples_SC.dtype == np.float32 else (1, 2)
     channels = samples_SC.shape[1] if channels is None else channels
@@ -107,7 +107,7 @@ def wav(samples_SC: np.ndarray, rate_hz: int = SAMPLE_RATE_HZ, *, channels=None,
 
 
 def amplitude_at(samples_S: np.ndarray, frequency_hz: float) -> float:
-    """Measures one frequency over the middle half, where no codec's edges are."""
+    """Measure one frequency over the middle half, away from the codec's edges."""
     middle = samples_S[len(samples_S) // 4 : len(samples_S) * 3 // 4]
     turns = np.exp(-2j * np.pi * frequency_hz * np.arange(len(middle)) / SAMPLE_RATE_HZ)
     return float(2 * np.abs((middle * np.hanning(len(middle)) * 2 * turns).mean()))
@@ -184,7 +184,7 @@ def test_floats_beyond_full_scale_are_clipped_and_reported():
 
 
 def refusal(data: bytes, limits: AudioLimits | None = None) -> AudioError:
-    """Decodes what must be refused, quickly and in our own words."""
+    """Return the error for a clip; check that it is quick and free of a decoder's text."""
     started_s = time.monotonic()
     with pytest.raises(AudioError) as caught:
         decode(data, limits)
@@ -331,7 +331,7 @@ def test_a_flac_of_55_bytes_that_claims_50_days_allocates_nothing(clips):
 def test_a_mutated_clip_is_decoded_or_refused_and_nothing_else(clips, data):
     clip = bytearray(clips[data.draw(st.sampled_from(sorted(clips)))])
     for _ in range(data.draw(st.integers(1, 6))):
-        # Half of the blows fall on the header, where parsers live.
+        # Half of the changes hit the header, the parsers' input.
         place = data.draw(st.one_of(st.integers(0, min(200, len(clip) - 1)), st.integers(0, len(clip) - 1)))
         how = data.draw(st.sampled_from(["set", "insert", "drop", "cut", "repeat", "extreme"]))
         if how == "set":
@@ -370,7 +370,7 @@ def test_mix_has_exactly_the_ratio_asked_for(snr_db, background_s):
     speech, noise = 0.2 * tone(300, SAMPLE_RATE_HZ), 0.01 * tone(2000, SAMPLE_RATE_HZ, background_s)
     mixed = mix(speech, noise, snr_db)
     assert mixed.shape == speech.shape and mixed.dtype == np.float32
-    # Taking the speech away again needs the scale that full scale forced on both; it is 1 here unless noise is loud.
+    # Removing the speech needs the scale applied to both at full scale; here it is 1 unless noise is loud.
     scale = amplitude_at(mixed, 300) / amplitude_at(speech, 300)
     added = mixed - scale * speech
     ratio_db = 10 * math.log10(

@@ -1,6 +1,6 @@
-"""What holds of the encoder that computes no padding: it says what transformers' padded, masked pass says.
+"""The unpadded encoder equals transformers' padded, masked pass.
 
-The reference is computed as vLLM's own Qwen2-Audio class and transformers compute it: mel of 30 s from
+The reference is computed as in vLLM's own Qwen2-Audio class and in transformers: a mel of 30 s from
 WhisperFeatureExtractor, a dense mask of minus infinity, the library's own forward.
 """
 
@@ -24,7 +24,7 @@ from tests.paths import ROOT
 CLIPS = sorted(path for path in (ROOT / "tests/assets/clips").iterdir() if path.suffix != ".json")
 DURATIONS_S = (0.1, 0.5, 1.23, 5.0, 10.0, 29.99, 30.0)
 ODD_NUM_SAMPLES = (321, 322, 481, 1_601, 16_000 + 1, 16_000 - 1, 479_841, 479_999)
-"""Around the borders of frames, states and the 30 s."""
+"""Lengths around the borders of frames, states and the 30 s."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def speech(recordings: list[np.ndarray]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tower() -> Any:
-    """The tower of the embedded checkpoint, in float32."""
+    """Tower of the embedded checkpoint, in float32."""
     model = Qwen2AudioForConditionalGeneration.from_pretrained(ROOT / "checkpoints/hyper-mini", dtype=torch.float32)
     return model.eval().requires_grad_(False).model.audio_tower
 
@@ -53,7 +53,7 @@ def padded_recordings(tower: Any, recordings: list[np.ndarray]) -> list[torch.Te
 
 
 def random_tower(**shape: Any) -> Any:
-    """A tower with weights large enough that attention matters."""
+    """Return a tower with weights large enough for attention to matter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tower = Qwen2AudioEncoder(Qwen2AudioEncoderConfig(**shape)).eval().requires_grad_(False)
@@ -64,7 +64,7 @@ def random_tower(**shape: Any) -> Any:
 
 
 def padded_mel(samples_S: np.ndarray, num_mel_bins: int) -> tuple[torch.Tensor, int]:
-    """Returns transformers' mel of 30 s [1, M, 3000] and how many of its frames are the clip's."""
+    """Return transformers' mel of 30 s [1, M, 3000] and the number of the clip's own frames."""
     features = WhisperFeatureExtractor(feature_size=num_mel_bins)(
         samples_S, sampling_rate=16_000, padding="max_length", return_attention_mask=True, return_tensors="pt"
     )
@@ -73,7 +73,7 @@ def padded_mel(samples_S: np.ndarray, num_mel_bins: int) -> tuple[torch.Tensor, 
 
 @torch.inference_mode()
 def padded_pass(tower: Any, samples_S: np.ndarray) -> torch.Tensor:
-    """Returns what transformers and vLLM's own class make of a clip: [A, D]."""
+    """Return the states of a clip as computed by transformers and vLLM's own class: [A, D]."""
     mel, num_frames = padded_mel(samples_S, tower.config.num_mel_bins)
     states, tokens = tower._get_feat_extract_output_lengths(torch.tensor(num_frames))
     mask = torch.zeros(1, 1, 1_500, 1_500, dtype=tower.conv1.weight.dtype)
@@ -94,7 +94,7 @@ def largest_difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tens
 
 
 def assert_equal_to_rounding(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> None:
-    """Allows what float32 costs: the padded pass is up to 4e-4 from float64 itself in a few rows of the recordings."""
+    """Allow float32 rounding: in a few rows of the recordings the padded pass is itself up to 4e-4 from float64."""
     assert largest_difference(ours, theirs) <= 5e-4
     differences = (torch.cat(list(ours)) - torch.cat(list(theirs))).abs().flatten()
     assert differences.kthvalue(int(0.9999 * len(differences))).values <= 5e-5
@@ -115,7 +115,7 @@ def test_the_mel_equals_the_padded_one_on_every_frame_that_the_tower_looks_at(
 
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_the_mel_of_silence_with_one_click_is_cut_off_at_the_same_level(place: str) -> None:
-    """The loudest frame decides what is cut, wherever it lies; the mirrored ends of the 30 s hold clicks as well."""
+    """The loudest frame sets the cut-off, wherever it is; the mirrored ends of the 30 s contain clicks too."""
     for num_samples in (1_600, 1_601, 1_759, 479_900, 480_000):
         samples_S = np.zeros(num_samples, np.float32)
         samples_S[1 if place == "first" else -2] = 0.9
@@ -126,7 +126,7 @@ def test_the_mel_of_silence_with_one_click_is_cut_off_at_the_same_level(place: s
 
 def test_counts_are_those_of_transformers_for_every_length(tower: Any) -> None:
     num_samples = torch.arange(321, 480_001)
-    # A frame is the clip's as soon as a sample lies on it: WhisperFeatureExtractor takes every 160th of its mask.
+    # A frame counts from its first sample on: WhisperFeatureExtractor takes every 160th value of its mask.
     states, tokens = tower._get_feat_extract_output_lengths((num_samples + 159) // 160)
     for index in (*range(0, 3_000), *range(3_000, len(num_samples), 997), -1):
         assert num_states(int(num_samples[index])) == int(states[index])
@@ -171,7 +171,7 @@ def test_any_shape_of_tower_and_any_number_of_samples_gives_the_padded_result(
 
 
 def test_what_differs_is_rounding_alone(tower: Any) -> None:
-    """In float64, on the same mel, nothing is left: not even of white noise, on which float32 strays by 5e-4."""
+    """In float64, on the same mel, no difference remains, even for white noise, with 5e-4 in float32."""
     tower = copy.deepcopy(tower).double()
     noise_S = np.random.default_rng(0).standard_normal(MAX_SAMPLES).astype(np.float32) * 0.1
     clips = [noise_S[:num_samples] for num_samples in (480_000, 16_161, 1_600, 80_000, 80_000, 321)]
@@ -188,7 +188,7 @@ def test_what_differs_is_rounding_alone(tower: Any) -> None:
 def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_padded_pass(
     tower: Any, recordings: list[np.ndarray], padded_recordings: list[torch.Tensor]
 ) -> None:
-    """Measured: both 0.008 from float32 on the mean and 0.2 at most, and 0.005 on the mean from one another."""
+    """Measured: both differ from float32 by 0.008 on average and 0.2 at most, and from each other by 0.005."""
     half = copy.deepcopy(tower).bfloat16()
     ours = torch.cat(unpadded_pass(half, recordings)).float()
     theirs = torch.cat([padded_pass(half, samples_S) for samples_S in recordings]).float()
@@ -227,7 +227,7 @@ def test_two_channels_are_refused() -> None:
 
 
 def test_the_tower_of_a_7b_checkpoint_runs_in_shape() -> None:
-    """Qwen2-Audio-7B's tower (Whisper large-v3), without its 1.3 GB: shapes alone."""
+    """Use the shapes of Qwen2-Audio-7B's tower (Whisper large-v3), without its 1.3 GB of weights."""
     with torch.device("meta"):
         config = Qwen2AudioEncoderConfig(
             num_mel_bins=128, d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120

@@ -1,4 +1,4 @@
-"""FFmpeg's libraries open the clip and nothing else, read every format that is listed, and count what they decode."""
+"""FFmpeg's libraries open only the clip, read every listed format, and count the decoded samples."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ from hyper_model.errors import (
     UnsupportedAudioError,
 )
 
-# Refusals take some 30 ms; the rest is patience with a machine that does other work.
+# Refusals take some 30 ms; the rest is tolerance for a busy machine.
 AT_ONCE_S = 2.0
 
 
@@ -36,7 +36,7 @@ def mp3(tmp_path) -> bytes:
 
 @contextmanager
 def canary() -> Iterator[tuple[int, list[bytes]]]:
-    """Listens on loopback and keeps whatever anybody says to it."""
+    """Listen on loopback and store all received data."""
     heard: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.05)
@@ -151,7 +151,7 @@ def test_a_bomb_that_states_no_length_is_counted(layout, rate_hz):
 
 
 def test_an_amr_recording_decodes():
-    """As phones write it; these frames say that there is nothing to hear."""
+    """A phone recording; these frames are silence."""
     frame = bytes([0x3C]) + bytes(31)
     waveform = decode(b"#!AMR\n" + frame * 50)
     assert (waveform.codec, waveform.source_sample_rate_hz, waveform.source_channels) == ("amr_nb", 8_000, 1)

@@ -1,4 +1,4 @@
-"""What holds of a Llama read out of GGUF: it computes what the Llama computes, and its tokenizer carries traces."""
+"""A Llama read from GGUF computes the same as the Llama, and its tokenizer encodes traces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.gguf_file import tiny_llama, write_gguf
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, SmolLM2File]:
-    """A Llama of random weights, and its GGUF file as llama.cpp writes it."""
+    """A Llama of random weights, and its GGUF file in llama.cpp's form."""
     model = tiny_llama(num_attention_heads=4, num_key_value_heads=2)
     file = write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", model)
     return model, SmolLM2File(file)

@@ -1,4 +1,4 @@
-"""One question from waveform to reply, over scripts of traces good and bad."""
+"""One question from waveform to reply, with scripted traces, good and bad."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ask(
     edit: Callable[[list[int], TraceTokenizer], list[int]] | None = None,
     shows_reasoning: bool = True,
 ) -> tuple[QaReply, list[tuple[str, dict[str, Any]]], Service]:
-    """Answers with an engine that writes this text, and returns the reply, the events and the service."""
+    """Answer with an engine writing this text; return the reply, the events and the service."""
 
     def write(_: object, tokenizer: TraceTokenizer) -> list[int]:
         token_ids = [*tokenizer.encode_trace(text), tokenizer.im_end_id]
@@ -178,7 +178,7 @@ def test_random_tokens_give_a_reply() -> None:
 
 
 def with_pauses(*sections: Section) -> Callable[[list[int], TraceTokenizer], list[int]]:
-    """Returns an edit that puts a <PAUSE> behind the opening tag of each section."""
+    """Return an edit that adds a <PAUSE> after the opening tag of each section."""
 
     def edit(token_ids: list[int], tokenizer: TraceTokenizer) -> list[int]:
         for section in sections:
@@ -232,7 +232,7 @@ def test_a_sampled_pause_is_hidden_and_bounded(num_hidden: int) -> None:
 
     reply, events, _ = ask(render(WORDS), checkpoint=checkpoint, max_pauses=1, edit=edit)
     assert reply.pause.count == 1 and [pause.section for pause in reply.pause.at] == ["REASONING"]
-    # At most eight hidden tokens, and the two that open and close them.
+    # At most eight hidden tokens, and the two tags around them.
     assert reply.usage.pause_tokens == min(num_hidden, 8) + 2
     assert [data["latent_tokens"] for name, data in events if name == "pause"] == [min(num_hidden, 8)]
     if num_hidden < 8:
@@ -247,7 +247,7 @@ def test_only_the_answer_is_shown_when_asked_for() -> None:
 
 
 def text_style_checkpoint() -> Checkpoint:
-    """The scripted checkpoint as an adopted one would be: tags are plain text."""
+    """Return the scripted checkpoint in the form of an adopted one: tags are plain text."""
     tokenizer = TraceTokenizer(CHECKPOINT.tokenizer.tokenizer, TagStyle.TEXT)
     trace = CHECKPOINT.manifest.trace.model_copy(update={"tag_style": TagStyle.TEXT, "answer_style": "text"})
     manifest = CHECKPOINT.manifest.model_copy(update={"trace": trace})
@@ -262,7 +262,7 @@ def test_plain_text_tags_and_choices_by_their_words() -> None:
     reply, _, service = ask("", checkpoint=checkpoint, edit=spell_out)
     assert value(service.metrics.registry, "hyper_parse_failures_total", kind="trailing_text") == 0
     assert (reply.answer.text, reply.trace.format, reply.termination) == ("rain", "strict", "complete")
-    # Here the engine does not know where an answer ends, so that a model can go on.
+    # Here the engine cannot detect the end of an answer, so a model may continue.
     _, _, service = ask(
         "", checkpoint=checkpoint, edit=lambda _, tokenizer: tokenizer.encode_text(render(WORDS) + " and more")
     )

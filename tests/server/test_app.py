@@ -1,4 +1,4 @@
-"""The service over HTTP: questions as forms and JSON, their replies and streams, and what it says of itself."""
+"""The service over HTTP: questions as forms and JSON, their replies and streams, and its own description."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_trace_cut_by_max_tokens_still_has_an_answer(live: Live) -> None:
 
 
 def test_words_cannot_become_markup(live: Live) -> None:
-    """The prompt of a question full of markup holds the same special tokens as that of a plain one."""
+    """The prompt of a question full of markup has the same special tokens as a plain one."""
     service = live.service
     special = service.checkpoint.tokenizer.special_ids
     seen: list[list[int]] = []
@@ -236,7 +236,7 @@ def test_the_source_of_a_clip_is_told(live: Live, stereo: bytes) -> None:
 
 def test_the_embedded_checkpoint_is_served_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_checkpoint(Settings()).manifest.name == "hyper-mini"
-    # An installed package has none beside it.
+    # An installed package contains no checkpoint.
     monkeypatch.setattr("server.app.EMBEDDED_CHECKPOINT", Path("nowhere"))
     with pytest.raises(CheckpointError, match="HYPER_CHECKPOINT"):
         create_app(Settings())

@@ -1,4 +1,4 @@
-"""How work is cut short: clients that leave, deadlines, overload, draining, and an engine that dies."""
+"""Early ends of work: clients that disconnect, deadlines, overload, draining, and a dying engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_client_that_leaves_ends_the_work(slow: Live, is_stream: bool) -> None
 
 
 def leave_early(service: Live, is_stream: bool) -> None:
-    """Asks, and closes the connection while the engine writes."""
+    """Send a question, and close the connection while the engine writes."""
     clip = {"file": ("clip", tone())}
     fields = {"question": QUESTION, "stream": str(is_stream).lower()}
     with (
@@ -72,7 +72,7 @@ def test_decoding_ends_with_its_request(live: Live) -> None:
             task.cancel()
         started_s = time.monotonic()
         await asyncio.gather(*tasks, return_exceptions=True)
-        # The places of those that were decoding, and of those that waited, are free.
+        # The places of decoding and waiting requests are free.
         await decoding(tone())
         return time.monotonic() - started_s
 
@@ -102,7 +102,7 @@ def test_a_deadline_before_the_first_token_has_no_words(live: Live) -> None:
 def test_a_client_that_stops_reading_does_not_keep_its_place(
     monkeypatch: pytest.MonkeyPatch, reads: int, is_drained: bool
 ) -> None:
-    """By its deadline, or by a drain: the last words are not waited for without end."""
+    """The place is freed by its deadline, or by a drain: the last bytes have a time limit too."""
     monkeypatch.setattr(stream, "LAST_EVENT_TIMEOUT_S", 0.2)
     with running(scripted(scripted_token_interval_s=0.001, ping_interval_s=0.1, drain_timeout_s=0.2)) as service:
         request = httpx.Request(
@@ -114,14 +114,14 @@ def test_a_client_that_stops_reading_does_not_keep_its_place(
         task = asyncio.run_coroutine_threadsafe(stop_reading(service, request, reads), service.loop)
         wait_for(lambda: service.service.engine.num_in_flight == 1)
         if is_drained:
-            # The server itself would not wait for a request that came past it.
+            # The server itself would not wait for a request sent around it.
             asyncio.run_coroutine_threadsafe(service.service.drain(), service.loop)
         assert task.result(10) == reads
         assert service.service.num_in_flight == 0
 
 
 async def stop_reading(service: Live, request: httpx.Request, num_reads: int) -> int:
-    """Sends a request as an ASGI server would whose client accepts some pieces of the reply and then no more."""
+    """Send a request as an ASGI server whose client reads some pieces of the reply and then stops."""
     headers = [(name.lower(), value) for name, value in request.headers.raw]
     scope = {"type": "http", "method": "POST", "path": "/v1/audio/qa", "query_string": b"", "headers": headers}
     bodies = iter([request.read()])
@@ -195,7 +195,7 @@ def test_draining_finishes_what_is_in_flight_and_refuses_the_rest() -> None:
     ],
 )
 def test_what_cannot_be_finished_is_told_so(code: str, end: Callable[[Live], object]) -> None:
-    """A drain that takes too long, and an engine that dies: a status without streaming, an event with it."""
+    """A drain timeout and a dying engine give a status without streaming, and an event with it."""
     with running(scripted(drain_timeout_s=0.3)) as service:
         slow_down(service, 0.1)
         found: list[Any] = []
@@ -222,10 +222,10 @@ def test_a_dead_engine_is_503_and_not_ready() -> None:
 
 
 class BrokenStart(ScriptedEngine):
-    """Cannot be started."""
+    """Engine with a failing start."""
 
     async def start(self) -> None:
-        """Fails."""
+        """Fail."""
         raise RuntimeError("no memory")
 
 

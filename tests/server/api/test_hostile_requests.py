@@ -1,4 +1,4 @@
-"""Two thousand requests that nobody wrote by hand, and the ones that somebody would: never our fault, never an echo."""
+"""Two thousand generated requests and typical wrong ones: never a server error, and no echo of the input."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.serving import QUESTION, Live, running, scripted, tone
 
 CLIP = base64.b64encode(tone(0.1)).decode()
 MARK = "zqxjkv"
-"""What no reply of ours says by itself."""
+"""Text absent from all our own replies."""
 
 FIELDS = (
     "question choices stream pause reasoning long_audio max_tokens temperature seed timeout_ms audio file model n stop "
     "logit_bias logprobs tools chat_template cache_salt mm_processor_kwargs audio_url response_format user __proto__"
 ).split()
 
-# Found once, the same examples every time; shrinking would only make a failure slower to see.
+# The same examples every time; shrinking would only delay the report of a failure.
 GENERATED = settings(
     max_examples=1000,
     deadline=None,
@@ -95,7 +95,7 @@ def service() -> Iterator[Live]:
 
 
 def check(reply: httpx.Response, sent: object) -> None:
-    """Says that the fault is the sender's, in our form, without repeating what was sent."""
+    """Check that the error blames the request, has our form, and does not repeat the input."""
     if reply.status_code == 200:
         return
     error = reply.json()["error"]
@@ -110,7 +110,7 @@ def check(reply: httpx.Response, sent: object) -> None:
 
 
 def to_json(value: object) -> bytes:
-    """Writes JSON as no client should: NaN, infinities and lone surrogates as they are."""
+    """Write invalid JSON: NaN, infinities and lone surrogates unescaped."""
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 

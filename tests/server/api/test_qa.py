@@ -1,4 +1,4 @@
-"""The door: clips, fields and bodies that are refused, by name, quickly, and without a word of what was sent."""
+"""Validation of requests: bad clips, fields and bodies are refused by name, quickly, and without an echo."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ BAD_CLIPS: dict[str, tuple[Callable[[], bytes], int, set[str]]] = {
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("name", BAD_CLIPS)
 def test_a_bad_clip_is_refused_quickly_and_the_next_is_answered(live: Live, name: str, is_stream: bool) -> None:
-    """Streaming makes no difference: what is wrong before the first event has a status."""
+    """Streaming makes no difference: an error before the first event has a status."""
     make, status, codes = BAD_CLIPS[name]
     files = {"file": ("clip.wav", make())}
     started_s = time.monotonic()
@@ -99,7 +99,7 @@ def test_a_bad_field_is_named_and_not_repeated(live: Live, name: str) -> None:
     reply = live.ask(**fields)
     assert time.monotonic() - started_s < 1
     assert_error(reply, 400, code, param)
-    # The request's id is random, and may hold any digits.
+    # The request's id is random, and may contain any digits.
     said = reply.text.replace(reply.headers["x-request-id"], "")
     assert "xxxx" not in said and "9999" not in said and "quesiton" not in said
     assert live.ask().status_code == 200
@@ -160,7 +160,7 @@ GOOD_AUDIO = b'"audio":{"data":"' + base64.b64encode(tone(0.2)) + b'"}'
 
 
 def with_audio(fields: bytes) -> bytes:
-    """Writes a body of these fields and a good clip."""
+    """Return a body of these fields and a good clip."""
     return b"{" + fields + b", " + GOOD_AUDIO + b"}"
 
 
@@ -232,7 +232,7 @@ def test_bad_json_is_a_bad_request(live: Live, name: str) -> None:
 
 
 def test_a_million_bad_items_are_refused_in_a_moment() -> None:
-    """Without building an error for each: 0.2 s is a hundredth of what that took."""
+    """No error object is built for each item: 0.2 s is a hundredth of the time otherwise."""
     body = b'{"question": "a", "choices": [1' + b",1" * 500_000 + b"]}"
     fields = forms.parse_json(body)
     started_s = time.process_time()
@@ -269,7 +269,7 @@ def test_an_unknown_charset_is_refused_but_utf_8_by_its_names_is_not(live: Live)
 
 
 def test_choices_answered_by_their_words_have_room_to_be_scored() -> None:
-    """A choice is scored as it is written, escaped and closed, plus the token that the engine must write behind it."""
+    """A choice is scored as written, escaped and closed, plus the one token always written by the engine."""
     given = scripted_checkpoint()
     trace = given.manifest.trace.model_copy(update={"answer_style": "text"})
     manifest = given.manifest.model_copy(update={"trace": trace})
@@ -289,7 +289,7 @@ def test_choices_answered_by_their_words_have_room_to_be_scored() -> None:
 
 
 def test_no_value_anywhere_is_a_server_error(live: Live) -> None:
-    """Every kind of JSON value where every field stands: wrong types, nesting, extremes."""
+    """Try every kind of JSON value in every field: wrong types, nesting, extremes."""
     values = [None, True, -1, 0, 1.5, 10**400, "", "x" * 70_000, "\0", [], [[]], {}, {"a": []}, [1, 2], "\U0001f600"]
     for field in ("question", "choices", "stream", "pause", "reasoning", "long_audio", "max_tokens", "seed", "audio"):
         for value in values:

@@ -1,4 +1,4 @@
-"""The box: what is decoded in it sounds as it does outside, and what breaks out of a decoder gets nowhere."""
+"""The decoder sandbox: results equal those outside it, and a compromised decoder can do nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MEMORY_BYTES = 256 * 2**20
 async def boxed(
     program: str = "server.decoding.worker", **limits: Any
 ) -> AsyncGenerator[tuple[DecoderPool, list[WorkerFailure]]]:
-    """Starts a box, and notes why decoders die in it."""
+    """Start a decoder pool, and record the reasons of dead workers."""
     deaths: list[WorkerFailure] = []
     box = DecoderPool(AudioLimits(**limits), memory_bytes=MEMORY_BYTES, on_death=deaths.append, program=program)
     await box.start()
@@ -51,13 +51,13 @@ def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 def order(name: str) -> bytes:
-    """Writes a "clip" for the hostile decoder."""
+    """Return a "clip" for the hostile decoder."""
     return b"RIFF\0\0\0\0WAVE" + name.encode()
 
 
 @pytest.fixture
 def canary() -> Iterator[socket.socket]:
-    """A file that nobody may read or remove, and a port that nobody may call."""
+    """A forbidden file and a forbidden port."""
     path = Path("/tmp/hyper-canary")
     path.write_bytes(hostile_decoder.SECRET)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -113,7 +113,7 @@ def test_a_clip_over_the_limit_or_no_clip_at_all_is_refused_without_a_worker() -
 
 
 def test_a_decoder_that_was_taken_over_gets_nowhere(canary: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every attempt is stopped by an error; none is merely without effect."""
+    """Every attempt is stopped by an error; none merely lacks an effect."""
     monkeypatch.setenv("HYPER_SECRET", "hyp_key")
 
     async def work() -> None:
@@ -122,7 +122,7 @@ def test_a_decoder_that_was_taken_over_gets_nowhere(canary: socket.socket, monke
             assert NOT_STOPPED not in stopped_by.values(), stopped_by
             assert set(stopped_by.values()) <= {errno.EPERM, errno.EACCES, errno.ENOMEM, errno.EMFILE}, stopped_by
             assert not deaths
-            # Nobody but root may look into it: it is not dumpable.
+            # Only root can inspect it: it is not dumpable.
             if os.geteuid() == 0:
                 assert b"hyp_key" not in Path(f"/proc/{helper(box)}/environ").read_bytes()
                 assert len(list(Path(f"/proc/{helper(box)}/fd").iterdir())) == 4
@@ -243,7 +243,7 @@ asyncio.run(work())
 
 
 def test_bubblewrap_is_used_wherever_the_service_is_started(tmp_path: Path) -> None:
-    """An editable install is found by a hook, so outside the checkout no folder of `sys.path` holds our packages."""
+    """An editable install is found by a hook, so outside the checkout no folder of `sys.path` contains our packages."""
     if (
         not shutil.which("bwrap")
         or subprocess.run(["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]).returncode
@@ -263,12 +263,12 @@ def test_bubblewrap_is_used_wherever_the_service_is_started(tmp_path: Path) -> N
 
 
 def children(pid: int) -> list[int]:
-    """Lists a process's children, the dead but uncollected included."""
+    """Return a process's children, including zombies."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def helper(box: DecoderPool) -> int:
-    """Returns the helper's process id; bubblewrap, where it is installed, stands two processes before it."""
+    """Return the helper's process id; bubblewrap, if installed, is two processes above it."""
     assert box.process is not None
     pid = box.process.pid
     while "bubblewrap" in box.layers and b"bwrap" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]:
@@ -277,12 +277,12 @@ def helper(box: DecoderPool) -> int:
 
 
 def workers(box: DecoderPool) -> list[int]:
-    """Lists the helper's workers."""
+    """Return the helper's workers."""
     return children(helper(box))
 
 
 async def no_worker_is_left(box: DecoderPool) -> None:
-    """Waits for the last worker to be gone."""
+    """Wait until the last worker is gone."""
     for _ in range(100):
         if not workers(box):
             return
@@ -299,7 +299,7 @@ LONG_CLIPS = {
 
 
 def test_the_box_costs_little_time_and_memory(tmp_path: Path) -> None:
-    """Prints the figures; the bounds here are for a machine that does other work."""
+    """Print the figures; the bounds are for a busy machine."""
 
     async def work() -> None:
         async with boxed() as (box, deaths):

@@ -1,4 +1,4 @@
-"""What holds of talk: a clip follows from its seed, keeps to its split, and says what its transcript says."""
+"""Talk: a clip is reproducible from its seed, keeps to its split, and matches its transcript."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.data.talk import LONGEST_S, TalkBuilder
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> TalkBuilder:
-    """Talk of the voices of a bank, which need no synthesizer."""
+    """Talk with the voices of a bank, without a synthesizer."""
     work = tmp_path_factory.mktemp("talk")
     write_wordnet(work / TEXTS_FOLDER)
     write_sounds(work / SOUNDS_FOLDER)

@@ -1,4 +1,4 @@
-"""What holds of lines that nobody can guess: they follow from the seed, keep to their split and can be spoken."""
+"""Unpredictable lines: they are reproducible from the seed, keep to their split and can be spoken."""
 
 from __future__ import annotations
 
