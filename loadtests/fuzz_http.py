@@ -30,7 +30,7 @@ from schemathesis.core.result import Ok
 from loadtests.client import QA_PATH
 from loadtests.clips import SAMPLE_RATE_HZ, wav
 
-PUBLIC_PATHS = ("/livez", "/readyz")
+PUBLIC_PATHS = ("/livez", "/readyz", "/", "/docs")
 
 FORM = "multipart/form-data"
 NEGATIVE = "negative_data_rejection"
@@ -254,9 +254,18 @@ def clip_bytes() -> st.SearchStrategy[bytes]:
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY")
 DISGUISED_HEADERS = ({}, {"host": "127.0.0.1/livez?"}, {"x-forwarded-for": "127.0.0.1"})
-UNDESCRIBED_PATHS = ("/docs", "/docs/oauth2-redirect", "/openapi.json")
+UNDESCRIBED_PATHS = ("/docs", "/openapi.json")
 STRAY_PATHS = (
-    *("/", "/nothing", "/livez/../v1/info", "/livez/", "/readyz/x", "/LIVEZ", "/livez;/v1/info", "/static/x"),
+    *(
+        "/docs/oauth2-redirect",
+        "/nothing",
+        "/livez/../v1/info",
+        "/livez/",
+        "/readyz/x",
+        "/LIVEZ",
+        "/livez;/v1/info",
+        "/static/x",
+    ),
     *("/redoc", "/health", "/v1/models", "/v1/chat/completions", "/invocations", "/pause", "/tokenize", "/version"),
 )
 """Addresses outside the API; some exist in vLLM's own server."""

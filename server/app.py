@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from hyper_model.checkpoint import Checkpoint, open_checkpoint
 from hyper_model.errors import CheckpointError, HyperError
 from server import error_handlers
-from server.api import health, info, qa
+from server.api import health, info, page, qa
 from server.api.openapi import document
 from server.api_keys import KeyRing
 from server.engines.protocol import Engine, ScriptedEngine
@@ -58,11 +58,14 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
             life.cancel()
             await asyncio.gather(life, return_exceptions=True)
 
-    app = FastAPI(title="HyPeR", version=version(), description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(
+        title="HyPeR", version=version(), description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     app.state.service = service
     app.include_router(qa.router)
     app.include_router(info.router)
     app.include_router(health.router)
+    app.include_router(page.router)
     max_pauses, asks_for_keys = service.answerer.max_pauses, service.keys is not None
     app.openapi = lambda: document(app, settings, max_pauses=max_pauses, asks_for_keys=asks_for_keys)
     error_handlers.install(app)

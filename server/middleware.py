@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.error_handlers import error_response
 from server.errors import RequestError, to_request_error
+from server.page import PAGE_PATHS
 from server.request_context import SCOPE_KEY, RequestContext
 from server.service import Service
 from server.settings import Settings
@@ -34,12 +35,15 @@ LINGER_S = 1.0
 
 MAX_HEADERS = 100
 
-PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
+PROBE_PATHS = frozenset({"/livez", "/readyz"})
+PUBLIC_PATHS = PROBE_PATHS | PAGE_PATHS
 """Paths without authentication. Every other path, also a new one, needs a key with the scope `ask`."""
 
 METRICS_PATH = "/metrics"
-OPERATOR_PATHS = PUBLIC_PATHS | {METRICS_PATH}
+OPERATOR_PATHS = PROBE_PATHS | {METRICS_PATH}
 """Paths of the metrics port, without authentication."""
+
+UNTRACED_PATHS = PUBLIC_PATHS | OPERATOR_PATHS
 
 PRIORITY_HEADER = "x-hyper-priority"
 
@@ -66,7 +70,7 @@ class RequestMiddleware:
         scope[SCOPE_KEY] = context
         if self.tracer is None:
             context.trace_id = trace_id_of(headers.get("traceparent", ""))
-        elif scope["path"] not in OPERATOR_PATHS:
+        elif scope["path"] not in UNTRACED_PATHS:
             self.tracer.begin(context, headers)
         reply = Reply(context, receive, send)
         body = Body(context, receive, self.settings)

@@ -59,7 +59,7 @@ HTTP_LIBRARIES = {"fastapi", "starlette", "uvicorn", "httpx"}
 
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "server": (
-        "settings telemetry",
+        "settings telemetry page",
         "api_keys errors",
         "engines decoding quotas",
         "pause_budget request_context",

@@ -16,16 +16,16 @@ from pathlib import Path
 import httpx
 import pytest
 from click.testing import CliRunner
-from hyper.commands import ask as ask_command
 from starlette.routing import Route
 
+from hyper.commands import ask as ask_command
 from hyper_model.errors import HyperError
 from loadtests.fuzz_http import DISGUISED_HEADERS, METHODS, STRAY_PATHS, bearer, disguises, wrong_headers
 from server import api_keys as keys
 from server.api_keys import KeyFileError, KeyRing
 from server.app import create_app
 from server.commands import keys as command
-from server.middleware import OPERATOR_PATHS, PUBLIC_PATHS
+from server.middleware import OPERATOR_PATHS, PROBE_PATHS, PUBLIC_PATHS
 from server.quotas import Quotas
 from server.request_context import RequestContext
 from server.serving import bind
@@ -85,7 +85,7 @@ def test_without_a_key_no_address_answers(guarded: Live, secrets: dict[str, str]
     """Try every route and similar paths, by every method, under several hosts, without a key and with a wrong one."""
     app = guarded.server.config.loaded_app
     routes = {route.path for route in guarded_routes(guarded)}
-    assert {"/v1/audio/qa", "/v1/info", "/metrics", "/docs", "/openapi.json", *PUBLIC_PATHS} <= routes
+    assert {"/v1/audio/qa", "/v1/info", "/metrics", "/", "/docs", "/openapi.json", *PROBE_PATHS} <= routes
     assert app is not None
     paths = {path for route in routes - PUBLIC_PATHS for path in disguises(route)}
     paths |= set(STRAY_PATHS)
@@ -142,7 +142,7 @@ def test_a_scope_opens_its_own_addresses_alone(guarded: Live, secrets: dict[str,
     can = {
         name: [
             guarded.client.get(path, headers=bearer(secrets[name])).status_code
-            for path in ("/v1/info", "/docs", "/metrics", "/nothing")
+            for path in ("/v1/info", "/openapi.json", "/metrics", "/nothing")
         ]
         for name in ("anna", "ben", "scraper")
     }
