@@ -1,8 +1,8 @@
 """The answering procedure: from one question about one clip to an answer, without input or output.
 
-`Answering` holds the procedure and no engine, as h11 holds HTTP and no socket. It says in `next_step` what it needs
-from an engine, takes token ids and scores, and returns events. The service drives it token by token
-(`server.answering`); evaluation and calibration drive many of them in batches (`training.rl.rollout`). Both therefore
+`Answering` holds the procedure without an engine, as h11 holds HTTP without a socket. `next_step` names the needed work
+of an engine. The procedure takes token ids and scores, and returns events. The service drives it token by token
+(`server.answering`). Evaluation and calibration drive many procedures in batches (`training.rl.rollout`). So both
 measure and serve the same answer.
 
     answering = Answering(question, tokenizer, manifest)
@@ -18,13 +18,13 @@ measure and serve the same answer.
     result = answering.result
 
 Steps of the procedure:
-  1. The model writes its trace. Choices are scored, so its turn then ends at the tag that opens FINAL_ANSWER; an open
-     question ends at the tag that closes it.
-  2. A trace that breaks off (token limit, gate, end of turn without an answer) is closed by the missing tags.
+  1. The model writes its trace. With choices, generation ends at the opening tag of FINAL_ANSWER, because choices are
+     scored. Without choices it ends at the closing tag.
+  2. An incomplete trace (token limit, gate, end of turn without an answer) is closed with the missing tags.
   3. With choices, each is scored as the continuation of the trace, and the likeliest is written into it. Without
-     choices, the model gets `ANSWER_TOKENS` more to answer a trace that broke off.
+     choices, the model gets `ANSWER_TOKENS` more to answer after an incomplete trace.
 
-This module imports neither torch nor vLLM and has no notion of HTTP, clips as samples, or wire formats.
+The module imports neither torch nor vLLM and is independent of HTTP, clips as samples, and wire formats.
 """
 
 from __future__ import annotations
@@ -42,28 +42,29 @@ from hyper_model.trace_parser import Event as TraceEvent
 from hyper_model.trace_parser import ParsedTrace, SectionDelta, TraceParser
 
 DEFAULT_MAX_TOKENS = 1024
-"""Most visible tokens of a trace, where the caller names no limit."""
+"""Default maximum of visible tokens of a trace."""
 
 ANSWER_TOKENS = 64
-"""Most tokens of an answer after a trace that broke off; not part of `max_tokens`, so that a reply is never empty."""
+"""Maximum tokens of an answer after an incomplete trace. They are not part of `max_tokens`, so a reply is never empty.
+"""
 
 CLOSING_TOKENS = 16
-"""Most tokens of the tags that close such a trace."""
+"""Maximum number of closing tags of an incomplete trace, in tokens."""
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
 class Question:
-    """Holds one checked question about one clip.
+    """One checked question about one clip.
 
     Attributes:
-        prompt_token_ids: As `build_prompt` writes it, with one placeholder for the clip.
-        choices: The options to choose from; empty for an open question.
-        max_tokens: Most visible tokens of the trace; `max_trace_tokens` is the upper bound.
-        gate: Lets the trace pause and gives up a trace that repeats itself; None turns both off.
+        prompt_token_ids: The prompt of `build_prompt`, with one placeholder for the clip.
+        choices: The options; empty for an open question.
+        max_tokens: Maximum visible tokens of the trace; `max_trace_tokens` is the upper bound.
+        gate: Settings of the gate for pauses and for repetitive traces; None turns both off.
         temperature: 0 takes the likeliest token.
-        seed: Seeds sampling; None leaves it to the engine.
+        seed: Seed of sampling; None leaves it to the engine.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -76,14 +77,14 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Generate:
-    """Asks the driver for a continuation of a prompt.
+    """Step for the driver: generate a continuation of a prompt.
 
     Attributes:
-        prompt_token_ids: The question's prompt and everything written so far.
-        max_tokens: Most visible tokens; the stop token counts, the tokens of pauses do not.
-        stop_token_ids: The first of these ends the continuation and is its last token.
-        banned_token_ids: Tokens that may not be written.
-        gate: Runs over the continuation; None for no gate.
+        prompt_token_ids: The question's prompt and the completion so far.
+        max_tokens: Maximum visible tokens, including the stop token and excluding pauses.
+        stop_token_ids: The continuation ends with the first of these tokens.
+        banned_token_ids: Tokens never written.
+        gate: Gate of the continuation, or None.
     """
 
     prompt_token_ids: Sequence[int]
@@ -97,7 +98,7 @@ class Generate:
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """Asks the driver for the log-probability of each candidate as the continuation of a prompt."""
+    """Step for the driver: compute the log-probability of each candidate as the continuation of a prompt."""
 
     prompt_token_ids: Sequence[int]
     candidates: Sequence[Sequence[int]]
@@ -105,7 +106,7 @@ class Score:
 
 @dataclass(frozen=True)
 class AnswerDelta:
-    """Adds text to the answer; the deltas joined are `AnswerResult.text`."""
+    """New text of the answer; joined, the deltas are `AnswerResult.text`."""
 
     text: str
 
@@ -115,17 +116,17 @@ Event = TraceEvent | AnswerDelta
 
 @dataclass(frozen=True)
 class AnswerResult:
-    """Holds an answer and everything that led to it.
+    """An answer with its trace, scores and counts.
 
     Attributes:
-        text: The answer: the chosen option as the caller wrote it, else the text of FINAL_ANSWER or RESPONSE.
+        text: The answer: the chosen option in the caller's words, else the text of FINAL_ANSWER or RESPONSE.
         choice_index: Index of the chosen option; None for an open question.
         scores: One probability per option, of sum 1; empty for an open question.
-        parsed: The trace, the written choice included.
-        token_ids: The whole completion: pauses and closing tags included, the token that ends a turn left out.
-        num_completion_tokens: Visible tokens that the model wrote, stop tokens included.
-        num_pauses: Pauses taken; `num_pause_tokens` counts their hidden tokens.
-        report: What the gate measured.
+        parsed: The trace, including the written choice.
+        token_ids: The whole completion, with pauses and closing tags and without the token at the end of a turn.
+        num_completion_tokens: Visible tokens written by the model, stop tokens included.
+        num_pauses: Number of pauses; `num_pause_tokens` counts their hidden tokens.
+        report: The gate's measurements.
     """
 
     text: str
@@ -140,24 +141,24 @@ class AnswerResult:
 
     @property
     def confidence(self) -> float | None:
-        """The probability of the chosen option; None for an open question."""
+        """Return the probability of the chosen option; None for an open question."""
         return None if self.choice_index is None else self.scores[self.choice_index]
 
     @property
     def pause_confidences(self) -> tuple[float | None, ...]:
-        """The confidence at each pause of the trace; None for early pauses that the report no longer holds."""
+        """Return the confidence at each pause of the trace; None for early pauses missing in the report."""
         num_pauses = len(self.parsed.pauses)
         padded = (*[None] * num_pauses, *self.report.confidences)
         return padded[len(padded) - num_pauses :]
 
 
 class Answering:
-    """Answers one question; see the module's first lines for how to drive it.
+    """Procedure for one question; the module docstring shows how to drive it.
 
     Attributes:
         question: The question.
-        next_step: What the driver must do next; None when the answer is complete. A `Generate` stays the next step
-            until its continuation has ended.
+        next_step: The driver's next work; None for a complete answer. A `Generate` stays the next step until its
+            continuation has ended.
         token_ids: The completion so far.
     """
 
@@ -182,15 +183,15 @@ class Answering:
 
     @property
     def parsed(self) -> ParsedTrace:
-        """The trace so far."""
+        """Return the trace so far."""
         return self._parser.result
 
     @property
     def result(self) -> AnswerResult:
-        """The finished answer.
+        """Return the finished answer.
 
         Raises:
-            RuntimeError: The procedure has a next step.
+            RuntimeError: If the procedure has a next step.
         """
         if self._result is None:
             raise RuntimeError("the answer is not complete: drive the procedure until next_step is None")
@@ -204,14 +205,14 @@ class Answering:
         span: Sequence[int] = (),
         report: GateReport | None = None,
     ) -> list[Event]:
-        """Takes the next tokens of the continuation that `next_step` asks for; returns the events that they complete.
+        """Process the next tokens of the continuation requested by `next_step`, and return the completed events.
 
         Args:
             token_ids: Visible tokens.
-            finish_reason: Why the continuation ends with them; None where more follows. "abort" where the gate or the
-                engine gave it up.
-            span: The hidden tokens of a pause in front of `token_ids`.
-            report: What the gate measured, at the end of a continuation with a gate.
+            finish_reason: Reason for the end of the continuation; None if more tokens follow. "abort" if the gate or
+                the engine aborted it.
+            span: Hidden tokens of a pause before `token_ids`.
+            report: The gate's measurements, at the end of a continuation with a gate.
         """
         events: list[Event] = []
         if span:
@@ -230,7 +231,7 @@ class Answering:
         return events
 
     def receive_scores(self, logprobs: Sequence[float]) -> list[Event]:
-        """Takes the log-probabilities of the candidates and writes the likeliest choice into the trace."""
+        """Process the log-probabilities of the candidates, and write the likeliest choice into the trace."""
         events: list[Event] = []
         tokenizer, choices = self._tokenizer, self.question.choices
         # Sums over whole candidates, not means: the model has read the choices and is about to copy one of them.
@@ -254,7 +255,7 @@ class Answering:
                 self._end_trace("stop", events)
                 return
             self._feed((token_id,), events)
-            # Where tags are plain text no single token opens the answer: only the parser sees it, not the engine.
+            # With plain-text tags no single token opens the answer; only the parser detects it, not the engine.
             if self.question.choices and Section.FINAL_ANSWER in self._parser.open_sections:
                 self._end_trace("answer", events)
                 return
@@ -262,7 +263,7 @@ class Answering:
             self._end_trace(finish_reason, events)
 
     def _end_trace(self, reason: FinishReason | Literal["answer"], events: list[Event]) -> None:
-        """Closes the trace where it broke off, and asks for the choice, for the answer, or for nothing more."""
+        """Close an incomplete trace, and request a choice, an answer, or nothing more."""
         self._is_in_trace = False
         self._hint = _TERMINATIONS.get(reason, Termination.COMPLETE)
         has_answer = reason == "answer" or self._parser.result.answer_text is not None
@@ -287,7 +288,7 @@ class Answering:
         if choice_index is None:
             text = parsed.answer_text or ""
             if not parsed.texts.get(Section.FINAL_ANSWER):
-                # No delta has carried the answer: it is the text of RESPONSE, or empty.
+                # The answer was in no delta yet: it is the text of RESPONSE, or empty.
                 events.append(AnswerDelta(text))
         else:
             text = self.question.choices[choice_index]
@@ -309,7 +310,7 @@ class Answering:
             prompt_token_ids=self._prompt(),
             max_tokens=max_tokens,
             temperature=question.temperature,
-            # Each step continues the same draw; the same seed again would repeat the random numbers of the first.
+            # Each step continues the same draw; with the same seed it would repeat the first step's random numbers.
             seed=None if question.seed is None else (question.seed + self._num_steps) % 2**32,
             stop_token_ids=tuple(sorted(self._ends | stop)),
             banned_token_ids=tuple(sorted(self._tokenizer.pause_ids)) if gate is None else (),
@@ -321,7 +322,7 @@ class Answering:
         return [*self.question.prompt_token_ids, *self.token_ids]
 
     def _answer_tags(self) -> tuple[frozenset[int], frozenset[int]]:
-        """Returns the tokens that open and close FINAL_ANSWER; none where tags are plain text."""
+        """Return the tokens to open and close FINAL_ANSWER; none for plain-text tags."""
         tag_ids = self._tokenizer.tag_ids.get(Section.FINAL_ANSWER)
         return (frozenset(), frozenset()) if tag_ids is None else (frozenset(tag_ids[:1]), frozenset(tag_ids[1:]))
 
@@ -350,13 +351,13 @@ def max_trace_tokens(
     tokenizer: TraceTokenizer,
     manifest: Manifest,
 ) -> int:
-    """Returns how many visible tokens of trace fit into the model beside prompt, clip, pauses and answer.
+    """Return the maximum visible tokens of a trace beside prompt, clip, pauses and answer.
 
-    The number is 0 or negative where nothing fits.
+    It is 0 or negative if there is no room.
     """
     longest_choice = 0
     if manifest.trace.answer_style == "text":
-        # As they are scored: escaped, closed, and with the one token that the engine must write behind them.
+        # As scored: escaped, closed, and with the one token always written by the engine.
         longest_choice = max(map(len, tokenizer.choice_ids(choices, by_letter=False)), default=0) + 1
     reserved = (
         len(prompt_token_ids)
@@ -369,10 +370,11 @@ def max_trace_tokens(
 
 
 def changed_answer(trace: Trace, choices: Sequence[str] = ()) -> bool | None:
-    """Tells whether FINAL_ANSWER differs from RESPONSE in words; None for a trace without a reflection.
+    """Return whether FINAL_ANSWER differs from RESPONSE in words; None for a trace without a reflection.
 
     Args:
-        choices: The question's options: its second one is the same answer as `two` and as `B. two`.
+        trace: The trace.
+        choices: The question's options: for its second one, `two` and `B. two` are the same answer.
     """
     if trace.reflection is None:
         return None
@@ -382,12 +384,12 @@ def changed_answer(trace: Trace, choices: Sequence[str] = ()) -> bool | None:
 
 
 def _folded(text: str | None) -> str:
-    """Returns the words alone, without their case and spacing."""
+    """Return the words alone, without case and spacing."""
     return " ".join((text or "").casefold().split())
 
 
 def softmax(logprobs: Sequence[float]) -> list[float]:
-    """Returns log-probabilities of alternatives as shares of 1, whatever they are (NaN and infinities included)."""
+    """Convert log-probabilities of alternatives to shares of 1, for any values (NaN and infinities included)."""
     values = np.nan_to_num(np.asarray(logprobs, dtype=np.float64), nan=-1e9, neginf=-1e9)
     shares = np.exp(values - values.max())
     return (shares / shares.sum()).tolist()

@@ -1,4 +1,4 @@
-"""Decide at once whether a request may begin, before its body is read: uploads and decoding cost too."""
+"""Admission of requests before their bodies are read, because uploads and decoding have a cost too."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ COME_AGAIN = "Retry after the Retry-After time."
 
 
 class Admission:
-    """Counts the requests in flight, and refuses one that finds the service unready, full or too slow.
+    """Counter of requests in flight; it refuses requests if the service is unready, full or too slow.
 
     Attributes:
-        num_in_flight: Admitted requests, those that upload or decode included.
-        reasons_not_ready: Lists the codes of what keeps the service from taking requests.
+        num_in_flight: Number of admitted requests, including uploads and decoding.
+        reasons_not_ready: Function for the codes of the reasons to refuse requests.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class Admission:
 
     @property
     def is_full(self) -> bool:
-        """Whether every place is taken."""
+        """Return whether every place is taken."""
         return self.num_in_flight >= self.settings.max_in_flight
 
     @property
     def max_batch_in_flight(self) -> int:
-        """The places that requests of the class batch may take."""
+        """Return the maximum number of places for requests of the class batch."""
         return max(1, int(self.settings.max_in_flight * self.settings.max_batch_share))
 
     @contextlib.contextmanager
@@ -54,7 +54,7 @@ class Admission:
         """Hold one of the places for requests.
 
         Raises:
-            RequestError: 429, when the caller has used what its key allows; 503, when the service is not ready or full.
+            RequestError: 429, if the caller has exhausted its key's limits; 503, if the service is not ready or full.
         """
         messages = {
             "starting": "The model is still loading.",
@@ -89,13 +89,14 @@ class Admission:
                 self.num_in_flight -= 1
 
     def require_time(self, context: RequestContext, deadline_s: float) -> None:
-        """Refuse a request whose turn would come after its deadline; called before its clip is decoded.
+        """Refuse a request with an expected start after its deadline; called before its clip is decoded.
 
         Args:
+            context: The request's context.
             deadline_s: A reading of `time.monotonic()`.
 
         Raises:
-            RequestError: 503; nothing but the upload has been spent on the request.
+            RequestError: 503; so far the request has cost only its upload.
         """
         num_ahead = self.limiter.num_working + (self.limiter.num_waiting if context.priority == "batch" else 0)
         wait_s = self.limiter.wait_s(num_ahead)
@@ -103,10 +104,10 @@ class Admission:
             raise self.overloaded("The expected wait for the engine exceeds the request's deadline.")
 
     def overloaded(self, message: str) -> RequestError:
-        """Return a 503 whose Retry-After is the expected time until a place becomes free."""
+        """Return a 503 with the expected time until a free place as Retry-After."""
         excess_s = max(0.0, self.limiter.wait_s(self.num_in_flight) - self.settings.max_queue_wait_s)
         free_s = (self.limiter.work_s or 0.0) / self.limiter.num_places
-        # Spread the times, so that callers who are refused together do not come back together.
+        # Spread the times, so that callers refused together do not return together.
         wait_s = (excess_s + free_s) * random.uniform(1.0, 1.25)
         retry_after_s = min(MAX_RETRY_AFTER_S, max(1, math.ceil(wait_s)))
         return RequestError("overloaded", message, hint=COME_AGAIN, retry_after_s=retry_after_s)

@@ -1,7 +1,7 @@
-"""Drive the answering procedure over an engine, for one request among many.
+"""Driver of the answering procedure over an engine, for one request among many.
 
 The procedure itself is `hyper_model.answering`. This module adds the wait for a slot, cache keys, times and metrics. It
-has no notion of HTTP or of wire formats: it passes events on as dataclasses and returns an `AnswerResult`.
+is independent of HTTP and wire formats: it forwards events as dataclasses and returns an `AnswerResult`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ async def discard(event: Event) -> None:
 
 @dataclass
 class Answerer:
-    """Holds what every answer needs of the service: engine, checkpoint, queue, budgets and cache keys.
+    """Parts of the service shared by all answers: engine, checkpoint, queue, budgets and cache keys.
 
     Attributes:
-        secret: Keys the names under which the engine caches clips and prompts; new in each process.
-        gate: The checkpoint's gate with its whole budget; None where it has none.
+        secret: Key of the engine's cache names for clips and prompts; new in each process.
+        gate: The checkpoint's gate with its full budget; None without a gate.
     """
 
     settings: Settings
@@ -62,13 +62,13 @@ class Answerer:
 
     @property
     def max_pauses(self) -> int:
-        """The most pauses of one answer; 0 where the checkpoint has no gate."""
+        """Return the maximum number of pauses per answer; 0 without a gate."""
         return self.gate.max_pauses if self.gate else 0
 
     def auto_budget(self, left_s: float) -> Budget:
-        """Compute the `pause=auto` budget from the seconds until the deadline and from the queue's length."""
+        """Compute the `pause=auto` budget from the seconds until the deadline and the queue's length."""
         settings = self.settings
-        # Count only requests that wait for the engine; unfinished uploads do not compete for it.
+        # Count only requests waiting for the engine; unfinished uploads do not compete for it.
         num_waiting = max(0, self.limiter.num_working + self.limiter.num_waiting + 1 - settings.max_num_seqs)
         num_places = max(0, settings.max_in_flight - settings.max_num_seqs)
         return self.pause_budgeter.budget(
@@ -82,7 +82,7 @@ class Answerer:
     def clip_key(self, waveform: Waveform, context: RequestContext) -> str:
         """Return an unguessable cache key for a clip, the same for the same sound of the same tenant.
 
-        The engine takes the key for the sound itself: a caller who could choose it could read another tenant's clip.
+        The engine identifies a sound by its key. A caller able to choose the key could read another tenant's clip.
         """
         named = f"{self.cache_salt(context)} {SAMPLE_RATE_HZ} {waveform.sha256}"
         return hashlib.sha256(named.encode()).hexdigest()
@@ -90,8 +90,8 @@ class Answerer:
     async def warm_up(self) -> float:
         """Ask two questions about a known sound before the service is ready; return the seconds of the second.
 
-        The first fills a whole window, so that the engine allocates what the largest request needs. Both end in a
-        scored choice. The answers are not judged: a checkpoint may be untrained and its engine healthy.
+        The first fills a whole window, so the engine allocates the memory of the largest request. Both end in a scored
+        choice. The answers are not checked: a checkpoint may be untrained and its engine healthy.
         """
         seconds = 0.0
         for duration_s in (WINDOW_S, 1.0):
@@ -101,19 +101,19 @@ class Answerer:
             prompt_token_ids = build_prompt(self.checkpoint.tokenizer, "Is there a tone?", choices)
             question = Question(tuple(prompt_token_ids), choices, max_tokens=16)
             context = RequestContext(request_id="canary", is_body_complete=True)
-            # Without limiter and quarantine: no other request is in the engine, and this clip is no suspect.
+            # Without limiter and quarantine: the engine has no other request, and this clip is not suspect.
             await AnswerRun(self, context, question, waveform).answer(discard)
             seconds = context.elapsed_ms() / 1000
         return seconds
 
 
 class AnswerRun:
-    """Answers one question about one clip; `run` once.
+    """Run of one question about one clip; call `run` once.
 
     Attributes:
-        answering: The procedure; it holds the trace so far when the run is cut short.
+        answering: The procedure, with the trace so far after an early end.
         stats: Times and token counts so far.
-        lowered_by: Why `pause=auto` came to fewer pauses than the checkpoint allows.
+        lowered_by: Reason for a `pause=auto` budget below the checkpoint's.
     """
 
     def __init__(
@@ -143,11 +143,11 @@ class AnswerRun:
         self.clip_keys = (answerer.clip_key(waveform, context),)
 
     async def run(self, emit: Emit) -> AnswerResult:
-        """Wait for a slot, answer, pass every event to `emit` in order, and count the answer in the metrics.
+        """Wait for a slot, answer, pass every event to `emit` in order, and record the answer in the metrics.
 
         Raises:
-            EngineUnavailableError: The engine died.
-            PoisonedClipError: The engine has died on this clip before.
+            EngineUnavailableError: If the engine dies.
+            PoisonedClipError: If the engine has died on this clip before.
         """
         answerer, context = self.answerer, self.context
         context.phase = "queue"
@@ -183,7 +183,7 @@ class AnswerRun:
                             if answering.next_step is not step:
                                 break
                         else:
-                            # An engine that ends without a reason has given the request up.
+                            # An end without a reason means an abort by the engine.
                             await self.pass_on(answering.receive_tokens((), "abort"), emit)
                 case Score():
                     with self.context.timing("score"):
@@ -227,7 +227,7 @@ class AnswerRun:
         )
 
     def scoring_request(self, step: Score) -> GenerationRequest:
-        """Return the prompt behind which the engine scores candidates."""
+        """Return the engine request with the prompt of the candidates."""
         return GenerationRequest(
             request_id=self.next_request_id(),
             prompt_token_ids=step.prompt_token_ids,
@@ -243,7 +243,7 @@ class AnswerRun:
         return f"{self.id}-{self.num_requests}"
 
     def record(self, result: AnswerResult) -> None:
-        """Count a finished answer, and let later `pause=auto` budgets learn from its times."""
+        """Record a finished answer, for the metrics and for later `pause=auto` budgets."""
         answerer, duration_s = self.answerer, self.waveform.duration_s
         record_metrics(
             answerer.metrics,
@@ -260,5 +260,5 @@ class AnswerRun:
             answerer.pause_budgeter.record(self.stats.last_token_s - self.stats.started_s, self.stats.pause_s)
 
     def record_late(self) -> None:
-        """Let later `pause=auto` budgets learn that this answer missed its deadline."""
+        """Record a missed deadline for later `pause=auto` budgets."""
         self.answerer.pause_budgeter.record_late(time.monotonic() - self.stats.started_s, self.stats.pause_s)

@@ -1,4 +1,4 @@
-"""Puts the service together: settings in, an ASGI application out, with every part built here and passed on."""
+"""Assembly of the service: from settings to an ASGI application, with every part built here and passed on."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ reasoning. Every error is `{"error": {...}}` with a `code`; every reply has an `
 
 
 def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
-    """Builds the application; the engine starts with its lifespan, and the ports answer while it loads.
+    """Build the application; its lifespan starts the engine, and the ports respond while it loads.
 
     Args:
-        engine: Taken as it is instead of the one that the settings name; the application starts and stops it.
+        settings: The settings.
+        engine: An engine to use instead of the configured one; the application starts and stops it.
 
     Raises:
-        CheckpointError: The checkpoint cannot be served.
-        HyperError: Traces cannot be sent as the environment asks.
+        CheckpointError: If the checkpoint cannot be served.
+        HyperError: If traces cannot be sent as configured.
     """
     checkpoint = load_checkpoint(settings)
     metrics = Metrics()
@@ -74,24 +75,24 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
 
 
 def load_checkpoint(settings: Settings) -> Checkpoint:
-    """Opens the checkpoint that the settings name, else the embedded one; the scripted engine can do without."""
+    """Open the configured checkpoint, else the embedded one; the scripted engine can run without."""
     if settings.checkpoint is not None:
         return open_checkpoint(settings.checkpoint, verify=settings.verify_checkpoint)
     if settings.engine == "scripted":
         return scripted_checkpoint()
     if EMBEDDED_CHECKPOINT.is_dir():
         return open_checkpoint(EMBEDDED_CHECKPOINT, verify=settings.verify_checkpoint)
-    # An installed package has no checkpoints beside it.
+    # An installed package contains no checkpoints.
     raise CheckpointError(
         "HYPER_CHECKPOINT is not set, and there is no embedded checkpoint; set it to a checkpoint directory"
     )
 
 
 def key_ring(settings: Settings) -> KeyRing | None:
-    """Open the key file; None where no key is required.
+    """Open the key file; return None if no key is required.
 
     Raises:
-        HyperError: The keys cannot be read, or there are none and other machines can reach the service.
+        HyperError: If the keys cannot be read, or are missing although other machines can reach the service.
     """
     if settings.key_file is not None:
         return KeyRing(settings.key_file)
@@ -105,7 +106,7 @@ def key_ring(settings: Settings) -> KeyRing | None:
 
 
 def build_engine(settings: Settings, checkpoint: Checkpoint) -> Engine:
-    """Builds the engine that the settings name; vLLM is imported only where it is asked for."""
+    """Build the configured engine; vLLM is imported only if needed."""
     if settings.engine == "scripted":
         return ScriptedEngine(
             checkpoint.tokenizer,

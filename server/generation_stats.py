@@ -1,6 +1,7 @@
-"""Measure one answer while it is written, and count it in the metrics when it is done.
+"""Measurements of one answer during its generation, recorded in the metrics at the end.
 
-The figures come from the engine's chunks and from `AnswerResult`, never from a reply: every endpoint is measured alike.
+The figures come from the engine's chunks and from `AnswerResult`, never from a reply, so all endpoints are measured
+alike.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ NUM_KEY_DIGITS = 12
 
 @dataclass
 class GenerationStats:
-    """Counts and times one answer while it is written; the clock is `time.monotonic()`.
+    """Counts and times of one answer during its generation; the clock is `time.monotonic()`.
 
     Attributes:
-        num_prompt_ids: Length of the question's prompt, the clip as one placeholder; `num_before_clip` stand before it.
+        num_prompt_ids: Length of the question's prompt, with the clip as one placeholder; `num_before_clip` ids precede
+            it.
         created_s: Seconds since 1970.
-        started_s: When the answer's token and pause budgets were settled.
+        started_s: Time of the decision on token and pause budgets.
         limiter_s: Seconds of waiting for a slot of the limiter; `queue_s` adds the engine's own queue.
-        asked_s: When the engine was first asked; None before.
-        paused_s: When the pause that is going on began; `pause_s` holds the seconds of each finished one.
+        asked_s: Time of the first request to the engine; None before.
+        paused_s: Start of the current pause; `pause_s` holds the seconds of each finished one.
         parse_s: Seconds spent in the answering procedure itself.
     """
 
@@ -60,7 +62,7 @@ class GenerationStats:
     section_ended_s: dict[Section, float] = field(default_factory=dict[Section, float])
 
     def record_chunk(self, chunk: TokenChunk) -> None:
-        """Takes the engine's figures: those of the request from its first chunk, those of pauses from each."""
+        """Record the engine's figures: those of the request from its first chunk, those of pauses from each."""
         now_s = time.monotonic()
         if self.first_token_s is None:
             self.first_token_s = now_s
@@ -79,7 +81,7 @@ class GenerationStats:
             self.paused_s = now_s
 
     def record_event(self, event: Event) -> None:
-        """Takes the time of a section's begin and end, and of the answer's first word."""
+        """Record the start and end of sections, and the time of the answer's first word."""
         match event:
             case SectionStart(section):
                 self.section_started_s[section] = time.monotonic()
@@ -91,9 +93,9 @@ class GenerationStats:
                 pass
 
     def record_stages(self, context: RequestContext) -> None:
-        """Adds the engine's share to the request's stages, as far as the request came.
+        """Add the engine's stages to the request's, as far as it has come.
 
-        The engine reports lengths of time, not moments. They end with the first token, and are placed there.
+        The engine reports durations, not times. They are placed before the first token.
         """
         if self.asked_s is None:
             return
@@ -119,11 +121,11 @@ class GenerationStats:
 
     @property
     def is_clip_cached(self) -> bool:
-        """Whether the engine had computed more than half of the clip before; it caches whole blocks of tokens."""
+        """Return whether more than half of the clip was in the engine's cache; it caches whole blocks of tokens."""
         return 2 * (self.cached_tokens - self.num_before_clip) > self.audio_tokens
 
     def section_seconds(self) -> dict[Section, float]:
-        """Returns how long each finished section took to write."""
+        """Return the seconds of writing each finished section."""
         started = self.section_started_s
         return {section: ended - started[section] for section, ended in self.section_ended_s.items()}
 
@@ -138,11 +140,11 @@ def record_metrics(
     duration_s: float,
     lowered_by: LoweredBy | None,
 ) -> None:
-    """Counts a finished answer, and adds its key figures to the request's log line.
+    """Record a finished answer in the metrics, and add its key figures to the request's log line.
 
     Args:
         duration_s: Length of the clip.
-        lowered_by: Why `pause=auto` came to fewer pauses than the checkpoint allows.
+        lowered_by: Reason for a `pause=auto` budget below the checkpoint's.
     """
     parsed = result.parsed
     context.facts |= {
@@ -174,7 +176,7 @@ def record_metrics(
 
 
 def record_audio_of_key(metrics: Metrics, context: RequestContext, duration_s: float) -> None:
-    """Counts seconds of audio by the digest of the caller's key; names may be those of people."""
+    """Count seconds of audio by the digest of the caller's key; its name may be a person's."""
     if context.tenant is not None:
         digest = hashlib.sha256(context.tenant_name.encode()).hexdigest()
         metrics.key_audio.labels(digest[:NUM_KEY_DIGITS]).inc(duration_s)
@@ -222,7 +224,7 @@ def _record_trace(metrics: Metrics, question: Question, parsed: ParsedTrace) -> 
 
 
 def form_failures(parsed: ParsedTrace) -> list[FormFailure]:
-    """Lists how a trace did not keep to the form."""
+    """Return the faults of a trace's form."""
     found: list[FormFailure] = []
     if parsed.format is TraceFormat.MALFORMED:
         found.append("malformed")

@@ -1,7 +1,7 @@
-"""Hold the service's state: what it is built of, start, readiness, drain and stop.
+"""State of the service: its parts, start, readiness, drain and stop.
 
-It builds the parts that outlive a request and hands them out: `admission` decides who may begin, `answerer` is the
-small context that an answer needs, `decoder_pool` decodes clips. A request's own lifecycle is `server.api.lifecycle`.
+It builds the parts shared by all requests and hands them out. `admission` admits requests, `answerer` is the small
+context of an answer, and `decoder_pool` decodes clips. A request's own lifecycle is in `server.api.lifecycle`.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ WATCH_INTERVAL_S = 0.25
 
 
 class Service:
-    """Owns the parts that outlive a request; built once by `create_app`.
+    """Owner of the parts shared by all requests; built once by `create_app`.
 
     Attributes:
-        admission: Decides whether a request may begin, and counts those in flight.
+        admission: Admits requests and counts those in flight.
         answerer: Answers questions about decoded clips.
-        decoder_pool, decode_limiter: Decode clips, so many at a time.
-        keys, quotas: Who may call, and how much; no keys where everybody may.
-        tasks: The work of requests in flight; a drain that takes too long cancels it.
-        failure: Why the service is beyond repair; None while it is not.
+        decoder_pool, decode_limiter: Decode clips, with limited concurrency.
+        keys, quotas: Permitted callers and their limits; no keys for an open service.
+        tasks: Tasks of requests in flight; cancelled after the drain timeout.
+        failure: Reason of a permanent failure, or None.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Service:
         self.limiter = PriorityLimiter(settings.max_num_seqs)
         self.admission = Admission(settings, metrics, self.limiter, self.reasons_not_ready)
         self.quarantine = Quarantine()
-        # The secret is new in each process: what the engine caches does not outlive it either.
+        # The secret is new in each process, like the engine's cache.
         self.answerer = Answerer(
             settings, checkpoint, engine, metrics, self.limiter, self.quarantine, secret=secrets.token_bytes(32)
         )
@@ -99,11 +99,11 @@ class Service:
 
     @property
     def num_in_flight(self) -> int:
-        """How many admitted requests have no reply yet."""
+        """Return the number of admitted requests without a complete reply."""
         return self.admission.num_in_flight
 
     def describe_build(self) -> None:
-        """Report version, engine and checkpoint in the metrics; called again when the engine has started."""
+        """Report version, engine and checkpoint in the metrics; called again after the engine's start."""
         manifest = self.checkpoint.manifest
         self.metrics.build.info(
             {
@@ -132,7 +132,7 @@ class Service:
             await self.start_decoder()
             await supervisor.run()
         except Exception as error:
-            # Stopping an engine while it loads makes the loading fail; the service has not failed then.
+            # Stopping an engine during its start makes the start fail, without a failure of the service.
             if self.state != "stopped":
                 self.fail(error)
         finally:
@@ -140,7 +140,7 @@ class Service:
             await asyncio.gather(watching, return_exceptions=True)
 
     def engine_is_up(self) -> None:
-        """Accept requests from now on, unless the service is about to end."""
+        """Accept requests from now on, unless the service is stopping."""
         self.metrics.engine_up.set(1)
         self.describe_build()
         if self.state in ("starting", "recovering"):
@@ -155,14 +155,14 @@ class Service:
         if self.state == "ready":
             self.state = "recovering"
         elif self.state == "draining" and self.supervisor is not None:
-            # No request can begin any more, and those in flight fail: another engine would have nothing to do.
+            # No new request is accepted and those in flight fail, so another engine would have no work.
             self.supervisor.is_over = True
             # Ctrl-C ends the engine's processes too; with nothing in flight that is only early.
             if self.num_in_flight:
                 self.fail(EngineFailedError("the engine died while the service was draining"))
 
     async def watch(self) -> None:
-        """Update gauges and reload a changed key file, several times a second."""
+        """Update gauges and reload a changed key file, several times per second."""
         while True:
             before = time.monotonic()
             await asyncio.sleep(WATCH_INTERVAL_S)
@@ -176,7 +176,7 @@ class Service:
         """Start the decoder and report its sandbox.
 
         Raises:
-            HyperError: The system offers no sandbox, and the settings require one.
+            HyperError: If the system has no sandbox and the settings require one.
         """
         await self.decoder_pool.start()
         layers = {"layers": list(self.decoder_pool.layers)}
@@ -192,7 +192,7 @@ class Service:
         logger.warning("clips are decoded WITHOUT a sandbox: this kernel offers none", extra=layers)
 
     def fail(self, error: BaseException) -> None:
-        """Mark the service as beyond repair; its process reads `failure` and exits."""
+        """Mark the service as permanently failed; its process reads `failure` and exits."""
         logger.critical("the engine failed", exc_info=error)
         self.state = "failed"
         self.metrics.engine_up.set(0)
@@ -226,7 +226,7 @@ class Service:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def reasons_not_ready(self) -> list[str]:
-        """List why requests would be refused now; empty when they are accepted."""
+        """Return the codes of the reasons to refuse requests; empty if they are accepted."""
         reasons: list[str] = []
         match self.state:
             case "starting":
@@ -236,7 +236,7 @@ class Service:
             case "failed" | "recovering":
                 reasons.append("engine_unavailable")
             case "ready":
-                # The supervisor checks several times a second; a probe in between must see the truth as well.
+                # The supervisor checks several times per second; a probe in between needs the current state too.
                 if not self.engine.is_alive:
                     reasons.append("engine_unavailable")
         if self.admission.is_full:

@@ -1,1 +1,1 @@
-"""The HTTP API: one module per family of endpoints, and the types and forms they share."""
+"""The HTTP API: one module per family of endpoints, with their shared types and forms."""

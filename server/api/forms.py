@@ -1,7 +1,7 @@
-"""Read request bodies: a clip and fields, as a multipart form or as JSON, within limits.
+"""Request bodies with a clip and fields, as a multipart form or as JSON, within limits.
 
-Bodies are read by hand and not by the framework, so that every bound on them is ours. An endpoint names the models of
-its form and of its JSON body, and gets the checked fields and the clip's bytes.
+Bodies are not parsed by the framework, so that all limits are ours. An endpoint passes the models of its form and its
+JSON body, and receives the checked fields and the clip's bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from server.service import Service
 
 logger = logging.getLogger("hyper.server")
 
-# More than one question can need, so that what is wrong can be named; the totals are bounded by the body limit.
+# More than one question can need, so that an error can name the excess; the body limit bounds the total.
 MAX_FIELDS = 128
 MAX_FILES = 2
 MAX_FIELD_BYTES = 64 * 1024
@@ -35,7 +35,7 @@ MAX_KEYS = 64
 MAX_LISTED_CHOICES = 128
 
 REPEATED_FIELDS = frozenset({"choices"})
-"""Fields that a form may have more than once."""
+"""Form fields permitted more than once."""
 
 # The names of UTF-8 in a form's content type. Callers may not choose another codec: one takes quadratic time.
 CHARSETS = (b"utf-8", b"utf8")
@@ -46,11 +46,11 @@ Options = TypeVar("Options", bound=BaseModel)
 
 
 class HasClip(Protocol):
-    """A JSON body with a clip inside."""
+    """A JSON body with a clip."""
 
     @property
     def audio(self) -> Any:
-        """The clip; its `data` is base64."""
+        """Return the clip; its `data` is base64."""
         ...
 
 
@@ -81,7 +81,7 @@ async def read_form(request: Request, kind: type[Options]) -> tuple[Options, byt
     """Read a multipart body: one `file`, any number of `choices`, and every other field at most once."""
     async with contextlib.aclosing(request.stream()) as stream:
         parser = multipart_parser(request, stream)
-        # The parser does not report a body that breaks off inside a clip, and leaves its file open.
+        # The parser does not report a body truncated inside a clip, and leaves its file open.
         spooled = cast("list[Any]", parser._files_to_close_on_error)  # pyright: ignore[reportPrivateUsage]
         form = await parse_form(parser, spooled)
     try:
@@ -101,9 +101,9 @@ def multipart_parser(request: Request, stream: Any) -> MultiPartParser:
     """Return Starlette's parser with our limits.
 
     Raises:
-        RequestError: The form is not in UTF-8.
+        RequestError: If the form is not in UTF-8.
     """
-    # The function that Starlette uses, so that both see the same parameters.
+    # Starlette's own function, so that both get the same parameters.
     _, parameters = parse_options_header(request.headers.get("content-type"))
     if parameters.get(b"charset", b"utf-8").lower() not in CHARSETS:
         raise RequestError("invalid_multipart", "The multipart body must be in UTF-8.", hint="Leave `charset` out.")
@@ -120,7 +120,7 @@ async def parse_form(parser: MultiPartParser, spooled: list[Any]) -> FormData:
         hint = f"At most {MAX_FIELDS} fields of {MAX_FIELD_BYTES} bytes each, and a boundary in the content type."
         raise RequestError("invalid_multipart", "The multipart body cannot be read.", hint=hint) from None
     except OSError as error:
-        # The system's own message names our paths.
+        # The system's message contains internal paths.
         logger.error("a clip cannot be stored", exc_info=error)
         for file in spooled:
             with contextlib.suppress(OSError):
@@ -154,13 +154,13 @@ def sort_parts(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
 
 
 def read_json(body: bytes, kind: type[Options]) -> tuple[Options, bytes]:
-    """Read a JSON body: the fields, and the clip as base64 among them."""
+    """Read a JSON body: the fields, including the clip as base64."""
     options = validate(kind, parse_json(body), strict=True)
     return options, decode_base64(cast("HasClip", options).audio.data)
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse a JSON body as the standard says: no NaN, no infinity, no endless nesting."""
+    """Parse a JSON body by the standard: no NaN, no infinity, no deep nesting."""
 
     def refuse(_: str) -> None:
         raise ValueError
@@ -172,7 +172,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def decode_base64(text: str) -> bytes:
-    """Decode a clip inside a JSON body; line breaks are left out, because many encoders write them."""
+    """Decode a clip inside a JSON body; line breaks are removed, because many encoders write them."""
     try:
         return base64.b64decode(text.encode("ascii").translate(None, ASCII_WHITE_SPACE), validate=True)
     except (binascii.Error, ValueError):
@@ -180,7 +180,7 @@ def decode_base64(text: str) -> bytes:
 
 
 def validate(kind: type[Options], fields: Any, *, strict: bool) -> Options:
-    """Check the fields' types and ranges; a form's are all strings, JSON's must have the right type."""
+    """Check the fields' types and ranges; a form's values are strings, JSON's must have the right type."""
     if not isinstance(fields, Mapping):
         raise RequestError("invalid_request", "The body must be a JSON object.")
     check_sizes(cast("Mapping[str, Any]", fields))
@@ -188,7 +188,7 @@ def validate(kind: type[Options], fields: Any, *, strict: bool) -> Options:
 
 
 def check_sizes(fields: Mapping[str, Any]) -> None:
-    """Refuse more fields and choices than can be meant: pydantic would make an error of each of them."""
+    """Refuse too many fields and choices early: pydantic would build an error for each."""
     for param, value in ((None, fields), ("audio", fields.get("audio"))):
         if isinstance(value, Mapping) and len(cast("Mapping[str, Any]", value)) > MAX_KEYS:
             num_keys = len(cast("Mapping[str, Any]", value))

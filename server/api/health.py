@@ -1,4 +1,4 @@
-"""`GET /livez`, `/readyz` and `/metrics`: what operators and their probes ask."""
+"""`GET /livez`, `/readyz` and `/metrics`: liveness, readiness and metrics for operators."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ router = APIRouter(responses=ANYWHERE)
 @router.get("/livez", summary="Liveness")
 @router.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
 async def livez() -> dict[str, str]:
-    """Answers as long as the event loop turns, whatever the engine does."""
+    """Reply while the event loop runs, whatever the engine's state."""
     return {"status": "alive"}
 
 
 @router.get("/readyz", summary="Readiness, with reasons", responses={503: {"model": Readiness}})
 @router.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
 async def readyz(request: Request) -> JSONResponse:
-    """Answers 200 when a question would be taken now, else 503 with the reasons."""
+    """Reply 200 if questions are accepted now, else 503 with the reasons."""
     service: Service = request.app.state.service
     reasons = service.reasons_not_ready()
     status = 503 if reasons else 200
@@ -38,7 +38,7 @@ async def readyz(request: Request) -> JSONResponse:
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=METRICS_RESPONSES)
 async def metrics(request: Request) -> Response:
-    """Writes our `hyper_*` figures and the engine's `vllm:*`."""
+    """Return our `hyper_*` metrics and the engine's `vllm:*`."""
     service: Service = request.app.state.service
     body = await asyncio.to_thread(service.metrics.render)
     return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,4 +1,4 @@
-"""`GET /v1/info`: what this service is and takes."""
+"""`GET /v1/info`: description of this service and its limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ router = APIRouter(responses=ANYWHERE)
 
 @router.get("/v1/info", summary="Checkpoint, limits and formats")
 async def info(request: Request) -> InfoReply:
-    """Describes the checkpoint, the limits, the formats and the pause settings."""
+    """Describe the checkpoint, the limits, the formats and the pause settings."""
     service: Service = request.app.state.service
     settings, manifest, pause = service.settings, service.checkpoint.manifest, service.checkpoint.manifest.pause
     return InfoReply(

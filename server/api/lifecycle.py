@@ -1,8 +1,8 @@
-"""Take a request about a clip from admission to its reply: the one lifecycle of every endpoint that answers.
+"""Lifecycle of every request about a clip, from admission to its reply.
 
 In order: admit it, read its body, set its deadline, prepare (prompts, decoding), answer, and reply whole or as a
-stream. Work is cancelled when the client leaves, the deadline passes or the service shuts down; a reply that missed its
-deadline carries the partial trace.
+stream. Work is cancelled if the client disconnects, the deadline passes or the service shuts down. A reply after the
+deadline contains the partial trace.
 
 An endpoint supplies a `Handler` and calls `respond`:
 
@@ -10,9 +10,9 @@ An endpoint supplies a `Handler` and calls `respond`:
     async def audio_qa(request: Request) -> Response:
         return await respond(request, AudioQa.read)
 
-`decode_clip` and `server.api.questions` are the parts that handlers share. A handler may decode several clips, answer
-several questions about one clip, or answer one question per window of a long recording: `prepare` and `answer` are free
-to loop, and the lifecycle around them stays the same.
+Handlers share `decode_clip` and `server.api.questions`. A handler may decode several clips, answer several questions
+about one clip, or answer one question per window of a long recording. `prepare` and `answer` may loop, without a change
+of the lifecycle around them.
 """
 
 from __future__ import annotations
@@ -43,47 +43,47 @@ Reply = TypeVar("Reply")
 
 
 class Handler(Protocol[Reply]):
-    """Answers one request of one endpoint; made when the body has been read.
+    """Handler of one request of one endpoint, made after its body is read.
 
     Attributes:
-        is_stream: Whether the caller wants events.
-        timeout_ms: The caller's deadline; None takes the service's own.
+        is_stream: Whether the reply is a stream of events.
+        timeout_ms: The caller's deadline; None uses the service's default.
     """
 
     is_stream: bool
     timeout_ms: int | None
 
     async def prepare(self, deadline_s: float) -> None:
-        """Write prompts, decode clips and settle budgets. What is wrong by then has a status, in streams too."""
+        """Write prompts, decode clips and decide on budgets. Errors up to here have a status, in streams too."""
         ...
 
     async def answer(self, emit: Emit) -> Reply:
-        """Answer, and emit events on the way."""
+        """Answer, and emit events during generation."""
         ...
 
     def response(self, reply: Reply) -> Response:
-        """Write the reply of a request that does not stream."""
+        """Return the reply of a request without a stream."""
         ...
 
     def last_events(self, reply: Reply) -> Iterable[ServerSentEvent]:
-        """Write the events that end a stream."""
+        """Return the events at the end of a stream."""
         ...
 
     def error_event(self, body: dict[str, Any]) -> ServerSentEvent:
-        """Write the event that ends a stream with an error object."""
+        """Return the event to end a stream with an error object."""
         ...
 
     def partial(self) -> dict[str, Any]:
-        """Write the trace so far, for a request that missed its deadline."""
+        """Return the trace so far, for a request after its deadline."""
         ...
 
 
 Read = Callable[[Request, Service, RequestContext], Awaitable[Handler[Reply]]]
-"""Reads and checks the body of a request."""
+"""Function to read and check the body of a request."""
 
 
 async def respond(request: Request, read: Read[Reply]) -> Response:
-    """Handle a request from admission to its reply or to the begin of its stream."""
+    """Handle a request from admission to its reply or the start of its stream."""
     service: Service = request.app.state.service
     context = RequestContext.of(request.scope)
     with contextlib.ExitStack() as held:
@@ -120,7 +120,7 @@ async def read_body(request: Request, service: Service, context: RequestContext,
 
 @dataclass(frozen=True)
 class Lifecycle(Generic[Reply]):
-    """Runs the work of one request; `deadline_s` is a reading of `time.monotonic()`."""
+    """Runner of one request's work; `deadline_s` is a reading of `time.monotonic()`."""
 
     service: Service
     context: RequestContext
@@ -128,14 +128,15 @@ class Lifecycle(Generic[Reply]):
     deadline_s: float
 
     async def run(self, work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
-        """Run work until it ends, the client leaves, the deadline passes or the service shuts down.
+        """Run work until it ends, the client disconnects, the deadline passes or the service shuts down.
 
         Args:
+            work: The work.
             receive: The request's ASGI receive; its body must have been read.
 
         Raises:
-            ClientDisconnect: The client left.
-            RequestError: 504 or 503; the work was cancelled.
+            ClientDisconnect: If the client disconnects.
+            RequestError: 504 or 503, after cancelling the work.
         """
         task = asyncio.create_task(work)
         gone = asyncio.create_task(wait_for_disconnect(receive))
@@ -171,7 +172,7 @@ class Lifecycle(Generic[Reply]):
                 )
 
     async def stream(self, emit: Emit, receive: Receive) -> ServerSentEvent | None:
-        """Answer as a stream of events; return the event that reports an error, or None where there was none."""
+        """Answer as a stream of events; return the event of an error, or None."""
         context, metrics = self.context, self.service.metrics
         try:
             await self.run(self.emit_all(emit), receive)
@@ -205,12 +206,12 @@ async def decode_clip(
     """Decode a clip in the sandbox, charge its length to the caller and count it; cancelling kills the decoder.
 
     Args:
-        track: Audio track to decode, from 1; None for the file's own choice.
-        channel: Which channel of it.
+        track: Audio track to decode, from 1; None for the file's default.
+        channel: Channel to use.
 
     Raises:
-        AudioError: The clip cannot be used.
-        RequestError: 429, when the caller has used up its seconds of audio.
+        AudioError: If the clip cannot be used.
+        RequestError: 429, if the caller has no seconds of audio left.
     """
     metrics = service.metrics
     started_s = time.monotonic()
@@ -233,7 +234,7 @@ async def decode_clip(
 
 
 def precompute_quality(waveform: Waveform) -> None:
-    """Compute the measurements that look at every sample; the waveform keeps them."""
+    """Compute the measures of quality, stored in the waveform, because they read every sample."""
     _ = waveform.quality, waveform.sha256
 
 

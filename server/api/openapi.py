@@ -1,6 +1,6 @@
-"""The API as its page shows it: request bodies, which the route reads by hand, and every reply that there may be.
+"""OpenAPI document: the request bodies, read by the routes themselves, and every possible reply.
 
-What it says is true of the running service: its limits stand in the schemas, and keys where it asks for them.
+It describes the running service: its limits are in the schemas, and authentication if it is required.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def responses_of(codes: Iterable[str]) -> Responses:
-    """Describes the replies that end with these codes of the error table, by status."""
+    """Return the descriptions of replies with these codes of the error table, by status."""
     by_status: dict[int, list[str]] = {}
     for code in codes:
         by_status.setdefault(ERRORS[code].status, []).append(code)
@@ -63,11 +63,11 @@ ANYWHERE = responses_of(
         *("head_timeout", "body_too_large", "headers_too_large", "internal_error"),
     )
 )
-"""What the layers in front of every route may reply, whichever route it is."""
+"""Possible replies of the layers before every route."""
 
 
 def event_stream_responses(events: Sequence[str], description: str) -> Responses:
-    """Describe the replies of an endpoint that answers about a clip, whole or as a stream of named events."""
+    """Return the replies of an endpoint with an answer about a clip, whole or as a stream of named events."""
     event = {
         "type": "object",
         "description": "One server-sent event; `data` is a JSON object. Comments keep the connection alive.",
@@ -84,17 +84,17 @@ def event_stream_responses(events: Sequence[str], description: str) -> Responses
             "content": {"text/event-stream": {"schema": event}},
         }
     }
-    # A client that closed the connection reads no reply, and a route that was found is not missing.
+    # A disconnected client reads no reply, and a matched route is never missing.
     return found | responses_of(
         code for code in ERRORS if code not in ("client_closed_request", "not_found", "method_not_allowed")
     )
 
 
 Limits = Mapping[str, Mapping[str, Any]]
-"""What the schemas of fields say beside their types, by field; see `limits_of`."""
+"""Constraints of the fields' schemas beyond their types, by field; see `limits_of`."""
 
 RequestBody = Callable[[Limits], dict[str, Any]]
-"""Describes a request body, given this service's limits."""
+"""Function for the description of a request body, with this service's limits."""
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
@@ -102,7 +102,7 @@ BODY_ATTRIBUTE = "openapi_body"
 
 
 def takes_body(describe: RequestBody) -> Callable[[Endpoint], Endpoint]:
-    """Describe the body of an endpoint that reads it by hand; stands below the route's decorator."""
+    """Mark an endpoint with a description of the body it reads itself; use it below the route's decorator."""
 
     def mark(endpoint: Endpoint) -> Endpoint:
         setattr(endpoint, BODY_ATTRIBUTE, describe)
@@ -112,7 +112,7 @@ def takes_body(describe: RequestBody) -> Callable[[Endpoint], Endpoint]:
 
 
 def document(app: FastAPI, settings: Settings, *, max_pauses: int, asks_for_keys: bool) -> dict[str, Any]:
-    """Return the API's description, made once."""
+    """Return the API's description, built once."""
     if app.openapi_schema is None:
         found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         add_bodies(found["paths"], app.routes, limits_of(settings, max_pauses))
@@ -122,7 +122,7 @@ def document(app: FastAPI, settings: Settings, *, max_pauses: int, asks_for_keys
             for path, operations in found["paths"].items():
                 for operation in operations.values():
                     if path in PUBLIC_PATHS:
-                        # As no key is asked for, none is missing and none is wrong.
+                        # Without authentication no key can be missing or wrong.
                         del operation["responses"]["401"]
                     else:
                         operation["security"] = [{SECURITY_SCHEME: []}]
@@ -131,7 +131,7 @@ def document(app: FastAPI, settings: Settings, *, max_pauses: int, asks_for_keys
 
 
 def add_bodies(paths: dict[str, Any], routes: Iterable[BaseRoute], limits: Limits) -> None:
-    """Add the bodies and headers of the endpoints that `takes_body` marks."""
+    """Add the bodies and headers of the endpoints marked by `takes_body`."""
     for route in routes:
         describe: RequestBody | None = getattr(getattr(route, "endpoint", None), BODY_ATTRIBUTE, None)
         if describe is not None and isinstance(route, APIRoute):
@@ -160,7 +160,7 @@ WORDS = r"\S"
 
 
 def limits_of(settings: Settings, max_pauses: int) -> Limits:
-    """Returns what the schemas of fields say beside their types: what the service refuses, with a code of its own."""
+    """Return the schema constraints beyond the fields' types; each has its own error code."""
     return {
         "question": {"minLength": 1, "maxLength": MAX_QUESTION_CHARS, "pattern": WORDS},
         "choices": {
@@ -181,12 +181,12 @@ def limits_of(settings: Settings, max_pauses: int) -> Limits:
 
 
 def whole_number(maximum: int) -> dict[str, Any]:
-    """Describes a number that may be left to the service."""
+    """Return the schema of an optional number."""
     return {"anyOf": [{"type": "integer", "minimum": 1, "maximum": maximum}, {"type": "null"}]}
 
 
 def form_and_json(form: type[BaseModel], body: type[BaseModel]) -> RequestBody:
-    """Describe a body that is either a multipart form with the clip as `file`, or JSON with the clip as `audio`.
+    """Return the description of a body: a multipart form with the clip as `file`, or JSON with it as `audio`.
 
     Args:
         form: The fields of the form beside the file.
@@ -209,7 +209,7 @@ def form_and_json(form: type[BaseModel], body: type[BaseModel]) -> RequestBody:
 
 
 def form_schema(form: type[BaseModel]) -> dict[str, Any]:
-    """Describe the multipart form: the fields and the clip as a file."""
+    """Return the schema of the multipart form: the fields and the clip as a file."""
     schema = form.model_json_schema()
     clip = {"type": "string", "format": "binary", "description": "Audio file in a format of /v1/info."}
     schema["properties"] = {"file": clip, **schema["properties"]}
@@ -218,7 +218,7 @@ def form_schema(form: type[BaseModel]) -> dict[str, Any]:
 
 
 def json_schema(body: type[BaseModel]) -> dict[str, Any]:
-    """Describe the JSON body, with the shape of the clip written in place."""
+    """Return the schema of the JSON body, with the clip's schema inlined."""
     schema = body.model_json_schema()
     schema["properties"]["audio"] = schema.pop("$defs")["AudioData"]
     schema["properties"]["audio"]["properties"]["data"]["format"] = "byte"

@@ -32,7 +32,7 @@ router = APIRouter(responses=ANYWHERE)
 @router.post("/v1/audio/qa", summary="Ask a question about a clip", response_model=QaReply, responses=RESPONSES)
 @takes_body(form_and_json(QaOptions, QaBody))
 async def audio_qa(request: Request) -> Response:
-    """Answers one question about one clip, with what the model heard and how it reasoned.
+    """Answer one question about one clip, with the model's perception and reasoning.
 
     With `stream=true` the reply is a stream of server-sent events: `section.start`, `section.delta`, `section.end`,
     `pause`, `answer.delta`, `answer.done`, `usage`, `done` (the whole reply), or `error`.
@@ -41,7 +41,7 @@ async def audio_qa(request: Request) -> Response:
 
 
 class AudioQa:
-    """Answers one question about one clip; see `server.api.lifecycle.Handler`."""
+    """Handler of one question about one clip; see `server.api.lifecycle.Handler`."""
 
     def __init__(self, service: Service, context: RequestContext, options: QaOptions, data: bytes) -> None:
         self.service = service
@@ -71,7 +71,7 @@ class AudioQa:
         return cls(service, context, options, data)
 
     async def prepare(self, deadline_s: float) -> None:
-        """Write the prompt, then decode the clip: the question is cheaper to refuse."""
+        """Write the prompt, then decode the clip, because refusing a question is cheaper."""
         prompt_token_ids = await write_prompt(self.service, self.context, self.asked)
         waveform = await decode_clip(self.service, self.context, self.data)
         require_window(waveform)
@@ -79,7 +79,7 @@ class AudioQa:
         self.run = start_run(answerer, self.context, self.asked, prompt_token_ids, waveform, deadline_s)
 
     async def answer(self, emit: Emit) -> QaReply:
-        """Answer, and emit the trace and the answer as they are written."""
+        """Answer, and emit the trace and the answer during generation."""
         assert self.run is not None
 
         async def emit_on_wire(event: Event) -> None:
@@ -91,21 +91,21 @@ class AudioQa:
         return replies.build(self.run, result, shows_reasoning=self.shows_reasoning)
 
     def response(self, reply: QaReply) -> Response:
-        """Write the reply as JSON."""
+        """Return the reply as JSON."""
         return JSONResponse(reply.model_dump(mode="json"))
 
     def last_events(self, reply: QaReply) -> Iterable[ServerSentEvent]:
-        """Write the events that end a stream."""
+        """Return the events at the end of a stream."""
         yield ServerSentEvent(reply.answer.model_dump(mode="json"), "answer.done")
         yield ServerSentEvent(reply.usage.model_dump(mode="json"), "usage")
         yield ServerSentEvent(reply.model_dump(mode="json"), "done")
 
     def error_event(self, body: dict[str, Any]) -> ServerSentEvent:
-        """Write the event that ends a stream with an error object."""
+        """Return the event to end a stream with an error object."""
         return ServerSentEvent(body, "error")
 
     def partial(self) -> dict[str, Any]:
-        """Write the trace so far, and let later pause budgets learn that this answer came too late."""
+        """Return the trace so far, and record the missed deadline for later pause budgets."""
         assert self.run is not None
         self.run.record_late()
         return replies.partial(self.run.answering.parsed, self.asked.choices, shows_reasoning=self.shows_reasoning)

@@ -1,6 +1,6 @@
-"""Turn what a caller asks into a run of the answering procedure: prompt, token limit and pause budget.
+"""Conversion of a caller's question to a run of the answering procedure: prompt, token limit and pause budget.
 
-Shared by every endpoint that asks a clip a question, whatever its wire format.
+All endpoints with questions about clips share it, whatever their wire format.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from server.service import Service
 
 @dataclass(frozen=True)
 class Asked:
-    """Holds one question as the caller asks it; see `server.api.types.QaOptions` for the fields."""
+    """One question from a caller; see `server.api.types.QaOptions` for the fields."""
 
     question: str
     choices: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ async def write_prompt(service: Service, context: RequestContext, asked: Asked) 
     """Encode the prompt, off the event loop.
 
     Raises:
-        PromptError: The question or the choices cannot be used.
+        PromptError: If the question or the choices cannot be used.
     """
     with context.timing("prompt"):
         return await service.in_pool(build_prompt, service.checkpoint.tokenizer, asked.question, asked.choices)
@@ -51,7 +51,7 @@ def start_run(
     waveform: Waveform,
     deadline_s: float,
 ) -> AnswerRun:
-    """Settle the budgets of a question, and return the run that will answer it."""
+    """Decide on the budgets of a question, and return its run."""
     question, budget = plan(answerer, asked, prompt_token_ids, waveform, deadline_s - time.monotonic())
     lowered_by = budget.lowered_by if budget else None
     return AnswerRun(answerer, context, question, waveform, lowered_by=lowered_by)
@@ -60,13 +60,13 @@ def start_run(
 def plan(
     answerer: Answerer, asked: Asked, prompt_token_ids: Sequence[int], waveform: Waveform, left_s: float
 ) -> tuple[Question, Budget | None]:
-    """Settle how many tokens and pauses there is room for, and time in the seconds left.
+    """Compute the available tokens, and the pauses for the seconds left.
 
     Returns:
         The question, and its pause budget; None turns the gate off.
 
     Raises:
-        RequestError: The model has no room for an answer, or for as many tokens as the caller wants.
+        RequestError: If the model has no room for an answer, or for the requested tokens.
     """
     checkpoint, settings = answerer.checkpoint, answerer.settings
     manifest = checkpoint.manifest
@@ -105,10 +105,10 @@ def plan(
 
 
 def check_bounds(service: Service, **values: int | str | None) -> None:
-    """Refuse numbers beyond what this service or its checkpoint allows.
+    """Refuse numbers beyond the limits of this service or its checkpoint.
 
     Args:
-        values: Any of `max_tokens`, `timeout_ms` and `pause`, under the names that the caller knows.
+        values: Any of `max_tokens`, `timeout_ms` and `pause`, under the caller's names.
 
     Raises:
         RequestError: 400, with the limit.
@@ -126,7 +126,7 @@ def check_bounds(service: Service, **values: int | str | None) -> None:
 
 
 def require_window(waveform: Waveform) -> None:
-    """Refuse a clip that does not fit into one window; nothing is ever cut without a word.
+    """Refuse a clip longer than one window; no clip is ever cut silently.
 
     Raises:
         AudioTooLongError: With the limit and a hint.

@@ -1,4 +1,4 @@
-"""Write answers, events and traces in the wire format of `/v1/audio/qa`. Pure functions, no waiting."""
+"""Answers, events and traces in the wire format of `/v1/audio/qa`, as pure functions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TERMINATION_WARNINGS = {
 
 
 def build(run: AnswerRun, result: AnswerResult, *, shows_reasoning: bool) -> QaReply:
-    """Write the reply of a finished run."""
+    """Return the reply of a finished run."""
     stats, context, waveform, parsed = run.stats, run.context, run.waveform, result.parsed
     manifest, gate = run.answerer.checkpoint.manifest, run.question.gate
     budget = gate.max_pauses if gate else 0
@@ -80,7 +80,7 @@ def build(run: AnswerRun, result: AnswerResult, *, shows_reasoning: bool) -> QaR
 
 
 def answer_reply(result: AnswerResult, choices: Sequence[str]) -> Answer:
-    """Write the answer, with a score per choice where there are choices."""
+    """Return the answer, with a score per choice if there are choices."""
     if result.choice_index is None:
         return Answer(text=result.text)
     return Answer(
@@ -93,7 +93,7 @@ def answer_reply(result: AnswerResult, choices: Sequence[str]) -> Answer:
 
 
 def wire_event(event: Event, *, shows_reasoning: bool) -> ServerSentEvent | None:
-    """Write an event of the trace or the answer; None for events that the caller is not to see."""
+    """Return an event of the trace or the answer; None for events hidden from the caller."""
     match event:
         case AnswerDelta(text):
             return ServerSentEvent({"text": text}, "answer.delta")
@@ -105,18 +105,18 @@ def wire_event(event: Event, *, shows_reasoning: bool) -> ServerSentEvent | None
             name, data = "section.delta", {"section": section.value, "text": text}
         case PauseSeen(section, num_latent):
             name, data = "pause", {"section": section and section.value, "latent_tokens": num_latent}
-    # FINAL_ANSWER goes out as `answer.delta` alone.
+    # FINAL_ANSWER is sent only as `answer.delta`.
     is_shown = shows_reasoning and data["section"] != Section.FINAL_ANSWER
     return ServerSentEvent(data, name) if is_shown else None
 
 
 def rounded(confidence: float | None) -> float | None:
-    """Writes a probability in four digits: more are noise of the arithmetic."""
+    """Round a probability to four digits; more digits are numerical noise."""
     return None if confidence is None else round(confidence, 4)
 
 
 def partial(result: ParsedTrace, choices: Sequence[str] = (), *, shows_reasoning: bool) -> dict[str, Any]:
-    """Writes what stands of an answer that was cut short."""
+    """Return the content so far of an answer cut short."""
     parts: dict[str, Any] = {"trace": trace_reply(result, shows_reasoning=shows_reasoning).model_dump(mode="json")}
     if shows_reasoning:
         parts["perception"] = perception(result.trace).model_dump(mode="json")
@@ -125,7 +125,7 @@ def partial(result: ParsedTrace, choices: Sequence[str] = (), *, shows_reasoning
 
 
 def perception(trace: Trace) -> Perception:
-    """Collects what the model says it heard."""
+    """Return the model's perception sections."""
     return Perception(
         environment=environment_labels(trace.environment or ""),
         environment_text=trace.environment,
@@ -139,7 +139,7 @@ def perception(trace: Trace) -> Perception:
 
 
 def reasoning(trace: Trace, choices: Sequence[str] = ()) -> Reasoning:
-    """Collect how the model came to its answer."""
+    """Return the model's reasoning sections."""
     reflection = None
     if trace.reflection is not None:
         has_changed = changed_answer(trace, choices)
@@ -148,7 +148,7 @@ def reasoning(trace: Trace, choices: Sequence[str] = ()) -> Reasoning:
 
 
 def trace_reply(result: ParsedTrace, *, shows_reasoning: bool) -> TraceReply:
-    """Writes the trace and how well it kept its form."""
+    """Return the trace and the grade of its form."""
     return TraceReply(
         raw=result.raw if shows_reasoning else None,
         format=result.format.value,
@@ -157,7 +157,7 @@ def trace_reply(result: ParsedTrace, *, shows_reasoning: bool) -> TraceReply:
 
 
 def audio_reply(waveform: Waveform) -> AudioReply:
-    """Describes the clip; while a clip must fit one window, all of it is used."""
+    """Describe the clip; all of it is used, because it must fit into one window."""
     quality = waveform.quality
     return AudioReply(
         duration_s=round(waveform.duration_s, 4),
@@ -176,7 +176,7 @@ def audio_reply(waveform: Waveform) -> AudioReply:
 
 
 def timings(stats: GenerationStats, context: RequestContext) -> Timings:
-    """Writes the clock readings as milliseconds."""
+    """Return the clock readings in milliseconds."""
 
     def since_start(moment_s: float | None) -> float | None:
         return None if moment_s is None else round(context.elapsed_ms(moment_s), 1)
@@ -197,7 +197,7 @@ def timings(stats: GenerationStats, context: RequestContext) -> Timings:
 
 
 def warnings(result: AnswerResult, waveform: Waveform) -> list[WarningReply]:
-    """List what a caller should take into account before trusting the answer."""
+    """Return warnings to consider before trusting the answer."""
     return [*clip_warnings(waveform), *answer_warnings(result)]
 
 
@@ -212,7 +212,7 @@ def clip_warnings(waveform: Waveform) -> Iterator[WarningReply]:
 
 
 def answer_warnings(result: AnswerResult) -> Iterator[WarningReply]:
-    """Yield warnings about a trace that did not end by itself, and about an empty answer."""
+    """Yield warnings about an incomplete trace and an empty answer."""
     message = TERMINATION_WARNINGS.get(result.parsed.termination)
     if message is not None:
         yield WarningReply(code=f"{result.parsed.termination.value}_trace", message=message)

@@ -1,6 +1,6 @@
-"""Write server-sent events: framing, pings in every silence, and an end in bounded time.
+"""Server-sent events: framing, pings during silence, and an end in bounded time.
 
-Knows no questions and no clips; an endpoint supplies the events.
+The module is independent of questions and clips; an endpoint supplies the events.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from starlette.types import Receive, Scope, Send
 from server.request_context import RequestContext
 from server.telemetry.stages import StageTime
 
-# How long a client that has stopped reading may take to accept the last event. It is less than the time that the
-# server gives its connections when it closes.
+# Time for an unresponsive client to accept the last event. It is less than the server's timeout for connections at its
+# shutdown.
 LAST_EVENT_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
 class ServerSentEvent:
-    """Holds one event.
+    """One event.
 
     Attributes:
-        data: Written as JSON; a string is written as it is, such as OpenAI's `[DONE]`.
-        name: The event's type; None leaves the line out, as OpenAI's streams do.
+        data: Content, written as JSON; a string is written unchanged, such as OpenAI's `[DONE]`.
+        name: The event's type; None omits the line, as in OpenAI's streams.
     """
 
     data: Mapping[str, Any] | str
@@ -47,7 +47,7 @@ class ServerSentEvent:
 Emit = Callable[[ServerSentEvent], Awaitable[None]]
 
 Produce = Callable[[Emit, Receive], Awaitable[ServerSentEvent | None]]
-"""Emits the events of a stream; returns the event that reports an error, or None where there was none."""
+"""Function to emit the events of a stream; it returns the event of an error, or None."""
 
 
 async def discard(event: ServerSentEvent) -> None:
@@ -55,11 +55,11 @@ async def discard(event: ServerSentEvent) -> None:
 
 
 class EventStream(Response):
-    """Sends events as they are produced, and a ping comment in every silence, so that proxies keep the connection.
+    """ASGI response for events as they are produced, with pings during silence to keep the connection through proxies.
 
     Args:
-        produce: Emits the events; called when the stream has begun.
-        held: What the request holds (its place in the service); released when the stream has ended.
+        produce: Emits the events; called after the stream has begun.
+        held: The request's resources (its place in the service), released at the end of the stream.
     """
 
     media_type = "text/event-stream"
@@ -87,7 +87,7 @@ class EventStream(Response):
             await self.end(send, b"" if error_event is None else error_event.encode())
 
     async def pump(self, receive: Receive, send: Send) -> ServerSentEvent | None:
-        """Write events and pings until there are no more."""
+        """Write events and pings to the end."""
         serialize_s = 0.0
 
         async def emit(event: ServerSentEvent) -> None:
@@ -106,7 +106,7 @@ class EventStream(Response):
             await asyncio.gather(pings, return_exceptions=True)
 
     async def end(self, send: Send, last_event: bytes) -> None:
-        """Close the stream in bounded time: a client that does not read must not keep its place for ever."""
+        """Close the stream in bounded time: an unresponsive client must not keep its place forever."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_EVENT_TIMEOUT_S):
                 if last_event:
@@ -114,7 +114,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def ping(self, send: Send) -> None:
-        """Write a comment whenever nothing was written for an interval."""
+        """Write a comment after every interval of silence."""
         while True:
             await asyncio.sleep(max(0.0, self.last_sent_s + self.ping_interval_s - time.monotonic()))
             if time.monotonic() - self.last_sent_s >= self.ping_interval_s:

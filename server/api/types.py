@@ -1,6 +1,6 @@
-"""The shapes that travel over HTTP: what a request may hold and what a reply is made of.
+"""Wire types: the fields of requests and replies over HTTP.
 
-Unknown fields are refused, so that a misspelt option is an error and not silence. `NaN` and infinity are refused too.
+Unknown fields are refused, so a misspelt option is an error. `NaN` and infinity are refused too.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ MAX_SEED = 2**32 - 1
 
 
 class Wire(BaseModel):
-    """The settings that all of these share."""
+    """Common settings of all wire types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class QaOptions(Wire):
-    """Asks one question about one clip."""
+    """One question about one clip."""
 
     question: str = Field(description="Question about the clip; at most 2000 characters.")
-    # One wrong item is enough to know; a million of them would each become an error of its own.
+    # Stop at the first wrong item: a million of them would each produce an error.
     choices: Annotated[list[str], FailFast()] = Field(default=[], description="None, or 2 to 26 different choices.")
     stream: bool = Field(default=False, description="Send the reply as server-sent events.")
     pause: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = Field(
@@ -48,7 +48,7 @@ class AudioData(Wire):
 
 
 class QaBody(QaOptions):
-    """The JSON form of a question: the options and the clip."""
+    """JSON body of a question: the options and the clip."""
 
     audio: AudioData
 
