@@ -169,7 +169,11 @@ def write_parts(folder: Path, tensors: Mapping[str, torch.Tensor], **fields: Any
         name: tensor.detach().to(torch.float32 if name.startswith(_PROJECTOR) else torch.float16).contiguous()
         for name, tensor in sorted(tensors.items())
     }
+    # Made by us first: safetensors creates files that only their owner can read.
+    (folder / WEIGHTS_FILE).touch()
+    mode = (folder / WEIGHTS_FILE).stat().st_mode
     save_file(stored, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(mode)
     digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
     made = PartsFields(sha256=digest, **fields)
     (folder / PARTS_FILE).write_text(made.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -308,4 +312,14 @@ def parts_of_adapter(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         if not named.startswith(_PROJECTOR) and not named.endswith((_LORA_A, _LORA_B)):
             raise CheckpointError(f"the adapter holds {name}, which is no part of hyper-small")
         found[named] = tensor
+    return found
+
+
+def adapter_of_parts(parts: Parts) -> dict[str, torch.Tensor]:
+    """Name the tensors of parts as a peft adapter does: the inverse of `parts_of_adapter`."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in parts.tensors.items():
+        # In memory the decoder is `model.language_model`, on disk `language_model.model`.
+        bare = name.replace("language_model.model.", "language_model.", 1)
+        found[f"base_model.model.model.{bare}"] = tensor
     return found

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Qwen2Config
 
 from hyper_model.checkpoint import Checkpoint, export, open_checkpoint
+from hyper_model.compose import Parts, adapter_of_parts
 from hyper_model.errors import CheckpointError
 from hyper_model.trace import TraceTokenizer
 from hyper_model.weights import StoredTensors, canonical_name, read_entries, weight_files
@@ -87,6 +88,24 @@ class RunModel:
         else:
             stored = StoredTensors(read_entries(weight_files(folder / MODEL)))
             load_tensors(model or self.policy, stored.items())
+
+    def load_parts(self, parts: Parts) -> None:
+        """Put trained parts of hyper-small into the adapters and the projector.
+
+        Raises:
+            CheckpointError: The parts do not fit the adapters of this policy.
+        """
+        from peft import set_peft_model_state_dict
+
+        tensors = adapter_of_parts(parts)
+        own = {name.replace(".default.", "."): p.shape for name, p in self.policy.named_parameters()}
+        for name, tensor in tensors.items():
+            place = name.replace("projector.linear.", "projector.modules_to_save.linear.")
+            if own.get(place) != tensor.shape:
+                raise CheckpointError(
+                    f"the parts hold {name} {tuple(tensor.shape)}; the adapters of this run have {own.get(place)} there"
+                )
+        set_peft_model_state_dict(self.policy, tensors)
 
     def export(
         self, directory: Path, *, recipe: Any, num_steps: int, dtype: torch.dtype | None, overwrite: bool = False

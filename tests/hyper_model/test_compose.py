@@ -93,6 +93,8 @@ def test_the_names_of_an_adapter_become_those_of_parts() -> None:
         f"{LAYER}.lora_B.weight",
         f"{PROJECTOR}.bias",
     }
+    fields = compose.untrained("tiny", STACK).fields
+    assert set(compose.adapter_of_parts(compose.Parts(fields, compose.parts_of_adapter(adapter)))) == set(adapter)
     with pytest.raises(CheckpointError, match="no part of hyper-small"):
         compose.parts_of_adapter({"base_model.model.model.audio_tower.conv1.bias": torch.zeros(1)})
 

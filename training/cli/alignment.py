@@ -1,4 +1,4 @@
-"""`hyper checkpoint alignment`: word error and reading of a checkpoint that cannot write traces yet."""
+"""`hyper checkpoint alignment` and `parts`: figures and trained parts of a run of small_sft."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def alignment(
     if projector and run_dir is None:
         raise click.UsageError("--projector measures a run: name it with --run")
     model, step = _load(directory, run_dir, is_projector=projector)
-    probe = measures.AlignmentProbe(model.policy, model.core, model.tokenizer)
+    probe = measures.AlignmentProbe(model.core, model.tokenizer)
     transcribe: Any = probe.transcribe
     if projector:
         assert run_dir is not None
@@ -73,6 +73,9 @@ def alignment(
         for control in ("given", "blank", "swapped"):
             asked = measures.controlled(questions, control)
             found[f"reading_{control}"] = measures.accuracy(asked, [probe.choose(item) for item in asked])
+        for part in ("trained", "held_out"):
+            asked = measures.drawn_items(work / "assets", held_out=part == "held_out")
+            found[f"wordings_{part}"] = measures.accuracy(asked, [probe.choose(item) for item in asked])
     if as_json:
         click.echo(json.dumps({"step": step} | {name: asdict(each) for name, each in found.items()}))
         return
@@ -104,3 +107,38 @@ def _load(directory: Path, run_dir: Path | None, *, is_projector: bool) -> tuple
         step = int(saved.name.rpartition("-")[2])
     model.policy.eval()
     return model, step
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("destination", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--name", default="hyper-small", show_default=True, help="The composed checkpoint's name.")
+@click.option("--audio-stack", type=click.IntRange(1, 8), default=2, show_default=True, help="As in the run's base.")
+def parts(run_dir: Path, destination: Path, name: str, audio_stack: int) -> None:
+    """Write the trained parts of the run in RUN_DIR to DESTINATION, from its last whole checkpoint.
+
+    `hyper checkpoint compose` makes a checkpoint of them, and `hyper train small_sft --parts` goes on from them.
+    """
+    from safetensors.torch import load_file
+
+    from hyper_model.compose import parts_of_adapter, write_parts
+    from training.export import ADAPTER
+    from training.trainer import last_checkpoint, read_recipe
+
+    saved = last_checkpoint(run_dir)
+    if saved is None:
+        raise click.ClickException(f"{run_dir} holds no whole checkpoint")
+    recipe = read_recipe(run_dir)
+    adapter = load_file(saved / ADAPTER / "adapter_model.safetensors")
+    recipe["trained_steps"] = int(saved.name.rpartition("-")[2])
+    made = write_parts(
+        destination,
+        parts_of_adapter(adapter),
+        name=name,
+        audio_stack=audio_stack,
+        lora_scale=recipe["lora"]["alpha"] / recipe["lora"]["rank"],
+        recipe=json.dumps(recipe, sort_keys=True),
+        data_card="README.md",
+    )
+    num_bytes = (destination / "parts.safetensors").stat().st_size
+    click.echo(f"{destination}: step {recipe['trained_steps']}, {num_bytes / 1e6:.1f} MB, sha256 {made.sha256[:12]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import sys
@@ -36,6 +37,11 @@ _NUM_READ_TEXTS = 20_000
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="HyPeR checkpoint to start from. Recipes with their own decoder start from its decoder, which must have the "
     "same shape; the vocabulary may differ.",
+)
+@click.option(
+    "--parts",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Trained parts of hyper-small to go on from, with a fresh optimizer; small_sft then skips the CTC stage.",
 )
 @click.option(
     "--data",
@@ -89,6 +95,7 @@ def train(
     run_dir: Path,
     resume: bool,
     base: Path | None,
+    parts: Path | None,
     data: Path | None,
     audio_root: Path | None,
     work: Path,
@@ -127,6 +134,12 @@ def train(
     from training.trainer import check_run, last_checkpoint, leave_run_dir, prepare_run_dir
 
     origin = {"base": None if base is None else _sum(base / "hyper.json"), "data": None if data is None else _sum(data)}
+    if parts is not None:
+        if getattr(chosen, "talk", None) is None:
+            raise click.UsageError(f"{recipe} has no trained parts to go on from: --parts is for small_sft")
+        origin["parts"] = _sum(parts / "parts.safetensors")
+        # The parts hold an aligned projector.
+        chosen = dataclasses.replace(chosen, spelling=None)
     checkpoint = last_checkpoint(run_dir)
     if export_only:
         if checkpoint is None:
@@ -155,6 +168,10 @@ def train(
                 trainer = _grpo(chosen, run_dir, base, examples, work)
             else:
                 trainer = _sft(chosen, run_dir, base, examples, work, loader_workers)
+            if parts is not None:
+                from hyper_model.compose import read_parts
+
+                trainer.run_model.load_parts(read_parts(parts))
         except BaseException:
             if is_writer and not resume:
                 leave_run_dir(run_dir)

@@ -25,12 +25,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.audio_encoder import LogMel, encode
 from hyper_model.trace import Section, Speaker, Trace, TraceTokenizer, build_prompt, render
+from training.data.reading import Reader, is_held_out, wordings
 from training.data.sources.downloads import TEXTS_FOLDER
 from training.data.sources.open_text import draw_text
 from training.data.sources.voices import list_voices, speak
 from training.data.talk import TalkBuilder
+from training.data.text_scenes import SceneWriter
 from training.evaluation.statistics import Sums, figure
 from training.evaluation.suites.human import human_items
 from training.policy import HyperPolicy, branch, pack
@@ -45,7 +48,10 @@ _QUESTION = "What is said?"
 _FLITE_TEST_VOICES = ("slt", "rms")
 _LINES_PER_VOICE = 30
 _NUM_TALK = 40
-_MAX_TOKENS = 120
+_NUM_TEXTS = 500
+_NUM_DRAWN = 80
+_MIN_TOKENS, _TOKENS_PER_S = 10, 6
+"""Limit of a transcript: fast speech has five tokens per second, and a decoder that repeats itself has no end."""
 _SILENCE_S = 0.2
 
 
@@ -105,7 +111,7 @@ def spoken_items(name: SetName, assets: Path) -> Iterator[SpokenItem]:
             yield SpokenItem(item.load(), item.truth.transcript or "", item.voice)
     elif name == "voices":
         voices = [voice for voice in list_voices() if voice.argument in _FLITE_TEST_VOICES]
-        silence_S = np.zeros(round(_SILENCE_S * 16_000), np.float32)
+        silence_S = np.zeros(round(_SILENCE_S * SAMPLE_RATE_HZ), np.float32)
         for voice in voices:
             rng = random.Random(f"alignment/{voice.name}")
             for _ in range(_LINES_PER_VOICE):
@@ -140,6 +146,24 @@ def reading_items() -> list[ReadingItem]:
     return items
 
 
+def drawn_items(assets: Path, *, held_out: bool) -> list[ReadingItem]:
+    """Draw questions with choices about new scenes, in the trained wordings or in those left out of training.
+
+    Both parts ask the same kinds: those with wordings that are left out.
+    """
+    kinds = {kind for kind, texts in wordings(held_out=True).items() if kind != "frames" and is_held_out(texts[0])}
+    rng = random.Random("alignment/reading")
+    texts = [draw_text(rng, "test", assets / TEXTS_FOLDER) for _ in range(_NUM_TEXTS)]
+    reader = Reader(SceneWriter(texts, frozenset()), held_out=held_out)
+    found: list[ReadingItem] = []
+    while len(found) < _NUM_DRAWN:
+        example = reader.draw(rng)
+        if example.choices and example.kind in kinds:
+            trace = replace(example.trace, response=None, final_answer=None)
+            found.append(ReadingItem(trace, example.question, example.choices, example.answer, len(found)))
+    return found
+
+
 def controlled(items: Sequence[ReadingItem], control: Control) -> list[ReadingItem]:
     """Return the same questions without perception, or with another scene's; a reader must then be near chance."""
     if control == "given":
@@ -171,11 +195,11 @@ class AlignmentProbe:
     """Runner of a policy on the items of this module.
 
     Args:
-        policy: In eval mode, with or without adapters.
+        core: The policy in eval mode, with or without adapters.
     """
 
-    def __init__(self, policy: Any, core: HyperPolicy, tokenizer: TraceTokenizer) -> None:
-        self.policy, self.core, self.tokenizer = policy, core, tokenizer
+    def __init__(self, core: HyperPolicy, tokenizer: TraceTokenizer) -> None:
+        self.core, self.tokenizer = core, tokenizer
         self.log_mel = LogMel(core.model.audio_tower.config.num_mel_bins)
 
     @torch.inference_mode()
@@ -200,7 +224,8 @@ class AlignmentProbe:
         stop = self.tokenizer.close_ids(Section.ASR)[0]
         written: list[int] = []
         cache = None
-        while len(written) < _MAX_TOKENS:
+        limit = _MIN_TOKENS + round(_TOKENS_PER_S * len(samples_S) / SAMPLE_RATE_HZ)
+        while len(written) < limit:
             output = model.language_model(inputs_embeds=inputs_TH[None], past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             token_id = int(self.core.lm_head(output.last_hidden_state[0, -1]).argmax())

@@ -115,6 +115,11 @@ def test_trained_parts_compose_to_what_was_trained(work: Path, tmp_path: Path) -
     )
     for name, tensor in wanted.items():
         assert torch.allclose(found[name], tensor, atol=2e-2), name
+    again = _trainer(work, tmp_path / "again", recipe()).run_model
+    again.load_parts(read_parts(tmp_path / "parts"))
+    trained = trainer.run_model.policy.state_dict()
+    for name, tensor in again.policy.state_dict().items():
+        assert torch.allclose(trained[name].float(), tensor.float(), atol=1e-3), name
     assert open_checkpoint(exported.path).manifest.audio.tokens_per_s == 12.5
 
 
