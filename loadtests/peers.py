@@ -138,7 +138,7 @@ class DecodePeer:
         self.box = DecoderPool(AudioLimits(), memory_bytes=DECODE_MEMORY_BYTES, on_death=self.count_death)
 
     def count_death(self, reason: str) -> None:
-        """Count a decoder that ended without a result."""
+        """Count a decoder without a result."""
         self.num_deaths += 1
 
     async def start(self) -> None:
@@ -154,7 +154,7 @@ class DecodePeer:
         return list(self.box.layers)
 
     async def deaths(self) -> int:
-        """Return the number of decoders that ended without a result."""
+        """Return the number of decoders without a result."""
         return self.num_deaths
 
     async def decode_file(self, path: str) -> dict[str, Any]:

@@ -199,9 +199,9 @@ class FileOutcomes:
 
     Attributes:
         statuses: Number of replies by status; 599 for a failed connection.
-        wrong: The first replies that are server errors or reveal the canary file.
+        wrong: The first replies with a server error or the canary file's content.
         num_ours: Server errors.
-        num_betrayed: Replies that reveal the canary file.
+        num_betrayed: Replies with the canary file's content.
     """
 
     def __init__(self, canary: Canary, say: Callable[[str], None]) -> None:

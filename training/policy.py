@@ -140,7 +140,7 @@ class Scores(NamedTuple):
 class HyperPolicy(Qwen2AudioForConditionalGeneration):
     """Qwen2-Audio for training; its parameters and their names are the library's.
 
-    If the config has an `audio_stack`, the projector reads that many rows of the tower at once.
+    If the config has an `audio_stack`, the projector reads this number of rows of the tower at once.
     """
 
     def __init__(self, config: Qwen2AudioConfig) -> None:

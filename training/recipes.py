@@ -89,7 +89,7 @@ class Spelling:
     """Settings of the projector's pretraining (`training/sft/projector_ctc.py`).
 
     Attributes:
-        freezes_embedding: Whether the embedding stays as it is, since a pretrained decoder reads it.
+        freezes_embedding: True keeps the embedding unchanged, for a pretrained decoder.
         dropout_states: Share of audio tokens blanked.
     """
 
@@ -102,11 +102,11 @@ class Spelling:
 
 @dataclass(frozen=True, config=_STRICT)
 class Talk:
-    """Settings of the sequences that align a pretrained decoder with the audio encoder (`training/sft/talk.py`).
+    """Settings of the sequences for aligning a pretrained decoder with the audio encoder (`training/sft/talk.py`).
 
     Attributes:
-        num_clips: Clips before the first one comes again.
-        answer_share: Share of the clips with an answer behind the transcript.
+        num_clips: Number of different clips before a repetition.
+        answer_share: Share of the clips with an answer after the transcript.
     """
 
     num_clips: int
@@ -118,7 +118,7 @@ class Lora:
     """Settings of adapters: rank, scale (alpha / rank) and adapted projections.
 
     Attributes:
-        trains_projector: Whether the audio projector is trained as well, whole.
+        trains_projector: True also trains the whole audio projector.
     """
 
     rank: int
@@ -539,7 +539,7 @@ R = TypeVar("R", bound=Recipe)
 def with_settings(recipe: R, settings: Sequence[str]) -> R:
     """Return the recipe with `NAME=VALUE` settings applied in order.
 
-    A value is text where the recipe has text, else JSON. An object changes only the named entries of a nested setting:
+    For a text setting, the value is text, else JSON. An object changes only the named entries of a nested setting:
     `weights={"fidelity": 0.0}` keeps the other weights.
 
     Raises:

@@ -42,7 +42,7 @@ COMPLETE = "complete"
 LOG_FILE = "log.jsonl"
 RECIPE_FILE = "recipe.json"
 LEFT_OUT_FILE = "left_out.jsonl"
-"""Rows of the data that a run leaves out, each with its place and the reason."""
+"""Rows of the data excluded from a run, each with its place and the reason."""
 
 
 class TrainingError(HyperError):
@@ -349,7 +349,7 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_recipe(run_dir: Path) -> dict[str, Any]:
-    """Read the JSON of the recipe that started a run, and as `origin` the sums of its base and its data.
+    """Read the initial recipe of a run as JSON, with the sums of its base and its data as `origin`.
 
     Raises:
         TrainingError: The folder holds no run.
@@ -361,10 +361,10 @@ def read_recipe(run_dir: Path) -> dict[str, Any]:
 
 
 def started_recipe(run_dir: Path, kind: type[R]) -> R:
-    """Return the recipe that started a run; settings added since have their defaults.
+    """Return the initial recipe of a run; newer settings have their defaults.
 
     Raises:
-        TrainingError: There is no run, or it is not of this kind of recipe.
+        TrainingError: There is no run, or its recipe is of another kind.
     """
     values = {name: value for name, value in read_recipe(run_dir).items() if name != "origin"}
     try:
@@ -380,22 +380,22 @@ def last_checkpoint(run_dir: Path) -> Path | None:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> list[str]:
-    """List the values that differ, those of nested settings by their full name."""
-    found: list[str] = []
+    """List the different values, those of nested settings by their full name."""
+    differences: list[str] = []
     for name in sorted({*before, *now}):
         one, other = before.get(name), now.get(name)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found += _differences(one, other, f"{inside}{name}.")
+            differences += _differences(one, other, f"{inside}{name}.")
         elif one != other:
-            found.append(f"{inside}{name} {json.dumps(one)}, now {json.dumps(other)}")
-    return found
+            differences.append(f"{inside}{name} {json.dumps(one)}, now {json.dumps(other)}")
+    return differences
 
 
 def check_run(run_dir: Path, recipe: Recipe, origin: Mapping[str, str | None]) -> None:
-    """Check that a run was started by this recipe, from this base and on this data.
+    """Check the recipe, base and data of a run against its recorded values.
 
     Raises:
-        TrainingError: It was not; the message names the differences.
+        TrainingError: They differ; the message names the differences.
     """
     name = read_recipe(run_dir)["name"]
     if name != recipe.name:
@@ -439,13 +439,13 @@ def prepare_run_dir(
 
 
 def write_left_out(run_dir: Path, reasons: Mapping[str, str]) -> None:
-    """Record the rows that a run leaves out, from their places to the reasons."""
+    """Record the rows excluded from a run, as place -> reason."""
     lines = [json.dumps({"row": row, "reason": reason}) for row, reason in reasons.items()]
     (run_dir / LEFT_OUT_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def read_left_out(run_dir: Path) -> dict[str, str]:
-    """Return the rows that a run left out, from their places to the reasons."""
+    """Return the rows excluded from a run, as place -> reason."""
     file = run_dir / LEFT_OUT_FILE
     if not file.exists():
         return {}

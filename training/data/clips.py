@@ -91,10 +91,10 @@ def write_shard(
     *,
     num_clips: int = CLIPS_PER_SHARD,
 ) -> str:
-    """Draws and encodes the clips of one shard, and returns its name.
+    """Draw and encode the clips of one shard, and return its name.
 
     Args:
-        draw: Returns the truth and the sound of a seed.
+        draw: Return truth and audio of a seed.
     """
     first = first_seed(kind, split) + shard * num_clips
     stem = _stem(kind, shard)
@@ -151,14 +151,14 @@ def build_talk(
     bank: Bank | None = None,
     clips_per_shard: int = CLIPS_PER_SHARD,
 ) -> None:
-    """Make those of the shards of talk that the folder lacks.
+    """Build the missing shards of talk.
 
-    Whisper base is frozen and alignment reads each clip several times, so its states are kept: 25 kB per second.
+    Whisper base is frozen and alignment reads each clip several times, so its states are stored: 25 kB per second.
 
     Args:
         assets: Folder of the fetched texts, recordings and voices.
-        bank: Utterances of slow synthesizers. A shard that is there stays as it is, with or without them.
-        clips_per_shard: The same for all shards of a folder: a clip's seed follows from its place.
+        bank: Utterances of slow synthesizers. Existing shards stay unchanged, with or without them.
+        clips_per_shard: Equal for all shards of a folder, since a clip's seed follows from its position.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -185,7 +185,7 @@ class Clip:
 
 
 def open_clips(folder: Path, width: int, *, kind: ClipKind | None = None, shard: int | None = None) -> Iterator[Clip]:
-    """Yield the clips of every finished shard in order, optionally of one kind."""
+    """Yield the clips of every finished shard in order, optionally of one kind or one shard."""
     number = "*" if shard is None else f"{shard:04d}"
     for index in sorted(folder.glob(f"{kind or '*'}-{number}.jsonl")):
         offset = 0

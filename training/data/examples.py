@@ -57,11 +57,11 @@ class Summary:
     """Counts of a data set.
 
     Attributes:
-        bad_audio: Missing, empty and unreadable audio files in order of appearance, each once, with the cause and the
-            place of the first row that names it.
+        bad_audio: Missing, empty and unreadable audio files in order of appearance, each once. Each entry has the cause
+            and the place of the first row with this file.
         by_category: Rows of each category, in order of appearance, without rows of no category.
         faults: Errors of the unusable rows; these rows are counted nowhere else.
-        warnings: Odd things about clips that decode, such as silence or missing audio.
+        warnings: Odd properties of decodable clips, such as silence or missing audio.
     """
 
     format: str
@@ -100,10 +100,10 @@ def check_examples(
     """Read a whole data set and count its rows, its faults and its unusable audio files.
 
     Args:
-        decodes: Also decode every clip, which finds damaged and too long ones.
+        decodes: Also decode every clip, to find damaged and too long ones.
 
     Raises:
-        ExampleError: For a file that cannot be read as rows at all.
+        ExampleError: The file cannot be read as rows.
     """
     found, rows = _open_rows(Path(path), format, audio_root)
     num_examples = num_with_choices = 0

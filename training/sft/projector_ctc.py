@@ -35,7 +35,7 @@ _BLANK = 0
 _MAX_CHECKED = 200
 _NUM_OTHERS = 512
 _OWN = ("bias_V", "blank_H", "blank_bias", "scale")
-"""Parameters of the classifier, which the policy does not have."""
+"""Parameters of the classifier, absent from the policy."""
 _FROZEN_SCALE = 0.5
 """Initial scale of the logits over rows of length 1."""
 _WINDOW_BATCHES = 8
@@ -57,8 +57,8 @@ class _Speller(nn.Module):
     """The projector, the embedding as a classifier, and a blank.
 
     Args:
-        policy: Owner of the projector and the embedding; not changed.
-        is_frozen: Whether the embedding stays as it is.
+        policy: Owner of the projector and the embedding; it stays unchanged.
+        is_frozen: True keeps the embedding unchanged.
     """
 
     def __init__(self, policy: HyperPolicy, *, is_frozen: bool) -> None:
@@ -94,7 +94,7 @@ class _Speller(nn.Module):
         return F.linear(hidden_BAH, weight, bias).log_softmax(-1).transpose(0, 1)
 
     def transcribe_states(self, states_AD: torch.Tensor, tokenizer: TraceTokenizer) -> str:
-        """Return the text of one clip, of tokens that training drew at least once."""
+        """Return the text of one clip, limited to tokens drawn at least once in training."""
         batch = {"states_BAD": states_AD[None], "lengths_B": torch.tensor([len(states_AD)])}
         return self.transcribe(batch, tokenizer, self.bias_V.detach().nonzero().flatten().tolist())[0]
 
@@ -105,25 +105,25 @@ class _Speller(nn.Module):
         """Return the text of each clip by the likeliest token at each state.
 
         Args:
-            vocabulary: Tokens that a text may hold.
+            vocabulary: Permitted tokens of a text.
         """
         ids = torch.tensor(vocabulary)
         best_BA = self(batch["states_BAD"], ids).argmax(-1).transpose(0, 1)
         texts: list[str] = []
         for best_A, length in zip(best_BA, batch["lengths_B"].tolist(), strict=True):
-            found = best_A[:length].unique_consecutive()
-            texts.append(tokenizer.decode(ids[found[found != _BLANK] - 1].tolist()))
+            best = best_A[:length].unique_consecutive()
+            texts.append(tokenizer.decode(ids[best[best != _BLANK] - 1].tolist()))
         return texts
 
 
 def _projector(policy: HyperPolicy) -> nn.Linear:
-    """Return the projector's layer, or the copy that adapters train (peft)."""
+    """Return the projector's layer, or its trained copy with adapters (peft)."""
     module: Any = policy.model.multi_modal_projector
     return module.modules_to_save["default"].linear if hasattr(module, "modules_to_save") else module.linear
 
 
 def _encode(tokenizer: TraceTokenizer, transcript: str) -> list[int]:
-    """Encode a transcript with a space before it, so that its first word has the token of a word inside a line."""
+    """Encode a transcript with a space before it; its first word then has the token of a word inside a line."""
     return tokenizer.encode_text(f" {transcript}") if transcript else []
 
 
@@ -131,7 +131,7 @@ def _batch(clips: Sequence[Clip], tokenizer: TraceTokenizer, width: int, stack: 
     """Collect clips of one batch.
 
     Args:
-        width: Of the projector's input: `stack` states of the encoder.
+        width: Width of the projector's input, `stack` states of the encoder.
     """
     states = [stack_rows(clip.states(width // stack).float(), [clip.num_tokens], stack)[0] for clip in clips]
     lengths = [len(states_AD) for states_AD in states]
@@ -151,7 +151,7 @@ def _loss(
     """Return the CTC loss in nats per text token.
 
     Args:
-        vocabulary: Tokens that negatives are drawn from.
+        vocabulary: Candidates for negative tokens.
         rng: Draws the negative tokens. The full vocabulary would spend most of the time on tokens outside the batch
             (Jean et al. 2015, "On Using Very Large Target Vocabulary").
     """
@@ -172,7 +172,7 @@ def _loss(
 
 
 def load_speller(policy: HyperPolicy, saved: Mapping[str, torch.Tensor]) -> _Speller:
-    """Return the classifier that `teach_spelling` saved, over the embedding of the policy."""
+    """Return the saved classifier of `teach_spelling`, over the embedding of the policy."""
     speller = _Speller(policy, is_frozen="embedding" not in saved)
     speller.projector.load_state_dict({name: saved[name] for name in ("weight", "bias")})
     with torch.no_grad():
@@ -219,7 +219,7 @@ def _teach(
     width, stack = speller.projector.in_features, policy.stack
     vocabulary: Sequence[int] = range(len(speller.embedding_VH))
     if spelling.freezes_embedding:
-        # Most tokens of a language model are in no transcript; telling those apart would cost steps and gain nothing.
+        # Most tokens of a language model are in no transcript; separating them would cost steps without any gain.
         vocabulary = sorted({token_id for clip in clips for token_id in _encode(tokenizer, clip.scene.transcript)})
     trained = [parameter for parameter in speller.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=spelling.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)

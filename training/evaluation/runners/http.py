@@ -219,7 +219,7 @@ def read(item: Item, received: Received, api: Api) -> Reply:
 def _kept_and_repeated(
     items: Sequence[Item], keys: Sequence[str], replies: Mapping[str, Received], known_ids: Collection[str]
 ) -> str:
-    """Say how many stored replies are reused, and name the items that are sent again although they have one."""
+    """Return a sentence with the number of reused replies and the names of repeated items."""
     text = f"{sum(key in replies for key in keys)} of {len(items)} replies are reused from the earlier run."
     again = [item.id for item, key in zip(items, keys, strict=True) if key not in replies and item.id in known_ids]
     if again:
@@ -258,14 +258,14 @@ def _keep(path: Path, key: str, item: Item, received: Received) -> None:
 
 
 async def _checkpoint(client: httpx.AsyncClient, endpoint: Endpoint) -> str | None:
-    """Return the identity of a HyPeR service's checkpoint, which may change at one address; None if it states none."""
+    """Return the identity of a HyPeR service's checkpoint, since it may change at one address; None if unknown."""
     try:
         response = await client.get(f"{endpoint.base}/info")
         response.raise_for_status()
         checkpoint = response.json()["checkpoint"]
         return json.dumps([checkpoint["name"], checkpoint["manifest_sha256"]])
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError, AttributeError):
-        # An unreachable service is reported by the first question.
+        # The first question reports an unreachable service.
         return None
 
 
