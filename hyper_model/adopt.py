@@ -19,7 +19,7 @@ from hyper_model import weights
 from hyper_model.checkpoint import LICENCE_FILES, Checkpoint, export, refuse_code, require_architecture
 from hyper_model.errors import CheckpointError
 from hyper_model.manifest import MANIFEST_FILE, name_of, parse_json
-from hyper_model.trace import AUDIO, CONTROL_TOKENS, PAUSE, PAUSE_CLOSE, Section, TagStyle
+from hyper_model.trace import AUDIO, CONTROL_TOKENS, PAUSE, PAUSE_CLOSE, Section, TagStyle, parse_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -221,15 +221,10 @@ def _check_source_tensors(
 
 
 def _read_tokenizer(root: Path, config: Mapping[str, Any]) -> Tokenizer:
-    from tokenizers import Tokenizer
-
     path = root / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError("it has no tokenizer.json; load and save its tokenizer with transformers once")
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception for every fault
-        raise CheckpointError("tokenizer.json is not a tokenizer file") from error
+    tokenizer = parse_tokenizer(path.read_bytes())
     for token in CONTROL_TOKENS:
         if tokenizer.token_to_id(token) is None:
             raise CheckpointError(f"its tokenizer lacks {token}")

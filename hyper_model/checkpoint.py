@@ -26,7 +26,17 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from hyper_model import weights
 from hyper_model.errors import CheckpointError
 from hyper_model.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, make_manifest, parse_json, read_manifest
-from hyper_model.trace import AUDIO, END_OF_TEXT, IM_END, PAUSE, PAUSE_CLOSE, Section, TagStyle, TraceTokenizer
+from hyper_model.trace import (
+    AUDIO,
+    END_OF_TEXT,
+    IM_END,
+    PAUSE,
+    PAUSE_CLOSE,
+    Section,
+    TagStyle,
+    TraceTokenizer,
+    parse_tokenizer,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -205,12 +215,7 @@ def make_tokenizer(
     position_ids: Sequence[int] = (),
 ) -> TraceTokenizer:
     """Build the trace tokenizer from the text of a tokenizer.json and a manifest's tags and pauses."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception for every fault
-        raise CheckpointError("tokenizer.json is not a tokenizer file") from error
+    tokenizer = parse_tokenizer(text.encode("utf-8"))
     return TraceTokenizer(tokenizer, tag_style, tags=spellings, pause_tags=pause_spelling, position_ids=position_ids)
 
 

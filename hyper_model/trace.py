@@ -256,6 +256,18 @@ def add_position_tokens(tokenizer: Tokenizer, latent_tokens: int) -> None:
     tokenizer.add_special_tokens(tokens)  # pyright: ignore[reportUnknownMemberType]
 
 
+def parse_tokenizer(data: bytes, name: str = "tokenizer.json") -> Tokenizer:
+    """Build a tokenizer from the bytes of its file.
+
+    Raises:
+        CheckpointError: The bytes are not a tokenizer.
+    """
+    try:
+        return Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises bare Exception for every fault of the file
+        raise CheckpointError(f"{name} is not a tokenizer file") from error
+
+
 class TraceTokenizer:
     """Tokenizer for text without markup, for traces with markup, and for each token's bytes.
 
@@ -346,14 +358,10 @@ class TraceTokenizer:
             CheckpointError: If the file is missing or is not a tokenizer for traces.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            data = Path(path).read_bytes()
+        except OSError as error:
             raise CheckpointError(f"cannot read the tokenizer {Path(path).name}") from error
-        try:
-            tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception for every fault of the file
-            raise CheckpointError(f"{Path(path).name} is not a tokenizer file") from error
-        return cls(tokenizer, tag_style)
+        return cls(parse_tokenizer(data, Path(path).name), tag_style)
 
     def with_positions(self, latent_tokens: int) -> TraceTokenizer:
         """Return the same tokenizer for parallel pauses with one token per position.
