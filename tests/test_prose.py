@@ -24,7 +24,7 @@ from server.telemetry.metrics import Metrics
 from tests.prose import HISTORY, ROOT, Sentence, documents, markdown_lines, markdown_sentences, split_sentences
 
 MAX_WORDS = 30
-MAX_DOCUMENT_WORDS = 45
+MAX_DOCUMENT_WORDS = 50
 MAX_LONG_SHARE = 0.06
 """Largest share of document sentences over `MAX_WORDS`; none may exceed `MAX_DOCUMENT_WORDS`."""
 
