@@ -1,8 +1,7 @@
-"""Composes hyper-small: Whisper base's encoder and SmolLM2 from pinned packages, with what was trained on top.
+"""Composition of hyper-small: Whisper base's encoder and SmolLM2 from pinned packages, plus our trained parts.
 
-The repository holds the trained parts only (`parts.json`, `parts.safetensors`). The weights below them are in packages
-of a registry. This module names the packages with version and sum. Composing takes seconds and writes an ordinary
-checkpoint.
+The repository contains only the trained parts (`parts.json`, `parts.safetensors`). The base weights are in packages of
+a registry, pinned here by version and sum. Composing takes seconds and writes an ordinary checkpoint.
 
     parts.safetensors   multi_modal_projector.linear.*                       the audio projector, whole
                         LAYER.lora_A.weight, LAYER.lora_B.weight             adapters of the decoder, by names on disk
@@ -40,10 +39,10 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PackageFile:
-    """Names one file of a Python package.
+    """One file of a Python package.
 
     Attributes:
-        distribution: The package's name at its registry.
+        distribution: The package's name in its registry.
         path: The file inside the installed package.
     """
 
@@ -78,14 +77,14 @@ SMOLLM2 = PackageFile(
 
 
 class PartsFields(BaseModel):
-    """Describes trained parts; stored as parts.json.
+    """Description of trained parts, stored as parts.json.
 
     Attributes:
         name: The composed checkpoint's name.
-        audio_stack: Rows of the audio tower that one audio token joins (`audio_encoder.audio_stack`).
-        lora_scale: What the product of the adapters is multiplied by: alpha / rank.
-        sha256: Of parts.safetensors.
-        recipe: What trained the parts, as JSON.
+        audio_stack: Rows of the audio tower joined into one audio token (`audio_encoder.audio_stack`).
+        lora_scale: Factor of the adapters' product: alpha / rank.
+        sha256: Digest of parts.safetensors.
+        recipe: Training recipe of the parts, as JSON.
         pause: Fields of the manifest's `pause` group.
     """
 
@@ -102,10 +101,10 @@ class PartsFields(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Trained parts that were read and checked.
+    """Trained parts after reading and checking.
 
     Attributes:
-        tensors: By the names in parts.safetensors; empty for a model whose projector is not trained yet.
+        tensors: Tensors by their names in parts.safetensors; empty for a model with an untrained projector.
     """
 
     fields: PartsFields
@@ -113,10 +112,10 @@ class Parts:
 
 
 def locate(file: PackageFile) -> Path:
-    """Returns where an installed package holds a file, after checking its sum.
+    """Return the path of a file of an installed package, after checking its sum.
 
     Raises:
-        CheckpointError: The package is not installed, or the file is another than the pinned one.
+        CheckpointError: If the package is not installed, or the file differs from the pinned one.
     """
     wanted = f"{file.distribution}=={file.version}"
     try:
@@ -133,10 +132,10 @@ def locate(file: PackageFile) -> Path:
 
 
 def read_parts(folder: Path) -> Parts:
-    """Reads trained parts.
+    """Read trained parts.
 
     Raises:
-        CheckpointError: A file is missing, damaged, or has another sum than parts.json says.
+        CheckpointError: If a file is missing or damaged, or its sum differs from parts.json.
     """
     from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
@@ -154,12 +153,12 @@ def read_parts(folder: Path) -> Parts:
 
 
 def write_parts(folder: Path, tensors: Mapping[str, torch.Tensor], **fields: Any) -> PartsFields:
-    """Writes trained parts: projector in float32, adapters in float16.
+    """Write trained parts: the projector in float32, the adapters in float16.
 
     Args:
-        folder: Made if it is not there.
-        tensors: By the names of parts.safetensors.
-        **fields: Of `PartsFields`, the sum apart.
+        folder: The folder; created if missing.
+        tensors: Tensors by the names of parts.safetensors.
+        **fields: Fields of `PartsFields` except the sum.
     """
     import torch
     from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
@@ -181,10 +180,10 @@ def write_parts(folder: Path, tensors: Mapping[str, torch.Tensor], **fields: Any
 
 
 def merge(base: Iterator[tuple[str, torch.Tensor]], parts: Parts) -> Iterator[tuple[str, torch.Tensor]]:
-    """Adds the adapters to a decoder's tensors, one at a time.
+    """Add the adapters to a decoder's tensors, one at a time.
 
     Raises:
-        CheckpointError: An adapter fits no tensor.
+        CheckpointError: If an adapter fits no tensor.
     """
     left = {name.removesuffix(_LORA_A) for name in parts.tensors if name.endswith(_LORA_A)}
     for name, tensor in base:
@@ -201,16 +200,16 @@ def merge(base: Iterator[tuple[str, torch.Tensor]], parts: Parts) -> Iterator[tu
 
 
 def compose(parts: Parts, destination: Path, *, report: Report = print, overwrite: bool = False) -> Checkpoint:
-    """Writes the checkpoint of trained parts, in bfloat16.
+    """Write the checkpoint of trained parts, in bfloat16.
 
     Args:
-        parts: Without tensors, the projector gets small random weights: a base to train on.
-        destination: The directory to make.
-        report: Gets a line before each step.
-        overwrite: Replaces a directory that is there.
+        parts: The parts. Without tensors, the projector gets small random weights, as a base for training.
+        destination: The new directory.
+        report: Called with a line before each step.
+        overwrite: Whether to replace an existing directory.
 
     Raises:
-        CheckpointError: A package is missing or another than the pinned one, or the parts do not fit.
+        CheckpointError: If a package is missing or differs from the pinned one, or the parts do not fit.
     """
     report(f"checking {', '.join(f.distribution for f in (*WHISPER_BASE, SMOLLM2))}")
     variables = read_variables(b"".join(locate(file).read_bytes() for file in WHISPER_BASE))
@@ -234,7 +233,7 @@ def write_composed(
     report: Report,
     overwrite: bool,
 ) -> Checkpoint:
-    """Writes tensors of tower and decoder with the projector of the parts."""
+    """Write tensors of tower and decoder with the projector of the parts."""
     import torch
 
     fields, text = parts.fields, decoder.text_config()
@@ -260,7 +259,7 @@ def write_composed(
             "max_model_len": MAX_MODEL_LEN,
             "trace": {"answer_style": "text"},
             "audio": {"tokens_per_s": TOKENS_PER_S / fields.audio_stack},
-            # A gate needs thresholds that were calibrated for these very weights.
+            # A gate needs thresholds calibrated for exactly these weights.
             "pause": {"mode": "parallel", "latent_tokens": 8, "max_pauses": 0} | fields.pause,
         },
         dtype=torch.bfloat16,
@@ -269,22 +268,22 @@ def write_composed(
 
 
 def untrained(name: str, stack: int) -> Parts:
-    """Returns parts without weights: what they compose is the base that training begins from."""
+    """Return parts without weights; composed, they are the base for training."""
     fields = PartsFields(name=name, audio_stack=stack, lora_scale=1.0, sha256=hashlib.sha256(b"").hexdigest())
     return Parts(fields, {})
 
 
 def cache_folder() -> Path:
-    """Returns where composed checkpoints are kept: `$HYPER_CACHE`, or `hyper` in the user's cache."""
+    """Return the folder of composed checkpoints: `$HYPER_CACHE`, or `hyper` in the user's cache."""
     chosen = os.environ.get("HYPER_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hyper"
 
 
 def compose_once(parts: Parts, *, report: Report = print) -> Checkpoint:
-    """Composes into the cache, or opens what is there already, with every sum checked.
+    """Compose into the cache, or open an existing checkpoint there, with every sum checked.
 
     Raises:
-        CheckpointError: As `compose`.
+        CheckpointError: As in `compose`.
     """
     destination = cache_folder() / f"{parts.fields.name}-{parts.fields.sha256[:12]}"
     if (destination / MANIFEST_FILE).is_file():
@@ -297,10 +296,10 @@ def compose_once(parts: Parts, *, report: Report = print) -> Checkpoint:
 
 
 def parts_of_adapter(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names the tensors of a peft adapter as parts.safetensors does.
+    """Rename the tensors of a peft adapter to the names of parts.safetensors.
 
     Raises:
-        CheckpointError: A tensor is neither an adapter of the decoder nor the projector's.
+        CheckpointError: If a tensor belongs neither to an adapter of the decoder nor to the projector.
     """
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():

@@ -75,10 +75,12 @@ class PcmFile:
 
     @property
     def num_bytes(self) -> int:
+        """Return the number of bytes of samples."""
         return sum(end - start for start, end in self.spans)
 
     @property
     def frame_bytes(self) -> int:
+        """Return the bytes of one sample of all channels."""
         return self.sample_format.num_bytes * self.channels
 
     @property

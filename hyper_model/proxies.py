@@ -30,11 +30,11 @@ def is_local(url: str) -> bool:
 
 
 def proxy_for(url: str) -> tuple[str, str] | None:
-    """Return the variable and the proxy that apply to an address, without a password; None if none does."""
+    """Return the variable and the address of the applicable proxy, without a password; None without one."""
     if is_local(url) or not _host(url):
         return None
     proxies = request.getproxies_environment()
-    # The type stubs do not have it.
+    # Missing in the type stubs.
     if cast(Any, request).proxy_bypass_environment(_host(url), proxies):
         return None
     for name in (urlsplit(url).scheme, "all"):
@@ -44,7 +44,7 @@ def proxy_for(url: str) -> tuple[str, str] | None:
 
 
 def unusable_proxy(url: str) -> str | None:
-    """Return why the proxy for an address cannot be used; None if it can, or if there is none."""
+    """Return the reason why an address's proxy cannot be used; None for a usable or no proxy."""
     if (found := proxy_for(url)) is None:
         return None
     variable, proxy = found
@@ -61,7 +61,7 @@ def unusable_proxy(url: str) -> str | None:
 
 
 def proxy_hint(url: str) -> str:
-    """Return a sentence that names the proxy for an address, for a connection that failed; empty without a proxy."""
+    """Return a sentence about the proxy of an address, for a failed connection; empty without a proxy."""
     if (found := proxy_for(url)) is None:
         return ""
     variable, proxy = found

@@ -15,19 +15,19 @@ import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from typing import Any
 
-# Line ends of other readers, and halves of surrogate pairs, which UTF-8 cannot encode. JSON escapes those below U+0020.
+# Line ends of other readers, and halves of surrogate pairs, impossible in UTF-8. JSON escapes those below U+0020.
 _UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LINE_END = re.compile("\r\n|\r|\n")
 
 
 def to_json(value: Any) -> str:
-    """Return a value as JSON on one line by any reader's rules, in which UTF-8 can encode every character."""
+    """Return a value as JSON on one line by any reader's rules, with only characters valid in UTF-8."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def write_event(name: str, data: Any) -> bytes:
-    """Return one event whose data is a value as JSON."""
+    """Return one event with a value as JSON data."""
     return f"event: {name}\ndata: {to_json(data)}\n\n".encode()
 
 
@@ -41,7 +41,7 @@ class EventReader:
         self._data: list[str] = []
 
     def feed(self, chunk: bytes) -> Iterator[tuple[str, str]]:
-        """Yield (name, data) of each event that a chunk completes, without comments."""
+        """Yield (name, data) of each event completed by a chunk, without comments."""
         self._rest += self._decoder.decode(chunk)
         # A CR at the end may be half of a line end.
         usable = len(self._rest) - self._rest.endswith("\r")
@@ -54,7 +54,7 @@ class EventReader:
         self._rest = self._rest[start:]
 
     def finish(self) -> Iterator[tuple[str, str]]:
-        """Yield the last event of a stream that ended without a blank line."""
+        """Yield the last event of a stream without a final blank line."""
         yield from self.feed(b"\n\n")
 
     def _read_line(self, line: str) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Gauges that nothing else updates: queues, decoders and quarantined clips."""
+"""Gauges of queues, decoders and quarantined clips, updated at intervals."""
 
 from __future__ import annotations
 

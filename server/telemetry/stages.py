@@ -1,4 +1,4 @@
-"""Times of a request, and the view of it that a tracer needs."""
+"""Times of a request, and the interface of a request for tracers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SectionTime(NamedTuple):
 
 
 class TracedRequest(Protocol):
-    """The parts of a `RequestContext` that become a span; its attributes are described there."""
+    """The part of a `RequestContext` used for a span; see there for its attributes."""
 
     span: Span | None
     traceparent: str | None

@@ -1,4 +1,4 @@
-"""What holds of composing: trained parts come back as they were, and fit, and end up in a checkpoint that opens."""
+"""Composing: trained parts are read back unchanged, fit, and give a checkpoint that opens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> SmolLM2File:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> compose.Parts:
-    """Parts of one adapter and the projector, written and read again."""
+    """Parts of one adapter and the projector, after writing and reading."""
     tensors = {
         f"{LAYER}.lora_A.weight": torch.randn(4, 64),
         f"{LAYER}.lora_B.weight": torch.randn(64, 4),

@@ -1,4 +1,4 @@
-"""What holds of the alignment of a pretrained decoder: what it is shown, and that a broken run goes on exactly."""
+"""Alignment of a pretrained decoder: its inputs, and the exact resumption of an interrupted run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def recipe(**changes: Any) -> SftRecipe:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base checkpoint as `made`, and a shard of talk with random states of the right length."""
+    """Base checkpoint as `made`, and a shard of talk with random states of the right length."""
     folder = tmp_path_factory.mktemp("talk")
     compose_tiny(untrained("tiny", 2), folder, width=BASE_ENCODER_WIDTH)
     builder = SceneBuilder(Bank(write_bank(folder / "bank")), write_sounds(folder / "sounds"), "train")
@@ -74,7 +74,7 @@ def _trainer(work: Path, run_dir: Path, chosen: SftRecipe, *, is_resumed: bool =
 
 
 class _StopError(Exception):
-    """Stands for the end of the process."""
+    """Substitute for the end of the process."""
 
 
 def test_a_run_that_was_killed_goes_on_bit_for_bit(work: Path, tmp_path: Path) -> None:
