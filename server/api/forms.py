@@ -86,11 +86,18 @@ async def read_form(request: Request, kind: type[Options]) -> tuple[Options, byt
         form = await parse_form(parser, spooled)
     try:
         if len(spooled) > sum(isinstance(value, UploadFile) for _, value in form.multi_items()):
-            raise RequestError("invalid_multipart", "The multipart body breaks off inside a file.")
+            raise RequestError(
+                "invalid_multipart", "The multipart body ends inside a file.", hint="Send the whole body."
+            )
         fields, files = sort_parts(form)
         options = validate(kind, fields, strict=False)
         if not files:
-            raise RequestError("missing_parameter", "`file` is required: the clip.", param="file")
+            raise RequestError(
+                "missing_parameter",
+                "`file` is required.",
+                hint="Send the clip as a file: curl -F file=@clip.wav.",
+                param="file",
+            )
         return options, await files[0].read()
     finally:
         for file in spooled:
@@ -117,15 +124,15 @@ async def parse_form(parser: MultiPartParser, spooled: list[Any]) -> FormData:
     try:
         return await parser.parse()
     except (MultiPartException, UnicodeError):
-        hint = f"At most {MAX_FIELDS} fields of {MAX_FIELD_BYTES} bytes each, and a boundary in the content type."
-        raise RequestError("invalid_multipart", "The multipart body cannot be read.", hint=hint) from None
+        hint = f"Send at most {MAX_FIELDS} fields of {MAX_FIELD_BYTES} bytes each, and a boundary in the content type."
+        raise RequestError("invalid_multipart", "The multipart body cannot be parsed.", hint=hint) from None
     except OSError as error:
         # The system's message contains internal paths.
         logger.error("a clip cannot be stored", exc_info=error)
         for file in spooled:
             with contextlib.suppress(OSError):
                 file.close()
-        raise RequestError("storage_full", "The service has no room to store the clip.", hint=COME_AGAIN) from None
+        raise RequestError("storage_full", "The service has no disk space for the clip.", hint=COME_AGAIN) from None
 
 
 def sort_parts(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
@@ -136,17 +143,21 @@ def sort_parts(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
         if name == "file" and isinstance(value, UploadFile):
             files.append(value)
         elif isinstance(value, UploadFile):
-            raise RequestError("unknown_parameter", "Only the part named `file` may be a file.", param="file")
+            raise RequestError(
+                "unknown_parameter",
+                "A part other than `file` has a file name; only `file` may be a file.",
+                param="file",
+            )
         elif name in REPEATED_FIELDS:
             fields.setdefault(name, []).append(value)
         elif name in fields:
             repeated = ", ".join(f"`{each}`" for each in sorted(REPEATED_FIELDS))
-            raise RequestError("invalid_parameter", f"A field is given twice; only {repeated} may be.")
+            raise RequestError("invalid_parameter", f"A field appears twice; only {repeated} may repeat.")
         else:
             fields[name] = value
     if len(files) > 1:
         raise RequestError(
-            "invalid_parameter", "A question is about one clip.", param="file", limit=1, actual=len(files)
+            "invalid_parameter", "A question needs exactly one clip.", param="file", limit=1, actual=len(files)
         )
     if "file" in fields:
         raise RequestError("invalid_parameter", "`file` must be sent as a file: curl -F file=@clip.wav.", param="file")
@@ -176,7 +187,7 @@ def decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text.encode("ascii").translate(None, ASCII_WHITE_SPACE), validate=True)
     except (binascii.Error, ValueError):
-        raise RequestError("invalid_parameter", "`audio.data` is not base64.", param="audio.data") from None
+        raise RequestError("invalid_parameter", "`audio.data` is not valid base64.", param="audio.data") from None
 
 
 def validate(kind: type[Options], fields: Any, *, strict: bool) -> Options:
@@ -197,5 +208,5 @@ def check_sizes(fields: Mapping[str, Any]) -> None:
     choices = fields.get("choices")
     if isinstance(choices, list) and len(cast("list[Any]", choices)) > MAX_LISTED_CHOICES:
         num_choices = len(cast("list[Any]", choices))
-        message = f"`choices` may have at most {MAX_CHOICES} items."
+        message = f"`choices` has too many items; the limit is {MAX_CHOICES}."
         raise RequestError("invalid_prompt", message, param="choices", limit=MAX_CHOICES, actual=num_choices)

@@ -87,11 +87,13 @@ def plan(
         manifest=manifest,
     )
     if room < 1:
-        message = "The question, the choices and the clip together leave the model no room to answer."
+        message = (
+            "The question, the choices and the clip exceed the model's context; no tokens are left for the answer."
+        )
         limit = manifest.max_model_len
         raise RequestError("invalid_prompt", message, param="question", limit=limit, actual=limit - room + 1)
     if asked.max_tokens is not None and asked.max_tokens > room:
-        message = f"With this clip and question `max_tokens` may be at most {room}."
+        message = f"`max_tokens` exceeds the limit of {room} for this clip and question."
         raise RequestError("invalid_parameter", message, param="max_tokens", limit=room, actual=asked.max_tokens)
     question = Question(
         prompt_token_ids=tuple(prompt_token_ids),
@@ -121,7 +123,7 @@ def check_bounds(service: Service, **values: int | str | None) -> None:
     }
     for param, value in values.items():
         if isinstance(value, int) and value > limits[param]:
-            message = f"`{param}` may be at most {limits[param]}."
+            message = f"`{param}` exceeds the limit of {limits[param]}."
             raise RequestError("invalid_parameter", message, param=param, limit=limits[param], actual=value)
 
 
