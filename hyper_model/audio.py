@@ -179,6 +179,12 @@ class Waveform:
         pcm = np.clip(np.rint(self.samples_S * 32768.0), -32768, 32767).astype("<i2")
         return AudioSegment(pcm.tobytes(), sample_width=2, frame_rate=SAMPLE_RATE_HZ, channels=1)
 
+    def to_wav(self) -> bytes:
+        """Return a WAV file: 16 kHz, 16 bits, one channel. A clip of 16 bits comes out unchanged."""
+        file = io.BytesIO()
+        cast(Any, self.segment()).export(file, format="wav")
+        return file.getvalue()
+
     @property
     def num_samples(self) -> int:
         """Return the number of samples."""
@@ -238,12 +244,20 @@ def require_single_window(waveform: Waveform) -> None:
         )
 
 
+def snr_gain(foreground_power: float, background_power: float, snr_db: float) -> float:
+    """Return the factor of a background that gives the signal-to-noise ratio `snr_db` (arXiv 2604.14806).
+
+    Args:
+        foreground_power, background_power: Mean squares, above 0.
+    """
+    return math.sqrt(foreground_power / (background_power * 10 ** (snr_db / 10)))
+
+
 def mix(foreground_S: NDArray[np.float32], background_S: NDArray[np.float32], snr_db: float) -> NDArray[np.float32]:
     """Add a background to a foreground at exactly `snr_db`.
 
-    The background is repeated or cut to the foreground's length and scaled by sqrt(P_fg / (P_bg * 10^(snr_db / 10))). P
-    is the mean square over that length (arXiv 2604.14806, data construction). If the sum exceeds full scale, all of it
-    is scaled down, because clipping would change the ratio.
+    The background is repeated or cut to the foreground's length and scaled by `snr_gain` of the mean squares over that
+    length. If the sum exceeds full scale, all of it is scaled down, because clipping would change the ratio.
 
     Returns:
         float32 [S], as long as the foreground, in [-1, 1].
@@ -260,7 +274,7 @@ def mix(foreground_S: NDArray[np.float32], background_S: NDArray[np.float32], sn
     foreground_power, background_power = np.mean(foreground**2), np.mean(background**2)
     if not background_power:
         raise ValueError("silence has no signal-to-noise ratio")
-    gain = math.sqrt(foreground_power / (background_power * 10 ** (snr_db / 10)))
+    gain = snr_gain(float(foreground_power), float(background_power), snr_db)
     mixed = foreground + gain * background
     return (mixed / max(1.0, float(np.abs(mixed).max()))).astype(np.float32)
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from hyper_model import weights
 from hyper_model.errors import CheckpointError
+from hyper_model.files import replacing, sha256_of
 from hyper_model.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, make_manifest, parse_json, read_manifest
 from hyper_model.trace import (
     AUDIO,
@@ -114,7 +115,7 @@ def _open(root: Path, *, verify: bool) -> Checkpoint:
     _check_directory(root, manifest)
     if verify:
         for name, digest in manifest.files.items():
-            if _sha256(root / name) != digest:
+            if sha256_of(root / name) != digest:
                 raise CheckpointError(f"{name} does not have the sha256 that {MANIFEST_FILE} lists: altered or damaged")
     config = _check_configs(root, manifest)
     weights.check_tensors(weights.read_entries(weights.weight_files(root)), config)
@@ -224,11 +225,6 @@ def num_token_ids(tokenizer: TraceTokenizer) -> int:
     return max(tokenizer.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class _ModelTensors(Mapping[str, "torch.Tensor"]):
     """View of a state dict under canonical names, tensor by tensor; a missing head is the embedding."""
 
@@ -304,7 +300,7 @@ def export(
         _write_json(partial / "config.json", model)
         for name, document in _companion_files(model, tokenizer, fields["max_model_len"]).items():
             _write_json(partial / name, document)
-        fields["files"] = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
+        fields["files"] = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
         manifest = make_manifest({"format_version": FORMAT_VERSION, **fields})
         (partial / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         checkpoint = _open(partial, verify=False)  # the sums were computed from these files just now
@@ -336,12 +332,10 @@ def update_pause(directory: str | Path, fields: Mapping[str, Any]) -> Checkpoint
 
     def write(document: bytes) -> None:
         try:
-            partial.write_bytes(document)
-            partial.replace(path)
+            with replacing(path, partial):
+                partial.write_bytes(document)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     before = path.read_bytes()
     write(f"{manifest.model_dump_json(indent=2)}\n".encode())

@@ -446,3 +446,9 @@ def test_pydub_takes_and_gives_the_same_sound():
 def test_full_scale_survives_the_way_to_16_bits():
     extremes = Waveform(np.array([1.0, -1.0, 0.0], np.float32))
     assert extremes.segment().get_array_of_samples().tolist() == [32767, -32768, 0]
+
+
+def test_a_wav_file_holds_the_same_samples_of_16_bits():
+    values = (np.arange(-32_768, 32_768, 7) / 32_768).astype(np.float32)
+    clip = Waveform(values)
+    assert np.array_equal(decode(clip.to_wav()).samples_S, clip.samples_S)

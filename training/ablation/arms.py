@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from hyper_model.errors import HyperError
+from hyper_model.files import write_whole
 
 if TYPE_CHECKING:
     from training.recipes import TraceStyle
@@ -472,9 +473,7 @@ def check_settings(run_dir: Path, said: Mapping[str, Any]) -> None:
     file = run_dir / SETTINGS_FILE
     if not file.exists():
         run_dir.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
-        partial.rename(file)
+        write_whole(file, json.dumps(said, indent=2) + "\n")
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     changed = sorted(name for name in {*before, *said} if before.get(name) != said.get(name))

@@ -122,6 +122,7 @@ def train(
         return
     # One thread per process: on shared cores, several threads inside a process cost several times their gain.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from hyper_model.files import sha256_of
     from hyper_model.manifest import name_of
     from training.recipes import RECIPES, GrpoRecipe
 
@@ -133,11 +134,14 @@ def train(
     is_writer = os.environ.get("RANK", "0") == "0"
     from training.trainer import check_run, last_checkpoint, leave_run_dir, prepare_run_dir
 
-    origin = {"base": None if base is None else _sum(base / "hyper.json"), "data": None if data is None else _sum(data)}
+    origin = {
+        "base": None if base is None else sha256_of(base / "hyper.json"),
+        "data": None if data is None else sha256_of(data),
+    }
     if parts is not None:
         if getattr(chosen, "talk", None) is None:
             raise click.UsageError(f"{recipe} has no trained parts to go on from: --parts is for small_sft")
-        origin["parts"] = _sum(parts / "parts.safetensors")
+        origin["parts"] = sha256_of(parts / "parts.safetensors")
         # The parts hold an aligned projector.
         chosen = dataclasses.replace(chosen, spelling=None)
     checkpoint = last_checkpoint(run_dir)
@@ -187,13 +191,6 @@ def train(
             model.manifest |= {"name": name or name_of(export_to), "data_card": "README.md"}
             _export(model, chosen, run_dir, saved, export_to, data, overwrite=overwrite)
         _report(chosen, run_dir, saved)
-
-
-def _sum(file: Path) -> str:
-    import hashlib
-
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _started_recipe(recipe: str, run_dir: Path, settings: tuple[str, ...]) -> Any:

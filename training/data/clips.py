@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from hyper_model.engine_environment import native_dtype
+from hyper_model.files import write_whole
 from training.data.encoder import ClipEncoder, load_base_encoder, load_encoder
 from training.data.scenes import Scene, SceneBuilder, SceneSpeaker, Turn
 from training.data.sources.downloads import ENCODER_FILE, SOUNDS_FOLDER
@@ -105,10 +106,8 @@ def write_shard(
             states_AD = encode(samples_S)
             rows.append(json.dumps({"num_tokens": len(states_AD), "scene": scene_to_json(scene)}))
             states.write(states_AD.bfloat16().contiguous().view(torch.int16).numpy().tobytes())
-    # The index is written last and renamed into place; a shard without an index is built again.
-    partial = folder / f"{stem}.jsonl.partial"
-    partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    partial.rename(folder / f"{stem}.jsonl")
+    # The index is written last and whole; a shard without an index is built again.
+    write_whole(folder / f"{stem}.jsonl", "\n".join(rows) + "\n")
     return stem
 
 

@@ -21,6 +21,7 @@ import soundfile
 from tqdm import tqdm
 
 from hyper_model.audio import SAMPLE_RATE_HZ
+from hyper_model.files import replacing, write_whole
 from hyper_model.trace import render
 from training.data.clips import SEED_STRIDE
 from training.data.hard_sets import ASKED_KIND, builder_for
@@ -107,10 +108,9 @@ def export_scenes(plan: ExportPlan, folder: Path, *, num_workers: int) -> Path:
             for _ in tqdm(pool.map(_write_chunk, jobs), total=len(jobs), desc="items", unit="hundred"):
                 pass
     rows_file = folder / f"{plan.suite or plan.split}.jsonl"
-    partial = rows_file.with_suffix(".partial")
     backgrounds: set[str] = set()
     voices: set[str] = set()
-    with partial.open("w", encoding="utf-8") as out:
+    with replacing(rows_file) as partial, partial.open("w", encoding="utf-8") as out:
         for first in firsts:
             # Texts may contain other line ends, such as U+2028.
             for line in filter(None, (chunks_folder / f"{first:06d}.jsonl").read_text(encoding="utf-8").split("\n")):
@@ -118,9 +118,8 @@ def export_scenes(plan: ExportPlan, folder: Path, *, num_workers: int) -> Path:
                 backgrounds |= {row["recording"]} - {None}
                 voices |= set(row["voices"])
                 out.write(line + "\n")
-    partial.rename(rows_file)
     licences = json.dumps(_licences(plan, backgrounds, voices), indent=2, sort_keys=True)
-    (folder / "LICENCES.json").write_text(licences + "\n", encoding="utf-8")
+    write_whole(folder / "LICENCES.json", licences + "\n")
     return rows_file
 
 
@@ -128,10 +127,8 @@ def _write_chunk(job: tuple[ExportPlan, Path, int]) -> int:
     plan, folder, first = job
     builder = plan.builder()
     rows = [json.dumps(row) for row in _write_items(plan, builder, folder, first)]
-    # The rows are written last and renamed into place; a chunk without rows is built again.
-    partial = folder / "chunks" / f"{first:06d}.partial"
-    partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    partial.rename(partial.with_suffix(".jsonl"))
+    # The rows are written last and whole; a chunk without rows is built again.
+    write_whole(folder / "chunks" / f"{first:06d}.jsonl", "\n".join(rows) + "\n")
     return first
 
 

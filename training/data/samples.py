@@ -8,14 +8,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 
-from hyper_model.audio import SAMPLE_RATE_HZ, find_ffmpeg
+from hyper_model.audio import Waveform
+from hyper_model.ffmpeg import find_ffmpeg
 from training.data.clips import SEED_STRIDE
 from training.data.questions import draw_example, possible_kinds
 from training.data.scenes import Scene, SceneBuilder
@@ -37,10 +36,27 @@ _SAMPLES = (
 )
 
 
+# Names of ffmpeg: containers under another name than their suffix, and codecs other than the container's usual one.
+_MUXERS = {"m4a": "ipod"}
+_CODECS = {"ogg": "libvorbis"}
+
+
 def _draw_askable(builder: SceneBuilder, kind: str, first_seed: int) -> tuple[Scene, np.ndarray]:
     """Draw scenes of every hundredth seed; return the first with this kind of question."""
     drawn = map(builder.draw, itertools.count(first_seed, 100))
     return next((scene, samples_S) for scene, samples_S in drawn if kind in possible_kinds(scene))
+
+
+def _write_clip(clip: Waveform, path: Path) -> None:
+    """Encode a clip in the format of the file's suffix, at 48 kbit/s if the format is lossy."""
+    suffix = path.suffix.removeprefix(".")
+    if suffix == "wav":
+        path.write_bytes(clip.to_wav())
+        return
+    segment: Any = clip.segment()
+    segment.converter = find_ffmpeg()
+    bitrate = None if suffix == "flac" else "48k"
+    segment.export(path, format=_MUXERS.get(suffix, suffix), codec=_CODECS.get(suffix), bitrate=bitrate).close()
 
 
 def write_samples(builder_for: dict[int, SceneBuilder], folder: Path) -> list[dict[str, Any]]:
@@ -55,14 +71,7 @@ def write_samples(builder_for: dict[int, SceneBuilder], folder: Path) -> list[di
         scene, samples_S = _draw_askable(builder_for[num_people], kind, FIRST_SEED + index)
         example = draw_example(scene, random.Random(index), kind=kind, with_choices=True)
         path = folder / f"{name}.{suffix}"
-        if suffix in ("wav", "flac"):
-            soundfile.write(path, samples_S, SAMPLE_RATE_HZ, subtype="PCM_16")
-        else:
-            wav = path.with_suffix(".partial.wav")
-            soundfile.write(wav, samples_S, SAMPLE_RATE_HZ)
-            command = [find_ffmpeg(), "-nostdin", "-loglevel", "error", "-y", "-i", wav, "-b:a", "48k", path]
-            subprocess.run(command, check=True)
-            wav.unlink()
+        _write_clip(Waveform(samples_S), path)
         rows.append(
             {
                 "file": path.name,

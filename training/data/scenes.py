@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import soxr
 
-from hyper_model.audio import SAMPLE_RATE_HZ
+from hyper_model.audio import SAMPLE_RATE_HZ, snr_gain
 from training.data.sources import recordings as sounds
 from training.data.sources.downloads import MissingDataError
 from training.data.sources.noise import NoiseFolder
@@ -503,8 +503,7 @@ class SceneBuilder:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scale speech, background and noise floor, float32 [S] each; their sum stays inside full scale.
 
-        The gain of the background is sqrt(P_speech / (P_background * 10^(snr_db / 10))). P is the mean square over the
-        whole clip, silence included (arXiv 2604.14806, data construction).
+        The background is scaled by `snr_gain` of the mean squares over the whole clip, silence included.
         """
         floor_S = np.random.default_rng(rng.randrange(2**32)).standard_normal(len(background_S))
         floor_S *= 10 ** (rng.uniform(-75, -60) / 20)
@@ -515,7 +514,7 @@ class SceneBuilder:
         elif snr_db is None:
             gain = 0.0
         else:
-            gain = (speech_power / (background_power * 10 ** (snr_db / 10))) ** 0.5
+            gain = snr_gain(speech_power, background_power, snr_db)
         level = 10 ** (rng.uniform(-4.0, 4.0) / 20)
         parts = [speech_S.astype(np.float64), gain * background_S, floor_S]
         peak = float(np.abs(sum(parts)).max()) * level

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hyper_model.files import write_whole
 from training.data.hard_sets import SNR_LEVELS_DB
 from training.evaluation.score import BREAKDOWNS, FIGURES, MAP
 
@@ -35,9 +36,7 @@ _SNR_CURVES = (
 def write(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write `result.json` of the first result, and a page and plots of all results side by side."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{RESULT_FILE}.partial"
-    partial.write_text(json.dumps(results[0], indent=1) + "\n", encoding="utf-8")
-    partial.rename(folder / RESULT_FILE)
+    write_whole(folder / RESULT_FILE, json.dumps(results[0], indent=1) + "\n")
     pictures = draw(results, folder)
     links = "".join(f"\n![{name.removesuffix('.png')}]({name})\n" for name in pictures)
     (folder / REPORT_FILE).write_text(markdown(results) + links, encoding="utf-8")

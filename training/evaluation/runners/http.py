@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import io
 import json
 import random
 import time
@@ -25,10 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx
-import soundfile
 from tqdm import tqdm
 
-from hyper_model.audio import SAMPLE_RATE_HZ
+from hyper_model.audio import Waveform
 from hyper_model.errors import HyperError
 from hyper_model.proxies import is_local, proxy_hint, unusable_proxy
 from hyper_model.sse import read_events_async
@@ -320,9 +318,7 @@ def to_wav(item: Item, *, cuts_long: bool) -> bytes:
     Raises:
         HyperError: As in `Item.load`.
     """
-    file = io.BytesIO()
-    soundfile.write(file, item.load(cuts_long=cuts_long), SAMPLE_RATE_HZ, format="WAV", subtype="PCM_16")
-    return file.getvalue()
+    return Waveform(item.load(cuts_long=cuts_long)).to_wav()
 
 
 async def _ask_hyper(

@@ -20,6 +20,7 @@ import numpy as np
 
 from hyper_model.audio import WINDOW_S, Waveform, decode, require_single_window
 from hyper_model.errors import HyperError
+from hyper_model.files import sha256_of
 from training.data.sources.voices import Bank, Split
 from training.data.truth import Truth
 
@@ -79,7 +80,7 @@ class Item:
             sound = Waveform(self.clip).sha256
         else:
             try:
-                sound = hashlib.sha256(self.clip.read_bytes()).hexdigest()
+                sound = sha256_of(self.clip)
             except OSError:
                 sound = self.clip.name
         return hashlib.sha256(repr((truth.question, truth.choices, truth.answer, sound)).encode()).hexdigest()[:16]

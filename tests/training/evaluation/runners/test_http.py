@@ -154,7 +154,7 @@ def test_what_fails_for_every_item_ends_the_run(items: list[Item], status: int) 
         assert len(asked) <= 3
     with pytest.raises(EndpointError, match="no server at this address"):
         ask(openai("http://127.0.0.1:9", num_tries=1), items[:1], use_tqdm=False)
-    with pytest.raises(EndpointError, match="no address"):
+    with pytest.raises(EndpointError, match="not a valid address"):
         ask(openai("nonsense"), items[:1], use_tqdm=False)
     with pytest.raises(EndpointError, match="name one with --model"):
         ask(Endpoint("http://127.0.0.1:9", "openai"), items[:1], use_tqdm=False)
