@@ -212,12 +212,11 @@ def leaves_out(body: Any) -> bool:
 
 
 def words_of(value: Any) -> Iterator[str]:
-    """Yield every text inside a value."""
+    """Yield every text inside a value, but no names of fields: an error names an unknown field."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from words_of(name)
+        for inner in value.values():
             yield from words_of(inner)
     elif isinstance(value, list | tuple):
         for inner in value:

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from hyper_model.checkpoint import Checkpoint, open_checkpoint
 from hyper_model.errors import CheckpointError, HyperError
@@ -71,6 +72,15 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.openapi = lambda: document(app, settings, max_pauses=max_pauses, asks_for_keys=asks_for_keys)
     error_handlers.install(app)
     app.add_middleware(RequestMiddleware, service=service)
+    if settings.cors_origins:
+        # Outside of the keys: a browser sends its preflight request without one.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origin_list),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type", "x-request-id", "x-hyper-priority", "x-hyper-clip"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     return app
 
 

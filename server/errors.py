@@ -1,14 +1,16 @@
 """The table of client-visible errors, and the translation of exceptions to it.
 
 Every error is `{"error": {...}}` with a `code` from `ERRORS`. Status codes are defined only here. An error names the
-invalid field and never repeats its value, because inputs may be 30 MB long, hostile or private. This is the lowest
-layer of the service and imports no other module of it.
+invalid field and never repeats its value, because inputs may be 30 MB long, hostile or private. An unknown field is
+named if its name is a short plain word. This is the lowest layer of the service and imports no other module of it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -90,6 +92,8 @@ HTTP_ERRORS: Mapping[int, tuple[str, str]] = {
     404: ("not_found", "This address does not exist; /docs lists all endpoints."),
     405: ("method_not_allowed", "This endpoint does not accept the method; /docs lists the methods."),
 }
+
+MAX_NAME_CHARS = 80
 
 MAX_EXACT = 2**53
 """Largest number reported in errors: above it JSON readers disagree, and clients may send hundreds of digits."""
@@ -209,7 +213,7 @@ def validation_error(error: ValidationError | RequestValidationError) -> Request
         case "missing":
             return RequestError("missing_parameter", f"`{param}` is required.", param=param)
         case "extra_forbidden":
-            return RequestError("unknown_parameter", "The request has an unknown field; /docs lists all fields.")
+            return unknown_field([str(part) for part in first["loc"]], ())
         case _ if param is None:
             # No field can have this name.
             return RequestError("invalid_parameter", "The request has an invalid field name; /docs lists all fields.")
@@ -220,6 +224,47 @@ def validation_error(error: ValidationError | RequestValidationError) -> Request
             reasons = [detail["msg"] for detail in details if param_of(detail["loc"]) == param]
             others = [f", or {reason.removeprefix('Input should be ')}" for reason in reasons[1:]]
             return RequestError("invalid_parameter", f"`{param}`: {reasons[0]}{''.join(others)}.", param=param)
+
+
+PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]-]{0,39}")
+"""Names of unknown fields that an error repeats."""
+
+SYNONYMS: Mapping[str, str] = {
+    **dict.fromkeys(("prompt", "query", "text", "message", "input"), "question"),
+    **dict.fromkeys(("options", "answers", "candidates", "labels"), "choices"),
+    **dict.fromkeys(("audio", "clip", "upload", "audio_file", "files", "media", "document", "attachment"), "file"),
+    **dict.fromkeys(("max_new_tokens", "max_completion_tokens", "max_length"), "max_tokens"),
+    **dict.fromkeys(("timeout", "timeout_s", "deadline"), "timeout_ms"),
+    **dict.fromkeys(("audio_track", "stream_index", "track_index"), "track"),
+    **dict.fromkeys(("base64", "content", "bytes", "blob"), "data"),
+}
+"""Other programs' names for our fields."""
+
+
+def unknown_field(location: Sequence[str], known: Sequence[str]) -> RequestError:
+    """Return the error for a field that no request has: its name, and the nearest known one.
+
+    Args:
+        location: The name, and before it those of the objects that contain it.
+        known: The names that would be right.
+    """
+    name, nearest = location[-1], ""
+    listed = f"The fields are {', '.join(known)}." if known else "/docs lists all fields."
+    if not PLAIN_NAME.fullmatch(name):
+        message = f"The request has a field with an invalid name of {len(name)} characters."
+        return RequestError("unknown_parameter", message, hint=listed)
+    bare = name.lower().replace("-", "_").split("[")[0].split(".")[-1]
+    by_name = {each.rpartition(".")[2]: each for each in known}
+    if bare in by_name:
+        nearest = by_name[bare]
+    elif SYNONYMS.get(bare) in by_name:
+        nearest = by_name[SYNONYMS[bare]]
+    elif similar := get_close_matches(bare, list(by_name), n=1):
+        nearest = by_name[similar[0]]
+    path = ".".join([*location[:-1], name])
+    hint = f"Did you mean `{nearest}`?" if nearest else listed
+    path = path if len(path) <= MAX_NAME_CHARS else name
+    return RequestError("unknown_parameter", f"`{path}` is an unknown field.", param=path, hint=hint)
 
 
 def param_of(location: Sequence[int | str]) -> str | None:

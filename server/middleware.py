@@ -63,6 +63,10 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        # One address per endpoint, with and without a slash at its end: a redirect would lead to plain http behind a
+        # TLS proxy, and many clients send no body to where it points.
+        if scope["path"] != "/" and scope["path"].endswith("/"):
+            scope["path"] = scope["path"].rstrip("/") or "/"
         context = RequestContext(
             request_id=request_id_from(headers),
             is_body_complete=headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers,
@@ -104,6 +108,11 @@ class RequestMiddleware:
         if len(scope["headers"]) > MAX_HEADERS:
             message = f"The request has too many headers; the limit is {MAX_HEADERS}."
             raise RequestError("headers_too_large", message, limit=MAX_HEADERS, actual=len(scope["headers"]))
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # RFC 9112, section 6.3: two lengths may be an attempt to smuggle a second request past a proxy.
+            context.is_body_complete = False
+            message = "The request has both Content-Length and Transfer-Encoding."
+            raise RequestError("invalid_http", message, hint="Send one of the two headers.")
         path = scope["path"]
         _, port = scope.get("server") or (None, None)
         if port is not None and port == self.settings.metrics_port:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
 PREFIX = "HYPER_"
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+/?")
 NOT_OURS = frozenset({"HYPER_URL", "HYPER_API_KEY", "HYPER_KEY"})  # Read by the client and `hyper ask`.
 
 
@@ -84,6 +85,19 @@ class Settings(BaseSettings):
     head_timeout_s: float = Field(
         default=10.0, gt=0, description="From the start of the connection to the last header."
     )
+    keep_alive_s: float = Field(
+        default=300.0,
+        ge=1,
+        le=3600,
+        description="Idle connections stay open for this long. Keep it above the idle time of a proxy in front.",
+    )
+    forwarded_allow_ips: str = Field(
+        default="",
+        description="Addresses of proxies, with commas, whose X-Forwarded-For and X-Forwarded-Proto are trusted.",
+    )
+    cors_origins: str = Field(
+        default="", description="Origins, with commas, whose web pages may call the service; none by default."
+    )
     upload_timeout_s: float = Field(default=60.0, gt=0)
     upload_idle_timeout_s: float = Field(default=10.0, gt=0)
 
@@ -114,6 +128,31 @@ class Settings(BaseSettings):
             return ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def cors_origin_list(self) -> tuple[str, ...]:
+        """Return the origins of `cors_origins`."""
+        return tuple(filter(None, (origin.strip().rstrip("/") for origin in self.cors_origins.split(","))))
+
+    @field_validator("cors_origins")
+    @classmethod
+    def check_origins(cls, text: str) -> str:
+        """Refuse an origin without a scheme, or with a path: no browser sends one."""
+        for origin in filter(None, map(str.strip, text.split(","))):
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; write https://app.example.com, or * for all")
+        return text
+
+    @field_validator("forwarded_allow_ips")
+    @classmethod
+    def check_proxies(cls, text: str) -> str:
+        """Refuse host names, which uvicorn would compare as text, and *, which would let every client forge."""
+        for address in filter(None, map(str.strip, text.split(","))):
+            try:
+                ip_network(address)
+            except ValueError:
+                raise ValueError(f"{address!r} is no address or network, such as 10.0.0.7 or 10.0.0.0/8") from None
+        return text
 
     @property
     def max_body_bytes(self) -> int:

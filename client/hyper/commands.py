@@ -159,7 +159,7 @@ def show_reply(reply: QaReply, *, as_json: bool) -> None:
     for title, text in evidence(reply):
         if text:
             click.echo(f"  {title + ':':<12} {text}")
-    for warning in reply.warnings:
+    for warning in (*reply.warnings, *(warning for clip in reply.audio for warning in clip.warnings)):
         click.echo(f"  warning: {warning.message}", err=True)
 
 

@@ -48,6 +48,8 @@ class AskOptions(TypedDict, total=False):
     pause: Literal["auto", "off"] | int
     reasoning: Literal["full", "answer"]
     long_audio: Literal["error", "window", "chunk"]
+    track: int
+    channel: Literal["mix", "left", "right"]
     max_tokens: int
     temperature: float
     seed: int

@@ -11,6 +11,7 @@ import binascii
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar, cast
 
@@ -22,7 +23,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from hyper_model.trace import MAX_CHOICES
 from server.admission import COME_AGAIN
-from server.errors import RequestError
+from server.api.types import AudioData
+from server.errors import PLAIN_NAME, RequestError, unknown_field
 from server.service import Service
 
 logger = logging.getLogger("hyper.server")
@@ -37,10 +39,43 @@ MAX_LISTED_CHOICES = 128
 REPEATED_FIELDS = frozenset({"choices"})
 """Form fields permitted more than once."""
 
+# File name of a part without one; a short text in it is a path or an address in place of the clip.
+UNNAMED = "part-without-file-name"
+MAX_PATH_BYTES = 1024
+
+# Names of the part with the clip.
+FILE_NAMES = (b"file", b"file[]", b"file[0]")
+
+REQUIRED_FIELDS = frozenset({"question"})
+
 # The names of UTF-8 in a form's content type. Callers may not choose another codec: one takes quadratic time.
 CHARSETS = (b"utf-8", b"utf8")
 
 ASCII_WHITE_SPACE = b" \t\r\n\v\f"
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+# Array spellings of form libraries: choices[], choices[0], choices.0.
+ARRAY_NAME = re.compile(r"([a-z_]+)(?:\[\]|\[(\d{1,3})\]|\.(\d{1,3}))")
+
+# The field by which HTML forms state their encoding (RFC 7578, section 4.6).
+CHARSET_FIELD = "_charset_"
+
+# Beginning of a data URL (RFC 2397), as pages get it from a FileReader.
+DATA_URL = re.compile(r"\s*data:([A-Za-z0-9.+/-]{0,80})((?:;[^,;]{0,80}){0,5}),")
+
+KNOWN_MEDIA_TYPES: Mapping[str, str] = {
+    "": "is missing",
+    "application/x-www-form-urlencoded": "is that of a form without files, which cannot contain a clip",
+    "application/octet-stream": "is that of a bare file, which leaves no place for the question",
+    "text/plain": "is that of text",
+    "text/json": "is not the registered one of JSON, application/json",
+    "multipart/mixed": "is not that of a form, multipart/form-data",
+    "multipart/related": "is not that of a form, multipart/form-data",
+    **{
+        f"audio/{kind}": "is that of a bare clip, which leaves no place for the question"
+        for kind in "wav x-wav wave mpeg mp3 mp4 m4a x-m4a ogg opus webm flac x-flac aac aiff basic".split()
+    },
+}
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -67,14 +102,34 @@ async def read_clip_request(
         RequestError: 400, 413 or 415.
         ValidationError: A field has the wrong type or range.
     """
-    match request.headers.get("content-type", "").partition(";")[0].strip().lower():
-        case "multipart/form-data":
-            return await read_form(request, form)
-        case "application/json":
-            return await service.in_pool(read_json, await request.body(), body)
-        case _:
-            message = "Send multipart/form-data with the clip as `file`, or application/json with it as base64."
-            raise RequestError("unsupported_media_type", message)
+    refuse_query(request, form)
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        return await read_form(request, form)
+    if media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json")):
+        return await service.in_pool(read_json, await request.body(), body)
+    raise RequestError(
+        "unsupported_media_type",
+        f"The content type {KNOWN_MEDIA_TYPES.get(media_type, 'is not one that this endpoint accepts')}.",
+        actual=media_type if media_type in KNOWN_MEDIA_TYPES else None,
+        hint="Send multipart/form-data with the clip as `file`, or application/json with the clip as base64.",
+    )
+
+
+def refuse_query(request: Request, form: type[BaseModel]) -> None:
+    """Refuse options in the address: a caller who puts them there means them.
+
+    Raises:
+        RequestError: The address has a query parameter; the error names the first.
+    """
+    name = next(iter(request.query_params), None)
+    if name is None:
+        return
+    if plain_name(name) in form.model_fields:
+        message = f"`{plain_name(name)}` is a query parameter; this endpoint reads options from the body alone."
+        hint = f"Send `{plain_name(name)}` as a form field or in the JSON body."
+        raise RequestError("unknown_parameter", message, param=plain_name(name), hint=hint)
+    raise unknown_field([name], list(form.model_fields))
 
 
 async def read_form(request: Request, kind: type[Options]) -> tuple[Options, bytes]:
@@ -92,16 +147,32 @@ async def read_form(request: Request, kind: type[Options]) -> tuple[Options, byt
         fields, files = sort_parts(form)
         options = validate(kind, fields, strict=False)
         if not files:
-            raise RequestError(
-                "missing_parameter",
-                "`file` is required.",
-                hint="Send the clip as a file: curl -F file=@clip.wav.",
-                param="file",
-            )
-        return options, await files[0].read()
+            hint = "Send the clip as a file part: curl -F file=@clip.wav."
+            raise RequestError("missing_parameter", "`file` is required.", param="file", hint=hint)
+        data = await files[0].read()
+        if files[0].filename == UNNAMED and len(data) <= MAX_PATH_BYTES:
+            message = "`file` must be sent as a file: curl -F file=@clip.wav."
+            raise RequestError("invalid_parameter", message, param="file")
+        return options, data
     finally:
         for file in spooled:
             file.close()
+
+
+class ClipParser(MultiPartParser):
+    """Parser of Starlette that takes the part `file` as a file also without a file name.
+
+    RFC 7578 only recommends the name, and some libraries leave it out for bytes in memory. As a text field, a clip
+    would exceed the limit of fields.
+    """
+
+    def on_headers_finished(self) -> None:
+        """Read the head of a part."""
+        part = self._current_part
+        _, parameters = parse_options_header(part.content_disposition)
+        if parameters.get(b"name") in FILE_NAMES and b"filename" not in parameters and part.content_disposition:
+            part.content_disposition += f'; filename="{UNNAMED}"'.encode()
+        super().on_headers_finished()
 
 
 def multipart_parser(request: Request, stream: Any) -> MultiPartParser:
@@ -114,7 +185,7 @@ def multipart_parser(request: Request, stream: Any) -> MultiPartParser:
     _, parameters = parse_options_header(request.headers.get("content-type"))
     if parameters.get(b"charset", b"utf-8").lower() not in CHARSETS:
         raise RequestError("invalid_multipart", "The multipart body must be in UTF-8.", hint="Leave `charset` out.")
-    return MultiPartParser(
+    return ClipParser(
         request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
     )
 
@@ -139,29 +210,55 @@ def sort_parts(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
     """Return a form's fields and its file, each at most once."""
     fields: dict[str, Any] = {}
     files: list[UploadFile] = []
-    for name, value in form.multi_items():
-        if name == "file" and isinstance(value, UploadFile):
+    listed: dict[str, list[tuple[int, str]]] = {}
+    for sent_name, value in form.multi_items():
+        name, index = plain_name(sent_name), index_of(sent_name)
+        if isinstance(value, UploadFile):
+            if name != "file":
+                raise unknown_file(sent_name)
             files.append(value)
-        elif isinstance(value, UploadFile):
-            raise RequestError(
-                "unknown_parameter",
-                "A part other than `file` has a file name; only `file` may be a file.",
-                param="file",
-            )
+        elif value == "" and name not in REQUIRED_FIELDS | REPEATED_FIELDS:
+            # Forms send an empty field for an option that was left open.
+            continue
+        elif sent_name == CHARSET_FIELD and value.strip().lower().encode() in CHARSETS:
+            continue
         elif name in REPEATED_FIELDS:
-            fields.setdefault(name, []).append(value)
-        elif name in fields:
+            listed.setdefault(name, []).append((len(listed.get(name, ())) if index is None else index, value))
+        elif name in fields or index is not None:
             repeated = ", ".join(f"`{each}`" for each in sorted(REPEATED_FIELDS))
-            raise RequestError("invalid_parameter", f"A field appears twice; only {repeated} may repeat.")
+            shown = name if PLAIN_NAME.fullmatch(name) else "A field"
+            message = f"`{shown}` appears twice or as a list; only {repeated} may repeat."
+            raise RequestError("invalid_parameter", message, param=name if PLAIN_NAME.fullmatch(name) else None)
         else:
             fields[name] = value
+    for name, values in listed.items():
+        fields[name] = [value for _, value in sorted(values, key=lambda pair: pair[0])]
     if len(files) > 1:
         raise RequestError(
             "invalid_parameter", "A question needs exactly one clip.", param="file", limit=1, actual=len(files)
         )
-    if "file" in fields:
-        raise RequestError("invalid_parameter", "`file` must be sent as a file: curl -F file=@clip.wav.", param="file")
     return fields, files
+
+
+def plain_name(name: str) -> str:
+    """Return a field's name without the brackets or the index that form libraries add to lists."""
+    match = ARRAY_NAME.fullmatch(name)
+    return match[1] if match else name
+
+
+def index_of(name: str) -> int | None:
+    """Return the index that a form library wrote into a field's name; None if there is none, or for `name[]`."""
+    match = ARRAY_NAME.fullmatch(name)
+    digits = (match[2] or match[3]) if match else None
+    return None if digits is None else int(digits)
+
+
+def unknown_file(name: str) -> RequestError:
+    """Return the error for a file part of another name."""
+    shown = f"`{name}`" if PLAIN_NAME.fullmatch(name) else "A part of another name"
+    message = f"{shown} has a file name; only `file` may be a file."
+    hint = "Send the clip as `file`, and every option as a field without a file name."
+    return RequestError("unknown_parameter", message, param="file", hint=hint)
 
 
 def read_json(body: bytes, kind: type[Options]) -> tuple[Options, bytes]:
@@ -183,11 +280,25 @@ def parse_json(body: bytes) -> Any:
 
 
 def decode_base64(text: str) -> bytes:
-    """Decode a clip inside a JSON body; line breaks are removed, because many encoders write them."""
+    """Decode a clip inside a JSON body.
+
+    Line breaks, a data URL's prefix, the URL-safe alphabet and missing padding are accepted, since encoders write them.
+    """
+    if (prefix := DATA_URL.match(text)) is not None:
+        if "base64" not in [part.strip().lower() for part in prefix[2].split(";")]:
+            message = "`audio.data` is a data URL without `;base64`."
+            raise RequestError("invalid_parameter", message, param="audio.data", hint="Encode the clip as base64.")
+        text = text[prefix.end() :]
     try:
-        return base64.b64decode(text.encode("ascii").translate(None, ASCII_WHITE_SPACE), validate=True)
+        raw = text.encode("ascii").translate(URL_SAFE, ASCII_WHITE_SPACE)
+        return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise RequestError("invalid_parameter", "`audio.data` is not valid base64.", param="audio.data") from None
+        hint = "Send the file's bytes in base64 (RFC 4648), or a data: URL of them."
+        if text.lstrip()[:8].lower().startswith(("http:", "https:", "file:")):
+            hint = "Send the clip itself; the service fetches no address."
+        raise RequestError(
+            "invalid_parameter", "`audio.data` is not valid base64.", param="audio.data", hint=hint
+        ) from None
 
 
 def validate(kind: type[Options], fields: Any, *, strict: bool) -> Options:
@@ -195,7 +306,21 @@ def validate(kind: type[Options], fields: Any, *, strict: bool) -> Options:
     if not isinstance(fields, Mapping):
         raise RequestError("invalid_request", "The body must be a JSON object.")
     check_sizes(cast("Mapping[str, Any]", fields))
+    check_names(kind, cast("Mapping[str, Any]", fields), is_form=not strict)
     return kind.model_validate(fields, strict=strict)
+
+
+def check_names(kind: type[BaseModel], fields: Mapping[str, Any], *, is_form: bool) -> None:
+    """Refuse an unknown field by its name, and suggest the nearest known one."""
+    known = [*(("file",) if is_form else ()), *kind.model_fields]
+    for name in fields:
+        if name not in kind.model_fields:
+            raise unknown_field([name], known)
+    audio = fields.get("audio")
+    if not is_form and isinstance(audio, Mapping):
+        for name in cast("Mapping[str, Any]", audio):
+            if name not in AudioData.model_fields:
+                raise unknown_field(["audio", name], [f"audio.{each}" for each in AudioData.model_fields])
 
 
 def check_sizes(fields: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from hyper_model.answering import Event
+from hyper_model.audio import Channel
 from server.answering import AnswerRun
 from server.api import replies
 from server.api.forms import read_clip_request
@@ -58,6 +59,8 @@ class AudioQa:
             seed=options.seed,
         )
         self.data = data
+        self.track = options.track
+        self.channel: Channel = options.channel
         self.run: AnswerRun | None = None
 
     @classmethod
@@ -73,7 +76,7 @@ class AudioQa:
     async def prepare(self, deadline_s: float) -> None:
         """Write the prompt, then decode the clip, because refusing a question is cheaper."""
         prompt_token_ids = await write_prompt(self.service, self.context, self.asked)
-        waveform = await decode_clip(self.service, self.context, self.data)
+        waveform = await decode_clip(self.service, self.context, self.data, track=self.track, channel=self.channel)
         require_window(waveform)
         answerer = self.service.answerer
         self.run = start_run(answerer, self.context, self.asked, prompt_token_ids, waveform, deadline_s)

@@ -14,6 +14,7 @@ from server.api.stream import ServerSentEvent
 from server.api.types import (
     Answer,
     AudioReply,
+    ClipWarning,
     PauseAt,
     PauseReply,
     Perception,
@@ -162,7 +163,14 @@ def audio_reply(waveform: Waveform) -> AudioReply:
     return AudioReply(
         duration_s=round(waveform.duration_s, 4),
         used_s=round(waveform.duration_s, 4),
-        truncated=False,
+        truncated=waveform.missing_s > 0,
+        missing_s=round(waveform.missing_s, 3),
+        num_tracks=waveform.num_tracks,
+        track=waveform.track,
+        warnings=[
+            ClipWarning(code=warning.code, message=warning.message, seconds=warning.seconds)
+            for warning in waveform.warnings
+        ],
         windows=1,
         sample_rate_hz=waveform.source_sample_rate_hz,
         channels=waveform.source_channels,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from hyper_model.sse import to_json
 from server.request_context import RequestContext
 from server.telemetry.stages import StageTime
 
@@ -39,7 +39,7 @@ class ServerSentEvent:
 
     def encode(self) -> bytes:
         """Return the event as bytes; JSON has no raw line break, so one `data` line is enough."""
-        data = self.data if isinstance(self.data, str) else json.dumps(self.data, ensure_ascii=False, allow_nan=False)
+        data = self.data if isinstance(self.data, str) else to_json(self.data)
         name = "" if self.name is None else f"event: {self.name}\n"
         return f"{name}data: {data}\n\n".encode()
 

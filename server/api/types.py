@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 MAX_SEED = 2**32 - 1
+MAX_TRACK = 10_000
 
 
 class Wire(BaseModel):
@@ -34,6 +35,15 @@ class QaOptions(Wire):
     )
     long_audio: Literal["error", "window", "chunk"] = Field(
         default="error", description="Handling of clips over one window; only `error` is supported."
+    )
+    track: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_TRACK,
+        description="Audio track of the file, from 1; by default the file's default track, or one with sound.",
+    )
+    channel: Literal["mix", "left", "right"] = Field(
+        default="mix", description="Channel of a stereo clip; `mix` is the mean of all channels."
     )
     max_tokens: int | None = Field(default=None, ge=1, description="Maximum number of visible trace tokens.")
     temperature: float = Field(default=0.0, ge=0, le=2)
@@ -132,12 +142,24 @@ class QualityReply(Wire):
     peak_dbfs: float
 
 
+class ClipWarning(Wire):
+    """One odd thing about a clip; `seconds` is the length of the sound that it concerns."""
+
+    code: str
+    message: str
+    seconds: float | None = None
+
+
 class AudioReply(Wire):
-    """Duration, format and quality of a clip."""
+    """Duration, format and quality of a clip; `truncated` is true if sound that the file announces is missing."""
 
     duration_s: float
     used_s: float
     truncated: bool
+    missing_s: float = 0.0
+    num_tracks: int = 1
+    track: int = 1
+    warnings: list[ClipWarning] = []
     windows: int
     sample_rate_hz: int
     channels: int

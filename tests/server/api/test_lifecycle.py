@@ -123,7 +123,7 @@ def test_its_stream_has_its_own_framing(extended: Live) -> None:
 
 def test_its_errors_deadlines_and_limits_are_those_of_every_endpoint(extended: Live) -> None:
     assert_error(post(extended, prompt="  "), 400, "invalid_prompt", "question")
-    assert_error(post(extended, temperature=1), 400, "unknown_parameter")
+    assert_error(post(extended, temperature=1), 400, "unknown_parameter", "temperature")
     slow_down(extended, 0.02)
     try:
         late = post(extended, timeout_ms=1500)
