@@ -49,7 +49,8 @@ def test_replies_are_as_described_with_a_key_and_refused_without(tmp_path: Path)
 def test_an_open_service_is_reached_by_whoever_knocks(live: Live) -> None:
     """The count of unauthenticated requests detects an open service."""
     found = probe_without_key(live.url, "hyp_nobody", silent)
-    assert found.num > 1000 and found.statuses[200] > 100 and found.num_ours >= found.statuses[200]
+    # Three addresses need a key and answer GET; each is requested in many forms.
+    assert found.num > 1000 and found.statuses[200] > 60 and found.num_ours >= found.statuses[200]
 
 
 def test_a_description_that_is_wrong_is_found_out(live: Live) -> None:
