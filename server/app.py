@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncGenerator
+from importlib import import_module
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -18,11 +19,11 @@ from server import error_handlers
 from server.api import health, info, page, qa
 from server.api.openapi import document
 from server.api_keys import KeyRing
-from server.engines.protocol import Engine, ScriptedEngine
+from server.engines.protocol import Engine
 from server.engines.scripted import scripted_checkpoint
 from server.middleware import RequestMiddleware
 from server.service import Service
-from server.settings import Settings
+from server.settings import ENGINES, Settings
 from server.telemetry.metrics import Metrics, version
 from server.telemetry.tracing import tracer_from
 
@@ -116,13 +117,5 @@ def key_ring(settings: Settings) -> KeyRing | None:
 
 
 def build_engine(settings: Settings, checkpoint: Checkpoint) -> Engine:
-    """Build the configured engine; vLLM is imported only if needed."""
-    if settings.engine == "scripted":
-        return ScriptedEngine(
-            checkpoint.tokenizer,
-            audio_tokens_per_s=checkpoint.manifest.audio.tokens_per_s,
-            token_interval_s=settings.scripted_token_interval_s,
-        )
-    from server.engines.vllm import VllmEngine
-
-    return VllmEngine(settings, checkpoint)
+    """Build the configured engine; its module is imported only if needed."""
+    return import_module(ENGINES[settings.engine]).build(settings, checkpoint)

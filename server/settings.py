@@ -11,15 +11,25 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
 PREFIX = "HYPER_"
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+/?")
 NOT_OURS = frozenset({"HYPER_URL", "HYPER_API_KEY", "HYPER_KEY"})  # Read by the client and `hyper ask`.
+
+
+ENGINES: Mapping[str, str] = {"vllm": "server.engines.vllm", "scripted": "server.engines.scripted"}
+"""Module of every engine by its name. Its `build(settings, checkpoint)` returns the engine; it is imported on use."""
+
+
+def _known_engine(name: str) -> str:
+    if name not in ENGINES:
+        raise ValueError(f"unknown engine; the engines are {', '.join(ENGINES)}")
+    return name
 
 
 class Settings(BaseSettings):
@@ -48,7 +58,7 @@ class Settings(BaseSettings):
 
     checkpoint: Path | None = None
     verify_checkpoint: bool = True
-    engine: Literal["vllm", "scripted"] = "vllm"
+    engine: Annotated[str, AfterValidator(_known_engine)] = "vllm"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="auto is bfloat16, or float32 on a processor without native bfloat16."
     )

@@ -1,4 +1,4 @@
-"""Default checkpoint of the scripted engine: a byte-level tokenizer without weights."""
+"""The scripted engine of a service, and its default checkpoint: a byte-level tokenizer without weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.manifest import Manifest, PauseFields, Tag, TraceFields
 from hyper_model.trace import SPECIAL_TOKENS, Section, TraceTokenizer, train_tokenizer
+from server.engines.protocol import ScriptedEngine
+from server.settings import Settings
 
 NUM_BYTES = 256
 
@@ -31,3 +33,12 @@ def scripted_checkpoint() -> Checkpoint:
         files={},
     )
     return Checkpoint(Path(), manifest, tokenizer, hashlib.sha256(manifest.model_dump_json().encode()).hexdigest())
+
+
+def build(settings: Settings, checkpoint: Checkpoint) -> ScriptedEngine:
+    """Build the scripted engine of a service."""
+    return ScriptedEngine(
+        checkpoint.tokenizer,
+        audio_tokens_per_s=checkpoint.manifest.audio.tokens_per_s,
+        token_interval_s=settings.scripted_token_interval_s,
+    )

@@ -554,3 +554,8 @@ def chunk_from(output: RequestOutput, features_s: float | None = None) -> TokenC
         prefill_s=prefill_s,
         features_s=features_s,
     )
+
+
+def build(settings: Settings, checkpoint: Checkpoint) -> VllmEngine:
+    """Build the vLLM engine of a service."""
+    return VllmEngine(settings, checkpoint)
