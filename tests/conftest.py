@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Set before torch is loaded: tests share the machine, and tiny models gain nothing from threads.
@@ -19,6 +20,10 @@ from hyper_model.manifest import GATED_SECTIONS
 from server.app import EMBEDDED_CHECKPOINT
 from server.settings import Settings
 from tests.serving import Live, running, scripted
+
+# Examples have no deadline: on busy cores, time says nothing about the code.
+hypothesis.settings.register_profile("hyper", deadline=None)
+hypothesis.settings.load_profile("hyper")
 
 PAUSING = {
     "max_pauses": 3,

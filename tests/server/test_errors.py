@@ -21,7 +21,6 @@ AUDIO_ERRORS = [UnsupportedAudioError, InvalidAudioError, AudioTooLargeError, Au
 
 def test_every_error_is_a_hyper_error():
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    assert len(kinds) == 8
     assert all(issubclass(kind, HyperError) for kind in kinds)
 
 

@@ -18,11 +18,6 @@ def test_every_setting_reads_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert settings.max_body_bytes == 4_000_000 + 1024 * 1024
 
 
-def test_what_is_passed_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYPER_PORT", "9001")
-    assert Settings(port=9002).port == 9002
-
-
 @pytest.mark.parametrize(
     ("name", "value"), [("HYPER_PORT", "70000"), ("HYPER_ENGINE", "other"), ("HYPER_PING_INTERVAL_S", "11")]
 )
@@ -106,8 +101,3 @@ def test_a_port_that_the_operator_set_stays_a_setting_beside_a_service_of_that_n
     assert "HYPER_SERVICE_HOST" in platform_variables(environment)
     assert platform_variables({"HYPER_PORT": "9000", "HYPER_METRICS_PORT": "9001"}) == []
     assert platform_variables({"HYPER_PORT": "tcp://10.0.0.1"}) == ["HYPER_PORT"]
-
-
-def test_settings_are_frozen() -> None:
-    with pytest.raises(ValidationError):
-        Settings().port = 1  # pyright: ignore

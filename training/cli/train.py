@@ -124,15 +124,15 @@ def train(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from hyper_model.files import sha256_of
     from hyper_model.manifest import name_of
-    from training.recipes import RECIPES, GrpoRecipe
+    from training.recipes import RECIPES
 
     if recipe not in RECIPES:
         raise click.BadParameter(f"{recipe!r} is none of {', '.join(RECIPES)}", param_hint="RECIPE")
     if name is not None and name != name_of(Path(name)):
         raise click.BadParameter(f"{name!r}: letters, digits, dots, dashes and underscores", param_hint="--name")
     chosen: Any = _started_recipe(recipe, run_dir, settings) if export_only else _changed_recipe(recipe, settings)
-    is_writer = os.environ.get("RANK", "0") == "0"
-    from training.trainer import check_run, last_checkpoint, leave_run_dir, prepare_run_dir
+    is_writer = _is_writer()
+    from training.trainer import check_run, last_checkpoint, prepare_run_dir
 
     origin = {
         "base": None if base is None else sha256_of(base / "hyper.json"),
@@ -162,27 +162,19 @@ def train(
     if export_only or is_over:
         model = None
     else:
-        try:
-            examples = (
-                None
-                if data is None
-                else usable_examples(data, audio_root, chosen, run_dir, skips_bad_clips=skip_bad_rows)
-            )
-            if isinstance(chosen, GrpoRecipe):
-                trainer = _grpo(chosen, run_dir, base, examples, work)
-            else:
-                trainer = _sft(chosen, run_dir, base, examples, work, loader_workers)
-            if parts is not None:
-                from hyper_model.compose import read_parts
-
-                trainer.run_model.load_parts(read_parts(parts))
-        except BaseException:
-            if is_writer and not resume:
-                leave_run_dir(run_dir)
-            raise
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        # Shards are gathered by all ranks at once; only this rank reads their saved files.
-        model = trainer.run_model if is_writer and not chosen.fsdp else None
+        model = _fit(
+            chosen,
+            run_dir,
+            checkpoint,
+            base=base,
+            parts=parts,
+            data=data,
+            audio_root=audio_root,
+            work=work,
+            is_resumed=resume,
+            skip_bad_rows=skip_bad_rows,
+            loader_workers=loader_workers,
+        )
     if is_writer:
         saved = last_checkpoint(run_dir)
         assert saved is not None
@@ -191,6 +183,55 @@ def train(
             model.manifest |= {"name": name or name_of(export_to), "data_card": "README.md"}
             _export(model, chosen, run_dir, saved, export_to, data, overwrite=overwrite)
         _report(chosen, run_dir, saved)
+
+
+def _is_writer() -> bool:
+    """Return True for the first rank, the only one that writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fit(
+    chosen: Any,
+    run_dir: Path,
+    checkpoint: Path | None,
+    *,
+    base: Path | None,
+    parts: Path | None,
+    data: Path | None,
+    audio_root: Path | None,
+    work: Path,
+    is_resumed: bool,
+    skip_bad_rows: bool,
+    loader_workers: int,
+) -> RunModel | None:
+    """Run the remaining steps of a recipe; return the whole model of the first rank.
+
+    Args:
+        checkpoint: Checkpoint to continue from; None starts anew.
+    """
+    from training.recipes import GrpoRecipe
+    from training.trainer import leave_run_dir
+
+    is_writer = _is_writer()
+    try:
+        examples = (
+            None if data is None else usable_examples(data, audio_root, chosen, run_dir, skips_bad_clips=skip_bad_rows)
+        )
+        if isinstance(chosen, GrpoRecipe):
+            trainer = _grpo(chosen, run_dir, base, examples, work)
+        else:
+            trainer = _sft(chosen, run_dir, base, examples, work, loader_workers)
+        if parts is not None:
+            from hyper_model.compose import read_parts
+
+            trainer.run_model.load_parts(read_parts(parts))
+    except BaseException:
+        if is_writer and not is_resumed:
+            leave_run_dir(run_dir)
+        raise
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # Shards are gathered by all ranks at once; only this rank reads their saved files.
+    return trainer.run_model if is_writer and not chosen.fsdp else None
 
 
 def _started_recipe(recipe: str, run_dir: Path, settings: tuple[str, ...]) -> Any:
