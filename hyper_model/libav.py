@@ -147,7 +147,9 @@ def decode_with_libav(
     order, num_tracks, first_error = _read_tracks(data, demuxer, track)
     fallback: Decoded | None = None
     passed_over: list[str] = []
-    for index in order:
+    waiting = list(order)
+    while waiting:
+        index = waiting.pop(0)
         try:
             decoded = _decode_track(data, demuxer, index, allowance, weights_C)
         except AudioError as error:
@@ -169,11 +171,51 @@ def decode_with_libav(
         # A decoded track must not be lost to the search for a better one.
         if allowance.is_half_spent:
             break
+        if len(waiting) > 1 and decoded is fallback:
+            # Opening the file for each of hundreds of tracks would take too long.
+            with_sound = _tracks_with_sound(data, demuxer, waiting, allowance)
+            if with_sound:
+                silent = waiting[: waiting.index(with_sound[0])]
+                passed_over += [f"track {other + 1} is silent" for other in silent]
+            waiting = with_sound
     if fallback is None:
         raise first_error or InvalidAudioError(
             "The file has no audio stream.", code="no_audio_stream", hint="Send a file with sound."
         )
     return _with_track_warnings(fallback, order, [], is_chosen=False)
+
+
+def _tracks_with_sound(data: bytes, demuxer: str, candidates: Sequence[int], allowance: Allowance) -> list[int]:
+    """Return the tracks that are not silent, in the order of the candidates; decodes all of them at once.
+
+    The search ends with the first candidate's sound, with the file, or at half of the time. A track that cannot be
+    decoded counts as one with sound: its error is reported when it is its turn.
+    """
+    import av.error
+
+    loud: set[int] = set()
+    try:
+        with _open(data, demuxer) as container:
+            tracks = {container.streams.audio[index].index: index for index in candidates}
+            streams = [container.streams.audio[index] for index in candidates]
+            for stream in streams:
+                stream.codec_context.thread_count = 1
+            for packet in container.demux(streams):
+                index = tracks[packet.stream.index]
+                if allowance.is_half_spent or candidates[0] in loud:
+                    break
+                if index in loud:
+                    continue
+                try:
+                    frames: list[AudioFrame] = packet.decode()
+                except av.error.InvalidDataError:
+                    loud.add(index)
+                    continue
+                if any(float(np.square(_samples_of(frame)).mean(axis=1).max()) > _SILENT_POWER for frame in frames):
+                    loud.add(index)
+    except _library_errors():
+        return list(candidates)
+    return [index for index in candidates if index in loud]
 
 
 def _with_track_warnings(

@@ -207,8 +207,8 @@ def is_asked_for(case: Case, status: int, text: str) -> bool:
 
 
 def leaves_out(body: Any) -> bool:
-    """Return True if a field vanishes in a form: an empty list sends no field, so it breaks no schema."""
-    return isinstance(body, Mapping) and [] in body.values()
+    """Return True if a field vanishes in a form: an empty list sends no field, and an empty text leaves it open."""
+    return isinstance(body, Mapping) and any(value in ([], "") for value in body.values())
 
 
 def words_of(value: Any) -> Iterator[str]:

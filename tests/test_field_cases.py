@@ -96,6 +96,14 @@ def test_a_silent_default_track_is_passed_over_for_one_with_sound(container: str
     assert pitch_hz(waveform) == pytest.approx(220, abs=5)
 
 
+def test_a_track_with_sound_is_found_behind_many_silent_ones() -> None:
+    maps = [*["-map", "0"] * 40, "-map", "1"]
+    waveform = decode(encode(*source(SILENCE, VOICE), *maps, "-c:a", "aac", "-f", "matroska"))
+    assert (waveform.num_tracks, waveform.track) == (41, 41)
+    assert codes(waveform) == ["several_tracks", "track_skipped"]
+    assert pitch_hz(waveform) == pytest.approx(220, abs=5)
+
+
 def test_silent_tracks_alone_are_silence_and_not_an_error() -> None:
     waveform = decode(tracks("mp4", SILENCE, SILENCE))
     assert waveform.track == 1 and waveform.quality.silence_ratio == 1.0 and codes(waveform) == ["several_tracks"]
