@@ -21,9 +21,8 @@ def replacing(path: Path, partial: Path | None = None) -> Generator[Path]:
     try:
         yield partial
         partial.replace(path)
-    except BaseException:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
