@@ -259,7 +259,6 @@ STRAY_PATHS = (
         "/docs/oauth2-redirect",
         "/nothing",
         "/livez/../v1/info",
-        "/livez/",
         "/readyz/x",
         "/LIVEZ",
         "/livez;/v1/info",
