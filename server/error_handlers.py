@@ -24,6 +24,9 @@ def error_response(fault: RequestError, context: RequestContext) -> JSONResponse
     headers: dict[str, str] = {}
     if fault.retry_after_s is not None:
         headers["retry-after"] = str(fault.retry_after_s)
+    if fault.kind.is_costly:
+        # The openai client repeats each 5xx twice unless this header forbids it.
+        headers["x-should-retry"] = "false"
     if fault.status == 401:
         headers["www-authenticate"] = "Bearer"
     if not context.is_body_complete:

@@ -41,6 +41,8 @@ class ErrorKind:
     type: str
     retryable: bool = False
     retry_after_s: int | None = None
+    is_costly: bool = False
+    """Whether a retry would spend the engine's time again, probably with the same end."""
 
 
 ERRORS: Mapping[str, ErrorKind] = {
@@ -49,6 +51,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "invalid_multipart": ErrorKind(400, INVALID_REQUEST),
     "invalid_parameter": ErrorKind(400, INVALID_REQUEST),
     "unknown_parameter": ErrorKind(400, INVALID_REQUEST),
+    "unsupported_parameter": ErrorKind(400, INVALID_REQUEST),
     "missing_parameter": ErrorKind(400, INVALID_REQUEST),
     "invalid_prompt": ErrorKind(400, INVALID_REQUEST),
     "invalid_audio": ErrorKind(400, INVALID_REQUEST),
@@ -56,6 +59,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "invalid_api_key": ErrorKind(401, "authentication_error"),
     "forbidden": ErrorKind(403, "permission_error"),
     "not_found": ErrorKind(404, INVALID_REQUEST),
+    "model_not_found": ErrorKind(404, INVALID_REQUEST),
     "method_not_allowed": ErrorKind(405, INVALID_REQUEST),
     "upload_timeout": ErrorKind(408, "timeout_error", retryable=True),
     "head_timeout": ErrorKind(408, "timeout_error", retryable=True),
@@ -64,7 +68,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "unsupported_media_type": ErrorKind(415, INVALID_REQUEST),
     "unsupported_audio": ErrorKind(415, INVALID_REQUEST),
     "audio_too_long": ErrorKind(422, INVALID_REQUEST),
-    "poisoned_clip": ErrorKind(422, INVALID_REQUEST),
+    "poisoned_clip": ErrorKind(422, INVALID_REQUEST, is_costly=True),
     "rate_limit_exceeded": ErrorKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
     "too_many_in_flight": ErrorKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
     "audio_quota_exceeded": ErrorKind(429, RATE_LIMIT, retryable=True, retry_after_s=60),
@@ -77,7 +81,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "engine_unavailable": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
     "decoder_unavailable": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
     "storage_full": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
-    "deadline_exceeded": ErrorKind(504, "timeout_error", retryable=True),
+    "deadline_exceeded": ErrorKind(504, "timeout_error", retryable=True, is_costly=True),
 }
 """Every code in replies. An `AudioError` keeps its own finer code, with the status of its class."""
 
@@ -269,4 +273,6 @@ def unknown_field(location: Sequence[str], known: Sequence[str]) -> RequestError
 
 def param_of(location: Sequence[int | str]) -> str | None:
     """Return the field's dotted name, or None; the names of union members are left out."""
-    return ".".join(part for part in location if isinstance(part, str) and part.isidentifier()) or None
+    # Forms spell lists as `names[]`.
+    names = (part for part in location if isinstance(part, str))
+    return ".".join(name for name in names if name.removesuffix("[]").isidentifier()) or None

@@ -67,6 +67,7 @@ class Service:
         self.metrics = metrics
         self.tracer = tracer
         self.state: State = "starting"
+        self.created_at_s = int(time.time())
         self.failure: BaseException | None = None
         audio_limits = AudioLimits(
             max_bytes=settings.max_audio_bytes,

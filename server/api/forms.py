@@ -36,8 +36,10 @@ MAX_FIELD_BYTES = 64 * 1024
 MAX_KEYS = 64
 MAX_LISTED_CHOICES = 128
 
-REPEATED_FIELDS = frozenset({"choices"})
-"""Form fields permitted more than once."""
+REPEATED_FIELDS = frozenset(
+    {"choices", "include[]", "known_speaker_names[]", "known_speaker_references[]", "timestamp_granularities[]"}
+)
+"""Fields that a form may have more than once."""
 
 # File name of a part without one; a short text in it is a path or an address in place of the clip.
 UNNAMED = "part-without-file-name"
@@ -130,6 +132,18 @@ def refuse_query(request: Request, form: type[BaseModel]) -> None:
         hint = f"Send `{plain_name(name)}` as a form field or in the JSON body."
         raise RequestError("unknown_parameter", message, param=plain_name(name), hint=hint)
     raise unknown_field([name], list(form.model_fields))
+
+
+async def read_clip_form(request: Request, form: type[Options]) -> tuple[Options, bytes]:
+    """Read the fields and the clip's bytes from a multipart form alone.
+
+    Raises:
+        RequestError: 400, 413 or 415.
+        ValidationError: A field has the wrong type or range.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        raise RequestError("unsupported_media_type", "Send multipart/form-data with the clip as `file`.")
+    return await read_form(request, form)
 
 
 async def read_form(request: Request, kind: type[Options]) -> tuple[Options, bytes]:
@@ -279,15 +293,18 @@ def parse_json(body: bytes) -> Any:
         raise RequestError("invalid_json", "The body is not valid JSON.") from None
 
 
-def decode_base64(text: str) -> bytes:
+def decode_base64(text: str, *, param: str = "audio.data") -> bytes:
     """Decode a clip inside a JSON body.
 
     Line breaks, a data URL's prefix, the URL-safe alphabet and missing padding are accepted, since encoders write them.
+
+    Args:
+        param: The field, for the error.
     """
     if (prefix := DATA_URL.match(text)) is not None:
         if "base64" not in [part.strip().lower() for part in prefix[2].split(";")]:
-            message = "`audio.data` is a data URL without `;base64`."
-            raise RequestError("invalid_parameter", message, param="audio.data", hint="Encode the clip as base64.")
+            message = f"`{param}` is a data URL without `;base64`."
+            raise RequestError("invalid_parameter", message, param=param, hint="Encode the clip as base64.")
         text = text[prefix.end() :]
     try:
         raw = text.encode("ascii").translate(URL_SAFE, ASCII_WHITE_SPACE)
@@ -296,9 +313,7 @@ def decode_base64(text: str) -> bytes:
         hint = "Send the file's bytes in base64 (RFC 4648), or a data: URL of them."
         if text.lstrip()[:8].lower().startswith(("http:", "https:", "file:")):
             hint = "Send the clip itself; the service fetches no address."
-        raise RequestError(
-            "invalid_parameter", "`audio.data` is not valid base64.", param="audio.data", hint=hint
-        ) from None
+        raise RequestError("invalid_parameter", f"`{param}` is not valid base64.", param=param, hint=hint) from None
 
 
 def validate(kind: type[Options], fields: Any, *, strict: bool) -> Options:

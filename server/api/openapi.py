@@ -6,7 +6,7 @@ It describes the running service: its limits are in the schemas, and authenticat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -67,15 +67,15 @@ ANYWHERE = responses_of(
 
 
 def event_stream_responses(events: Sequence[str], description: str) -> Responses:
-    """Return the replies of an endpoint with an answer about a clip, whole or as a stream of named events."""
+    """Describe the replies of an endpoint that answers about a clip, whole or as a stream of named events."""
+    properties: dict[str, Any] = {"data": {"type": "string", "contentMediaType": "application/json"}}
+    if events:
+        properties = {"event": {"type": "string", "enum": list(events)}, **properties}
     event = {
         "type": "object",
         "description": "One server-sent event; `data` is a JSON object. Comments keep the connection alive.",
-        "required": ["event", "data"],
-        "properties": {
-            "event": {"type": "string", "enum": list(events)},
-            "data": {"type": "string", "contentMediaType": "application/json"},
-        },
+        "required": list(properties),
+        "properties": properties,
     }
     found: Responses = {
         200: {
@@ -206,6 +206,43 @@ def form_and_json(form: type[BaseModel], body: type[BaseModel]) -> RequestBody:
         return {"required": True, "content": content}
 
     return describe
+
+
+def form_only(form: type[BaseModel]) -> RequestBody:
+    """Describe a body that is a multipart form with the clip as `file`."""
+
+    def describe(limits: Limits) -> dict[str, Any]:
+        return {"required": True, "content": {"multipart/form-data": {"schema": form_schema(form)}}}
+
+    return describe
+
+
+def json_only(body: type[BaseModel]) -> RequestBody:
+    """Describe a body that is JSON alone."""
+
+    def describe(limits: Limits) -> dict[str, Any]:
+        return {"required": True, "content": {"application/json": {"schema": inlined(body.model_json_schema())}}}
+
+    return describe
+
+
+def inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema of pydantic with each `$ref` replaced by its definition, which must not be recursive."""
+    definitions: dict[str, Any] = schema.get("$defs", {})
+
+    def resolve(value: Any) -> Any:
+        match value:
+            case {"$ref": str(reference), **more}:
+                return {**resolve(definitions[reference.rpartition("/")[2]]), **more}
+            case dict():
+                entries = cast("dict[str, Any]", value)
+                return {key: resolve(each) for key, each in entries.items() if key not in ("$defs", "discriminator")}
+            case list():
+                return [resolve(each) for each in cast("list[Any]", value)]
+            case _:
+                return value
+
+    return resolve(schema)
 
 
 def form_schema(form: type[BaseModel]) -> dict[str, Any]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from hyper_model.answering import Event
-from hyper_model.audio import Channel
-from server.answering import AnswerRun
 from server.api import replies
 from server.api.forms import read_clip_request
-from server.api.lifecycle import decode_clip, respond
+from server.api.lifecycle import respond
 from server.api.openapi import ANYWHERE, event_stream_responses, form_and_json, takes_body
-from server.api.questions import Asked, check_bounds, require_window, start_run, write_prompt
+from server.api.questions import Asked, ClipHandler, check_bounds
 from server.api.stream import Emit, ServerSentEvent
 from server.api.types import QaBody, QaOptions, QaReply
 from server.errors import RequestError
@@ -41,16 +38,11 @@ async def audio_qa(request: Request) -> Response:
     return await respond(request, AudioQa.read)
 
 
-class AudioQa:
-    """Handler of one question about one clip; see `server.api.lifecycle.Handler`."""
+class AudioQa(ClipHandler):
+    """Answers one question about one clip; see `server.api.lifecycle.Handler`."""
 
     def __init__(self, service: Service, context: RequestContext, options: QaOptions, data: bytes) -> None:
-        self.service = service
-        self.context = context
-        self.is_stream = options.stream
-        self.timeout_ms = options.timeout_ms
-        self.shows_reasoning = options.reasoning == "full"
-        self.asked = Asked(
+        asked = Asked(
             question=options.question,
             choices=tuple(options.choices),
             pause=options.pause,
@@ -58,10 +50,17 @@ class AudioQa:
             temperature=options.temperature,
             seed=options.seed,
         )
-        self.data = data
-        self.track = options.track
-        self.channel: Channel = options.channel
-        self.run: AnswerRun | None = None
+        super().__init__(
+            service,
+            context,
+            asked,
+            data,
+            timeout_ms=options.timeout_ms,
+            is_stream=options.stream,
+            shows_reasoning=options.reasoning == "full",
+            track=options.track,
+            channel=options.channel,
+        )
 
     @classmethod
     async def read(cls, request: Request, service: Service, context: RequestContext) -> AudioQa:
@@ -73,25 +72,17 @@ class AudioQa:
             raise RequestError("invalid_parameter", message, param="long_audio")
         return cls(service, context, options, data)
 
-    async def prepare(self, deadline_s: float) -> None:
-        """Write the prompt, then decode the clip, because refusing a question is cheaper."""
-        prompt_token_ids = await write_prompt(self.service, self.context, self.asked)
-        waveform = await decode_clip(self.service, self.context, self.data, track=self.track, channel=self.channel)
-        require_window(waveform)
-        answerer = self.service.answerer
-        self.run = start_run(answerer, self.context, self.asked, prompt_token_ids, waveform, deadline_s)
-
     async def answer(self, emit: Emit) -> QaReply:
-        """Answer, and emit the trace and the answer during generation."""
-        assert self.run is not None
+        """Answer, and emit the trace and the answer as they are written."""
+        run = self.started_run
 
         async def emit_on_wire(event: Event) -> None:
             found = replies.wire_event(event, shows_reasoning=self.shows_reasoning)
             if found is not None:
                 await emit(found)
 
-        result = await self.run.run(emit_on_wire)
-        return replies.build(self.run, result, shows_reasoning=self.shows_reasoning)
+        result = await run.run(emit_on_wire)
+        return replies.build(run, result, shows_reasoning=self.shows_reasoning)
 
     def response(self, reply: QaReply) -> Response:
         """Return the reply as JSON."""
@@ -102,13 +93,3 @@ class AudioQa:
         yield ServerSentEvent(reply.answer.model_dump(mode="json"), "answer.done")
         yield ServerSentEvent(reply.usage.model_dump(mode="json"), "usage")
         yield ServerSentEvent(reply.model_dump(mode="json"), "done")
-
-    def error_event(self, body: dict[str, Any]) -> ServerSentEvent:
-        """Return the event to end a stream with an error object."""
-        return ServerSentEvent(body, "error")
-
-    def partial(self) -> dict[str, Any]:
-        """Return the trace so far, and record the missed deadline for later pause budgets."""
-        assert self.run is not None
-        self.run.record_late()
-        return replies.partial(self.run.answering.parsed, self.asked.choices, shows_reasoning=self.shows_reasoning)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hyper_model.answering import Question, max_trace_tokens
-from hyper_model.audio import SAMPLE_RATE_HZ, Waveform, require_single_window
+from hyper_model.audio import SAMPLE_RATE_HZ, Channel, Waveform, require_single_window
 from hyper_model.errors import AudioTooLongError
 from hyper_model.trace import build_prompt
 from server.answering import Answerer, AnswerRun
+from server.api import replies
+from server.api.lifecycle import decode_clip
+from server.api.stream import ServerSentEvent
 from server.errors import RequestError
 from server.pause_budget import Budget
 from server.request_context import RequestContext
@@ -31,6 +34,62 @@ class Asked:
     max_tokens: int | None = None
     temperature: float = 0.0
     seed: int | None = None
+
+
+class ClipHandler:
+    """Common part of the handlers that answer one question about one clip; see `server.api.lifecycle.Handler`.
+
+    Args:
+        data: Bytes of the clip.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        context: RequestContext,
+        asked: Asked,
+        data: bytes,
+        *,
+        timeout_ms: int | None,
+        is_stream: bool,
+        shows_reasoning: bool = True,
+        track: int | None = None,
+        channel: Channel = "mix",
+    ) -> None:
+        self.service = service
+        self.context = context
+        self.asked = asked
+        self.data = data
+        self.timeout_ms = timeout_ms
+        self.is_stream = is_stream
+        self.shows_reasoning = shows_reasoning
+        self.track = track
+        self.channel: Channel = channel
+        self.run: AnswerRun | None = None
+
+    @property
+    def started_run(self) -> AnswerRun:
+        """The run that `prepare` has made."""
+        assert self.run is not None
+        return self.run
+
+    async def prepare(self, deadline_s: float) -> None:
+        """Write the prompt, then decode the clip: the question is cheaper to refuse."""
+        prompt_token_ids = await write_prompt(self.service, self.context, self.asked)
+        waveform = await decode_clip(self.service, self.context, self.data, track=self.track, channel=self.channel)
+        require_window(waveform)
+        answerer = self.service.answerer
+        self.run = start_run(answerer, self.context, self.asked, prompt_token_ids, waveform, deadline_s)
+
+    def error_event(self, body: dict[str, Any]) -> ServerSentEvent:
+        """Write the event that ends a stream with an error object."""
+        return ServerSentEvent(body, "error")
+
+    def partial(self) -> dict[str, Any]:
+        """Write the trace so far, and let later pause budgets learn that this answer came too late."""
+        run = self.started_run
+        run.record_late()
+        return replies.partial(run.answering.parsed, self.asked.choices, shows_reasoning=self.shows_reasoning)
 
 
 async def write_prompt(service: Service, context: RequestContext, asked: Asked) -> list[int]:

@@ -6,6 +6,7 @@ model makes errors. The bounds below are for ten clips together, well under the 
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner
+from openai import OpenAI
 
 from hyper.commands import ask
 from hyper_model.checkpoint import open_checkpoint
@@ -112,3 +114,21 @@ def test_hyper_ask_prints_the_answer(url: str) -> None:
 def test_another_clip_gets_another_transcript(replies: list[dict[str, Any]]) -> None:
     spoken = [reply["perception"]["transcript"] for row, reply in zip(TRUTH, replies, strict=True) if row["transcript"]]
     assert len(set(spoken)) == len(spoken)
+
+
+def test_the_openai_client_gets_words_answer_and_speakers(url: str) -> None:
+    clip = CLIPS / "one-voice.mp3"
+    data = base64.b64encode(clip.read_bytes()).decode()
+    audio: Any = {"type": "input_audio", "input_audio": {"data": data, "format": "mp3"}}
+    content: Any = [audio, {"type": "text", "text": "Who married Henry?"}]
+    with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120) as client:
+        completion: Any = client.chat.completions.create(
+            model="hyper-mini", messages=[{"role": "user", "content": content}]
+        )
+        plain = client.audio.transcriptions.create(model="hyper", file=clip)
+        spoken: Any = client.audio.transcriptions.create(model="hyper", file=clip, response_format="diarized_json")
+        subtitles: Any = client.audio.transcriptions.create(model="hyper", file=clip, response_format="srt")
+    assert completion.choices[0].message.content == completion.hyper["answer"]["text"] != ""
+    assert "married" in plain.text
+    assert subtitles.startswith("1\n00:00:00,000 --> 00:00:09,644\n") and plain.text in subtitles
+    assert spoken.segments and all(segment.speaker.startswith("S") for segment in spoken.segments)
