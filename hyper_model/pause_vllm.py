@@ -194,15 +194,23 @@ class PauseV1(LogitsProcessor):
             moved, other = self.rows.pop(source, None), self.rows.pop(target, None)
             if moved is not None:
                 self.rows[target] = moved
-            if other is not None and direction is MoveDirectionality.SWAP:
+            if other is None:
+                continue
+            if direction is MoveDirectionality.SWAP:
                 self.rows[source] = other
+            else:
+                # vLLM names a removed row only by the row moved into its place.
+                self._keep(other)
 
     def _park(self, index: int) -> None:
         row = self.rows.pop(index, None)
         if row is not None:
-            self.parked[row.key] = row
-            if len(self.parked) > self.max_parked:
-                self.parked.popitem(last=False)
+            self._keep(row)
+
+    def _keep(self, row: _Row) -> None:
+        self.parked[row.key] = row
+        if len(self.parked) > self.max_parked:
+            self.parked.popitem(last=False)
 
     def _row(self, params: SamplingParams, output: list[int]) -> _Row | None:
         settings = armed_settings(self.settings, params)
