@@ -20,8 +20,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, cast
@@ -47,6 +48,7 @@ BAN = -100.0
 STOP_TIMEOUT_S = 10.0
 KILL_TIMEOUT_S = 2.0
 REPORT_TIMEOUT_S = 2.0
+MAX_ARRIVED_CLIPS = 1024
 PLUGIN = "hyper"
 FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length"}
 
@@ -70,6 +72,7 @@ class VllmEngine:
         self.span_input: EngineInput | None = None
         self.cache_tokens = 0
         self.session_tokens = 0
+        self.arrivals = ClipArrivals()
 
     @property
     def is_alive(self) -> bool:
@@ -84,6 +87,7 @@ class VllmEngine:
         assert self.llm is not None
         # Profiling leaves its dummy clips in the cache.
         await self.llm.reset_mm_cache()
+        self.arrivals = ClipArrivals()
         cache = self.llm.vllm_config.cache_config
         self.cache_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
         gate = GateSettings.of(self.checkpoint.manifest, self.checkpoint.tokenizer)
@@ -187,49 +191,55 @@ class VllmEngine:
         """Yield a completion without pauses."""
         params = sampling_params(request, request.max_tokens)
         started_s = time.monotonic()
-        engine_input = await self.render(request, request.prompt_token_ids)
-        features_s: float | None = time.monotonic() - started_s
-        async with aclosing(self.outputs(engine_input, params, request.request_id)) as outputs:
-            async for output in outputs:
-                yield chunk_from(output, features_s)
-                features_s = None
+        async with self.arrivals.first_use(request.clip_keys) as has_arrived:
+            engine_input = await self.render(request, request.prompt_token_ids)
+            features_s: float | None = time.monotonic() - started_s
+            async with aclosing(self.outputs(engine_input, params, request.request_id)) as outputs:
+                async for output in outputs:
+                    if features_s is not None:
+                        has_arrived()
+                    yield chunk_from(output, features_s)
+                    features_s = None
 
     async def generate_pausing(
         self, request: GenerationRequest, settings: GateSettings
     ) -> AsyncGenerator[TokenChunk, None]:
         """Yield a completion with pauses: visible tokens, and each span as a chunk of its own."""
         started_s = time.monotonic()
-        engine_input = await self.render(request, request.prompt_token_ids)
-        features_s: float | None = time.monotonic() - started_s
-        most_spans = settings.max_pauses * settings.span_tokens
-        num_tokens = len(cast("Any", engine_input)["prompt_token_ids"]) + request.max_tokens + most_spans
-        # vLLM cannot free the cache of a session between two chunks. If such sessions filled the cache, none could
-        # continue. With a span written token by token, a request can be preempted as usual.
-        is_fed = settings.mode is PauseMode.PARALLEL and self.session_tokens + num_tokens <= self.cache_tokens
-        self.session_tokens += num_tokens * is_fed
-        try:
-            session = Session(request, Gate(replace(settings, is_fed=is_fed)), is_following=self.is_v2)
-            session.feed(engine_input)
-            async with aclosing(self.outputs(session.inputs(), session.params(), request.request_id)) as outputs:
-                async for output in outputs:
-                    plain = session.read_plain(output, features_s)
-                    if plain is not None:
-                        yield plain
-                        features_s = None
-                        continue
-                    chunks = session.read(output, features_s)
-                    if session.is_waiting:
-                        # Before yielding, so a slow client does not delay the engine.
-                        session.shadow_gate().feed_span()
-                        session.feed(self.span_of(engine_input))
-                    for chunk in chunks:
-                        if chunk.finish_reason is not None:
-                            yield replace(chunk, report=await self.report(session))
-                            return
-                        yield chunk
-                        features_s = None
-        finally:
-            self.session_tokens -= num_tokens * is_fed
+        async with self.arrivals.first_use(request.clip_keys) as has_arrived:
+            engine_input = await self.render(request, request.prompt_token_ids)
+            features_s: float | None = time.monotonic() - started_s
+            most_spans = settings.max_pauses * settings.span_tokens
+            num_tokens = len(cast("Any", engine_input)["prompt_token_ids"]) + request.max_tokens + most_spans
+            # vLLM cannot free the cache of a session between two chunks. If such sessions filled the cache, none could
+            # continue. With a span written token by token, a request can be preempted as usual.
+            is_fed = settings.mode is PauseMode.PARALLEL and self.session_tokens + num_tokens <= self.cache_tokens
+            self.session_tokens += num_tokens * is_fed
+            try:
+                session = Session(request, Gate(replace(settings, is_fed=is_fed)), is_following=self.is_v2)
+                session.feed(engine_input)
+                async with aclosing(self.outputs(session.inputs(), session.params(), request.request_id)) as outputs:
+                    async for output in outputs:
+                        if features_s is not None:
+                            has_arrived()
+                        plain = session.read_plain(output, features_s)
+                        if plain is not None:
+                            yield plain
+                            features_s = None
+                            continue
+                        chunks = session.read(output, features_s)
+                        if session.is_waiting:
+                            # Before yielding, so a slow client does not delay the engine.
+                            session.shadow_gate().feed_span()
+                            session.feed(self.span_of(engine_input))
+                        for chunk in chunks:
+                            if chunk.finish_reason is not None:
+                                yield replace(chunk, report=await self.report(session))
+                                return
+                            yield chunk
+                            features_s = None
+            finally:
+                self.session_tokens -= num_tokens * is_fed
 
     def span_of(self, engine_input: EngineInput) -> EngineInput:
         """Return the span of a parallel pause as engine input, with the session's arrival time.
@@ -311,10 +321,12 @@ class VllmEngine:
     ) -> RequestOutput:
         """Run a request to its end and return its last output."""
         last: RequestOutput | None = None
-        engine_input = await self.render(request, prompt_token_ids)
-        async with aclosing(self.outputs(engine_input, params, request_id)) as outputs:
-            async for output in outputs:
-                last = output
+        async with self.arrivals.first_use(request.clip_keys) as has_arrived:
+            engine_input = await self.render(request, prompt_token_ids)
+            async with aclosing(self.outputs(engine_input, params, request_id)) as outputs:
+                async for output in outputs:
+                    has_arrived()
+                    last = output
         assert last is not None
         return last
 
@@ -369,6 +381,47 @@ def kill_processes(llm: AsyncLLM) -> None:
     pids: list[int] = [] if manager is None else [process.pid for process in manager.processes]
     for pid in pids:
         kill_process_tree(pid)
+
+
+class ClipArrivals:
+    """Order of the first uses of each clip.
+
+    vLLM sends the features of a clip to its engine once, with the request that was rendered first. If another request
+    about the same clip reaches the engine before it, the engine lacks the features and fails that request. So the first
+    request about a new clip goes alone until its first output; the others wait, and then reuse its work.
+    """
+
+    def __init__(self) -> None:
+        self.arrived: OrderedDict[tuple[str, ...], None] = OrderedDict()
+        self.pending: dict[tuple[str, ...], asyncio.Event] = {}
+
+    @asynccontextmanager
+    async def first_use(self, clip_keys: Sequence[str] | None) -> AsyncGenerator[Callable[[], None]]:
+        """Wait while another request brings these clips into the engine; yield the function to call at its output."""
+        keys = tuple(clip_keys or ())
+        while keys not in self.arrived and (other := self.pending.get(keys)) is not None and not other.is_set():
+            await other.wait()
+        if not keys or keys in self.arrived:
+            yield _nothing
+            return
+        event = self.pending[keys] = asyncio.Event()
+
+        def has_arrived() -> None:
+            self.arrived[keys] = None
+            if len(self.arrived) > MAX_ARRIVED_CLIPS:
+                self.arrived.popitem(last=False)
+            event.set()
+
+        try:
+            yield has_arrived
+        finally:
+            if self.pending.get(keys) is event:
+                del self.pending[keys]
+            event.set()
+
+
+def _nothing() -> None:
+    """Do nothing: the clip is in the engine already."""
 
 
 class Session:
