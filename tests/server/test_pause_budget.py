@@ -82,8 +82,10 @@ def test_deadlines_that_pass_lower_the_next_budget(slow: Live) -> None:
     answerer.pause_budgeter = PauseBudgeter()
     try:
         assert slow.ask(timeout_ms=700).status_code == 504
-        assert answerer.pause_budgeter.trace_s is not None
-        assert answerer.auto_budget(0.7) == Budget(0, "deadline")
+        # Shorter than the deadline by the time of upload and decoding, which depends on the machine.
+        trace_s = answerer.pause_budgeter.trace_s
+        assert trace_s is not None
+        assert answerer.auto_budget(trace_s) == Budget(0, "deadline")
     finally:
         answerer.pause_budgeter = before
 
