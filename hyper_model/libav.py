@@ -153,8 +153,7 @@ def decode_with_libav(
         try:
             decoded = _decode_track(data, demuxer, index, allowance, weights_C)
         except AudioError as error:
-            if error.code == "damaged_audio" and any(mark in data for mark in _ENCRYPTED.get(demuxer, ())):
-                raise _unsupported(data, demuxer, None) from None
+            _refuse_encrypted(data, demuxer, error)
             # A late or damaged second track must not take the first one's place.
             if track is not None:
                 raise
@@ -183,6 +182,12 @@ def decode_with_libav(
             "The file has no audio stream.", code="no_audio_stream", hint="Send a file with sound."
         )
     return _with_track_warnings(fallback, order, [], is_chosen=False)
+
+
+def _refuse_encrypted(data: bytes, demuxer: str, error: AudioError) -> None:
+    """Raise the true cause where a damaged clip is an encrypted one."""
+    if error.code == "damaged_audio" and any(mark in data for mark in _ENCRYPTED.get(demuxer, ())):
+        raise _unsupported(data, demuxer, None) from None
 
 
 def _tracks_with_sound(data: bytes, demuxer: str, candidates: Sequence[int], allowance: Allowance) -> list[int]:
