@@ -148,7 +148,8 @@ def test_an_unknown_field_is_named_with_the_nearest_known_one(live: Live) -> Non
         "audio": "file",
         "temprature": "temperature",
     }.items():
-        error = assert_error(live.ask(**{sent: "x"}), 400, "unknown_parameter", sent)
+        fields: dict[str, Any] = {sent: "x"}
+        error = assert_error(live.ask(**fields), 400, "unknown_parameter", sent)
         assert f"`{sent}`" in error["message"] and error["hint"] == f"Did you mean `{nearest}`?", error
     error = assert_error(live.ask(model="x"), 400, "unknown_parameter", "model")
     assert "question, choices" in error["hint"]
