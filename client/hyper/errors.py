@@ -54,6 +54,7 @@ __all__ = [
     "InvalidRequestError",
     "MethodNotAllowedError",
     "MissingParameterError",
+    "ModelNotFoundError",
     "NotFoundError",
     "OverloadedError",
     "PermissionDeniedError",
@@ -73,6 +74,7 @@ __all__ = [
     "UnknownParameterError",
     "UnsupportedAudioError",
     "UnsupportedMediaTypeError",
+    "UnsupportedParameterError",
     "UploadTimeoutError",
 ]
 
@@ -155,6 +157,10 @@ class UnknownParameterError(InvalidRequestError):
     """The service has no field of this name."""
 
 
+class UnsupportedParameterError(InvalidRequestError):
+    """A field of OpenAI's API has a value without support here."""
+
+
 class MissingParameterError(InvalidRequestError):
     """A required field is absent."""
 
@@ -169,6 +175,10 @@ class InvalidHttpError(InvalidRequestError):
 
 class NotFoundError(InvalidRequestError):
     """The address does not exist."""
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The service does not serve a model of this name."""
 
 
 class MethodNotAllowedError(InvalidRequestError):
