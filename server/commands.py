@@ -9,12 +9,14 @@ from typing import Any
 
 import click
 
+from server.settings import ENGINES
+
 
 @click.command()
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Checkpoint directory (HYPER_CHECKPOINT).")
 @click.option(
     "--engine",
-    type=click.Choice(["vllm", "scripted"]),
+    type=click.Choice([*ENGINES]),
     help="Engine: vllm, or scripted without a model (HYPER_ENGINE).",
 )
 @click.option("--host", help="Listening address (HYPER_HOST).")
