@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @dataclass(frozen=True)
 class Case:
-    """One question: which clip, with or without choices, and what the procedure is told."""
+    """One question: its clip, its choices if any, and the settings of the procedure."""
 
     clip: int
     has_choices: bool
