@@ -24,8 +24,8 @@ def error_response(fault: RequestError, context: RequestContext) -> JSONResponse
     headers: dict[str, str] = {}
     if fault.retry_after_s is not None:
         headers["retry-after"] = str(fault.retry_after_s)
-    if fault.kind.is_costly:
-        # The openai client repeats each 5xx twice unless this header forbids it.
+    if fault.kind.is_costly or (fault.status == 429 and not fault.kind.retryable):
+        # The openai client repeats each 429 and 5xx twice unless this header forbids it.
         headers["x-should-retry"] = "false"
     if fault.status == 401:
         headers["www-authenticate"] = "Bearer"

@@ -60,6 +60,8 @@ ERRORS: Mapping[str, ErrorKind] = {
     "forbidden": ErrorKind(403, "permission_error"),
     "not_found": ErrorKind(404, INVALID_REQUEST),
     "model_not_found": ErrorKind(404, INVALID_REQUEST),
+    "unknown_file": ErrorKind(404, INVALID_REQUEST),
+    "file_expired": ErrorKind(404, INVALID_REQUEST),
     "method_not_allowed": ErrorKind(405, INVALID_REQUEST),
     "upload_timeout": ErrorKind(408, "timeout_error", retryable=True),
     "head_timeout": ErrorKind(408, "timeout_error", retryable=True),
@@ -72,6 +74,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "rate_limit_exceeded": ErrorKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
     "too_many_in_flight": ErrorKind(429, RATE_LIMIT, retryable=True, retry_after_s=1),
     "audio_quota_exceeded": ErrorKind(429, RATE_LIMIT, retryable=True, retry_after_s=60),
+    "file_quota_exceeded": ErrorKind(429, RATE_LIMIT, retry_after_s=3600),
     "headers_too_large": ErrorKind(431, INVALID_REQUEST),
     "client_closed_request": ErrorKind(499, INVALID_REQUEST),
     "internal_error": ErrorKind(500, "server_error", retryable=True),
@@ -81,6 +84,7 @@ ERRORS: Mapping[str, ErrorKind] = {
     "engine_unavailable": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
     "decoder_unavailable": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=5),
     "storage_full": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
+    "storage_unavailable": ErrorKind(503, UNAVAILABLE, retryable=True, retry_after_s=10),
     "deadline_exceeded": ErrorKind(504, "timeout_error", retryable=True, is_costly=True),
 }
 """Every code in replies. An `AudioError` keeps its own finer code, with the status of its class."""

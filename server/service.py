@@ -25,10 +25,12 @@ from server.api_keys import KeyRing
 from server.decoding.pool import DecoderPool
 from server.engines.protocol import Engine
 from server.engines.supervisor import EngineFailedError, Quarantine, Supervisor
+from server.errors import RequestError
 from server.gauges import record_gauges
 from server.limiter import PriorityLimiter
 from server.quotas import Quotas
 from server.settings import MEBIBYTE, Settings
+from server.storage import file_store
 from server.telemetry.metrics import Metrics, version
 from server.telemetry.tracing import Tracer
 
@@ -38,6 +40,7 @@ State = Literal["starting", "ready", "recovering", "draining", "failed", "stoppe
 Result = TypeVar("Result")
 
 WATCH_INTERVAL_S = 0.25
+SWEEP_INTERVAL_S = 60.0
 
 
 class Service:
@@ -47,6 +50,7 @@ class Service:
         admission: Admits requests and counts those in flight.
         answerer: Answers questions about decoded clips.
         decoder_pool, decode_limiter: Decode clips, with limited concurrency.
+        files: Stored files of all tenants.
         keys, quotas: Permitted callers and their limits; no keys for an open service.
         tasks: Tasks of requests in flight; cancelled after the drain timeout.
         failure: Reason of a permanent failure, or None.
@@ -85,6 +89,7 @@ class Service:
         metrics.max_in_flight.set(settings.max_in_flight)
         self.describe_build()
         self.keys = keys
+        self.files = file_store(settings)
         self.quotas = Quotas()
         # Cap concurrency at `max_num_seqs`; otherwise the engine queues internally and ignores our priorities.
         self.limiter = PriorityLimiter(settings.max_num_seqs)
@@ -128,8 +133,10 @@ class Service:
             hang_timeout_s=self.settings.hang_timeout_s,
             max_restarts=self.settings.max_engine_restarts,
         )
-        watching = asyncio.create_task(self.watch())
+        watching = [asyncio.create_task(self.watch())]
         try:
+            await self.open_files()
+            watching.append(asyncio.create_task(self.watch_files()))
             await self.start_decoder()
             await supervisor.run()
         except Exception as error:
@@ -137,8 +144,9 @@ class Service:
             if self.state != "stopped":
                 self.fail(error)
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
 
     def engine_is_up(self) -> None:
         """Accept requests from now on, unless the service is stopping."""
@@ -172,6 +180,32 @@ class Service:
             if self.keys is not None:
                 self.keys.refresh()
                 self.quotas.forget({key.name for key in self.keys.keys})
+
+    async def open_files(self) -> None:
+        """Open the stored files; without a usable default folder, only endpoints of files fail.
+
+        Raises:
+            HyperError: If the settings name a folder, and it cannot be used.
+        """
+        try:
+            await self.files.start()
+        except HyperError as error:
+            if self.settings.state_dir is not None:
+                raise
+            logger.warning("files cannot be stored: %s", error.message)
+
+    async def watch_files(self) -> None:
+        """Remove expired files, once per minute."""
+        while True:
+            try:
+                usage = await self.files.sweep()
+            except RequestError as error:
+                logger.error("expired files stay stored", extra={"reason": error.message})
+            else:
+                self.metrics.stored_files.set(usage.num_files)
+                self.metrics.stored_bytes.set(usage.num_bytes)
+                self.metrics.expired_files.inc(usage.num_removed)
+            await asyncio.sleep(SWEEP_INTERVAL_S)
 
     async def start_decoder(self) -> None:
         """Start the decoder and report its sandbox.
@@ -222,6 +256,7 @@ class Service:
         await self.engine.stop()
         self.metrics.engine_up.set(0)
         await self.decoder_pool.stop()
+        await self.files.stop()
         if self.tracer is not None:
             await self.tracer.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)

@@ -6,6 +6,7 @@ module is independent of HTTP and engines.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
+DAY_S = 86_400
 PREFIX = "HYPER_"
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+/?")
 NOT_OURS = frozenset({"HYPER_URL", "HYPER_API_KEY", "HYPER_KEY"})  # Read by the client and `hyper ask`.
@@ -77,6 +79,13 @@ class Settings(BaseSettings):
         default=20.0, gt=0, description="Silence of the engine after a ping, before it is killed."
     )
     max_engine_restarts: int = Field(default=5, ge=0, description="Maximum in ten minutes; one more ends the service.")
+
+    state_dir: Path | None = Field(
+        default=None,
+        description="Folder of what survives a restart, such as stored files; by default hyper in $XDG_STATE_HOME.",
+    )
+    files_tenant_bytes: int = Field(default=4096 * MEBIBYTE, ge=1, description="Maximum of stored bytes per key.")
+    files_tenant_count: int = Field(default=1000, ge=1, description="Maximum number of stored files per key.")
 
     max_audio_bytes: int = Field(default=25 * MEBIBYTE, ge=1)
     max_audio_s: float = Field(
@@ -163,6 +172,13 @@ class Settings(BaseSettings):
             except ValueError:
                 raise ValueError(f"{address!r} is no address or network, such as 10.0.0.7 or 10.0.0.0/8") from None
         return text
+
+    @property
+    def state_path(self) -> Path:
+        """Return the folder of what survives a restart."""
+        if self.state_dir is not None:
+            return self.state_dir
+        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "hyper"
 
     @property
     def max_body_bytes(self) -> int:

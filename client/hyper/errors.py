@@ -40,6 +40,8 @@ __all__ = [
     "DecoderUnavailableError",
     "EngineUnavailableError",
     "Error",
+    "FileExpiredError",
+    "FileQuotaExceededError",
     "ForbiddenError",
     "HeadTimeoutError",
     "HeadersTooLargeError",
@@ -69,8 +71,10 @@ __all__ = [
     "ShuttingDownError",
     "StartingError",
     "StorageFullError",
+    "StorageUnavailableError",
     "TooManyInFlightError",
     "UnexpectedReplyError",
+    "UnknownFileError",
     "UnknownParameterError",
     "UnsupportedAudioError",
     "UnsupportedMediaTypeError",
@@ -181,6 +185,14 @@ class ModelNotFoundError(InvalidRequestError):
     """The service does not serve a model of this name."""
 
 
+class UnknownFileError(InvalidRequestError):
+    """The caller has no stored file of this id."""
+
+
+class FileExpiredError(InvalidRequestError):
+    """The stored file has expired."""
+
+
 class MethodNotAllowedError(InvalidRequestError):
     """The address does not take this method."""
 
@@ -257,6 +269,10 @@ class AudioQuotaExceededError(RateLimitError):
     """The caller sent too much audio per day."""
 
 
+class FileQuotaExceededError(RateLimitError):
+    """The caller has too many stored files or bytes."""
+
+
 class ServiceTimeoutError(ServiceError):
     """The service waited too long for the request or for the answer."""
 
@@ -307,6 +323,10 @@ class DecoderUnavailableError(ServiceUnavailableError):
 
 class StorageFullError(ServiceUnavailableError):
     """The service has no room for the clip."""
+
+
+class StorageUnavailableError(ServiceUnavailableError):
+    """The service cannot store or read files now."""
 
 
 FAMILIES: Mapping[str, type[ServiceError]] = {

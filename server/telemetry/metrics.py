@@ -43,6 +43,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._define_request_metrics()
         self._define_audio_metrics()
+        self._define_file_metrics()
         self._define_trace_metrics()
         self._define_pause_metrics()
         self._define_engine_metrics()
@@ -131,6 +132,12 @@ class Metrics:
         )
         self.decode_peak = self._gauge("decode_peak_bytes", "Largest memory use of a decoder process")
         self.sandbox = Info("hyper_decode_sandbox", "Active sandbox layers of the decoder", registry=self.registry)
+
+    def _define_file_metrics(self) -> None:
+        """Define the metrics of stored files, updated once per minute."""
+        self.stored_files = self._gauge("stored_files", "Stored files of all keys")
+        self.stored_bytes = self._gauge("stored_bytes", "Bytes of all stored files")
+        self.expired_files = self._counter("expired_files", "Stored files removed after their expiry")
 
     def _define_trace_metrics(self) -> None:
         """Define the metrics of traces, answers and tokens."""
