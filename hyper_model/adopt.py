@@ -206,6 +206,8 @@ def _read_config(root: Path) -> dict[str, Any]:
                 if settings.get(field, value) != value:
                     raise CheckpointError(f"{name} has {field} {settings[field]}; only {value} is served")
     require_architecture(config)
+    if config.get("quantization_config"):
+        raise CheckpointError("quantised weights cannot be converted; use the model with its float weights")
     # Fill in the class defaults omitted by published configs, such as the width of the decoder.
     return Qwen2AudioConfig.from_dict(config).to_dict()  # pyright: ignore[reportUnknownMemberType]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from hyper_model import weights
+from hyper_model import int8, weights
 from hyper_model.errors import CheckpointError
 from hyper_model.files import replacing, sha256_of
 from hyper_model.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest, make_manifest, parse_json, read_manifest
@@ -151,10 +151,23 @@ def _check_configs(root: Path, manifest: Manifest) -> dict[str, Any]:
             refuse_code(document, name)
     config = documents["config.json"]
     require_architecture(config)
+    stated, found = manifest.quantization, config.get("quantization_config")
+    if found != (int8.CONFIG if stated else None):
+        raise CheckpointError(
+            f"config.json describes other quantised weights than {MANIFEST_FILE} ({stated or 'none'}); "
+            "only the form of `hyper checkpoint quantize` is served"
+        )
     positions = config["text_config"].get("max_position_embeddings", 0)
     if manifest.max_model_len > positions:
         raise CheckpointError(f"max_model_len {manifest.max_model_len} is above the model's {positions} positions")
     return config
+
+
+def require_float_weights(checkpoint: Checkpoint) -> None:
+    """Refuse a quantised checkpoint, for a conversion or training of its weights."""
+    stated = checkpoint.manifest.quantization
+    if stated is not None:
+        raise CheckpointError(f"{checkpoint.path}: is quantised ({stated}); use the checkpoint with its float weights")
 
 
 def refuse_code(document: object, name: str) -> None:
@@ -178,8 +191,6 @@ def require_architecture(config: Mapping[str, Any]) -> None:
         section: object = config.get(part)
         if not isinstance(section, dict) or cast("dict[str, Any]", section).get("model_type", model_type) != model_type:
             raise CheckpointError(f"the {part} of config.json is not {model_type}")
-    if config.get("quantization_config"):
-        raise CheckpointError("quantised weights are not supported")
 
 
 def _check_tokenizer(root: Path, manifest: Manifest, config: Mapping[str, Any]) -> TraceTokenizer:
@@ -248,8 +259,10 @@ class _ModelTensors(Mapping[str, "torch.Tensor"]):
     def is_tied(self) -> bool:
         import torch
 
-        one_tensor = self._sources[weights.LM_HEAD] == self._sources[weights.EMBEDDING]
-        return one_tensor or torch.equal(self[weights.LM_HEAD], self[weights.EMBEDDING])
+        if self._sources[weights.LM_HEAD] == self._sources[weights.EMBEDDING]:
+            return True
+        head, embedding = self[weights.LM_HEAD], self[weights.EMBEDDING]
+        return head.dtype == embedding.dtype and torch.equal(head, embedding)
 
 
 def export(

@@ -165,6 +165,8 @@ class Manifest(_Frozen):
         base_model, recipe, data_card: Origin of the weights, in words.
         environment_labels: Sound labels known to the model; empty for an open vocabulary.
         max_model_len: Maximum length of prompt and completion together, in tokens, audio tokens included.
+        quantization: Form of the decoder's weights (`hyper_model.int8`); None, and not written to hyper.json, if they
+            are floats.
         files: The sha256 of every other file.
     """
 
@@ -178,6 +180,7 @@ class Manifest(_Frozen):
     data_card: str = ""
     environment_labels: tuple[str, ...] = ()
     max_model_len: int = Field(gt=0)
+    quantization: Literal["w8a8"] | None = Field(default=None, exclude_if=_is_none)
     files: dict[str, str]
 
     @field_validator("files")

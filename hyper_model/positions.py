@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hyper_model import weights
-from hyper_model.checkpoint import LICENCE_FILES, Checkpoint, export, open_checkpoint
+from hyper_model.checkpoint import LICENCE_FILES, Checkpoint, export, open_checkpoint, require_float_weights
 from hyper_model.errors import CheckpointError
 from hyper_model.manifest import parse_json
 from hyper_model.trace import PauseMode, TraceTokenizer, add_position_tokens
@@ -37,6 +37,7 @@ def give_positions(source: str | Path, destination: str | Path) -> Checkpoint:
             not empty.
     """
     checkpoint = open_checkpoint(source)
+    require_float_weights(checkpoint)
     root, pause = checkpoint.path, checkpoint.manifest.pause
     if pause.mode != PauseMode.PARALLEL:
         raise CheckpointError(f"{root}: its pauses are {pause.mode}; only parallel ones have positions")

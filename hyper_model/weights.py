@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from hyper_model import int8
 from hyper_model.errors import CheckpointError
+from hyper_model.int8 import EMBEDDING, LM_HEAD
 
 if TYPE_CHECKING:
     import torch
 
-EMBEDDING = "language_model.model.embed_tokens.weight"
-LM_HEAD = "language_model.lm_head.weight"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 2 * 1024**3
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+INT8 = "I8"
 
 # Used only in an error message: trainers leave other pickles (training_args.bin) beside valid weights.
 _PICKLED_WEIGHTS = ("pytorch_model*.bin", "model*.bin", "model*.pt", "model*.pth")
@@ -171,10 +172,16 @@ def _audio_shapes(audio: Mapping[str, Any], text: Mapping[str, Any], stack: int)
 def check_tensors(entries: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> None:
     """Check the stored tensors for exactly the names and shapes of the config, with supported dtypes.
 
+    Args:
+        entries: The stored tensors.
+        config: The config. With a `quantization_config`, the tensors are those of `hyper_model.int8`.
+
     Raises:
         CheckpointError: If a tensor is missing, unexpected, misshapen, or of another dtype.
     """
     expected = expected_shapes(config)
+    quantised = {name for name in expected if int8.is_int8(name)} if config.get("quantization_config") else set[str]()
+    expected |= {int8.scale_name(name): (expected[name][0], 1) for name in quantised}
     for name in entries:
         if name not in expected:
             hint = ""
@@ -189,8 +196,9 @@ def check_tensors(entries: Mapping[str, TensorEntry], config: Mapping[str, Any])
             raise CheckpointError(f"the weights lack {name}")
         if entries[name].shape != shape:
             raise CheckpointError(f"{name} has shape {entries[name].shape}; config.json requires {shape}")
-        if entries[name].dtype not in DTYPES:
-            raise CheckpointError(f"{name} is stored as {entries[name].dtype}; supported are {', '.join(DTYPES)}")
+        supported = (INT8,) if name in quantised else tuple(DTYPES)
+        if entries[name].dtype not in supported:
+            raise CheckpointError(f"{name} is stored as {entries[name].dtype}; supported are {', '.join(supported)}")
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Qwen2Config
 
-from hyper_model.checkpoint import Checkpoint, export, open_checkpoint
+from hyper_model.checkpoint import Checkpoint, export, open_checkpoint, require_float_weights
 from hyper_model.compose import Parts, adapter_of_parts
 from hyper_model.errors import CheckpointError
 from hyper_model.trace import TraceTokenizer
@@ -206,6 +206,7 @@ def model_from_scratch(
     origin = "trained from scratch"
     if base is not None:
         checkpoint = open_checkpoint(base)
+        require_float_weights(checkpoint)
         carry_over(checkpoint, policy, tokenizer)
         origin = f"begun from {checkpoint.manifest.name} ({checkpoint.manifest_sha256[:12]})"
     policy = policy.to(dtype)  # pyright: ignore[reportArgumentType]

@@ -23,7 +23,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Q
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from hyper_model.audio_encoder import audio_stack, encode, num_states_of_mel
-from hyper_model.checkpoint import Checkpoint
+from hyper_model.checkpoint import Checkpoint, require_float_weights
 from hyper_model.errors import CheckpointError
 from hyper_model.weights import StoredTensors, canonical_name, read_entries, weight_files
 
@@ -237,8 +237,10 @@ def open_policy(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -
     """Load the weights of a checkpoint.
 
     Raises:
-        CheckpointError: A tensor is missing or unknown. The library itself would only warn and train a random tensor.
+        CheckpointError: The checkpoint is quantised, or a tensor is missing or unknown. The library itself would only
+            warn and train a random tensor.
     """
+    require_float_weights(checkpoint)
     library: Any = Qwen2AudioForConditionalGeneration
     config: Any = Qwen2AudioConfig.from_pretrained(str(checkpoint.path))
     if audio_stack(config) > 1:

@@ -54,7 +54,7 @@ def test_help_lists_what_is_installed_and_what_is_not_without_loading_an_engine(
     heavy = "print([m for m in ('torch', 'transformers', 'vllm', 'fastapi', 'tokenizers') if m in sys.modules])"
     ran = run_hyper(commands, "--help", code=heavy)
     assert ran.returncode == 0, ran.stderr
-    assert "Verify, describe, adopt, compose and calibrate checkpoints." in ran.stdout
+    assert "Verify, adopt, compose, quantize and calibrate checkpoints." in ran.stdout
     assert "Fail as asked." in ran.stdout
     assert "(not available: no_such_package is not installed)" in ran.stdout
     assert ran.stdout.splitlines()[-1] == "[]"

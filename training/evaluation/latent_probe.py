@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from hyper_model.audio_encoder import LogMel, encode
-from hyper_model.checkpoint import Checkpoint
+from hyper_model.checkpoint import Checkpoint, require_float_weights
 from hyper_model.trace import PauseMode, Section
 from training.evaluation.statistics import figure, shares
 from training.rl.rollout import Completion, Prompt
@@ -69,6 +69,7 @@ class Prober:
     def __init__(self, checkpoint: Checkpoint) -> None:
         from transformers import Qwen2AudioForConditionalGeneration
 
+        require_float_weights(checkpoint)
         self.checkpoint = checkpoint
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint.path, dtype=torch.float32)
