@@ -42,6 +42,7 @@ from hyper_model.audio_limits import (
     SAMPLE_RATE_HZ,
     Allowance,
     AudioLimits,
+    Sink,
     refuse_broken_off,
     refuse_damaged,
     refuse_track,
@@ -65,8 +66,10 @@ __all__ = [
     "AudioWarning",
     "Channel",
     "Quality",
+    "Sink",
     "Waveform",
     "decode",
+    "decode_blocks",
     "find_ffmpeg",
     "identify",
     "mix",
@@ -299,9 +302,42 @@ def decode(
         AudioTooLargeError: If it has more bytes or more decoded seconds than the limits allow.
     """
     limits = limits or AudioLimits()
+    decoded, warnings = _decode_whole(data, Allowance(limits), track, channel)
+    samples_S, trimmed_s = _trim_padding(decoded, limits)
+    if trimmed_s:
+        message = f"{trimmed_s:.3f} s at the end were cut as padding of the codec."
+        warnings.append(AudioWarning("padding_trimmed", message, trimmed_s))
+    _require_length(len(samples_S), limits)
+    return _waveform(decoded, samples_S, warnings)
+
+
+def decode_blocks(
+    data: bytes, sink: Sink, limits: AudioLimits, *, track: int | None = None, channel: Channel = "mix"
+) -> tuple[Waveform, int]:
+    """Decode a recording of any length within the limits; the sink receives its samples.
+
+    The samples are those of `decode`, except that a codec's padding at the end stays.
+
+    Returns:
+        The properties, as a Waveform without samples, and the number of samples. The sink may have received up to
+        0.1 s more, as padding of the container.
+
+    Raises:
+        AudioError: As `decode`; the blocks so far are then void.
+    """
+    allowance = Allowance(limits, sink)
+    decoded, warnings = _decode_whole(data, allowance, track, channel)
+    _require_length(decoded.num_samples, limits)
+    return _waveform(decoded, np.zeros(0, np.float32), warnings), decoded.num_samples
+
+
+def _decode_whole(
+    data: bytes, allowance: Allowance, track: int | None, channel: Channel
+) -> tuple[Decoded, list[AudioWarning]]:
+    """Decode a file to its end, with the best mix of its channels, and describe its oddities."""
+    limits = allowance.limits
     container, start = identify(data, limits)
     clip = data[start:] if start else data
-    allowance = Allowance(limits)
     weights_C = None if channel == "mix" else _WEIGHTS[channel]
     decoded = _decode_once(clip, container, allowance, track, weights_C)
     warnings = [*decoded.warnings]
@@ -313,7 +349,7 @@ def decode(
         if downmix.weights_C is not None:
             # The same track again: its number is now known.
             again = _decode_once(clip, container, allowance, decoded.track, downmix.weights_C)
-            decoded = replace(decoded, samples_S=again.samples_S)
+            decoded = replace(decoded, samples_S=again.samples_S, gatherer=again.gatherer)
         if downmix.cancelled_s:
             warnings.append(_cancellation(downmix))
         elif differing_s := statistics.differing_s():
@@ -325,12 +361,12 @@ def decode(
                     round(differing_s, 2),
                 )
             )
+    if allowance.sink is not None and decoded.gatherer is not allowance.gatherer:
+        # Another track was tried after the chosen one, and the sink has received that.
+        again = _decode_once(clip, container, allowance, decoded.track, weights_C)
+        decoded = replace(decoded, gatherer=again.gatherer)
     if _breaks_off(clip, container):
         refuse_broken_off()
-    samples_S, trimmed_s = _trim_padding(decoded, limits)
-    if trimmed_s:
-        message = f"{trimmed_s:.3f} s at the end were cut as padding of the codec."
-        warnings.append(AudioWarning("padding_trimmed", message, trimmed_s))
     if decoded.missing_s > limits.max_duration_s:
         # A clip of such a length would be refused, so the value is a writer's placeholder.
         decoded = replace(decoded, missing_s=0.0)
@@ -339,14 +375,21 @@ def decode(
     elif decoded.missing_s:
         message = f"The header states {decoded.missing_s:.2f} s of sound that are not in the file."
         warnings.append(AudioWarning("audio_missing", message, decoded.missing_s))
-    if len(samples_S) < limits.min_duration_s * SAMPLE_RATE_HZ:
-        duration_s = len(samples_S) / SAMPLE_RATE_HZ
+    return decoded, warnings
+
+
+def _require_length(num_samples: int, limits: AudioLimits) -> None:
+    if num_samples < limits.min_duration_s * SAMPLE_RATE_HZ:
+        duration_s = num_samples / SAMPLE_RATE_HZ
         raise InvalidAudioError(
             f"The clip has {duration_s:.3f} s of audio; the minimum is {limits.min_duration_s:g} s.",
             code="audio_too_short",
             limit=limits.min_duration_s,
             actual=round(duration_s, 4),
         )
+
+
+def _waveform(decoded: Decoded, samples_S: NDArray[np.float32], warnings: list[AudioWarning]) -> Waveform:
     return Waveform(
         samples_S,
         decoded.codec,
@@ -400,7 +443,7 @@ def _decode_once(
             message = f"{num_left_out} bytes behind the last frame are no audio and were left out."
             warnings.append(AudioWarning("damage_skipped", message))
     decoded = decode_with_libav(data, DEMUXERS[container], allowance, track=track, weights_C=weights_C)
-    decoded_s = len(decoded.samples_S) / SAMPLE_RATE_HZ
+    decoded_s = decoded.num_samples / SAMPLE_RATE_HZ
     if stated_share < 1:
         message = "The header states less than the file holds; all of it was read."
         warnings.append(AudioWarning("size_mismatch", message, round((1 - stated_share) * decoded_s, 2)))
@@ -460,8 +503,10 @@ def _read_samples(data: bytes, source: PcmFile, allowance: Allowance, weights_C:
     if source.unread_bytes:
         message = "A second recording in another sample format follows in the file and was not read."
         warnings.append(AudioWarning("unused_sound", message, round(source.unread_bytes * seconds_a_byte, 2)))
+    samples_S = gatherer.finish()
     return Decoded(
-        gatherer.finish(),
+        samples_S,
+        gatherer.num_samples,
         source.sample_format.codec,
         rate_hz,
         channels,

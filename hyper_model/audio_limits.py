@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hyper_model.errors import AudioTooLargeError, InvalidAudioError
 
@@ -21,6 +24,8 @@ MAX_SOURCE_CHANNELS = 32
 MAX_SOURCE_SAMPLES = 2**26
 # Delay and padding of lossy codecs: up to 0.1 s beyond the recording.
 MAX_CODEC_PADDING_S = 0.1
+# Error of a sum of many blocks' durations; a sample at the highest rate is longer.
+_ROUNDING_S = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +37,14 @@ class AudioLimits:
         min_duration_s: Minimum length; a shorter clip gives no encoder frame.
         max_duration_s: Maximum length, counted in decoded samples.
         decode_timeout_s: Maximum wall-clock time for decoding.
+        max_source_samples: Maximum samples before resampling, all channels together.
     """
 
     max_bytes: int = 25 * 2**20
     min_duration_s: float = 0.1
     max_duration_s: float = 600.0
     decode_timeout_s: float = 10.0
+    max_source_samples: int = MAX_SOURCE_SAMPLES
 
 
 def _require_sane_source(rate_hz: int, channels: int) -> None:
@@ -58,11 +65,33 @@ def _require_sane_source(rate_hz: int, channels: int) -> None:
         )
 
 
-class Allowance:
-    """Budget of one decode: its deadline and its decoded seconds."""
+class Sink(Protocol):
+    """Receiver of a recording's samples, block by block, so that nobody holds all of them."""
 
-    def __init__(self, limits: AudioLimits) -> None:
+    def begin(self) -> None:
+        """Drop all blocks so far: the recording begins again, from another track or with another mix."""
+        ...
+
+    def write(self, samples_S: NDArray[np.float32]) -> None:
+        """Take the next block, float32 [S], mono, 16 kHz, in [-1, 1]."""
+        ...
+
+
+class Allowance:
+    """Budget of one decode: its deadline and its decoded seconds.
+
+    Args:
+        limits: The limits.
+        sink: Receiver of the samples; None collects them in memory.
+
+    Attributes:
+        gatherer: The newest collector of samples; its samples are those of the sink.
+    """
+
+    def __init__(self, limits: AudioLimits, sink: Sink | None = None) -> None:
         self.limits = limits
+        self.sink = sink
+        self.gatherer: object = None
         self._deadline_s = time.monotonic() + limits.decode_timeout_s
         self._max_duration_s = limits.max_duration_s
         self._padding_s = 0.0
@@ -78,7 +107,7 @@ class Allowance:
 
     def is_too_long(self, duration_s: float) -> bool:
         """Return whether a duration is above the limit."""
-        return duration_s > self._max_duration_s + self._padding_s
+        return duration_s > self._max_duration_s + self._padding_s + _ROUNDING_S
 
     def check(self) -> None:
         """Refuse the clip after the deadline.
@@ -92,7 +121,7 @@ class Allowance:
     def set_source(self, rate_hz: int, channels: int) -> None:
         """Refuse rates and channel counts outside all recorders, and limit the duration by the number of samples."""
         _require_sane_source(rate_hz, channels)
-        self._max_duration_s = min(self.limits.max_duration_s, MAX_SOURCE_SAMPLES / (rate_hz * channels))
+        self._max_duration_s = min(self.limits.max_duration_s, self.limits.max_source_samples / (rate_hz * channels))
 
     def require_duration(self, duration_s: float) -> None:
         """Refuse a duration above the limit.

@@ -68,7 +68,6 @@ _MICROSECONDS = 1_000_000
 _SCALES = {"u8": (128, 2.0**-7), "s16": (0, 2.0**-15), "s32": (0, 2.0**-31), "s64": (0, 2.0**-63)}
 # Silence, as `Quality.silence_ratio` counts it: no 20 ms louder than -50 dBFS.
 _SILENT_POWER = 10 ** (-50 / 10)
-_SILENCE_FRAME_SAMPLES = SAMPLE_RATE_HZ // 50
 # Marks of encryption: sample entries of MP4, and the Content Encryption Object of ASF.
 _ENCRYPTED = {
     "mov": (b"enca", b"drms"),
@@ -83,7 +82,8 @@ class Decoded:
     """Decoded samples of a clip and the properties of its stream.
 
     Attributes:
-        samples_S: float32 [S], mono, 16 kHz, finite, in [-1, 1].
+        samples_S: float32 [S], mono, 16 kHz, finite, in [-1, 1]; none if a sink has received them.
+        num_samples: Number of samples, wherever they are.
         codec: Name of the codec, such as "opus".
         source_sample_rate_hz: Rate before resampling.
         source_channels: Channels before the down-mix.
@@ -96,6 +96,7 @@ class Decoded:
     """
 
     samples_S: NDArray[np.float32]  # noqa: N815
+    num_samples: int
     codec: str
     source_sample_rate_hz: int
     source_channels: int
@@ -114,12 +115,7 @@ class Decoded:
     @property
     def is_silent(self) -> bool:
         """Return whether all its 20 ms frames are below -50 dBFS."""
-        starts = np.arange(0, len(self.samples_S), _SILENCE_FRAME_SAMPLES)
-        if not len(starts):
-            return True
-        lengths = np.diff(starts, append=len(self.samples_S))
-        powers = np.add.reduceat(np.square(self.samples_S, dtype=np.float64), starts) / lengths
-        return bool(powers.max() < _SILENT_POWER)
+        return self.gatherer.loudest_power < _SILENT_POWER
 
 
 def decode_with_libav(
@@ -319,7 +315,7 @@ def _decode_track(
         if demuxer != "mov" or b"elst" not in data:
             return decoded
         whole_s = _packets_s(data, demuxer, index, _NO_EDITS)
-        decoded_s = len(decoded.samples_S) / SAMPLE_RATE_HZ
+        decoded_s = decoded.num_samples / SAMPLE_RATE_HZ
         if decoded_s < _MIN_KEPT_S < whole_s:
             with _open(data, demuxer, _NO_EDITS) as container:
                 decoded = _decode(container, data, demuxer, index, allowance, weights_C)
@@ -394,17 +390,19 @@ def _decode(
         message = f"{lost_s:.2f} s of the clip are damaged and were left out."
         warnings.append(AudioWarning("damage_skipped", message, round(lost_s, 2)))
     samples_S = gatherer.finish()
+    num_samples = gatherer.num_samples
     missing_s = 0.0
     if stated_s is not None and demuxer == "mov":
-        excess = len(samples_S) - round(stated_s * SAMPLE_RATE_HZ)
+        excess = num_samples - round(stated_s * SAMPLE_RATE_HZ)
         if 0 < excess <= _FRAME_PADDING_S * SAMPLE_RATE_HZ:
-            samples_S = samples_S[: len(samples_S) - excess]
-    decoded_s = len(samples_S) / SAMPLE_RATE_HZ
+            num_samples -= excess
+    decoded_s = num_samples / SAMPLE_RATE_HZ
     if stated_s is not None and stated_s - decoded_s > max(_MIN_MISSING_S, 0.01 * stated_s):
         missing_s = round(stated_s - decoded_s, 3)
     # The caller refuses a stream without samples as too short; its properties come from the header.
     return Decoded(
-        samples_S,
+        samples_S[:num_samples],
+        num_samples,
         context.codec.canonical_name,
         rate_hz or context.sample_rate,
         channels or context.layout.nb_channels,

@@ -20,6 +20,7 @@ from hyper_model.downmix import ChannelStatistics
 _BLOCK_SAMPLES = 2**15
 # Possible excess of the longest clip through rounding and the resampler's tail.
 _SPARE_S = 2.0
+_LEVEL_FRAME_SAMPLES = SAMPLE_RATE_HZ // 50
 
 
 def resample(mono_S: NDArray[np.float32], from_hz: int) -> NDArray[np.float32]:
@@ -34,10 +35,13 @@ def resample(mono_S: NDArray[np.float32], from_hz: int) -> NDArray[np.float32]:
 class Gatherer:
     """Collector of decoded blocks as mono 16 kHz, counted against the allowance.
 
-    The samples equal those of `resample` for the whole clip, with memory for the 16 kHz samples only.
+    The samples equal those of `resample` for the whole clip, with memory for the 16 kHz samples only. With a sink in
+    the allowance there is memory for one block only: the sink receives the samples.
 
     Attributes:
         num_source_samples: Source samples so far, per channel.
+        num_samples: Samples at 16 kHz so far.
+        loudest_power: Largest mean square of 20 ms so far.
         channels: Energies and products of the channels so far.
     """
 
@@ -57,9 +61,15 @@ class Gatherer:
         self._stream: Any = None
         self._waiting: list[NDArray[np.float32]] = []
         self._num_waiting = 0
+        self._sink = allowance.sink
+        allowance.gatherer = self
+        if self._sink is not None:
+            self._sink.begin()
         # The system allocates its pages only as samples are written.
-        self._samples_S = np.empty(math.ceil((allowance.limits.max_duration_s + _SPARE_S) * SAMPLE_RATE_HZ), np.float32)
-        self._num_samples = 0
+        max_samples = math.ceil((allowance.limits.max_duration_s + _SPARE_S) * SAMPLE_RATE_HZ)
+        self._samples_S = np.empty(0 if self._sink else max_samples, np.float32)
+        self.num_samples = 0
+        self.loudest_power = 0.0
         self.num_source_samples = 0
 
     def add(self, samples_SC: NDArray[np.float32], rate_hz: int) -> None:
@@ -89,9 +99,9 @@ class Gatherer:
             self._flush()
 
     def finish(self) -> NDArray[np.float32]:
-        """Return all added samples: float32 [S] in [-1, 1]."""
+        """Return all added samples, float32 [S] in [-1, 1]; none if a sink has received them."""
         self._flush(is_last=True)
-        return self._samples_S[: self._num_samples]
+        return self._samples_S[: self.num_samples]
 
     def _open(self, rate_hz: int) -> None:
         self._rate_hz, self._stream = rate_hz, None
@@ -107,7 +117,16 @@ class Gatherer:
         self._waiting, self._num_waiting = [], 0
         if self._stream is not None:
             block_S = cast(NDArray[np.float32], self._stream.resample_chunk(block_S, last=is_last))
-        end = self._num_samples + len(block_S)
+        end = self.num_samples + len(block_S)
         self._allowance.require_duration(end / SAMPLE_RATE_HZ - _SPARE_S)
-        np.clip(block_S, -1.0, 1.0, out=self._samples_S[self._num_samples : end])
-        self._num_samples = end
+        if self._sink is None:
+            clipped_S = self._samples_S[self.num_samples : end]
+            np.clip(block_S, -1.0, 1.0, out=clipped_S)
+        else:
+            clipped_S = np.clip(block_S, -1.0, 1.0)
+            self._sink.write(clipped_S)
+        if len(clipped_S):
+            starts = np.arange(0, len(clipped_S), _LEVEL_FRAME_SAMPLES)
+            sums = np.add.reduceat(np.square(clipped_S, dtype=np.float64), starts)
+            self.loudest_power = max(self.loudest_power, float(np.max(sums)) / _LEVEL_FRAME_SAMPLES)
+        self.num_samples = end

@@ -15,7 +15,9 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from hyper_model.audio import AudioLimits, Channel
+import numpy as np
+
+from hyper_model.audio import AudioLimits, Channel, Sink
 from server.decoding.worker import serve
 
 NOT_STOPPED = 0
@@ -239,5 +241,42 @@ def play(data: bytes, limits: AudioLimits, track: int | None, channel: Channel) 
     return about, memoryview(bytes(4 * stopped_by))
 
 
+def play_blocks(data: bytes, limits: AudioLimits, track: int | None, channel: Channel, sink: Sink) -> dict[str, Any]:
+    """Make the attempt named by the recording, in blocks."""
+    name = data[12:].decode()
+    second_S = np.zeros(16_000, np.float32)
+    about = {"num_samples": 16_000, "codec": "mp3", "sample_rate_hz": 8_000, "channels": 1, **REST}
+    sink.begin()
+    match name:
+        case "no numbers in a block":
+            sink.write(second_S * np.float32(np.nan))
+        case "louder than full scale":
+            sink.write(second_S + 2)
+        case "blocks without end":
+            for _ in range(4_000):
+                sink.write(second_S)
+        case "beginnings without end":
+            for _ in range(10_000):
+                sink.begin()
+        case "more samples than blocks":
+            sink.write(second_S[:8_000])
+        case "fewer samples than blocks":
+            sink.write(np.zeros(160_000, np.float32))
+        case _:
+            sink.write(second_S)
+            return play(data, limits, track, channel)[0]
+    return about
+
+
+BLOCK_LIES = (
+    "no numbers in a block",
+    "louder than full scale",
+    "blocks without end",
+    "beginnings without end",
+    "more samples than blocks",
+    "fewer samples than blocks",
+)
+
+
 if __name__ == "__main__":
-    serve(play)
+    serve(play, play_blocks)

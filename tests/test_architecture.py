@@ -61,7 +61,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "server": (
         "settings telemetry page",
         "api_keys errors",
-        "engines decoding quotas storage",
+        "engines decoding quotas recordings storage",
         "pause_budget request_context",
         "error_handlers limiter",
         "generation_stats",

@@ -20,15 +20,15 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 import hyper_model
 import server
-from hyper_model.audio import FORMATS, SAMPLE_RATE_HZ, AudioLimits, Channel, Waveform, identify
+from hyper_model.audio import FORMATS, SAMPLE_RATE_HZ, AudioLimits, Channel, Sink, Waveform, identify
 from hyper_model.audio_limits import MAX_SOURCE_CHANNELS, MAX_SOURCE_RATE_HZ, refuse_damaged, refuse_late
 from hyper_model.audio_warnings import AudioWarning, AudioWarningCode
 from hyper_model.errors import (
@@ -40,7 +40,14 @@ from hyper_model.errors import (
     UnsupportedAudioError,
 )
 from hyper_model.libav import CODECS
-from server.decoding.worker import CONTROL_FD_VARIABLE, MAX_MESSAGE_BYTES, MEMORY_VARIABLE
+from server.decoding.worker import (
+    BEGIN_AGAIN,
+    CONTROL_FD_VARIABLE,
+    END_OF_BLOCKS,
+    MAX_BLOCK_BYTES,
+    MAX_MESSAGE_BYTES,
+    MEMORY_VARIABLE,
+)
 from server.errors import DecoderUnavailableError
 from server.telemetry.labels import WorkerFailure
 
@@ -51,6 +58,10 @@ STOP_TIMEOUT_S = 5.0
 # A decoder checks the clock and reports a timeout itself; only an unresponsive one is killed, after this much longer.
 GRACE_S = 1.0
 SPARE_SAMPLES = 2 * SAMPLE_RATE_HZ
+# Padding of a container behind a recording's last sample.
+MAX_PADDING_SAMPLES = SAMPLE_RATE_HZ // 10
+# A recording begins once per tried track and mix.
+MAX_BEGINNINGS = 2 * 4096
 MAX_TRACKS = 10_000
 MAX_WARNINGS = 20
 MAX_WARNING_S = 1e6
@@ -59,6 +70,8 @@ ERRORS: Mapping[str, type[AudioError]] = {
     kind.__name__: kind for kind in (UnsupportedAudioError, InvalidAudioError, AudioTooLargeError)
 }
 CODEC_NAMES = CODECS | set(FORMATS) | {"amr_nb", "amr_wb"}
+
+Result = TypeVar("Result")
 
 Words = Annotated[str, Field(max_length=400, pattern=r"^[ -~]*$")]
 Code = Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9_]+$")]
@@ -245,20 +258,63 @@ class DecoderPool:
             AudioError: As `hyper_model.audio.decode`.
             DecoderUnavailableError: If the helper is gone and cannot be restarted.
         """
-        identify(data, self.limits)
+        order = {"limits": dataclasses.asdict(self.limits), "track": track, "channel": channel}
+        return await self.decode_as(order, data, self.limits, self.exchange)
+
+    async def decode_blocks(
+        self, data: bytes, sink: Sink, limits: AudioLimits, *, track: int | None = None, channel: Channel = "mix"
+    ) -> tuple[Waveform, int]:
+        """Decode a recording of any length in its own worker; the sink receives its samples block by block.
+
+        Args:
+            data: The whole file.
+            sink: Receiver of the samples, on the event loop.
+            limits: Limits of the recording, in place of a clip's.
+            track: Audio track to decode, from 1.
+            channel: Channels to use.
+
+        Returns:
+            The properties, as a Waveform without samples, and the number of samples; the rest is padding.
+
+        Raises:
+            AudioError: As `hyper_model.audio.decode_blocks`.
+            DecoderUnavailableError: If the helper is gone and cannot be restarted.
+        """
+
+        async def exchange(connection: socket.socket, data: bytes) -> tuple[Waveform, int]:
+            return await self.exchange_blocks(connection, data, sink, limits)
+
+        order = {"limits": dataclasses.asdict(limits), "track": track, "channel": channel, "is_recording": True}
+        return await self.decode_as(order, data, limits, exchange)
+
+    async def decode_as(
+        self,
+        order: Mapping[str, object],
+        data: bytes,
+        limits: AudioLimits,
+        exchange: Callable[[socket.socket, bytes], Awaitable[Result]],
+    ) -> Result:
+        """Decode a file by an order; if the whole helper is lost, once more."""
+        identify(data, limits)
         process = self.process
         try:
-            return await self.attempt(data, track, channel)
+            return await self.attempt(order, data, limits, exchange)
         except WorkerDiedError:
             if process is None or (process is self.process and process.poll() is None):
                 refuse_damaged()
         # The whole helper is gone, so the clip is probably not the cause; try it once more.
         try:
-            return await self.attempt(data, track, channel)
+            return await self.attempt(order, data, limits, exchange)
         except WorkerDiedError:
             refuse_damaged()
 
-    async def attempt(self, data: bytes, track: int | None, channel: Channel) -> Waveform:
+    async def attempt(
+        self,
+        order: Mapping[str, object],
+        data: bytes,
+        limits: AudioLimits,
+        exchange: Callable[[socket.socket, bytes], Awaitable[Result]],
+    ) -> Result:
         """Decode one clip in one worker.
 
         Raises:
@@ -270,16 +326,14 @@ class DecoderPool:
         is_answered = False
         with ours:
             with theirs:
-                limits = dataclasses.asdict(self.limits)
-                order = {"job": job, "limits": limits, "track": track, "channel": channel}
-                await self.order(order, theirs.fileno())
+                await self.order({"job": job, **order}, theirs.fileno())
             try:
-                async with asyncio.timeout(self.limits.decode_timeout_s + GRACE_S):
-                    waveform = await self.exchange(ours, data)
+                async with asyncio.timeout(limits.decode_timeout_s + GRACE_S):
+                    result = await exchange(ours, data)
                 is_answered = True
             except TimeoutError:
                 self.on_death("late")
-                refuse_late(self.limits.decode_timeout_s)
+                refuse_late(limits.decode_timeout_s)
             except AudioError:
                 is_answered = True
                 raise
@@ -289,13 +343,53 @@ class DecoderPool:
             finally:
                 if not is_answered:
                     self.kill(job)
-        return waveform
+        return result
 
     async def exchange(self, connection: socket.socket, data: bytes) -> Waveform:
         """Send a clip to its worker and read the reply."""
-        loop = asyncio.get_running_loop()
-        await loop.sock_sendall(connection, len(data).to_bytes(8))
-        await loop.sock_sendall(connection, data)
+        await send_file(connection, data)
+        result = await self.read_result(connection)
+        if result.num_samples > self.limits.max_duration_s * SAMPLE_RATE_HZ + SPARE_SAMPLES:
+            raise ValueError
+        samples_S = np.empty(result.num_samples, np.float32)
+        await receive(connection, samples_S.data.cast("B"))
+        require_samples(samples_S)
+        return waveform_of(result, samples_S)
+
+    async def exchange_blocks(
+        self, connection: socket.socket, data: bytes, sink: Sink, limits: AudioLimits
+    ) -> tuple[Waveform, int]:
+        """Send a recording to its worker, pass its blocks to the sink, and read the reply behind them."""
+        await send_file(connection, data)
+        max_samples = limits.max_duration_s * SAMPLE_RATE_HZ + SPARE_SAMPLES
+        num_received = num_beginnings = 0
+        while (num_bytes := int.from_bytes(await receive(connection, bytearray(4)))) != END_OF_BLOCKS:
+            if num_bytes == BEGIN_AGAIN:
+                num_received = 0
+                num_beginnings += 1
+                sink.begin()
+            elif num_bytes % 4 or num_bytes > MAX_BLOCK_BYTES:
+                raise ValueError
+            else:
+                samples_S = np.empty(num_bytes // 4, np.float32)
+                await receive(connection, samples_S.data.cast("B"))
+                require_samples(samples_S)
+                num_received += len(samples_S)
+                sink.write(samples_S)
+            if num_received > max_samples or num_beginnings > MAX_BEGINNINGS:
+                raise ValueError
+        result = await self.read_result(connection)
+        if not 0 <= num_received - result.num_samples <= MAX_PADDING_SAMPLES:
+            raise ValueError
+        return waveform_of(result, np.zeros(0, np.float32)), result.num_samples
+
+    async def read_result(self, connection: socket.socket) -> WorkerResult:
+        """Read the properties of a decoded clip.
+
+        Raises:
+            AudioError: The worker refuses the clip.
+            ValueError: The reply is not valid.
+        """
         num_header_bytes = int.from_bytes(await receive(connection, bytearray(4)))
         if num_header_bytes > MAX_MESSAGE_BYTES:
             raise ValueError
@@ -318,25 +412,9 @@ class DecoderPool:
             )
         result = WorkerResult.model_validate(header)
         self.record(result)
-        if result.num_samples > self.limits.max_duration_s * SAMPLE_RATE_HZ + SPARE_SAMPLES:
-            raise ValueError
         if result.codec not in CODEC_NAMES:
             raise ValueError
-        samples_S = np.empty(result.num_samples, np.float32)
-        await receive(connection, samples_S.data.cast("B"))
-        # In this order both comparisons fail for NaN.
-        if result.num_samples and not (samples_S.min() >= -1.0 and samples_S.max() <= 1.0):
-            raise ValueError
-        return Waveform(
-            samples_S,
-            result.codec,
-            result.sample_rate_hz,
-            result.channels,
-            num_tracks=result.num_tracks,
-            track=result.track,
-            missing_s=result.missing_s,
-            warnings=tuple(AudioWarning(warning.code, warning.message, warning.seconds) for warning in result.warnings),
-        )
+        return result
 
     def record(self, reply: WorkerReply) -> None:
         """Update the peak memory."""
@@ -377,6 +455,38 @@ class DecoderPool:
                 send(self.control, {"kill": job}, [])
             except OSError:
                 logger.warning("a decoder could not be killed; its processor time is limited")
+
+
+def require_samples(samples_S: np.ndarray) -> None:
+    """Refuse samples out of range.
+
+    Raises:
+        ValueError: A sample is outside [-1, 1], or no number.
+    """
+    # In this order both comparisons fail for NaN.
+    if len(samples_S) and not (samples_S.min() >= -1.0 and samples_S.max() <= 1.0):
+        raise ValueError
+
+
+def waveform_of(result: WorkerResult, samples_S: np.ndarray) -> Waveform:
+    """Return samples with the properties that their worker has reported."""
+    return Waveform(
+        samples_S,
+        result.codec,
+        result.sample_rate_hz,
+        result.channels,
+        num_tracks=result.num_tracks,
+        track=result.track,
+        missing_s=result.missing_s,
+        warnings=tuple(AudioWarning(warning.code, warning.message, warning.seconds) for warning in result.warnings),
+    )
+
+
+async def send_file(connection: socket.socket, data: bytes) -> None:
+    """Send a file to its worker."""
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(connection, len(data).to_bytes(8))
+    await loop.sock_sendall(connection, data)
 
 
 def send(control: socket.socket, message: Mapping[str, object], descriptors: list[int]) -> None:

@@ -27,11 +27,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hyper_model.audio import AudioLimits, Channel, decode
+import numpy as np
+from numpy.typing import NDArray
+
+from hyper_model.audio import AudioLimits, Channel, Sink, Waveform, decode, decode_blocks
 from hyper_model.errors import AudioError
 from server.decoding import sandbox
 
 MAX_MESSAGE_BYTES = 64 * 1024
+# Lengths with a meaning, in place of a block's: the recording begins again, or its blocks are complete.
+BEGIN_AGAIN, END_OF_BLOCKS = 2**32 - 1, 0
+MAX_BLOCK_BYTES = 2**22
 CONTROL_FD_VARIABLE = "DECODER_CONTROL_FD"
 MEMORY_VARIABLE = "DECODER_MEMORY_BYTES"
 REAP_INTERVAL_MS = 100
@@ -52,6 +58,7 @@ ENCODINGS = (
 )
 
 Handler = Callable[[bytes, AudioLimits, int | None, Channel], tuple[dict[str, Any], memoryview]]
+BlockHandler = Callable[[bytes, AudioLimits, int | None, Channel, Sink], dict[str, Any]]
 
 
 def decode_clip(
@@ -61,16 +68,36 @@ def decode_clip(
     try:
         waveform = decode(data, limits, track=track, channel=channel)
     except AudioError as error:
-        return {
-            "error": type(error).__name__,
-            "code": error.code,
-            "message": error.message,
-            "limit": error.limit,
-            "actual": error.actual,
-            "hint": error.hint,
-        }, memoryview(b"")
-    about = {
-        "num_samples": waveform.num_samples,
+        return describe_error(error), memoryview(b"")
+    return describe(waveform, waveform.num_samples), waveform.samples_S.data.cast("B")
+
+
+def decode_recording(
+    data: bytes, limits: AudioLimits, track: int | None, channel: Channel, sink: Sink
+) -> dict[str, Any]:
+    """Decode a recording block by block; return its properties or its error."""
+    try:
+        return describe(*decode_blocks(data, sink, limits, track=track, channel=channel))
+    except AudioError as error:
+        return describe_error(error)
+
+
+def describe_error(error: AudioError) -> dict[str, Any]:
+    """Return an error as plain data."""
+    return {
+        "error": type(error).__name__,
+        "code": error.code,
+        "message": error.message,
+        "limit": error.limit,
+        "actual": error.actual,
+        "hint": error.hint,
+    }
+
+
+def describe(waveform: Waveform, num_samples: int) -> dict[str, Any]:
+    """Return the properties of a clip as plain data."""
+    return {
+        "num_samples": num_samples,
         "codec": waveform.codec,
         "sample_rate_hz": waveform.source_sample_rate_hz,
         "channels": waveform.source_channels,
@@ -79,10 +106,28 @@ def decode_clip(
         "missing_s": waveform.missing_s,
         "warnings": [dataclasses.asdict(warning) for warning in waveform.warnings],
     }
-    return about, waveform.samples_S.data.cast("B")
 
 
-def serve(handler: Handler) -> None:
+class BlockWriter:
+    """Sink that writes each block to the worker's connection: its length in bytes, then its samples."""
+
+    def __init__(self, connection: int) -> None:
+        self.connection = connection
+
+    def begin(self) -> None:
+        """Announce that the recording begins again."""
+        write_all(self.connection, memoryview(BEGIN_AGAIN.to_bytes(4)))
+
+    def write(self, samples_S: NDArray[np.float32]) -> None:
+        """Write samples in blocks of limited size."""
+        view = np.ascontiguousarray(samples_S).data.cast("B")
+        for start in range(0, len(view), MAX_BLOCK_BYTES):
+            block = view[start : start + MAX_BLOCK_BYTES]
+            write_all(self.connection, memoryview(len(block).to_bytes(4)))
+            write_all(self.connection, block)
+
+
+def serve(handler: Handler, block_handler: BlockHandler = decode_recording) -> None:
     """Lock down this process and fork workers for the clips from the control socket, until it closes."""
     control = socket.socket(fileno=int(os.environ[CONTROL_FD_VARIABLE]))
     memory_bytes = int(os.environ[MEMORY_VARIABLE])
@@ -129,7 +174,10 @@ def serve(handler: Handler) -> None:
         pid = os.fork()
         if pid == 0:
             choice = (limits, order["track"], order["channel"])
-            work(functools.partial(_handle, handler, choice), connection, limits, control, address_space_bytes)
+            handle = functools.partial(_handle, handler, choice)
+            if order.get("is_recording"):
+                handle = functools.partial(_handle_blocks, block_handler, choice, connection)
+            work(handle, connection, limits, control, address_space_bytes)
         pids[order["job"]] = pid
         os.close(connection)
     for pid in list(pids.values()):
@@ -149,6 +197,21 @@ def _handle(
     # Last resort: an unforeseen file gives a regular reply, unlike a crash of the process.
     except Exception as error:
         return {"failure": "odd_file", "kind": type(error).__name__}, memoryview(b"")
+
+
+def _handle_blocks(
+    handler: BlockHandler, choice: tuple[AudioLimits, int | None, Channel], connection: int, data: bytes
+) -> tuple[dict[str, Any], memoryview]:
+    """Handle a recording: its blocks leave the worker at once, and its properties at the end."""
+
+    def handle(
+        data: bytes, limits: AudioLimits, track: int | None, channel: Channel
+    ) -> tuple[dict[str, Any], memoryview]:
+        return handler(data, limits, track, channel, BlockWriter(connection)), memoryview(b"")
+
+    about, nothing = _handle(handle, choice, data)
+    write_all(connection, memoryview(END_OF_BLOCKS.to_bytes(4)))
+    return about, nothing
 
 
 def work(
@@ -205,7 +268,6 @@ def warm_up() -> None:
     PyAV imports its classes of streams and codecs at their first use. Decoding a clip with each library loads the rest.
     """
     import av
-    import numpy as np
     import soundfile  # pyright: ignore[reportMissingTypeStubs]
 
     for module in pkgutil.walk_packages(av.__path__, "av."):
