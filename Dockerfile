@@ -2,7 +2,7 @@
 # Two targets, one service:
 #   docker build --target cpu -t hyper:cpu .        docker build --target gpu -t hyper:gpu .
 # docs/deploy.md has the command that runs it; deploy/compose.yaml adds Prometheus and Grafana. The container needs no
-# capability and no set-uid program. It writes only to /tmp and /var/cache/hyper.
+# capability and no set-uid program. It writes only to /tmp, /var/cache/hyper and /var/lib/hyper.
 
 # The newest 3.11 image at the time of writing; --build-arg PYTHON_IMAGE=python@sha256:... pins your verified digest.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
@@ -56,7 +56,8 @@ RUN rm -rf /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/si
     && find / -xdev -type f -perm /6000 -exec chmod a-s {} + \
     && groupadd --gid 10001 hyper \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/cache/hyper --shell /usr/sbin/nologin hyper \
-    && install --directory --owner 10001 --group 10001 --mode 1777 /var/cache/hyper
+    && install --directory --owner 10001 --group 10001 --mode 1777 /var/cache/hyper \
+    && install --directory --owner 10001 --group 10001 --mode 0700 /var/lib/hyper
 COPY checkpoints checkpoints
 # --build-arg REVISION=$(git rev-parse HEAD) records the source commit.
 ARG REVISION=unknown
@@ -78,8 +79,11 @@ ENV PATH=/opt/venv/bin:$PATH \
     HF_HUB_OFFLINE=1 \
     HYPER_HOST=0.0.0.0 \
     HYPER_PORT=8000 \
+    HYPER_STATE_DIR=/var/lib/hyper \
     HYPER_CHECKPOINT=/opt/hyper/checkpoints/hyper-mini
 VOLUME /var/cache/hyper
+# Stored files; they outlive the container.
+VOLUME /var/lib/hyper
 EXPOSE 8000
 USER 10001:10001
 STOPSIGNAL SIGTERM

@@ -16,7 +16,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from hyper_model.checkpoint import Checkpoint, open_checkpoint
 from hyper_model.errors import CheckpointError, HyperError
 from server import error_handlers
-from server.api import chat, health, info, models, page, qa, transcriptions
+from server.api import chat, files, health, info, models, page, qa, transcriptions
 from server.api.openapi import document
 from server.api_keys import KeyRing
 from server.engines.protocol import Engine
@@ -68,6 +68,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.include_router(qa.router)
     app.include_router(chat.router)
     app.include_router(transcriptions.router)
+    app.include_router(files.router)
     app.include_router(models.router)
     app.include_router(info.router)
     app.include_router(health.router)

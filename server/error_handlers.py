@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
 
 from hyper_model.errors import HyperError
 from server.errors import RequestError, to_request_error
@@ -42,9 +43,16 @@ async def handle(request: Request, error: Exception) -> JSONResponse:
     if fault.code == "internal_error":
         logger.error("request failed", exc_info=error, extra={"request_id": context.request_id})
     response = error_response(fault, context)
-    if isinstance(error, HTTPException) and error.status_code == 405 and error.headers:
-        response.headers["allow"] = error.headers["Allow"]
+    if fault.status == 405:
+        response.headers["allow"] = ", ".join(sorted(methods_of(request)))
     return response
+
+
+def methods_of(request: Request) -> set[str]:
+    """Return the methods of an address, over all its routes; Starlette names those of the first alone."""
+    routes = (route for route in request.app.routes if isinstance(route, Route))
+    found = (route.methods or () for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    return {method for methods in found for method in methods}
 
 
 def install(app: FastAPI) -> None:

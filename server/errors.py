@@ -214,7 +214,8 @@ def validation_error(error: ValidationError | RequestValidationError) -> Request
     if isinstance(error, ValidationError):
         details = error.errors(include_url=False, include_context=False, include_input=False)
     else:
-        details = error.errors()
+        # FastAPI puts the kind of parameter in front: query, path.
+        details = [{**each, "loc": each["loc"][1:]} for each in error.errors()]
     first = details[0]
     param = param_of(first["loc"])
     match first["type"]:
@@ -236,6 +237,9 @@ def validation_error(error: ValidationError | RequestValidationError) -> Request
 
 PLAIN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\[\]-]{0,39}")
 """Names of unknown fields that an error repeats."""
+
+NESTED_NAMES = frozenset({"expires_after[anchor]", "expires_after[seconds]"})
+"""Form fields that are parts of an object."""
 
 SYNONYMS: Mapping[str, str] = {
     **dict.fromkeys(("prompt", "query", "text", "message", "input"), "question"),
@@ -279,4 +283,5 @@ def param_of(location: Sequence[int | str]) -> str | None:
     """Return the field's dotted name, or None; the names of union members are left out."""
     # Forms spell lists as `names[]`.
     names = (part for part in location if isinstance(part, str))
-    return ".".join(name for name in names if name.removesuffix("[]").isidentifier()) or None
+    found = (name for name in names if name.removesuffix("[]").isidentifier() or name in NESTED_NAMES)
+    return ".".join(found) or None

@@ -39,6 +39,7 @@ PROBE_PATHS = frozenset({"/livez", "/readyz"})
 PUBLIC_PATHS = PROBE_PATHS | PAGE_PATHS
 """Paths without authentication. Every other path, also a new one, needs a key with the scope `ask`."""
 
+FILES_PATH = "/v1/files"
 METRICS_PATH = "/metrics"
 OPERATOR_PATHS = PROBE_PATHS | {METRICS_PATH}
 """Paths of the metrics port, without authentication."""
@@ -77,11 +78,11 @@ class RequestMiddleware:
         elif scope["path"] not in UNTRACED_PATHS:
             self.tracer.begin(context, headers)
         reply = Reply(context, receive, send)
-        body = Body(context, receive, self.settings)
+        body = Body(context, receive, self.settings, max_bytes=max_body_bytes(self.settings, scope["path"]))
         try:
             self.check_head(scope, headers, context)
             announced = int(headers.get("content-length", "0"))
-            if announced > self.settings.max_body_bytes:
+            if announced > body.max_bytes:
                 raise body.too_large(announced)
             await self.app(scope, body.receive, reply.send)
         except RequestError as fault:
@@ -186,10 +187,11 @@ class RequestMiddleware:
 class Body:
     """Request body with limits on size and time."""
 
-    def __init__(self, context: RequestContext, receive: Receive, settings: Settings) -> None:
+    def __init__(self, context: RequestContext, receive: Receive, settings: Settings, *, max_bytes: int) -> None:
         self.context = context
         self.inner = receive
         self.settings = settings
+        self.max_bytes = max_bytes
 
     async def receive(self) -> Message:
         """Return the next message.
@@ -212,7 +214,7 @@ class Body:
             raise RequestError("upload_timeout", message, limit=limit, hint=hint) from None
         if message["type"] == "http.request":
             context.num_body_bytes += len(message.get("body", b""))
-            if context.num_body_bytes > self.settings.max_body_bytes:
+            if context.num_body_bytes > self.max_bytes:
                 raise self.too_large(context.num_body_bytes)
             if not message.get("more_body", False):
                 context.is_body_complete = True
@@ -221,7 +223,7 @@ class Body:
 
     def too_large(self, num_bytes: int) -> RequestError:
         """Return the error for a body above the limit, with its received or announced size."""
-        limit = self.settings.max_body_bytes
+        limit = self.max_bytes
         message = f"The request body exceeds {limit} bytes."
         hint = "Send a shorter or compressed clip."
         return RequestError("body_too_large", message, limit=limit, actual=num_bytes, hint=hint)
@@ -261,6 +263,11 @@ class Reply:
                         return
         except TimeoutError:
             return
+
+
+def max_body_bytes(settings: Settings, path: str) -> int:
+    """Return the maximum size of a request body; stored files may be larger than clips."""
+    return settings.max_upload_bytes if path == FILES_PATH else settings.max_body_bytes
 
 
 def bearer_of(headers: Headers) -> str:

@@ -84,8 +84,15 @@ class Settings(BaseSettings):
         default=None,
         description="Folder of what survives a restart, such as stored files; by default hyper in $XDG_STATE_HOME.",
     )
+    files_max_bytes: int = Field(
+        default=200 * MEBIBYTE, ge=1, description="Maximum of one stored file; a clip also has max_audio_bytes."
+    )
     files_tenant_bytes: int = Field(default=4096 * MEBIBYTE, ge=1, description="Maximum of stored bytes per key.")
     files_tenant_count: int = Field(default=1000, ge=1, description="Maximum number of stored files per key.")
+    files_default_lifetime_s: int = Field(
+        default=7 * DAY_S, ge=1, description="Lifetime of a stored file without `expires_after`."
+    )
+    files_max_lifetime_s: int = Field(default=30 * DAY_S, ge=1, description="Maximum of `expires_after`.")
 
     max_audio_bytes: int = Field(default=25 * MEBIBYTE, ge=1)
     max_audio_s: float = Field(
@@ -179,6 +186,11 @@ class Settings(BaseSettings):
         if self.state_dir is not None:
             return self.state_dir
         return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "hyper"
+
+    @property
+    def max_upload_bytes(self) -> int:
+        """Return the maximum size of the body of a file's upload."""
+        return self.files_max_bytes + MEBIBYTE
 
     @property
     def max_body_bytes(self) -> int:

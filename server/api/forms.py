@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
 from fastapi import Request
@@ -37,9 +37,9 @@ MAX_KEYS = 64
 MAX_LISTED_CHOICES = 128
 
 REPEATED_FIELDS = frozenset(
-    {"choices", "include[]", "known_speaker_names[]", "known_speaker_references[]", "timestamp_granularities[]"}
+    {"choices", "include", "known_speaker_names", "known_speaker_references", "timestamp_granularities"}
 )
-"""Fields that a form may have more than once."""
+"""Fields that a form may have more than once, without the brackets of `plain_name`."""
 
 # File name of a part without one; a short text in it is a path or an address in place of the clip.
 UNNAMED = "part-without-file-name"
@@ -141,13 +141,33 @@ async def read_clip_form(request: Request, form: type[Options]) -> tuple[Options
         RequestError: 400, 413 or 415.
         ValidationError: A field has the wrong type or range.
     """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
-        raise RequestError("unsupported_media_type", "Send multipart/form-data with the clip as `file`.")
+    require_form(request)
     return await read_form(request, form)
+
+
+def require_form(request: Request) -> None:
+    """Refuse a body that is not a multipart form.
+
+    Raises:
+        RequestError: 415.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        raise RequestError("unsupported_media_type", "Send multipart/form-data with the file as `file`.")
 
 
 async def read_form(request: Request, kind: type[Options]) -> tuple[Options, bytes]:
     """Read a multipart body: one `file`, any number of `choices`, and every other field at most once."""
+    async with open_form(request, kind) as (options, file):
+        data = await file.read()
+        if file.filename == UNNAMED and len(data) <= MAX_PATH_BYTES:
+            message = "`file` must be sent as a file: curl -F file=@clip.wav."
+            raise RequestError("invalid_parameter", message, param="file")
+        return options, data
+
+
+@contextlib.asynccontextmanager
+async def open_form(request: Request, kind: type[Options]) -> AsyncGenerator[tuple[Options, UploadFile]]:
+    """Parse a multipart body, and yield its checked fields and its open file."""
     async with contextlib.aclosing(request.stream()) as stream:
         parser = multipart_parser(request, stream)
         # The parser does not report a body truncated inside a clip, and leaves its file open.
@@ -163,11 +183,7 @@ async def read_form(request: Request, kind: type[Options]) -> tuple[Options, byt
         if not files:
             hint = "Send the clip as a file part: curl -F file=@clip.wav."
             raise RequestError("missing_parameter", "`file` is required.", param="file", hint=hint)
-        data = await files[0].read()
-        if files[0].filename == UNNAMED and len(data) <= MAX_PATH_BYTES:
-            message = "`file` must be sent as a file: curl -F file=@clip.wav."
-            raise RequestError("invalid_parameter", message, param="file")
-        return options, data
+        yield options, files[0]
     finally:
         for file in spooled:
             file.close()
@@ -327,9 +343,10 @@ def validate(kind: type[Options], fields: Any, *, strict: bool) -> Options:
 
 def check_names(kind: type[BaseModel], fields: Mapping[str, Any], *, is_form: bool) -> None:
     """Refuse an unknown field by its name, and suggest the nearest known one."""
-    known = [*(("file",) if is_form else ()), *kind.model_fields]
+    names = [field.alias or name for name, field in kind.model_fields.items()]
+    known = [*(("file",) if is_form else ()), *names]
     for name in fields:
-        if name not in kind.model_fields:
+        if name not in names:
             raise unknown_field([name], known)
     audio = fields.get("audio")
     if not is_form and isinstance(audio, Mapping):

@@ -50,6 +50,8 @@ async def info(request: Request) -> InfoReply:
             max_audio_s=settings.max_audio_s,
             max_audio_bytes=settings.max_audio_bytes,
             max_body_bytes=settings.max_body_bytes,
+            max_file_bytes=settings.files_max_bytes,
+            max_file_lifetime_s=settings.files_max_lifetime_s,
             max_question_chars=MAX_QUESTION_CHARS,
             max_choices=MAX_CHOICES,
             max_choice_chars=MAX_CHOICE_CHARS,

@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -107,8 +107,15 @@ async def respond(request: Request, read: Read[Reply]) -> Response:
 
 async def read_body(request: Request, service: Service, context: RequestContext, read: Read[Reply]) -> Handler[Reply]:
     """Read the body, and time the upload and the checks."""
-    try:
+    with receiving(service, context):
         return await read(request, service, context)
+
+
+@contextlib.contextmanager
+def receiving(service: Service, context: RequestContext) -> Generator[None]:
+    """Time the upload and the checks inside the block, and count a client that disconnects."""
+    try:
+        yield
     except ClientDisconnect:
         service.metrics.aborted.labels("upload", "client").inc()
         raise

@@ -149,7 +149,7 @@ class TranscriptionForm(OpenAiBody):
     stream: bool = False
     language: str | None = Field(default=None, description="`en`; the embedded checkpoint transcribes English.")
     temperature: float = Field(default=0.0, ge=0, le=1)
-    timestamp_granularities: list[Literal["segment"]] = Field(default=[], alias="timestamp_granularities[]")
+    timestamp_granularities: list[Literal["segment"]] = Field(default=[])
     chunking_strategy: Literal["auto", ""] = Field(default="auto", description="Has no effect on one window.")
     timeout_ms: int | None = Field(default=None, ge=1)
 

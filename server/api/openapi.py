@@ -115,6 +115,7 @@ def document(app: FastAPI, settings: Settings, *, max_pauses: int, asks_for_keys
     """Return the API's description, built once."""
     if app.openapi_schema is None:
         found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        remove_unused(found)
         add_bodies(found["paths"], app.routes, limits_of(settings, max_pauses))
         if asks_for_keys:
             scheme = {"type": "http", "scheme": "bearer", "description": "`Authorization: Bearer hyp_...`"}
@@ -128,6 +129,16 @@ def document(app: FastAPI, settings: Settings, *, max_pauses: int, asks_for_keys
                         operation["security"] = [{SECURITY_SCHEME: []}]
         app.openapi_schema = found
     return app.openapi_schema
+
+
+def remove_unused(found: dict[str, Any]) -> None:
+    """Remove FastAPI's own reply to invalid parameters; here they get 400."""
+    unused = found["components"]["schemas"].pop("HTTPValidationError", None)
+    found["components"]["schemas"].pop("ValidationError", None)
+    for operations in found["paths"].values():
+        for operation in operations.values():
+            if unused and "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]
 
 
 def add_bodies(paths: dict[str, Any], routes: Iterable[BaseRoute], limits: Limits) -> None:
@@ -177,6 +188,7 @@ def limits_of(settings: Settings, max_pauses: int) -> Limits:
         "long_audio": {"enum": ["error"]},
         "max_tokens": whole_number(settings.max_tokens),
         "timeout_ms": whole_number(settings.max_timeout_ms),
+        "expires_after[seconds]": whole_number(settings.files_max_lifetime_s),
     }
 
 
@@ -194,11 +206,7 @@ def form_and_json(form: type[BaseModel], body: type[BaseModel]) -> RequestBody:
     """
 
     def describe(limits: Limits) -> dict[str, Any]:
-        schemas = (form_schema(form), json_schema(body))
-        for schema in schemas:
-            for name, limit in limits.items():
-                if name in schema["properties"]:
-                    schema["properties"][name] |= limit
+        schemas = (limited(form_schema(form), limits), limited(json_schema(body), limits))
         form_content: dict[str, Any] = {"schema": schemas[0]}
         if "choices" in schemas[0]["properties"]:
             form_content["encoding"] = {"choices": {"style": "form", "explode": True}}
@@ -208,11 +216,19 @@ def form_and_json(form: type[BaseModel], body: type[BaseModel]) -> RequestBody:
     return describe
 
 
+def limited(schema: dict[str, Any], limits: Limits) -> dict[str, Any]:
+    """Add the limits of fields to their schemas, in place."""
+    for name, limit in limits.items():
+        if name in schema["properties"]:
+            schema["properties"][name] |= limit
+    return schema
+
+
 def form_only(form: type[BaseModel]) -> RequestBody:
     """Describe a body that is a multipart form with the clip as `file`."""
 
     def describe(limits: Limits) -> dict[str, Any]:
-        return {"required": True, "content": {"multipart/form-data": {"schema": form_schema(form)}}}
+        return {"required": True, "content": {"multipart/form-data": {"schema": limited(form_schema(form), limits)}}}
 
     return describe
 

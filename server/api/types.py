@@ -217,6 +217,63 @@ class QaReply(Wire):
     warnings: list[WarningReply]
 
 
+class FileForm(Wire):
+    """The form of an upload, beside `file`."""
+
+    purpose: Literal["user_data", "assistants", "batch"] = Field(
+        description="`user_data` or `assistants` for a clip; `batch` for JSON Lines."
+    )
+    expiry_anchor: Literal["created_at"] | None = Field(default=None, alias="expires_after[anchor]")
+    expiry_s: int | None = Field(
+        default=None, ge=1, alias="expires_after[seconds]", description="Lifetime of the file."
+    )
+
+
+class FileObject(Wire):
+    """A stored file; the times are seconds since 1970."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: Literal["user_data", "assistants", "batch", "batch_output"]
+    status: Literal["processed"] = "processed"
+    status_details: None = None
+
+
+class FileList(Wire):
+    """A page of stored files; `last_id` is the `after` of the next page."""
+
+    object: Literal["list"] = "list"
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(Wire):
+    """The reply to a deletion."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+class FileQuery(Wire):
+    """The query parameters of a listing."""
+
+    after: str | None = Field(default=None, max_length=64, description="List the files behind this id.")
+    limit: int = Field(default=10_000, ge=1, le=10_000, description="Maximum number of files in a page.")
+    order: Literal["asc", "desc"] = Field(default="desc", description="By time of creation.")
+    purpose: str | None = Field(default=None, max_length=64, description="List files of this purpose alone.")
+
+
+class NoQuery(Wire):
+    """The query parameters of an endpoint without any."""
+
+
 class ErrorObject(Wire):
     """The error of a failed request: `code` for programs, `message` and `hint` for people."""
 
@@ -296,6 +353,8 @@ class LimitsInfo(Wire):
     max_audio_s: float
     max_audio_bytes: int
     max_body_bytes: int
+    max_file_bytes: int = Field(description="Maximum bytes of one stored file.")
+    max_file_lifetime_s: int
     max_question_chars: int
     max_choices: int
     max_choice_chars: int

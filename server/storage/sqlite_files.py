@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import secrets
 import sqlite3
 import threading
@@ -55,6 +56,7 @@ CREATE INDEX files_of_tenant ON files (tenant, number) WHERE content IS NOT NULL
 CREATE INDEX files_by_expiry ON files (expires_at_s) WHERE content IS NOT NULL;
 CREATE INDEX files_by_content ON files (content) WHERE content IS NOT NULL;
 """
+FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 COLUMNS = "id, filename, purpose, num_bytes, created_at_s, expires_at_s"
 
 
@@ -272,6 +274,8 @@ class SqliteFileStore:
 
     def _find(self, tenant: str, file_id: str) -> tuple[StoredFile, str]:
         """Return a file and the name of its content."""
+        if not FILE_ID.fullmatch(file_id):
+            raise not_found()
         with self._transaction("DEFERRED") as connection:
             row = connection.execute(
                 f"SELECT {COLUMNS}, content, is_expired FROM files WHERE id = ? AND tenant = ?", (file_id, tenant)
@@ -292,9 +296,8 @@ class SqliteFileStore:
                 condition += " AND purpose = ?"
                 values.append(purpose)
             if after is not None:
-                row = connection.execute(
-                    "SELECT number FROM files WHERE id = ? AND tenant = ?", (after, tenant)
-                ).fetchone()
+                query = "SELECT number FROM files WHERE id = ? AND tenant = ?"
+                row = connection.execute(query, (after, tenant)).fetchone() if FILE_ID.fullmatch(after) else None
                 if row is None:
                     message = "`after` is the id of no file of this key."
                     hint = "Send the id of the last file of the page before."

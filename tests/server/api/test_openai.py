@@ -166,6 +166,13 @@ def test_a_clip_without_words_is_transcribed_as_nothing_in_every_format(client: 
             assert found.text == ""
 
 
+def test_segments_are_the_granularity_of_a_transcript(client: OpenAI) -> None:
+    found: Any = client.audio.transcriptions.create(
+        model="hyper", file=CLIP, response_format="verbose_json", timestamp_granularities=["segment"]
+    )
+    assert found.segments == []
+
+
 def test_words_stand_in_one_cue_of_the_window() -> None:
     assert srt("a < b", 9.6444) == "1\n00:00:00,000 --> 00:00:09,644\na < b\n\n"
     assert vtt("a < b", 3661.5) == "WEBVTT\n\n00:00:00.000 --> 01:01:01.500\na &lt; b\n\n"
