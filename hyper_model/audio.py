@@ -54,6 +54,7 @@ from hyper_model.ffmpeg import find_ffmpeg
 from hyper_model.libav import Decoded, decode_with_libav
 from hyper_model.pcm_files import PCM_CONTAINERS, PcmFile, find_samples, with_true_size
 from hyper_model.resampling import Gatherer, resample
+from hyper_model.silence import FittedClip, fit
 
 if TYPE_CHECKING:
     from pydub import AudioSegment  # pyright: ignore[reportMissingTypeStubs]
@@ -197,6 +198,11 @@ class Waveform:
     def duration_s(self) -> float:
         """Return the length in seconds."""
         return self.num_samples / SAMPLE_RATE_HZ
+
+    @cached_property
+    def fitted(self) -> FittedClip:
+        """Return the samples without long silence, for the model, with their places in the clip; computed once."""
+        return fit(self.samples_S)
 
     @cached_property
     def quality(self) -> Quality:

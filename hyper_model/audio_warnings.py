@@ -21,6 +21,8 @@ AudioWarningCode = Literal[
     "damage_skipped",
     "padding_trimmed",
     "unused_sound",
+    "silence_trimmed",
+    "quiet_added",
 ]
 """Every reason for a warning about a clip; `docs/audio.md` describes each."""
 

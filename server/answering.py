@@ -20,6 +20,7 @@ from hyper_model.answering import Answering, AnswerResult, Event, Generate, Ques
 from hyper_model.audio import SAMPLE_RATE_HZ, WINDOW_S, Waveform
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.pause import GateSettings
+from hyper_model.silence import FittedClip, whole
 from hyper_model.trace import Termination, build_prompt
 from server.engines.protocol import Engine, GenerationRequest, TokenChunk
 from server.engines.supervisor import Quarantine
@@ -87,6 +88,10 @@ class Answerer:
         named = f"{self.cache_salt(context)} {SAMPLE_RATE_HZ} {waveform.sha256}"
         return hashlib.sha256(named.encode()).hexdigest()
 
+    def fit(self, waveform: Waveform) -> FittedClip:
+        """Return the clip as the model receives it: without long silence, unless `trim_silence` is off."""
+        return waveform.fitted if self.settings.trim_silence else whole(waveform.samples_S)
+
     async def warm_up(self) -> float:
         """Ask two questions about a known sound before the service is ready; return the seconds of the second.
 
@@ -111,6 +116,7 @@ class AnswerRun:
     """Run of one question about one clip; call `run` once.
 
     Attributes:
+        waveform: The clip as decoded; `fitted` is the clip as the model receives it.
         answering: The procedure, with the trace so far after an early end.
         stats: Times and token counts so far.
         lowered_by: Reason for a `pause=auto` budget below the checkpoint's.
@@ -130,6 +136,7 @@ class AnswerRun:
         self.context = context
         self.question = question
         self.waveform = waveform
+        self.fitted = answerer.fit(waveform)
         self.lowered_by: LoweredBy | None = lowered_by
         self.answering = Answering(question, checkpoint.tokenizer, checkpoint.manifest)
         self.stats = GenerationStats(
@@ -215,7 +222,7 @@ class AnswerRun:
         return GenerationRequest(
             request_id=self.next_request_id(),
             prompt_token_ids=step.prompt_token_ids,
-            clips=(self.waveform.samples_S,),
+            clips=(self.fitted.samples_S,),
             max_tokens=step.max_tokens,
             temperature=step.temperature,
             seed=step.seed,
@@ -231,7 +238,7 @@ class AnswerRun:
         return GenerationRequest(
             request_id=self.next_request_id(),
             prompt_token_ids=step.prompt_token_ids,
-            clips=(self.waveform.samples_S,),
+            clips=(self.fitted.samples_S,),
             max_tokens=1,
             cache_salt=self.cache_salt,
             clip_keys=self.clip_keys,

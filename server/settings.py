@@ -101,6 +101,10 @@ class Settings(BaseSettings):
     decode_timeout_s: float = Field(default=10.0, gt=0)
     decode_workers: int = Field(default=2, ge=1, description="Maximum number of clips decoded at the same time.")
     decode_memory_mib: int = Field(default=256, ge=96, description="Maximum memory to decode one clip, code included.")
+    trim_silence: bool = Field(
+        default=True,
+        description="Leave out silence of a second and more, and add quiet to clips below a second, for the model.",
+    )
     decode_sandbox: Literal["auto", "require"] = Field(
         default="auto",
         description="auto runs without a sandbox on 127.0.0.1 if the kernel has none; require never does.",

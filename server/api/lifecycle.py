@@ -29,7 +29,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from hyper_model.audio import Channel, Waveform
+from hyper_model.audio import WINDOW_S, Channel, Waveform
 from server.api.stream import Emit, EventStream, ServerSentEvent, discard
 from server.errors import RequestError, to_request_error
 from server.request_context import RequestContext
@@ -241,8 +241,10 @@ async def decode_clip(
 
 
 def precompute_quality(waveform: Waveform) -> None:
-    """Compute the measures of quality, stored in the waveform, because they read every sample."""
+    """Compute measures and the silence of a clip, stored in the waveform, because they read every sample."""
     _ = waveform.quality, waveform.sha256
+    if waveform.duration_s <= WINDOW_S:
+        _ = waveform.fitted
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

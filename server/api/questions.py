@@ -140,7 +140,7 @@ def plan(
     room = max_trace_tokens(
         prompt_token_ids,
         asked.choices,
-        num_audio_tokens=round(waveform.num_samples / SAMPLE_RATE_HZ * manifest.audio.tokens_per_s),
+        num_audio_tokens=round(len(answerer.fit(waveform).samples_S) / SAMPLE_RATE_HZ * manifest.audio.tokens_per_s),
         gate=gate,
         tokenizer=checkpoint.tokenizer,
         manifest=manifest,

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hyper_model.answering import AnswerDelta, AnswerResult, Event, changed_answer
-from hyper_model.audio import Waveform
+from hyper_model.audio import SAMPLE_RATE_HZ, Waveform
+from hyper_model.audio_warnings import AudioWarning
+from hyper_model.silence import FittedClip
 from hyper_model.trace import Section, Termination, Trace, environment_labels
 from hyper_model.trace_parser import ParsedTrace, PauseSeen, SectionDelta, SectionEnd, SectionStart
 from server.answering import AnswerRun
@@ -26,6 +28,7 @@ from server.api.types import (
     Timings,
     TraceReply,
     Usage,
+    UsedPart,
     WarningReply,
 )
 from server.generation_stats import GenerationStats
@@ -66,7 +69,7 @@ def build(run: AnswerRun, result: AnswerResult, *, shows_reasoning: bool) -> QaR
             ],
             lowest_group_confidence=rounded(result.report.lowest),
         ),
-        audio=[audio_reply(waveform)],
+        audio=[audio_reply(waveform, run.fitted)],
         usage=Usage(
             prompt_tokens=stats.prompt_tokens,
             audio_tokens=stats.audio_tokens,
@@ -157,19 +160,24 @@ def trace_reply(result: ParsedTrace, *, shows_reasoning: bool) -> TraceReply:
     )
 
 
-def audio_reply(waveform: Waveform) -> AudioReply:
-    """Describe the clip; all of it is used, because it must fit into one window."""
+def audio_reply(waveform: Waveform, fitted: FittedClip) -> AudioReply:
+    """Describe the clip and the parts of it that the model received."""
     quality = waveform.quality
     return AudioReply(
         duration_s=round(waveform.duration_s, 4),
-        used_s=round(waveform.duration_s, 4),
+        used_s=round(fitted.used_s, 4),
+        parts=[
+            UsedPart(start_s=round(start / SAMPLE_RATE_HZ, 4), end_s=round(end / SAMPLE_RATE_HZ, 4))
+            for start, end in fitted.parts
+        ],
+        padded_s=round(fitted.padded_s, 4),
         truncated=waveform.missing_s > 0,
         missing_s=round(waveform.missing_s, 3),
         num_tracks=waveform.num_tracks,
         track=waveform.track,
         warnings=[
             ClipWarning(code=warning.code, message=warning.message, seconds=warning.seconds)
-            for warning in waveform.warnings
+            for warning in (*waveform.warnings, *fitting_warnings(waveform, fitted))
         ],
         windows=1,
         sample_rate_hz=waveform.source_sample_rate_hz,
@@ -181,6 +189,17 @@ def audio_reply(waveform: Waveform) -> AudioReply:
             peak_dbfs=round(quality.peak_dbfs, 2),
         ),
     )
+
+
+def fitting_warnings(waveform: Waveform, fitted: FittedClip) -> Iterator[AudioWarning]:
+    """Yield a warning for silence that the model did not receive, and for quiet that it received in addition."""
+    trimmed_s = waveform.duration_s - fitted.used_s
+    if trimmed_s > 0:
+        message = f"{trimmed_s:.2f} s of silence were left out for the model; `parts` names the parts that it received."
+        yield AudioWarning("silence_trimmed", message, round(trimmed_s, 3))
+    if fitted.padded_s > 0:
+        message = "The clip is shorter than the model's training clips; quiet was added around it for the model."
+        yield AudioWarning("quiet_added", message, round(fitted.padded_s, 3))
 
 
 def timings(stats: GenerationStats, context: RequestContext) -> Timings:

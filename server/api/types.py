@@ -150,11 +150,23 @@ class ClipWarning(Wire):
     seconds: float | None = None
 
 
+class UsedPart(Wire):
+    """Part of a clip that the model received, in seconds of the clip."""
+
+    start_s: float
+    end_s: float
+
+
 class AudioReply(Wire):
-    """Duration, format and quality of a clip; `truncated` is true if sound that the file announces is missing."""
+    """Duration, format and quality of a clip; `truncated` is true if sound that the file announces is missing.
+
+    `parts` are the parts of the clip that the model received, and `used_s` is their sum. Only silence is left out.
+    """
 
     duration_s: float
     used_s: float
+    parts: list[UsedPart] = []
+    padded_s: float = 0.0
     truncated: bool
     missing_s: float = 0.0
     num_tracks: int = 1

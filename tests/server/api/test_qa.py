@@ -24,7 +24,7 @@ from server.engines.scripted import scripted_checkpoint
 from server.errors import RequestError
 from server.service import Service
 from server.telemetry.metrics import Metrics
-from tests.serving import QUESTION, Live, assert_error, json_question, mp3, post_json, scripted, tone
+from tests.serving import QUESTION, Live, assert_error, json_question, mp3, post_json, running, scripted, tone, wav
 
 BAD_CLIPS: dict[str, tuple[Callable[[], bytes], int, set[str]]] = {
     "text": (lambda: b"this is not audio at all, it is a sentence\n" * 10, 415, {"unsupported_audio"}),
@@ -432,3 +432,28 @@ def test_probes_answer_head(live: Live) -> None:
         assert (reply.status_code, reply.content) == (200, b"")
         assert live.client.get(path).status_code == 200
         assert set(live.client.get("/openapi.json").json()["paths"][path]) == {"get"}
+
+
+def test_silence_is_left_out_and_the_reply_names_the_parts(live: Live) -> None:
+    sound_S = 0.3 * np.sin(2 * np.pi * 440 * np.arange(32_000) / 16_000)
+    reply = live.ask(wav(np.concatenate([np.zeros(80_000), sound_S, np.zeros(48_000)]))).json()
+    (audio,) = reply["audio"]
+    assert reply["answer"]["text"] == "2.6 s of loud sound"
+    assert (audio["duration_s"], audio["used_s"], audio["truncated"]) == (10.0, 2.6, False)
+    assert audio["parts"] == [{"start_s": 4.7, "end_s": 7.3}]
+    assert [(each["code"], each["seconds"]) for each in audio["warnings"]] == [("silence_trimmed", 7.4)]
+    short = live.ask(tone(0.2)).json()
+    (audio,) = short["audio"]
+    assert (audio["duration_s"], audio["used_s"], audio["padded_s"]) == (0.2, 0.2, 1.8)
+    assert [each["code"] for each in audio["warnings"]] == ["quiet_added"]
+    silent = live.ask(wav(np.zeros(160_000))).json()
+    assert silent["audio"][0]["used_s"] == 10.0 and silent["audio"][0]["warnings"] == []
+    assert [each["code"] for each in silent["warnings"]] == ["silent_audio"]
+
+
+def test_trimming_can_be_turned_off() -> None:
+    with running(scripted(trim_silence=False)) as service:
+        reply = service.ask(wav(np.concatenate([np.zeros(80_000), np.full(8_000, 0.1)]))).json()
+    (audio,) = reply["audio"]
+    assert (audio["used_s"], audio["padded_s"], audio["warnings"]) == (5.5, 0.0, [])
+    assert reply["answer"]["text"].startswith("5.5 s")
