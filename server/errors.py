@@ -248,6 +248,7 @@ SYNONYMS: Mapping[str, str] = {
     **dict.fromkeys(("max_new_tokens", "max_completion_tokens", "max_length"), "max_tokens"),
     **dict.fromkeys(("timeout", "timeout_s", "deadline"), "timeout_ms"),
     **dict.fromkeys(("audio_track", "stream_index", "track_index"), "track"),
+    **dict.fromkeys(("audio_file_id", "fileid", "clip_id", "upload_id"), "file_id"),
     **dict.fromkeys(("base64", "content", "bytes", "blob"), "data"),
 }
 """Other programs' names for our fields."""

@@ -16,7 +16,7 @@ from hyper_model.answering import AnswerDelta, Event
 from hyper_model.trace import Section
 from hyper_model.trace_parser import SectionDelta
 from server.api import replies
-from server.api.forms import decode_base64, parse_json, validate
+from server.api.forms import FileId, decode_base64, load_clip, parse_json, validate
 from server.api.lifecycle import respond
 from server.api.models import require_model
 from server.api.openai_types import (
@@ -27,6 +27,8 @@ from server.api.openai_types import (
     ChatMessage,
     ChatUsage,
     CompletionTokensDetails,
+    FilePart,
+    FileReference,
     InputAudioPart,
     Message,
     PromptTokensDetails,
@@ -80,7 +82,7 @@ class Chat(ClipHandler):
     @classmethod
     async def read(cls, request: Request, service: Service, context: RequestContext) -> Chat:
         """Read and check the body."""
-        body, data = await service.in_pool(read_chat, await request.body())
+        body, clip = await service.in_pool(read_chat, await request.body())
         require_model(service, body.model)
         check_bounds(
             service,
@@ -88,6 +90,7 @@ class Chat(ClipHandler):
             timeout_ms=body.hyper.timeout_ms,
             pause=body.hyper.pause,
         )
+        data = clip if isinstance(clip, bytes) else await load_clip(service, context, clip)
         return cls(service, context, body, data, warnings_of(body.messages))
 
     async def answer(self, emit: Emit) -> ChatCompletion:
@@ -199,8 +202,8 @@ def finish_reason(reply: QaReply) -> Literal["stop", "length"]:
     return "length" if reply.termination == "truncated" else "stop"
 
 
-def read_chat(body: bytes) -> tuple[ChatBody, bytes]:
-    """Read a chat request and its clip.
+def read_chat(body: bytes) -> tuple[ChatBody, bytes | FileId]:
+    """Read a chat request, and its clip or the id of its clip's file.
 
     Raises:
         RequestError: The body is no chat request, has a parameter without support, or not exactly one clip.
@@ -213,9 +216,9 @@ def read_chat(body: bytes) -> tuple[ChatBody, bytes]:
     return chat, clip_of(chat.messages)
 
 
-def clip_of(messages: Iterable[Message]) -> bytes:
-    """Return the bytes of the one clip of a conversation."""
-    clips: list[bytes] = []
+def clip_of(messages: Iterable[Message]) -> bytes | FileId:
+    """Return the one clip of a conversation."""
+    clips: list[bytes | FileId] = []
     for message in messages:
         if not isinstance(message.content, list):
             continue
@@ -225,15 +228,34 @@ def clip_of(messages: Iterable[Message]) -> bytes:
                     clips.append(decode_base64(part.input_audio.data, param="messages.content.input_audio.data"))
                 case AudioUrlPart():
                     clips.append(read_url(part.audio_url.url))
+                case FilePart():
+                    clips.append(read_file_part(part.file))
                 case TextPart():
                     pass
     if len(clips) == 1:
         return clips[0]
     if not clips:
-        message = "The conversation holds no clip. Send one as an `input_audio` part of a user message."
+        message = "The conversation holds no clip. Send one as an `input_audio` or `file` part of a user message."
         raise RequestError("missing_parameter", message, param="messages", limit=1, actual=0)
     message = f"A conversation is about one clip; this one holds {len(clips)}."
     raise RequestError("invalid_parameter", message, param="messages", limit=1, actual=len(clips))
+
+
+def read_file_part(file: FileReference) -> bytes | FileId:
+    """Return the clip of a `file` part.
+
+    Raises:
+        RequestError: The part has not exactly one of an id and base64, or the base64 is wrong.
+    """
+    param = "messages.content.file"
+    match file.file_id, file.file_data:
+        case str(file_id), None:
+            return FileId(file_id)
+        case None, str(data):
+            return decode_base64(data, param=f"{param}.file_data")
+        case _:
+            message = f"`{param}` needs exactly one of `file_id` and `file_data`."
+            raise RequestError("invalid_parameter", message, param=param)
 
 
 def read_url(url: str) -> bytes:

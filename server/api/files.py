@@ -17,7 +17,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from hyper_model.audio_formats import sniff
-from server.api.forms import UNNAMED, open_form, refuse_query, require_form
+from server.api.forms import UNNAMED, open_form, refuse_query, require_file, require_form
 from server.api.lifecycle import receiving
 from server.api.openapi import ANYWHERE, REQUEST_ID, Responses, form_only, responses_of, takes_body
 from server.api.types import FileDeleted, FileForm, FileList, FileObject, FileQuery, NoQuery
@@ -62,7 +62,8 @@ async def create_file(request: Request) -> FileObject:
         require_form(request)
         async with contextlib.AsyncExitStack() as stack:
             with receiving(service, context):
-                form, upload = await stack.enter_async_context(open_form(request, FileForm))
+                form, file = await stack.enter_async_context(open_form(request, FileForm))
+                upload = require_file(file)
                 lifetime_s = lifetime_of(form, settings)
                 await service.in_pool(check_content, upload.file, form.purpose, settings)
             stored = await service.files.add(

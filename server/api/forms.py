@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NewType, Protocol, TypeVar, cast, get_args
 
 from fastapi import Request
 from pydantic import BaseModel
@@ -25,7 +25,9 @@ from hyper_model.trace import MAX_CHOICES
 from server.admission import COME_AGAIN
 from server.api.types import AudioData
 from server.errors import PLAIN_NAME, RequestError, unknown_field
+from server.request_context import RequestContext
 from server.service import Service
+from server.storage.protocol import ClipPurpose
 
 logger = logging.getLogger("hyper.server")
 
@@ -79,6 +81,11 @@ KNOWN_MEDIA_TYPES: Mapping[str, str] = {
     },
 }
 
+CLIP_PURPOSES: tuple[str, ...] = get_args(ClipPurpose)
+
+FileId = NewType("FileId", str)
+"""Id of a stored file, in the place of a clip's bytes."""
+
 Options = TypeVar("Options", bound=BaseModel)
 
 
@@ -86,8 +93,8 @@ class HasClip(Protocol):
     """A JSON body with a clip."""
 
     @property
-    def audio(self) -> Any:
-        """Return the clip; its `data` is base64."""
+    def audio(self) -> AudioData:
+        """Return the clip."""
         ...
 
 
@@ -105,6 +112,34 @@ async def read_clip_request(
         ValidationError: A field has the wrong type or range.
     """
     refuse_query(request, form)
+    options, clip = await read_options(request, service, form=form, body=body)
+    if isinstance(clip, bytes):
+        return options, clip
+    return options, await load_clip(service, RequestContext.of(request.scope), clip)
+
+
+async def load_clip(service: Service, context: RequestContext, file_id: FileId) -> bytes:
+    """Return the bytes of a clip that the caller has stored.
+
+    Raises:
+        RequestError: 404, if the caller has no such file; 400, if it is no clip; 413.
+    """
+    stored = await service.files.get(context.tenant_name, file_id)
+    if stored.purpose not in CLIP_PURPOSES:
+        message = f"The file has the purpose `{stored.purpose}`; a clip has {' or '.join(CLIP_PURPOSES)}."
+        raise RequestError("invalid_parameter", message, param="file_id")
+    limit = service.settings.max_audio_bytes
+    if stored.num_bytes > limit:
+        # The setting was lowered after the upload.
+        message = f"The file has {stored.num_bytes} bytes; the limit is {limit}."
+        raise RequestError("audio_too_large", message, param="file_id", limit=limit, actual=stored.num_bytes)
+    return await service.files.read(context.tenant_name, file_id)
+
+
+async def read_options(
+    request: Request, service: Service, *, form: type[Options], body: type[Options]
+) -> tuple[Options, bytes | FileId]:
+    """Read the fields, and the clip's bytes or the id of its file; see `read_clip_request`."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
         return await read_form(request, form)
@@ -142,7 +177,9 @@ async def read_clip_form(request: Request, form: type[Options]) -> tuple[Options
         ValidationError: A field has the wrong type or range.
     """
     require_form(request)
-    return await read_form(request, form)
+    options, clip = await read_form(request, form)
+    assert isinstance(clip, bytes), "a form without the field `file_id` cannot name a stored file"
+    return options, clip
 
 
 def require_form(request: Request) -> None:
@@ -155,9 +192,16 @@ def require_form(request: Request) -> None:
         raise RequestError("unsupported_media_type", "Send multipart/form-data with the file as `file`.")
 
 
-async def read_form(request: Request, kind: type[Options]) -> tuple[Options, bytes]:
-    """Read a multipart body: one `file`, any number of `choices`, and every other field at most once."""
+async def read_form(request: Request, kind: type[Options]) -> tuple[Options, bytes | FileId]:
+    """Read a multipart body: one `file` or `file_id`, lists, and every other field at most once."""
     async with open_form(request, kind) as (options, file):
+        file_id: str | None = getattr(options, "file_id", None)
+        if file_id is not None:
+            if file is not None:
+                message = "A question is about one clip: send `file` or `file_id`, not both."
+                raise RequestError("invalid_parameter", message, param="file_id")
+            return options, FileId(file_id)
+        file = require_file(file)
         data = await file.read()
         if file.filename == UNNAMED and len(data) <= MAX_PATH_BYTES:
             message = "`file` must be sent as a file: curl -F file=@clip.wav."
@@ -166,7 +210,7 @@ async def read_form(request: Request, kind: type[Options]) -> tuple[Options, byt
 
 
 @contextlib.asynccontextmanager
-async def open_form(request: Request, kind: type[Options]) -> AsyncGenerator[tuple[Options, UploadFile]]:
+async def open_form(request: Request, kind: type[Options]) -> AsyncGenerator[tuple[Options, UploadFile | None]]:
     """Parse a multipart body, and yield its checked fields and its open file."""
     async with contextlib.aclosing(request.stream()) as stream:
         parser = multipart_parser(request, stream)
@@ -180,13 +224,22 @@ async def open_form(request: Request, kind: type[Options]) -> AsyncGenerator[tup
             )
         fields, files = sort_parts(form)
         options = validate(kind, fields, strict=False)
-        if not files:
-            hint = "Send the clip as a file part: curl -F file=@clip.wav."
-            raise RequestError("missing_parameter", "`file` is required.", param="file", hint=hint)
-        yield options, files[0]
+        yield options, files[0] if files else None
     finally:
         for file in spooled:
             file.close()
+
+
+def require_file(file: UploadFile | None) -> UploadFile:
+    """Return the file of a form.
+
+    Raises:
+        RequestError: 400, if it has none.
+    """
+    if file is None:
+        hint = "Send the clip as a file part: curl -F file=@clip.wav."
+        raise RequestError("missing_parameter", "`file` is required.", param="file", hint=hint)
+    return file
 
 
 class ClipParser(MultiPartParser):
@@ -291,10 +344,17 @@ def unknown_file(name: str) -> RequestError:
     return RequestError("unknown_parameter", message, param="file", hint=hint)
 
 
-def read_json(body: bytes, kind: type[Options]) -> tuple[Options, bytes]:
-    """Read a JSON body: the fields, including the clip as base64."""
+def read_json(body: bytes, kind: type[Options]) -> tuple[Options, bytes | FileId]:
+    """Read a JSON body: the fields, including the clip as base64 or the id of its file."""
     options = validate(kind, parse_json(body), strict=True)
-    return options, decode_base64(cast("HasClip", options).audio.data)
+    audio = cast("HasClip", options).audio
+    if len(audio.model_fields_set) != 1:
+        code = "invalid_parameter" if audio.model_fields_set else "missing_parameter"
+        message = "`audio` needs exactly one of `data` and `file_id`."
+        raise RequestError(code, message, param="audio", limit=1, actual=len(audio.model_fields_set))
+    if "data" in audio.model_fields_set:
+        return options, decode_base64(audio.data)
+    return options, FileId(audio.file_id or audio.audio_id)
 
 
 def parse_json(body: bytes) -> Any:

@@ -83,6 +83,21 @@ class AudioUrlPart(OpenAiBody):
     audio_url: AudioUrl
 
 
+class FileReference(OpenAiBody):
+    """A stored file by its id, or a file as base64; `filename` is not needed."""
+
+    file_id: str | None = None
+    file_data: str | None = None
+    filename: str | None = None
+
+
+class FilePart(OpenAiBody):
+    """A clip in a message, uploaded before or inside the message."""
+
+    type: Literal["file"]
+    file: FileReference
+
+
 def _part_type(part: Any) -> str:
     kind: Any = getattr(part, "type", None)
     if isinstance(part, Mapping):
@@ -93,7 +108,8 @@ def _part_type(part: Any) -> str:
 Part = Annotated[
     Annotated[TextPart, Tag("text")]
     | Annotated[InputAudioPart, Tag("input_audio")]
-    | Annotated[AudioUrlPart, Tag("audio_url")],
+    | Annotated[AudioUrlPart, Tag("audio_url")]
+    | Annotated[FilePart, Tag("file")],
     Discriminator(_part_type),
 ]
 

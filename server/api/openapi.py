@@ -266,13 +266,18 @@ def form_schema(form: type[BaseModel]) -> dict[str, Any]:
     schema = form.model_json_schema()
     clip = {"type": "string", "format": "binary", "description": "Audio file in a format of /v1/info."}
     schema["properties"] = {"file": clip, **schema["properties"]}
-    schema["required"] = ["file", *schema.get("required", ())]
+    if "file_id" in schema["properties"]:
+        schema["properties"]["file_id"] |= {"anyOf": [{"type": "string", "minLength": 1}]}
+        schema["oneOf"] = [{"required": ["file"]}, {"required": ["file_id"]}]
+    else:
+        schema["required"] = ["file", *schema.get("required", ())]
     return schema
 
 
 def json_schema(body: type[BaseModel]) -> dict[str, Any]:
     """Return the schema of the JSON body, with the clip's schema inlined."""
     schema = body.model_json_schema()
-    schema["properties"]["audio"] = schema.pop("$defs")["AudioData"]
-    schema["properties"]["audio"]["properties"]["data"]["format"] = "byte"
+    audio = schema["properties"]["audio"] = schema.pop("$defs")["AudioData"]
+    audio["properties"]["data"]["format"] = "byte"
+    audio["oneOf"] = [{"required": [name]} for name in audio["properties"]]
     return schema

@@ -14,7 +14,7 @@ from server.api.lifecycle import respond
 from server.api.openapi import ANYWHERE, event_stream_responses, form_and_json, takes_body
 from server.api.questions import Asked, ClipHandler, check_bounds
 from server.api.stream import Emit, ServerSentEvent
-from server.api.types import QaBody, QaOptions, QaReply
+from server.api.types import QaBody, QaForm, QaOptions, QaReply
 from server.errors import RequestError
 from server.request_context import RequestContext
 from server.service import Service
@@ -28,7 +28,7 @@ router = APIRouter(responses=ANYWHERE)
 
 
 @router.post("/v1/audio/qa", summary="Ask a question about a clip", response_model=QaReply, responses=RESPONSES)
-@takes_body(form_and_json(QaOptions, QaBody))
+@takes_body(form_and_json(QaForm, QaBody))
 async def audio_qa(request: Request) -> Response:
     """Answer one question about one clip, with the model's perception and reasoning.
 
@@ -65,7 +65,7 @@ class AudioQa(ClipHandler):
     @classmethod
     async def read(cls, request: Request, service: Service, context: RequestContext) -> AudioQa:
         """Read and check the body."""
-        options, data = await read_clip_request(request, service, form=QaOptions, body=QaBody)
+        options, data = await read_clip_request(request, service, form=QaForm, body=QaBody)
         check_bounds(service, max_tokens=options.max_tokens, timeout_ms=options.timeout_ms, pause=options.pause)
         if options.long_audio != "error":
             message = f"`long_audio={options.long_audio}` is not supported; only `error` is."

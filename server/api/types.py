@@ -51,10 +51,18 @@ class QaOptions(Wire):
     timeout_ms: int | None = Field(default=None, ge=1, description="Deadline, counted from the request's first byte.")
 
 
-class AudioData(Wire):
-    """A clip inside a JSON body."""
+class QaForm(QaOptions):
+    """Form of a question: the options, and the clip as `file` or as the id of a stored one."""
 
-    data: str = Field(description="Bytes of the audio file as base64.")
+    file_id: str | None = Field(default=None, description="Id of a stored file (/v1/files), instead of `file`.")
+
+
+class AudioData(Wire):
+    """A clip inside a JSON body: exactly one of the fields."""
+
+    data: str = Field(default="", description="Bytes of the audio file as base64.")
+    file_id: str = Field(default="", description="Id of a stored file (/v1/files).")
+    audio_id: str = Field(default="", description="The same as `file_id`.")
 
 
 class QaBody(QaOptions):

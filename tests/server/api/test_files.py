@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from openai import OpenAI
 
 from server import api_keys as keys
 from server.api.files import display_name
-from tests.serving import Live, assert_error, mp3, running, scripted, tone, wait_for
+from server.engines.protocol import GenerationRequest, ScriptedEngine, TokenChunk
+from server.engines.scripted import scripted_checkpoint
+from tests.serving import QUESTION, Live, assert_error, mp3, post_json, running, scripted, tone, wait_for
 
 LINE = json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {}}).encode()
 
@@ -137,6 +140,82 @@ def test_bad_addresses_and_queries_are_refused_by_name(service: Live) -> None:
         assert reply.headers["allow"] == methods
 
 
+class RecordingEngine(ScriptedEngine):
+    """Scripted engine that keeps its requests."""
+
+    def __init__(self) -> None:
+        super().__init__(scripted_checkpoint().tokenizer)
+        self.requests: list[GenerationRequest] = []
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
+        """Keep the request, and answer it."""
+        self.requests.append(request)
+        async for chunk in super().generate(request):
+            yield chunk
+
+
+def test_every_way_of_asking_about_a_file_reuses_the_work_on_its_sound(tmp_path: Path) -> None:
+    engine = RecordingEngine()
+    with running(scripted(state_dir=tmp_path), engine) as service, openai_client(service) as client:
+        stored = client.files.create(file=("a.wav", tone()), purpose="user_data")
+        engine.requests.clear()
+        replies = [
+            service.client.post("/v1/audio/qa", data={"question": QUESTION, "file_id": stored.id}),
+            service.client.post("/v1/audio/qa", files={"question": (None, "How long?"), "file_id": (None, stored.id)}),
+            post_json(service, {"question": QUESTION, "audio": {"file_id": stored.id}}),
+            post_json(service, {"question": QUESTION, "audio": {"audio_id": stored.id}}),
+            service.ask(tone()),
+        ]
+        assert [reply.status_code for reply in replies[1:]] == [200] * 4
+        # An HTML form without a file is no multipart form, and has no place for a clip either.
+        assert_error(replies[0], 415, "unsupported_media_type")
+        content: Any = [{"type": "file", "file": {"file_id": stored.id}}, {"type": "text", "text": QUESTION}]
+        completion: Any = client.chat.completions.create(model="hyper", messages=[{"role": "user", "content": content}])
+        assert completion.hyper["answer"] == replies[-1].json()["answer"]
+        assert completion.hyper["audio"] == replies[-1].json()["audio"]
+        assert len(engine.requests) == 5
+        assert len({request.clip_keys for request in engine.requests}) == 1
+        assert len({request.cache_salt for request in engine.requests}) == 1
+        assert stored.id not in str(engine.requests[0].clip_keys)
+
+
+def test_a_file_that_cannot_be_asked_about_is_refused_by_name(service: Live, client: OpenAI) -> None:
+    batch = client.files.create(file=("a.jsonl", LINE), purpose="batch")
+    noise = client.files.create(file=("a.mp3", b"\xff\xfb\x90\x00" + bytes(500)), purpose="user_data")
+    clip = client.files.create(file=("a.wav", tone()), purpose="user_data")
+
+    def ask(**fields: Any) -> httpx.Response:
+        return service.client.post("/v1/audio/qa", files={name: (None, value) for name, value in fields.items()})
+
+    def chat(**file: Any) -> httpx.Response:
+        content = [{"type": "file", "file": file}, {"type": "text", "text": QUESTION}]
+        body = {"model": "hyper", "messages": [{"role": "user", "content": content}]}
+        return service.client.post("/v1/chat/completions", json=body)
+
+    for file_id in ("file-" + "0" * 32, "a.wav", "../../etc/passwd", "x" * 5000):
+        assert_error(ask(question=QUESTION, file_id=file_id), 404, "unknown_file", "file_id")
+        assert_error(chat(file_id=file_id), 404, "unknown_file", "file_id")
+    assert_error(post_json(service, {"question": QUESTION, "audio": {"file_id": ""}}), 404, "unknown_file", "file_id")
+    assert_error(ask(question=QUESTION, file_id=batch.id), 400, "invalid_parameter", "file_id")
+    assert_error(ask(question=QUESTION, file_id=noise.id), 400, "damaged_audio", "file")
+    assert_error(ask(question=" ", file_id=clip.id), 400, "invalid_prompt", "question")
+    assert_error(ask(question=QUESTION, file_id=clip.id, files="x"), 400, "unknown_parameter", "files")
+    assert_error(ask(question=QUESTION, file_id=""), 400, "missing_parameter", "file")
+    assert_error(service.ask(tone(), file_id=clip.id), 400, "invalid_parameter", "file_id")
+    data = base64.b64encode(tone()).decode()
+    for audio in ({}, {"data": data, "file_id": clip.id}, {"file_id": clip.id, "audio_id": clip.id}):
+        reply = post_json(service, {"question": QUESTION, "audio": audio})
+        assert_error(reply, 400, "invalid_parameter" if audio else "missing_parameter", "audio")
+    surrogate = b'{"question": "What?", "audio": {"file_id": "\\ud800"}}'
+    assert_error(post_json(service, surrogate), 404, "unknown_file", "file_id")
+    assert_error(chat(), 400, "invalid_parameter", "messages.content.file")
+    assert_error(chat(file_id=clip.id, file_data=data), 400, "invalid_parameter", "messages.content.file")
+    assert_error(chat(file_data="%%%"), 400, "invalid_parameter", "messages.content.file.file_data")
+    assert chat(file_data=f"data:audio/wav;base64,{data}", filename="a.wav").status_code == 200
+    client.files.delete(clip.id)
+    assert_error(ask(question=QUESTION, file_id=clip.id), 404, "unknown_file", "file_id")
+
+
 def test_files_belong_to_a_key_and_count_against_its_limits(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     anna, ben = (keys.add(path, name=name) for name in ("anna", "ben"))
@@ -153,6 +232,12 @@ def test_files_belong_to_a_key_and_count_against_its_limits(tmp_path: Path) -> N
             with pytest.raises(openai.NotFoundError):
                 attempt(stored[0].id)
         assert not list(his.files.list())
+        reply = service.client.post(
+            "/v1/audio/qa",
+            files={"question": (None, QUESTION), "file_id": (None, stored[0].id)},
+            headers={"authorization": f"Bearer {ben}"},
+        )
+        assert_error(reply, 404, "unknown_file", "file_id")
         assert his.files.create(file=("a.wav", tone()), purpose="user_data").id
         with openai_client(service, slow) as limited:
             assert not list(limited.files.list())
