@@ -102,15 +102,24 @@ class Spelling:
 
 @dataclass(frozen=True, config=_STRICT)
 class Talk:
-    """Settings of the sequences for aligning a pretrained decoder with the audio encoder (`training/sft/talk.py`).
+    """Settings of the sequences of a pretrained decoder behind Whisper base (`training/sft/talk.py`).
 
     Attributes:
-        num_clips: Number of different clips before a repetition.
-        answer_share: Share of the clips with an answer after the transcript.
+        num_clips: Number of different talk clips before a repetition.
+        answer_share: Share of the talk clips with an answer after the transcript.
+        first_clip: Index of the first talk clip, for a run that continues from trained parts.
+        num_scenes: Number of different scenes before a repetition.
+        scene_share: Share of scenes among the clips; a scene has a whole trace.
+        foreign_share: Share of transcripts after a question and choices about another clip. The transcript then
+            depends less on the question.
     """
 
     num_clips: int
     answer_share: float
+    first_clip: int = 0
+    num_scenes: int = 0
+    scene_share: float = 0.0
+    foreign_share: float = 0.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -374,6 +383,28 @@ def small_sft() -> SftRecipe:
     )
 
 
+def small_traces() -> SftRecipe:
+    """The second part of hyper-small's Stage I: whole traces of scenes, besides transcripts and reading."""
+    return replace(
+        small_sft(),
+        name="small_traces",
+        num_steps=3_000,
+        learning_rate=4e-4,
+        min_learning_rate=3e-5,
+        warmup_steps=30,
+        spelling=None,
+        wrong_words=0.05,
+        talk=Talk(
+            num_clips=20_000,
+            answer_share=0.1,
+            first_clip=8_000,
+            num_scenes=20_000,
+            scene_share=0.5,
+            foreign_share=0.5,
+        ),
+    )
+
+
 def qwen2_audio_7b_sft() -> SftRecipe:
     """Return Stage I of the paper: Qwen2-Audio-7B on PAQA (7,470 items, three epochs), on 8 GPUs of 80 GB."""
     return SftRecipe(
@@ -523,6 +554,7 @@ RECIPES = {
     for recipe in (
         mini_sft,
         small_sft,
+        small_traces,
         mini_finetune,
         mini_grpo,
         qwen2_audio_7b_sft,

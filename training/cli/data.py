@@ -123,23 +123,34 @@ def bank(work: Path, workers: int, split: Split | None) -> None:
 
 @data.command()
 @work_option
-@click.option("--shards", type=click.IntRange(1), default=8, show_default=True, help="Shards of 500 clips.")
+@click.option("--shards", type=click.IntRange(1), default=8, show_default=True, help="Number of shards of 500 clips.")
 @click.option("--first", type=click.IntRange(0), default=0, show_default=True, help="Number of the first shard.")
-def talk(work: Path, shards: int, first: int) -> None:
-    """Build the clips that hyper-small is aligned on: talk, with Whisper base's states of each.
+@click.option("--scenes", "is_scenes", is_flag=True, help="Build scenes from the voices in WORK/bank instead of talk.")
+def talk(work: Path, shards: int, first: int, is_scenes: bool) -> None:
+    """Build the clips of hyper-small, with Whisper base's states of each: talk, or scenes.
 
-    Fast synthesizers speak the lines, so no bank is needed; one in WORK/bank adds its training voices. A shard takes a
-    minute of one core. Shards that are there stay; a build that stopped goes on.
+    Fast synthesizers speak the lines of talk, so talk needs no bank; a bank in WORK/bank adds its training voices. A
+    shard takes one to two minutes on one core. Existing shards are kept, so an interrupted build resumes.
     """
     _single_threaded()
-    from training.data.clips import build_talk
-    from training.data.sources.downloads import fetch, require_speech_programs
+    from training.data.clips import build_base_clips
+    from training.data.sources.downloads import MissingDataError, fetch, require_speech_programs
     from training.data.sources.voices import Bank
 
     require_speech_programs()
     fetch(work / "assets")
     bank = Bank(work / "bank") if any((work / "bank").glob("*.json")) else None
-    build_talk(work / "assets", work / "clips/train", "train", shards=range(first, first + shards), bank=bank)
+    try:
+        build_base_clips(
+            work / "assets",
+            work / "clips/train",
+            "train",
+            kind="base-scene" if is_scenes else "talk",
+            shards=range(first, first + shards),
+            bank=bank,
+        )
+    except MissingDataError as error:
+        raise click.ClickException(str(error)) from error
 
 
 _noise = click.option(

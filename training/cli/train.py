@@ -41,7 +41,7 @@ _NUM_READ_TEXTS = 20_000
 @click.option(
     "--parts",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Trained parts of hyper-small to go on from, with a fresh optimizer; small_sft then skips the CTC stage.",
+    help="Trained parts of hyper-small to continue from, with a fresh optimizer; small_sft then skips the CTC stage.",
 )
 @click.option(
     "--data",
@@ -140,7 +140,9 @@ def train(
     }
     if parts is not None:
         if getattr(chosen, "talk", None) is None:
-            raise click.UsageError(f"{recipe} has no trained parts to go on from: --parts is for small_sft")
+            raise click.UsageError(
+                f"{recipe} has no trained parts to go on from: --parts is for small_sft and small_traces"
+            )
         origin["parts"] = sha256_of(parts / "parts.safetensors")
         # The parts hold an aligned projector.
         chosen = dataclasses.replace(chosen, spelling=None)
@@ -469,13 +471,14 @@ def _talk(recipe: SftRecipe, run_dir: Path, model: RunModel, work: Path) -> Any:
     from training.data.clips import BASE_ENCODER_WIDTH, open_clips
     from training.data.encoder import ClipEncoder, load_base_encoder
     from training.data.reading import Reader
-    from training.data.sources.downloads import TEXTS_FOLDER
+    from training.data.scenes import SceneBuilder
+    from training.data.sources.downloads import SOUNDS_FOLDER, TEXTS_FOLDER
     from training.data.sources.open_text import draw_text
-    from training.data.sources.voices import held_out_lines
+    from training.data.sources.voices import Bank, held_out_lines
     from training.data.talk import TalkBuilder
     from training.data.text_scenes import SceneWriter
     from training.sft.projector_ctc import teach_spelling
-    from training.sft.talk import TalkClips, TalkSequences
+    from training.sft.talk import ClipsByIndex, TalkSequences
 
     assets, folder = work / "assets", work / "clips/train"
     if recipe.spelling is not None:
@@ -493,11 +496,19 @@ def _talk(recipe: SftRecipe, run_dir: Path, model: RunModel, work: Path) -> Any:
     rng = random.Random(f"{recipe.seed}/texts")
     open_texts = [draw_text(rng, "train", assets / TEXTS_FOLDER) for _ in range(_NUM_READ_TEXTS)]
     encode = ClipEncoder(load_base_encoder(), getattr(torch, recipe.dtype))
+    bank = Bank(work / "bank") if any((work / "bank").glob("*.json")) else None
+    scenes = None
+    if recipe.talk is not None and recipe.talk.scene_share:
+        if bank is None:
+            raise click.UsageError(f"{recipe.name} mixes scenes from {work / 'bank'}: build the bank first (make bank)")
+        draw = SceneBuilder(bank, assets / SOUNDS_FOLDER, "train").draw
+        scenes = ClipsByIndex(folder, "base-scene", draw, encode)
     return TalkSequences(
-        TalkClips(folder, TalkBuilder(assets, "train").draw, encode),
+        ClipsByIndex(folder, "talk", TalkBuilder(assets, "train", bank=bank).draw, encode),
         model.tokenizer,
         recipe,
         Reader(SceneWriter(open_texts, held_out_lines(seed=SEED))),
+        scenes=scenes,
         stack=model.core.stack,
         latent_tokens=model.manifest["pause"]["latent_tokens"],
     )

@@ -3,8 +3,8 @@
 Axes: A audio tokens (40 ms), D encoder width.
 
 A shard is a pair of files. `KIND-NNNN.bf16` holds the states of its clips, concatenated. `KIND-NNNN.jsonl` holds the
-truth, one line per clip. KIND is `speech` (one voice, short open text), `scene` or `noise` (scenes over user-supplied
-recordings).
+truth, one line per clip. KIND is `speech` (one voice, short open text), `scene`, `noise` (scenes over user-supplied
+recordings), `talk`, or `base-scene` (scenes too). The last two have Whisper base's states, the others Whisper tiny's.
 
 Shards are built in parallel. An interrupted build resumes, and finished shards are usable at once. This module depends
 on no question or prompt.
@@ -28,21 +28,27 @@ from hyper_model.engine_environment import native_dtype
 from hyper_model.files import write_whole
 from training.data.encoder import ClipEncoder, load_base_encoder, load_encoder
 from training.data.scenes import Scene, SceneBuilder, SceneSpeaker, Turn
-from training.data.sources.downloads import ENCODER_FILE, SOUNDS_FOLDER
+from training.data.sources.downloads import ENCODER_FILE, SOUNDS_FOLDER, MissingDataError
 from training.data.sources.noise import NoiseFolder
 from training.data.sources.sentences import line_from_text
 from training.data.sources.voices import Bank, Split
 from training.data.speech import SpeechBuilder
 from training.data.talk import TalkBuilder
 
-ClipKind = Literal["speech", "scene", "noise", "talk"]
+ClipKind = Literal["speech", "scene", "noise", "talk", "base-scene"]
 
 CLIPS_PER_SHARD = 500
 BASE_ENCODER_WIDTH = 512
-"""Width of the states of talk: Whisper base's."""
+"""Width of the states of `talk` and `base-scene`: Whisper base's."""
 SEED_STRIDE = {"train": 0, "validation": 10_000_000, "test": 20_000_000}
 """First scene seed of each split; no two splits share a seed."""
-_KIND_STRIDE: dict[ClipKind, int] = {"scene": 0, "noise": 2_500_000, "speech": 5_000_000, "talk": 7_500_000}
+_KIND_STRIDE: dict[ClipKind, int] = {
+    "scene": 0,
+    "noise": 2_500_000,
+    "speech": 5_000_000,
+    "talk": 7_500_000,
+    "base-scene": 8_750_000,
+}
 
 
 def first_seed(kind: ClipKind, split: Split) -> int:
@@ -141,31 +147,41 @@ def build_clips(
             pass
 
 
-def build_talk(
+def build_base_clips(
     assets: Path,
     folder: Path,
     split: Split,
     *,
+    kind: Literal["talk", "base-scene"],
     shards: range,
     bank: Bank | None = None,
     clips_per_shard: int = CLIPS_PER_SHARD,
 ) -> None:
-    """Build the missing shards of talk.
+    """Build the missing shards of talk or scenes with Whisper base's states.
 
-    Whisper base is frozen and alignment reads each clip several times, so its states are stored: 25 kB per second.
+    Whisper base is frozen and training reads each clip several times, so its states are stored: 25 kB per second.
 
     Args:
         assets: Folder of the fetched texts, recordings and voices.
-        bank: Utterances of slow synthesizers. Existing shards stay unchanged, with or without them.
+        bank: Utterances of the voices. Scenes need it. Talk uses its slow synthesizers. Existing shards stay
+            unchanged, also after a change of the bank.
         clips_per_shard: Equal for all shards of a folder, since a clip's seed follows from its position.
+
+    Raises:
+        MissingDataError: Scenes without a bank.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    builder = TalkBuilder(assets, split, bank=bank)
+    if kind == "talk":
+        draw = TalkBuilder(assets, split, bank=bank).draw
+    elif bank is None:
+        raise MissingDataError("scenes need the voices of a bank: build it first (make bank)")
+    else:
+        draw = SceneBuilder(bank, assets / SOUNDS_FOLDER, split).draw
     encode = ClipEncoder(load_base_encoder(), getattr(torch, native_dtype()))
-    for shard in tqdm(shards, desc=f"{split} talk", unit="shard"):
-        if not (folder / f"{_stem('talk', shard)}.jsonl").exists():
-            write_shard(folder, "talk", split, shard, builder.draw, encode, num_clips=clips_per_shard)
+    for shard in tqdm(shards, desc=f"{split} {kind}", unit="shard"):
+        if not (folder / f"{_stem(kind, shard)}.jsonl").exists():
+            write_shard(folder, kind, split, shard, draw, encode, num_clips=clips_per_shard)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Draw questions in many wordings about scenes without audio, to teach a decoder reading.
+"""Draw questions in many wordings about scenes, with and without audio.
 
 `wordings.json` has the wordings of each kind of question. A fifth of them, chosen by a hash of their text, is never
 trained. Choices come in several forms: with capitals, full stops, quotes, articles or digits, equal for all choices of
@@ -15,10 +15,19 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from training.data.questions import NUMBER_WORDS, SceneExample, draw_example, perception, possible_kinds
+from hyper_model.trace import Trace
+from training.data.questions import (
+    NUMBER_WORDS,
+    SceneExample,
+    describe_people,
+    draw_example,
+    perception,
+    possible_kinds,
+)
 from training.data.scenes import Scene
+from training.data.sources import recordings as sounds
 from training.data.sources.open_text import content_words
-from training.data.sources.sentences import vocabulary
+from training.data.sources.sentences import SLOTS, draw_line, vocabulary
 from training.data.text_scenes import SceneWriter
 
 _FILE = Path(__file__).with_name("wordings.json")
@@ -39,9 +48,19 @@ _NEEDS = {
     "order": {"transcript"},
     "last": {"transcript"},
     "after": {"transcript"},
+    "transcript": {"transcript"},
+    "about": {"speakers", "transcript", "environment"},
+    "women": {"speakers"},
 }
 # Kinds of this module; the others are those of `questions`. Weights are higher for kinds learned least from clips.
 _WEIGHTS = {"free": 5, "count": 2, "last": 2, "who": 2}
+NOT_SAID = "it is not said"
+"""Answer to a question without an answer in the clip."""
+_NONE_OF_THESE = ("none of these", "none of them", "something else")
+_NONE_OFFERED_SHARE, _NONE_RIGHT_SHARE = 0.12, 0.04
+_WITH_NONE = frozenset({"free", "word", "environment", "says", "order", "last", "after"})
+_MISHEARD_SHARE, _MISHEARD_WORDS = 0.5, (0.05, 0.35)
+"""Share of reading examples with wrong words in their perception, and the share of these words."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,8 @@ class _Asked:
     question: str
     answer: str
     wrong: tuple[str, ...]
+    planning: str
+    reasoning: str
 
 
 def is_held_out(wording: str) -> bool:
@@ -100,11 +121,52 @@ class Reader:
                     part == "speakers" and trace.transcript is None
                 )
                 trace = trace if is_last else replace(trace, **{part: () if part == "speakers" else None})
+        if rng.random() < _MISHEARD_SHARE:
+            trace = mishear(trace, rng)
         return replace(example, trace=trace)
 
 
+def mishear(trace: Trace, rng: random.Random) -> Trace:
+    """Replace words of a perception as a model with word errors writes them; the answer stays correct.
+
+    A replaced word is misspelled, dropped, or another word with the same first letter.
+    """
+    share = rng.uniform(*_MISHEARD_WORDS)
+    heard: dict[str, str] = {}
+
+    def of_text(text: str) -> str:
+        if text not in heard:
+            written = (_misheard_word(word, rng) if rng.random() < share else word for word in text.split())
+            heard[text] = " ".join(filter(None, written)) or text
+        return heard[text]
+
+    # A line has the same wrong words in SPEAKER and in ASR.
+    speakers = tuple(replace(who, quotes=tuple(map(of_text, who.quotes))) for who in trace.speakers)
+    transcript = None if trace.transcript is None else ". ".join(map(of_text, trace.transcript.split(". ")))
+    return replace(trace, speakers=speakers, transcript=transcript)
+
+
+def _misheard_word(word: str, rng: random.Random) -> str:
+    way = rng.random()
+    if way < 0.15:
+        return ""
+    if way < 0.55 and len(word) > 3:
+        place = rng.randrange(1, len(word) - 1)
+        return word[:place] + rng.choice(("", rng.choice("aeiourstnl"))) + word[place + 1 :]
+    alike = _words_by_letter().get(word[0].lower(), ())
+    return rng.choice(alike) if alike else word
+
+
+@lru_cache(maxsize=1)
+def _words_by_letter() -> Mapping[str, Sequence[str]]:
+    found: dict[str, list[str]] = {}
+    for word in sorted(vocabulary()):
+        found.setdefault(word[0].lower(), []).append(word)
+    return found
+
+
 def ask(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) -> SceneExample:
-    """Draw a question of any kind about a scene.
+    """Draw a question of any kind about a scene, with the whole trace.
 
     Args:
         found: The wordings of each kind (`wordings`).
@@ -118,7 +180,8 @@ def ask(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) ->
         assert item is not None
     else:
         drawn = draw_example(scene, rng, kind=kind, with_choices=True, wordings=found)
-        item = _Asked(drawn.question, drawn.answer, tuple(c for c in drawn.choices if c != drawn.answer))
+        wrong = tuple(c for c in drawn.choices if c != drawn.answer)
+        item = _Asked(drawn.question, drawn.answer, wrong, drawn.trace.planning or "", drawn.trace.reasoning or "")
     question = _frame(item.question, rng, found["frames"])
     return _with_choices(scene, kind, replace(item, question=question), rng)
 
@@ -126,13 +189,27 @@ def ask(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) ->
 def _with_choices(scene: Scene, kind: str, asked: _Asked, rng: random.Random) -> SceneExample:
     """Vary the form of the answers, and offer them as choices in most questions."""
     wrong = [text for text in dict.fromkeys(asked.wrong) if text.lower() != asked.answer.lower()]
-    dressed = dress([asked.answer, *wrong[: rng.randint(1, _MAX_CHOICES - 1)]], kind, rng)
+    offered = [asked.answer, *wrong[: rng.randint(1, _MAX_CHOICES - 1)]]
+    is_none = False
+    if kind in _WITH_NONE and len(offered) > 2 and rng.random() < _NONE_OFFERED_SHARE + _NONE_RIGHT_SHARE:
+        # The right answer is left out, or the choice is wrong.
+        is_none = rng.random() < _NONE_RIGHT_SHARE / (_NONE_OFFERED_SHARE + _NONE_RIGHT_SHARE)
+        none = rng.choice(_NONE_OF_THESE)
+        offered = [none, *offered[1:]] if is_none else [*offered, none]
+    dressed = dress(offered, kind, rng)
     answer, choices = dressed[0], tuple(dressed)
-    must_show = kind in ("word", "absent")
+    must_show = kind in ("word", "absent") or is_none
     if len(set(choices)) < len(choices) or len(choices) < 2 or not (must_show or rng.random() < _CHOICES_SHARE):
         answer, choices = asked.answer, ()
     choices = tuple(rng.sample(choices, len(choices)))
-    trace = replace(perception(scene), response=answer, final_answer=answer)
+    trace = replace(
+        perception(scene),
+        planning=asked.planning,
+        reasoning=asked.reasoning,
+        summary=asked.answer,
+        response=answer,
+        final_answer=answer,
+    )
     return SceneExample(scene, kind, asked.question, choices, answer, trace)
 
 
@@ -195,7 +272,11 @@ def _ask_mentioned(scene: Scene, rng: random.Random, found: Mapping[str, Sequenc
     if not spoken_words or not words:
         return None
     answer, wrong = ("yes", "no") if is_said else ("no", "yes")
-    return _Asked(rng.choice(found["mentioned"]).format(x=rng.choice(words)), answer, (wrong,))
+    word = rng.choice(words)
+    reasoning = next((f"{t.speaker} says {t.line.text}" for t in scene.turns if word in t.line.text), "")
+    reasoning = reasoning if is_said and reasoning else f"nobody says {word}"
+    question = rng.choice(found["mentioned"]).format(x=word)
+    return _Asked(question, answer, (wrong,), f"look for {word}", reasoning)
 
 
 def _ask_absent(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) -> _Asked | None:
@@ -203,7 +284,8 @@ def _ask_absent(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[s
     if len(spoken_words) < 2 or not absent:
         return None
     wrong = rng.sample(spoken_words, min(len(spoken_words), _MAX_CHOICES - 1))
-    return _Asked(rng.choice(found["absent"]), absent[0], tuple(wrong))
+    reasoning = f"nobody says {absent[0]}"
+    return _Asked(rng.choice(found["absent"]), absent[0], tuple(wrong), "look for each word", reasoning)
 
 
 def _turn_to_name(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
@@ -220,7 +302,8 @@ def _ask_who(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]
         return None
     wrong = [f"speaker {speaker.id[1:]}" for speaker in scene.speakers if speaker.id != named[1]]
     rng.shuffle(wrong)
-    return _Asked(rng.choice(found["who"]).format(x=named[0]), f"speaker {named[1][1:]}", tuple(wrong))
+    question = rng.choice(found["who"]).format(x=named[0])
+    return _Asked(question, f"speaker {named[1][1:]}", tuple(wrong), "find the sentence", f"{named[1]} says it")
 
 
 def _ask_sex(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) -> _Asked | None:
@@ -229,7 +312,8 @@ def _ask_sex(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]
         return None
     sex = next(speaker.sex for speaker in scene.speakers if speaker.id == named[1])
     other = "man" if sex == "woman" else "woman"
-    return _Asked(rng.choice(found["sex"]).format(x=named[0]), f"a {sex}", (f"a {other}",))
+    question = rng.choice(found["sex"]).format(x=named[0])
+    return _Asked(question, f"a {sex}", (f"a {other}",), "find the sentence", f"{named[1]} says it, a {sex}")
 
 
 def _ask_after(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) -> _Asked | None:
@@ -239,7 +323,56 @@ def _ask_after(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[st
         return None
     place = rng.choice(places)
     wrong = [text for text in texts if text not in (texts[place], texts[place + 1])] + [*scene.other_lines]
-    return _Asked(rng.choice(found["after"]).format(x=texts[place]), texts[place + 1], tuple(wrong))
+    question = rng.choice(found["after"]).format(x=texts[place])
+    reasoning = f"{scene.turns[place + 1].speaker} speaks next"
+    return _Asked(question, texts[place + 1], tuple(wrong), "find the sentence and the next one", reasoning)
+
+
+def _ask_transcript(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) -> _Asked | None:
+    if not scene.turns:
+        return None
+    question = rng.choice(found["transcript"])
+    return _Asked(question, scene.transcript, scene.other_lines, "write down the words", describe_people(scene))
+
+
+def describe(scene: Scene) -> str:
+    """Return one sentence about people, first words and background."""
+    people = describe_people(scene)
+    start = f'{people}: "{scene.turns[0].line.text}"' if scene.turns else people
+    quiet = scene.environment == sounds.QUIET
+    return start + (", and nothing else is heard" if quiet else f", with {scene.environment} in the background")
+
+
+def _ask_about(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) -> _Asked | None:
+    reasoning = f"{describe_people(scene)}, the background is {scene.environment}"
+    return _Asked(rng.choice(found["about"]), describe(scene), (), "put the perception together", reasoning)
+
+
+def _ask_women(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) -> _Asked | None:
+    if not scene.speakers:
+        return None
+    sex, plural = rng.choice((("woman", "women"), ("man", "men")))
+    number = sum(speaker.sex == sex for speaker in scene.speakers)
+    answer = "none" if number == 0 else NUMBER_WORDS[number]
+    wrong = [word for word in ("none", *NUMBER_WORDS[1:5]) if word != answer]
+    rng.shuffle(wrong)
+    question = rng.choice(found["women"]).format(x=sex, xs=plural)
+    return _Asked(question, answer, tuple(wrong), f"count the {plural}", describe_people(scene))
+
+
+def _ask_unknown(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) -> _Asked | None:
+    """Ask about a sentence nobody says."""
+    asked = {question.question for turn in scene.turns for question in turn.line.questions}
+    text = f"{scene.transcript} {scene.background_line or ''}"
+    for _ in range(8):
+        questions = draw_line(rng).questions
+        chosen = rng.choice(questions) if questions else None
+        if chosen is None or chosen.question in asked or chosen.answer in text:
+            continue
+        wrong = [word for word in SLOTS[chosen.slot] if word not in text]
+        wrong = rng.sample(wrong, min(4, len(wrong)))
+        return _Asked(chosen.question, NOT_SAID, tuple(wrong), "find the sentence about it", "nobody speaks about it")
+    return None
 
 
 _ASK: dict[str, Callable[[Scene, random.Random, Mapping[str, Sequence[str]]], _Asked | None]] = {
@@ -248,4 +381,8 @@ _ASK: dict[str, Callable[[Scene, random.Random, Mapping[str, Sequence[str]]], _A
     "who": _ask_who,
     "sex": _ask_sex,
     "after": _ask_after,
+    "transcript": _ask_transcript,
+    "about": _ask_about,
+    "women": _ask_women,
+    "unknown": _ask_unknown,
 }

@@ -23,7 +23,7 @@ from training.data.text_scenes import SceneWriter
 from training.export import ADAPTER, model_of_checkpoint
 from training.recipes import Lora, SftRecipe, Spelling, Talk, debug
 from training.sft.projector_ctc import load_speller, teach_spelling
-from training.sft.talk import TalkClips, TalkSequences
+from training.sft.talk import ClipsByIndex, TalkSequences
 from training.sft.trainer import SftTrainer
 from training.trainer import last_checkpoint, prepare_run_dir
 
@@ -69,7 +69,7 @@ def _trainer(work: Path, run_dir: Path, chosen: SftRecipe, *, is_resumed: bool =
     model = model_of_checkpoint(work / "made", dtype=torch.bfloat16, lora=chosen.lora)
     prepare_run_dir(run_dir, chosen, is_resumed=is_resumed)
     reader = Reader(SceneWriter(["the gray otter sleeps behind the engine"], frozenset()))
-    sequences = TalkSequences(TalkClips(work), model.tokenizer, chosen, reader, stack=2, latent_tokens=4)
+    sequences = TalkSequences(ClipsByIndex(work, "talk"), model.tokenizer, chosen, reader, stack=2, latent_tokens=4)
     return SftTrainer(model, chosen, run_dir, sequences)
 
 
@@ -152,7 +152,8 @@ def test_ctc_leaves_a_pretrained_embedding_as_it_is_and_scales_the_projector_to_
     core: Any = model.core
     before = core.get_input_embeddings().weight.detach().clone()
     clips = [
-        Clip(scene, work / "talk-0000.bf16", 0, 700) for scene in (TalkClips(work)[i][0] for i in range(NUM_CLIPS))
+        Clip(scene, work / "talk-0000.bf16", 0, 700)
+        for scene in (ClipsByIndex(work, "talk")[i][0] for i in range(NUM_CLIPS))
     ]
     spelling = Spelling(num_steps=3, batch_size=4, learning_rate=1e-3, freezes_embedding=True, dropout_states=0.1)
     file = tmp_path / "spelling.safetensors"
@@ -168,8 +169,11 @@ def test_ctc_leaves_a_pretrained_embedding_as_it_is_and_scales_the_projector_to_
 
 
 def test_the_first_pass_over_the_clips_is_in_order_and_a_lacking_clip_is_named(work: Path, tmp_path: Path) -> None:
-    sequences = _trainer(work, tmp_path / "run", recipe()).sequences
-    assert [sequences._index(i) for i in range(NUM_CLIPS)] == list(range(NUM_CLIPS))
-    assert sorted(sequences._index(NUM_CLIPS + i) for i in range(NUM_CLIPS)) == list(range(NUM_CLIPS))
+    sequences = _trainer(work, tmp_path / "run", recipe(batch_size=1)).sequences
+    size = 8
+    assert [key for window in range(NUM_CLIPS // size) for key in sequences._hold(window)] == list(range(size))
+    later = [key for window in range(1, 4) for key in sequences._hold(window)]
+    assert later[:4] == list(range(size, NUM_CLIPS))
+    assert sorted(later[4 : 4 + NUM_CLIPS]) == list(range(NUM_CLIPS))
     with pytest.raises(KeyError, match="holds clip 500"):
-        TalkClips(work)[500]
+        ClipsByIndex(work, "talk")[500]
