@@ -165,16 +165,25 @@ def _words_by_letter() -> Mapping[str, Sequence[str]]:
     return found
 
 
-def ask(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) -> SceneExample:
-    """Draw a question of any kind about a scene, with the whole trace.
+def ask(
+    scene: Scene,
+    rng: random.Random,
+    found: Mapping[str, Sequence[str]],
+    *,
+    kind: str | None = None,
+    held_out: bool = False,
+) -> SceneExample:
+    """Draw a question about a scene, with the whole trace.
 
     Args:
         found: The wordings of each kind (`wordings`).
+        kind: One of `askable(scene)`; None draws one.
+        held_out: True for the forms of choices in evaluation.
     """
-    kinds = [kind for kind in possible_kinds(scene) if kind != "source" or scene.background_line]
-    own = [kind for kind, item in _ASK.items() if item(scene, random.Random(0), found) is not None]
-    kinds += own
-    kind = rng.choices(kinds, [_WEIGHTS.get(kind, 1) for kind in kinds])[0]
+    own = _own_kinds(scene, found)
+    if kind is None:
+        kinds = askable(scene, found)
+        kind = rng.choices(kinds, [_WEIGHTS.get(each, 1) for each in kinds])[0]
     if kind in own:
         item = _ASK[kind](scene, rng, found)
         assert item is not None
@@ -183,10 +192,22 @@ def ask(scene: Scene, rng: random.Random, found: Mapping[str, Sequence[str]]) ->
         wrong = tuple(c for c in drawn.choices if c != drawn.answer)
         item = _Asked(drawn.question, drawn.answer, wrong, drawn.trace.planning or "", drawn.trace.reasoning or "")
     question = _frame(item.question, rng, found["frames"])
-    return _with_choices(scene, kind, replace(item, question=question), rng)
+    return _with_choices(scene, kind, replace(item, question=question), rng, held_out=held_out)
 
 
-def _with_choices(scene: Scene, kind: str, asked: _Asked, rng: random.Random) -> SceneExample:
+def askable(scene: Scene, found: Mapping[str, Sequence[str]]) -> list[str]:
+    """List the kinds of question with an unambiguous answer in this scene, the kinds of this module included."""
+    kinds = [kind for kind in possible_kinds(scene) if kind != "source" or scene.background_line]
+    return kinds + _own_kinds(scene, found)
+
+
+def _own_kinds(scene: Scene, found: Mapping[str, Sequence[str]]) -> list[str]:
+    return [kind for kind, item in _ASK.items() if item(scene, random.Random(0), found) is not None]
+
+
+def _with_choices(
+    scene: Scene, kind: str, asked: _Asked, rng: random.Random, *, held_out: bool = False
+) -> SceneExample:
     """Vary the form of the answers, and offer them as choices in most questions."""
     wrong = [text for text in dict.fromkeys(asked.wrong) if text.lower() != asked.answer.lower()]
     offered = [asked.answer, *wrong[: rng.randint(1, _MAX_CHOICES - 1)]]
@@ -196,7 +217,7 @@ def _with_choices(scene: Scene, kind: str, asked: _Asked, rng: random.Random) ->
         is_none = rng.random() < _NONE_RIGHT_SHARE / (_NONE_OFFERED_SHARE + _NONE_RIGHT_SHARE)
         none = rng.choice(_NONE_OF_THESE)
         offered = [none, *offered[1:]] if is_none else [*offered, none]
-    dressed = dress(offered, kind, rng)
+    dressed = dress(offered, kind, rng, held_out=held_out)
     answer, choices = dressed[0], tuple(dressed)
     must_show = kind in ("word", "absent") or is_none
     if len(set(choices)) < len(choices) or len(choices) < 2 or not (must_show or rng.random() < _CHOICES_SHARE):
@@ -213,30 +234,54 @@ def _with_choices(scene: Scene, kind: str, asked: _Asked, rng: random.Random) ->
     return SceneExample(scene, kind, asked.question, choices, answer, trace)
 
 
-def dress(texts: Sequence[str], kind: str, rng: random.Random) -> list[str]:
-    """Write all texts in one drawn form; different texts stay different."""
+_FORMS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "count": (("{d}",), ("{w} people", "one person"), ("{d} people", "1 person"), ("just {w}", "just one")),
+    "sex": (("{}",), ("the {}",), ("a {}'s voice",), ("it is a {}",), ("that was the {}",)),
+    "who": (("{}",), ("number {}",), ("S{}",), ("person {}",), ("the speaker number {}",)),
+    "yes": (("yes, it is", "no, it is not"), ("true", "false"), ("yes indeed", "not at all")),
+    "marks": (("{}.",), ('"{}"',)),
+}
+"""Forms of choices in training, per sort of answer."""
+_HELD_OUT_FORMS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "count": (("exactly {w}", "exactly one"), ("{w} of them", "one of them"), ("{d} voices", "1 voice")),
+    "sex": (("some {}",), ("the voice of a {}",), ("another {}",)),
+    "who": (("voice {}",), ("speaker no. {}",), ("No. {}",)),
+    "yes": (("that is so", "that is not so"), ("right", "wrong"), ("it does", "it does not")),
+    "marks": (("- {}",), ("'{}'",), ("{}!",)),
+}
+"""Forms of choices in evaluation only."""
+
+
+def dress(texts: Sequence[str], kind: str, rng: random.Random, *, held_out: bool = False) -> list[str]:
+    """Write all texts in one drawn form; different texts stay different.
+
+    Args:
+        held_out: True for the forms of evaluation, always applied where the kind of question has some.
+    """
+    forms = _HELD_OUT_FORMS if held_out else _FORMS
     dressed = list(texts)
-    if kind == "count" and rng.random() < 0.5:
-        forms = rng.choice(
-            (("{d}",), ("{w} people", "one person"), ("{d} people", "1 person"), ("just {w}", "just one"))
-        )
-        dressed = [_number(text, forms) for text in dressed]
-    elif kind in ("first", "sex") and rng.random() < 0.5:
-        form = rng.choice(("{}", "the {}", "a {}'s voice", "it is a {}", "that was the {}"))
+    is_always = 1.0 if held_out else 0.0
+    if kind == "count" and rng.random() < max(0.5, is_always):
+        form = rng.choice(forms["count"])
+        dressed = [_number(text, form) for text in dressed]
+    elif kind in ("first", "sex") and rng.random() < max(0.5, is_always):
+        (form,) = rng.choice(forms["sex"])
         dressed = [form.format(text.removeprefix("a ")) for text in dressed]
-    elif kind == "who" and rng.random() < 0.5:
-        form = rng.choice(("{}", "number {}", "S{}", "person {}", "the speaker number {}"))
+    elif kind == "who" and rng.random() < max(0.5, is_always):
+        (form,) = rng.choice(forms["who"])
         dressed = [form.format(text.removeprefix("speaker ")) for text in dressed]
-    elif kind in ("mentioned", "present") and rng.random() < 0.4:
-        yes, no = rng.choice((("yes, it is", "no, it is not"), ("true", "false"), ("yes indeed", "not at all")))
+    elif kind in ("mentioned", "present") and rng.random() < max(0.4, is_always):
+        yes, no = rng.choice(forms["yes"])
         dressed = [yes if text == "yes" else no for text in dressed]
     if rng.random() < 0.3:
         dressed = [text[:1].upper() + text[1:] for text in dressed]
     style = rng.random()
-    if style < 0.15:
-        return [f"{text}." for text in dressed]
+    if held_out:
+        (mark,) = rng.choice((("{}",), *forms["marks"]))
+        return [mark.format(text) for text in dressed]
     if style < 0.22:
-        return [f'"{text}"' for text in dressed]
+        (mark,) = forms["marks"][0 if style < 0.15 else 1]
+        return [mark.format(text) for text in dressed]
     return dressed
 
 

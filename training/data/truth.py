@@ -11,6 +11,7 @@ class Truth:
 
     Attributes:
         answer: With choices, exactly one of them.
+        accepted: Answers to a question without choices, for the rule of containment; empty without such a rule.
         environment, num_speakers, transcript: None if unknown to the data set; an empty transcript means no speech.
     """
 
@@ -20,6 +21,7 @@ class Truth:
     environment: str | None = None
     num_speakers: int | None = None
     transcript: str | None = None
+    accepted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.choices and self.answer not in self.choices:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from training.evaluation.statistics import Difference, Statistic, Sums, compare,
 from training.evaluation.suites.item import Item
 from training.recipes import REWARD_WEIGHTS, LengthRange
 from training.rl.rewards import is_right, reward
-from training.text_metrics import edit_distance, label_set, matches_words, words
+from training.text_metrics import edit_distance, holds_words, label_set, matches_words, named_choice, words
 
 RESULT_VERSION = 1
 
@@ -73,6 +74,15 @@ class ItemScores:
 
     names_choice: bool | None = None
     free_is_right: bool | None = None
+    contains_answer: bool | None = None
+    """In a question without choices: True if the reply contains the words of an accepted answer."""
+
+    response_agrees: bool | None = None
+    """True if RESPONSE names the chosen choice."""
+
+    heard: str | None = None
+    """Words of ASR, in a suite that compares transcripts of one clip."""
+
     environment_is_right: bool | None = None
     environment_named: tuple[str, ...] | None = None
     count_is_right: bool | None = None
@@ -116,6 +126,7 @@ def judge(item: Item, reply: Reply, *, reads: Reads = "trace") -> ItemScores:
         matches_words=matches_words(reply.prediction, truth.answer, truth.choices) if truth.choices else None,
         names_choice=reply.choice is not None if truth.choices else None,
         free_is_right=_free_is_right(reply, truth),
+        contains_answer=_contains_answer(reply, truth),
         num_pauses=reply.num_pauses,
         is_aborted=reply.is_aborted,
         ttft_s=reply.ttft_s,
@@ -125,6 +136,8 @@ def judge(item: Item, reply: Reply, *, reads: Reads = "trace") -> ItemScores:
     if reads == "answer":
         return item_scores
     outcomes = _judge_trace(truth, reply)
+    if _CLIP in item.groups:
+        outcomes["heard"] = " ".join(words(reply.parsed.trace.transcript or ""))
     if reads == "perception":
         outcomes = {name: value for name, value in outcomes.items() if name not in _OF_THE_TRACE}
     return ItemScores(**{**vars(item_scores), **outcomes})
@@ -138,6 +151,13 @@ def _free_is_right(reply: Reply, truth: Truth) -> bool | None:
     return bool(words(reply.prediction)) and words(reply.prediction) == words(truth.answer)
 
 
+def _contains_answer(reply: Reply, truth: Truth) -> bool | None:
+    if not truth.accepted:
+        return None
+    said = words(reply.prediction or reply.parsed.trace.response or "")
+    return any(holds_words(said, words(answer)) for answer in truth.accepted)
+
+
 def _judge_trace(truth: Truth, reply: Reply) -> dict[str, Any]:
     parsed, trace = reply.parsed, reply.parsed.trace
     worth = reward(parsed, truth, REWARD_WEIGHTS, LengthRange())
@@ -146,6 +166,8 @@ def _judge_trace(truth: Truth, reply: Reply) -> dict[str, Any]:
         "is_consistent": worth.parts["alignment"] == worth.background_gate == 1,
         "reward": worth.total if reply.has_tokens else None,
     }
+    if reply.choice is not None and trace.response is not None:
+        outcomes["response_agrees"] = named_choice(trace.response, truth.choices) == reply.choice
     if truth.environment is not None:
         named = label_set(trace.environment or "")
         outcomes["environment_named"] = tuple(sorted(named))
@@ -233,6 +255,18 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure("strict_format_rate", lambda _, j: j.is_strict, meaning="traces with every required section in order"),
     Figure("free_answer_accuracy", lambda _, j: j.free_is_right, meaning="questions without choices: the exact words"),
+    Figure(
+        "contained_answer_accuracy",
+        lambda _, j: j.contains_answer,
+        meaning="questions without choices: the words of an accepted answer are in the reply",
+    ),
+    Figure("answer_matches_response", lambda _, j: j.response_agrees, meaning="RESPONSE names the chosen choice"),
+    Figure(
+        "choice_accuracy_trained_wordings",
+        lambda _, j: j.is_right,
+        part="trained",
+        meaning="correct choice on the same scenes in trained wordings",
+    ),
     Figure("consistency", lambda _, j: j.is_consistent, meaning="the trace's conclusion names the final answer"),
     Figure("quote_fidelity", lambda _, j: j.fidelity, meaning="agreement of quotes with the trace's transcript"),
     Figure("reward", lambda _, j: j.reward, meaning="Stage II reward"),
@@ -272,6 +306,11 @@ FIGURES: tuple[Figure, ...] = (
 """All figures except the mean average precision, in display order; each is a ratio of sums."""
 
 MAP = "environment_map"
+DISAGREEMENT = "transcript_disagreement"
+"""Word error rate between the transcripts of one clip under different questions."""
+
+_CLIP = "clip"
+"""Group of the items about one clip."""
 
 BREAKDOWNS: tuple[tuple[str, str, Callable[[ItemScores], bool | None]], ...] = (
     ("choice_accuracy_by_kind", "kind", lambda j: j.is_right),
@@ -307,6 +346,8 @@ def summarize(items: Sequence[Item], item_scores: Sequence[ItemScores]) -> dict[
         sums = _sums(each, pairs)
         if sums.clusters:
             add(each.name, sums)
+    if (sums := _disagreement_sums(pairs)).clusters:
+        add(DISAGREEMENT, sums)
     labels = sorted({label for item in items for label in label_set(item.truth.environment or "")})
     sums = _label_sums(pairs, labels)
     if sums.clusters:
@@ -352,6 +393,24 @@ def _sums(each: Figure, pairs: Sequence[tuple[Item, ItemScores]]) -> Sums:
             rows.append(value if isinstance(value, tuple) else (float(value), 1.0))
             clusters.append(getattr(item, each.cluster))
     return Sums(np.asarray(rows, np.float64).reshape(-1, 2), tuple(clusters))
+
+
+def _disagreement_sums(pairs: Sequence[tuple[Item, ItemScores]]) -> Sums:
+    """Return (word edits, words) of each clip, over all pairs of its transcripts."""
+    heard: defaultdict[str, list[list[str]]] = defaultdict(list)
+    voice_of: dict[str, str] = {}
+    for item, scores in pairs:
+        if scores.heard is not None:
+            heard[item.groups[_CLIP]].append(scores.heard.split())
+            voice_of[item.groups[_CLIP]] = item.voice
+    rows = [
+        [
+            sum(edit_distance(*pair) for pair in combinations(texts, 2)),
+            sum(max(map(len, pair)) for pair in combinations(texts, 2)),
+        ]
+        for texts in heard.values()
+    ]
+    return Sums(np.asarray(rows, np.float64).reshape(-1, 2), tuple(voice_of[clip] for clip in heard))
 
 
 def _label_sums(pairs: Sequence[tuple[Item, ItemScores]], labels: Sequence[str]) -> Sums:

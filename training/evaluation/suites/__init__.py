@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from training.evaluation.suites import data_file, human, scenes
+from training.evaluation.suites import data_file, human, open_questions, scenes, wordings
 from training.evaluation.suites.item import Suite
 
 SUITES: Mapping[str, Suite] = {
     **scenes.SUITES,
+    **wordings.SUITES,
+    "open": open_questions.SUITE,
     "human": human.SUITE,
     **data_file.SUITES,
 }
