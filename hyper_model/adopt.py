@@ -51,6 +51,7 @@ _SETTINGS_FILES = (
 # The features of Whisper's front end, on which the encoder was trained. Other values would give wrong states.
 _FEATURES = {"sampling_rate": 16_000, "hop_length": 160, "n_fft": 400, "chunk_length": 30}
 _MAX_MODEL_LEN = 8192
+_ROWS_AT_ONCE = 8_192
 _ROW_MULTIPLE = 64  # matrix kernels prefer round sizes; vLLM pads to 64 anyway
 
 
@@ -290,9 +291,19 @@ class _GrownTensors(Mapping[str, "torch.Tensor"]):
     def _grow(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch
 
-        mean = tensor[: self._num_trained].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
+        mean = _mean_row(tensor[: self._num_trained])
         num_old = tensor.shape[0]
         if self._num_rows > num_old:
             tensor = torch.cat([tensor, mean.expand(self._num_rows - num_old, -1)])
         tensor[self._num_trained : self._num_used] = mean
         return tensor
+
+
+def _mean_row(rows: torch.Tensor) -> torch.Tensor:
+    """Return the mean of all rows, summed in float32 by pieces: a float32 copy of 7B's embedding takes 2.4 GiB."""
+    import torch
+
+    total = torch.zeros(rows.shape[1])
+    for piece in rows.split(_ROWS_AT_ONCE):
+        total += piece.sum(dim=0, dtype=torch.float32)
+    return (total / len(rows)).to(rows.dtype)

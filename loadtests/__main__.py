@@ -1,4 +1,4 @@
-"""Command line of the load tests: `python -m loadtests run`, `dashboard`, `bench` and `stress`."""
+"""Command line of the load tests: `python -m loadtests run`, `dashboard`, `bench`, `rehearse` and `stress`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loadtests.scenarios import SCENARIOS, Figure
 
 @click.group()
 def main() -> None:
-    """Measure the service: load, stress and benchmark."""
+    """Measure the service: load, stress, benchmark and rehearsal."""
 
 
 CLIPS_OPTION = click.option(
@@ -246,6 +246,60 @@ def stress(
     click.echo(json.dumps({each.name: each.value for each in figures}))
     is_met = all(each.is_met for each in figures)
     sys.exit(3 if failures else int(not is_met))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object only.")
+@click.option("--layers", type=click.IntRange(1), default=32, show_default=True, help="Decoder layers of the model.")
+@click.option(
+    "--scale", type=click.Choice(["full", "tiny"]), default="full", show_default=True, help="Widths; tiny is a test."
+)
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/rehearse"),
+    show_default=True,
+    help="Folder of models, runs and the log.",
+)
+@CLIPS_OPTION
+@click.option(
+    "--vocabulary",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Vocabulary in tiktoken's form.  [default: Qwen's, in the package dashscope]",
+)
+@click.option("--no-training", is_flag=True, help="Leave out the training steps.")
+def rehearse(
+    as_json: bool,
+    layers: int,
+    scale: str,
+    work: Path,
+    clips: Path,
+    vocabulary: Path | None,
+    no_training: bool,
+) -> None:
+    """Serve and train Qwen2-Audio-7B's shapes with random weights (18 GiB of memory, 36 GiB of disk).
+
+    The answers are random; the figures show whether all parts fit together and how much memory they take. Exits with
+    1 if a question is not answered.
+    """
+    from loadtests.rehearse import Rehearsal, run
+
+    setup = Rehearsal(
+        layers=layers,
+        scale=scale,
+        clips=clips,
+        work=work.resolve(),
+        vocabulary=vocabulary,
+        trains=not no_training,
+        say=lambda text: click.echo(text, err=True),
+    )
+    figures = run(setup)
+    if not as_json:
+        for name, value in figures.items():
+            if name != "replies":
+                click.echo(f"{name:<20}{value}")
+    click.echo(json.dumps(figures))
+    sys.exit(int(figures["answered"] != figures["questions"]))
 
 
 @main.command()

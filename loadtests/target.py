@@ -71,21 +71,23 @@ def child(
 
 
 @contextlib.contextmanager
-def serving(log: Path, **fields: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(
+    log: Path, *, timeout_s: float = START_TIMEOUT_S, **fields: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Start `hyper serve` on a free port with these variables; yield its process and address when it is ready."""
     port = free_port()
     env = environment(HYPER_PORT=str(port), **{"HYPER_LOG_LEVEL": "error", **fields})
     with child([sys.executable, "-m", "hyper_model.cli", "serve"], env, log) as process:
-        yield process, when_up(process, f"http://127.0.0.1:{port}", "/readyz", log)
+        yield process, when_up(process, f"http://127.0.0.1:{port}", "/readyz", log, timeout_s)
 
 
-def when_up(process: subprocess.Popen[str], url: str, path: str, log: Path) -> str:
+def when_up(process: subprocess.Popen[str], url: str, path: str, log: Path, timeout_s: float = START_TIMEOUT_S) -> str:
     """Wait for an address to answer, and return it.
 
     Raises:
         click.ClickException: The process ended or took too long.
     """
-    deadline_s = time.monotonic() + START_TIMEOUT_S
+    deadline_s = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(url + path, timeout=2).status_code == 200:

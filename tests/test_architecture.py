@@ -41,8 +41,8 @@ VLLM_MODULES = {
 }
 """The only modules with imports of vLLM, because vLLM changes faster than our other dependencies."""
 
-MEASURED_WITHOUT_HTTP = "loadtests.peers"
-"""Module for the benchmark's peers in separate processes: engines and models without HTTP."""
+MEASURED_WITHOUT_HTTP = {"loadtests.peers", "loadtests.random_qwen"}
+"""Modules of separate processes without HTTP: the benchmark's engines and models, and the rehearsal's model."""
 
 PURE_MODULES = (
     "hyper_model.errors",
@@ -217,7 +217,7 @@ def reachable(module: str) -> set[str]:
 
 def may_import(module: str) -> set[str]:
     """Return our other packages permitted as imports of a module."""
-    return {"hyper_model", "server"} if module == MEASURED_WITHOUT_HTTP else MAY_IMPORT[top(module)]
+    return {"hyper_model", "server"} if module in MEASURED_WITHOUT_HTTP else MAY_IMPORT[top(module)]
 
 
 def test_each_package_imports_only_what_it_may() -> None:
@@ -274,12 +274,13 @@ def test_loadtests_know_the_service_by_http_alone() -> None:
     names = {
         top(name)
         for module in modules()
-        if top(module) == "loadtests" and module != MEASURED_WITHOUT_HTTP
+        if top(module) == "loadtests" and module not in MEASURED_WITHOUT_HTTP
         for name in imports(module)
     }
     assert not names & (HEAVY | {"fastapi", "starlette"})
     # The peers run in their own processes, and heavy imports stay there.
-    assert not HEAVY & {top(name) for name in reachable("loadtests.bench")}
+    for module in ("loadtests.bench", "loadtests.rehearse"):
+        assert not HEAVY & {top(name) for name in reachable(module)}
 
 
 HELP = """

@@ -22,6 +22,7 @@ from training.data.encoder import load_encoder
 from training.data.sources import recordings as sounds
 from training.policy import (
     HyperPolicy,
+    adapt,
     build_policy,
     freeze_encoder,
     load_tensors,
@@ -268,19 +269,3 @@ def _spelled_by(before: TraceTokenizer, now: TraceTokenizer, token_id: int) -> l
     # A piece of a character is no text; its bytes are in every byte-level vocabulary.
     text = now.token_bytes(token_id).decode("utf-8", errors="ignore")
     return before.encode_text(text) or [i for char in token if (i := before.tokenizer.token_to_id(char)) is not None]
-
-
-def adapt(policy: HyperPolicy, lora: Lora) -> Any:
-    """Add LoRA adapters (Hu et al. 2022) to the decoder's linear layers, except head and embedding."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(lora.targets)})"
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        modules_to_save=["multi_modal_projector"] if lora.trains_projector else None,
-    )
-    # In the policy's dtype: the optimizer keeps float32 copies of bfloat16 parameters (`MasterAdamW`).
-    return get_peft_model(policy, config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]

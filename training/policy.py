@@ -26,6 +26,7 @@ from hyper_model.audio_encoder import audio_stack, encode, num_states_of_mel
 from hyper_model.checkpoint import Checkpoint, require_float_weights
 from hyper_model.errors import CheckpointError
 from hyper_model.weights import StoredTensors, canonical_name, read_entries, weight_files
+from training.recipes import Lora
 
 IGNORED = -100
 """Target of a position without a score: the prompt, the audio and every forced token."""
@@ -287,6 +288,22 @@ def freeze_encoder(policy: HyperPolicy) -> None:
     tower: Any = policy.model.audio_tower
     tower.requires_grad_(False)
     tower.eval()
+
+
+def adapt(policy: HyperPolicy, lora: Lora) -> Any:
+    """Add LoRA adapters (Hu et al. 2022) to the decoder's linear layers, except head and embedding."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(lora.targets)})"
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        modules_to_save=["multi_modal_projector"] if lora.trains_projector else None,
+    )
+    # In the policy's dtype: the optimizer keeps float32 copies of bfloat16 parameters (`MasterAdamW`).
+    return get_peft_model(policy, config, autocast_adapter_dtype=False)  # pyright: ignore[reportArgumentType]
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

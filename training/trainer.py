@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -35,8 +35,10 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hyper_model.errors import HyperError
-from training.export import RunModel
 from training.recipes import R, Recipe, RecipeError, recipe_from_dict
+
+if TYPE_CHECKING:
+    from training.export import RunModel
 
 COMPLETE = "complete"
 LOG_FILE = "log.jsonl"
