@@ -18,7 +18,8 @@ IMPORTS = {
     "small": ["gguf"],
     "dev": ["pytest", "hypothesis", "schemathesis"],
     # Not locust itself: it replaces sockets everywhere as it is imported, and warns of those that are there already.
-    "load": ["aiohttp", "gevent"],
+    "load": ["aiohttp", "gevent", "simpy"],
+    "fleet": ["ray.serve"],
     "sbom": ["cyclonedx_py"],
 }
 BROKEN_BESIDE_CPU_TORCH = ["torchvision", "torchaudio", "torchcodec"]

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds or completes a virtual environment from the lock files. Usage: requirements/install.sh VENV SET...
-# SET is cpu, gpu, train, data, baseline, small, dev, load or sbom; cpu or gpu comes first, sbom may stand alone.
+# SET is cpu, gpu, train, data, baseline, small, dev, load, fleet or sbom; cpu or gpu comes first, sbom may stand alone.
 # PYTHON names the interpreter for a new environment.
 # SKIP_PROJECT skips this project, SKIP_CHECK the import check at the end (the Dockerfile needs both).
 # Sets with an unchanged lock file are skipped, so a run without changes takes no time.

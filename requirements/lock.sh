@@ -41,5 +41,7 @@ cpu="--override requirements/overrides-cpu.txt --find-links $wheels --no-emit-pa
     --constraint requirements/sbom.txt
   compile load load $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt \
     --constraint requirements/dev.txt
+  compile fleet fleet $cpu --constraint requirements/cpu.txt --constraint requirements/train.txt \
+    --constraint requirements/dev.txt --constraint requirements/load.txt
 }
 compile gpu gpu

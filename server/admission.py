@@ -6,7 +6,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from server.errors import RequestError
 from server.limiter import PriorityLimiter
@@ -49,8 +49,8 @@ class Admission:
         """Return the maximum number of places for requests of the class batch."""
         return max(1, int(self.settings.max_in_flight * self.settings.max_batch_share))
 
-    @contextlib.contextmanager
-    def admit(self, context: RequestContext) -> Generator[None]:
+    @contextlib.asynccontextmanager
+    async def admit(self, context: RequestContext) -> AsyncGenerator[None]:
         """Hold one of the places for requests.
 
         Raises:
@@ -62,9 +62,9 @@ class Admission:
             "engine_unavailable": "The engine is not running.",
             "overloaded": f"The service has reached its limit of {self.settings.max_in_flight} requests in flight.",
         }
-        with contextlib.ExitStack() as stack:
+        async with contextlib.AsyncExitStack() as stack:
             if context.tenant is not None:
-                stack.enter_context(context.tenant.enter())
+                await stack.enter_async_context(context.tenant.enter())
             for reason in self.reasons_not_ready():
                 if reason == "overloaded":
                     raise self.overloaded(messages[reason])

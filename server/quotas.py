@@ -1,7 +1,7 @@
 """Quotas of each API key: request rate, concurrency and seconds of audio.
 
-The state is in memory, so a restart refills every bucket. The module raises HTTP errors and is otherwise independent of
-HTTP.
+The accounts here are in the memory of one process, so a restart refills every bucket. `server.quota_store` has the
+accounts of several replicas. The module raises HTTP errors and is otherwise independent of HTTP.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Generator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from server.api_keys import Key
@@ -49,55 +49,79 @@ class Bucket:
         """Remove the amount."""
         self.level -= amount
 
+    def set_level(self, level: float) -> None:
+        """Replace the level, as of now."""
+        self.level = min(self.capacity, level)
+        self.at_s = time.monotonic()
+
 
 class Tenant:
-    """Usage account of one key."""
+    """Usage account of one key.
 
-    def __init__(self, key: Key) -> None:
+    Attributes:
+        num_replicas: Number of replicas among which the limits are divided; 1 for the whole limits.
+        num_in_flight: Number of the key's requests in flight in this process.
+        max_in_flight: Limit of `num_in_flight`; None without a limit.
+        requests, audio: Buckets of the other two limits; None without a limit.
+    """
+
+    def __init__(self, key: Key, num_replicas: int = 1) -> None:
         self.key = key
         self.num_in_flight = 0
-        self.requests = None if key.requests_per_minute is None else Bucket(key.requests_per_minute, MINUTE_S)
-        self.audio = None if key.audio_s_per_day is None else Bucket(key.audio_s_per_day, DAY_S)
+        self.divide(num_replicas)
 
-    @contextlib.contextmanager
-    def enter(self) -> Generator[None]:
+    def divide(self, num_replicas: int) -> None:
+        """Set this process's share of the limits, with full buckets; a share admits at least one request at a time."""
+        key = self.key
+        self.num_replicas = num_replicas
+        self.max_in_flight = None if key.concurrent is None else max(1, key.concurrent // num_replicas)
+        self.requests = self.audio = None
+        if key.requests_per_minute is not None:
+            per_minute = key.requests_per_minute / num_replicas
+            capacity = max(1.0, per_minute)
+            self.requests = Bucket(capacity, MINUTE_S * capacity / per_minute)
+        if key.audio_s_per_day is not None:
+            self.audio = Bucket(key.audio_s_per_day / num_replicas, DAY_S)
+
+    @contextlib.asynccontextmanager
+    async def enter(self) -> AsyncGenerator[None]:
         """Count a request while it is in flight. The check runs before its body is read.
 
         Raises:
             RequestError: 429, with the time to retry.
         """
-        key = self.key
-        if key.concurrent is not None and self.num_in_flight >= key.concurrent:
-            message = f"This key is limited to {key.concurrent} requests in flight."
-            raise RequestError(
-                "too_many_in_flight",
-                message,
-                limit=key.concurrent,
-                actual=self.num_in_flight,
-                retry_after_s=1,
-                hint="Wait for a reply before the next request.",
-            )
-        if self.audio and (wait_s := self.audio.wait_s(min(1.0, self.audio.capacity))) > 0:
-            raise self.out_of_audio(wait_s)
-        if self.requests:
-            if (wait_s := self.requests.wait_s(1.0)) > 0:
-                message = f"This key is limited to {key.requests_per_minute:g} requests per minute."
-                raise RequestError(
-                    "rate_limit_exceeded",
-                    message,
-                    limit=key.requests_per_minute,
-                    retry_after_s=math.ceil(wait_s),
-                    hint="Retry after the Retry-After time.",
-                )
-            self.requests.take(1.0)
+        self.take()
         self.num_in_flight += 1
         try:
             yield
         finally:
             self.num_in_flight -= 1
 
-    def charge(self, audio_s: float) -> None:
+    def take(self) -> None:
+        """Check the three limits and take one request from its bucket.
+
+        Raises:
+            RequestError: 429, with the time to retry.
+        """
+        if self.max_in_flight is not None and self.num_in_flight >= self.max_in_flight:
+            raise self.too_many_in_flight(self.num_in_flight)
+        if self.audio and (wait_s := self.audio.wait_s(min(1.0, self.audio.capacity))) > 0:
+            raise self.out_of_audio(wait_s)
+        if self.requests:
+            if (wait_s := self.requests.wait_s(1.0)) > 0:
+                raise self.out_of_requests(wait_s)
+            self.requests.take(1.0)
+
+    async def charge(self, audio_s: float) -> None:
         """Deduct the seconds of a clip before it is answered.
+
+        Raises:
+            RequestError: 429, if too few seconds are left.
+        """
+        self.take_audio(audio_s)
+
+    def take_audio(self, audio_s: float) -> None:
+        """Take seconds of audio from their bucket.
 
         Raises:
             RequestError: 429, if too few seconds are left.
@@ -106,6 +130,29 @@ class Tenant:
             if (wait_s := self.audio.wait_s(audio_s)) > 0:
                 raise self.out_of_audio(wait_s)
             self.audio.take(audio_s)
+
+    def too_many_in_flight(self, num_in_flight: int) -> RequestError:
+        """Return the error for too many requests in flight."""
+        limit = self.key.concurrent
+        return RequestError(
+            "too_many_in_flight",
+            f"This key is limited to {limit} requests in flight.",
+            limit=limit,
+            actual=num_in_flight,
+            retry_after_s=1,
+            hint="Wait for a reply before the next request.",
+        )
+
+    def out_of_requests(self, wait_s: float) -> RequestError:
+        """Return the error for too many requests per minute."""
+        limit = self.key.requests_per_minute
+        return RequestError(
+            "rate_limit_exceeded",
+            f"This key is limited to {limit:g} requests per minute.",
+            limit=limit,
+            retry_after_s=math.ceil(wait_s),
+            hint="Retry after the Retry-After time.",
+        )
 
     def out_of_audio(self, wait_s: float) -> RequestError:
         """Return the error for an exhausted audio quota."""
@@ -121,7 +168,7 @@ class Tenant:
 
 
 class Quotas:
-    """Accounts of all keys."""
+    """Accounts of all keys, in memory."""
 
     def __init__(self) -> None:
         self.tenants: dict[str, Tenant] = {}
@@ -130,8 +177,12 @@ class Quotas:
         """Return the account of a key; new or changed keys get a new account."""
         tenant = self.tenants.get(key.name)
         if tenant is None or tenant.key != key:
-            tenant = self.tenants[key.name] = Tenant(key)
+            tenant = self.tenants[key.name] = self.open(key)
         return tenant
+
+    def open(self, key: Key) -> Tenant:
+        """Return a new account."""
+        return Tenant(key)
 
     def forget(self, names: set[str]) -> None:
         """Drop the accounts of all other names, once they have nothing in flight."""

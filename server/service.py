@@ -28,6 +28,7 @@ from server.engines.supervisor import EngineFailedError, Quarantine, Supervisor
 from server.errors import RequestError
 from server.gauges import record_gauges
 from server.limiter import PriorityLimiter
+from server.quota_store import QuotaStore, SharedQuotas
 from server.quotas import Quotas
 from server.settings import MEBIBYTE, Settings
 from server.storage import file_store
@@ -52,6 +53,7 @@ class Service:
         decoder_pool, decode_limiter: Decode clips, with limited concurrency.
         files: Stored files of all tenants.
         keys, quotas: Permitted callers and their limits; no keys for an open service.
+        quota_store: Client of the store for the limits of several replicas; None with limits in memory.
         tasks: Tasks of requests in flight; cancelled after the drain timeout.
         failure: Reason of a permanent failure, or None.
     """
@@ -90,7 +92,8 @@ class Service:
         self.describe_build()
         self.keys = keys
         self.files = file_store(settings)
-        self.quotas = Quotas()
+        self.quota_store = None if settings.quota_url is None else QuotaStore(settings, metrics)
+        self.quotas = Quotas() if self.quota_store is None else SharedQuotas(self.quota_store)
         # Cap concurrency at `max_num_seqs`; otherwise the engine queues internally and ignores our priorities.
         self.limiter = PriorityLimiter(settings.max_num_seqs)
         self.admission = Admission(settings, metrics, self.limiter, self.reasons_not_ready)
@@ -137,6 +140,8 @@ class Service:
         try:
             await self.open_files()
             watching.append(asyncio.create_task(self.watch_files()))
+            if self.quota_store is not None:
+                await self.quota_store.start()
             await self.start_decoder()
             await supervisor.run()
         except Exception as error:
@@ -176,6 +181,7 @@ class Service:
             before = time.monotonic()
             await asyncio.sleep(WATCH_INTERVAL_S)
             self.metrics.event_loop_lag.observe(max(0.0, time.monotonic() - before - WATCH_INTERVAL_S))
+            self.metrics.expected_wait.set(self.limiter.wait_s(self.num_in_flight))
             record_gauges(self.metrics, self.limiter, self.decode_limiter, self.decoder_pool, self.quarantine)
             if self.keys is not None:
                 self.keys.refresh()
@@ -257,6 +263,8 @@ class Service:
         self.metrics.engine_up.set(0)
         await self.decoder_pool.stop()
         await self.files.stop()
+        if self.quota_store is not None:
+            await self.quota_store.close()
         if self.tracer is not None:
             await self.tracer.stop()
         self.pool.shutdown(wait=False, cancel_futures=True)

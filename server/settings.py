@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -20,6 +21,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 MEBIBYTE = 1024 * 1024
 DAY_S = 86_400
 PREFIX = "HYPER_"
+_STORE_SCHEMES = frozenset({"redis", "rediss", "unix"})
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+/?")
 NOT_OURS = frozenset({"HYPER_URL", "HYPER_API_KEY", "HYPER_KEY"})  # Read by the client and `hyper ask`.
 
@@ -56,6 +58,15 @@ class Settings(BaseSettings):
 
     metrics_by_key: bool = Field(
         default=False, description="Also count seconds of audio per key, under the first digits of its name's SHA-256."
+    )
+
+    quota_url: str | None = Field(
+        default=None,
+        description="Redis or Valkey server for the quotas of several replicas, such as redis://10.0.0.7:6379/0.",
+    )
+    quota_password_file: Path | None = Field(default=None, description="File with the password of the quota store.")
+    quota_replicas: int = Field(
+        default=1, ge=1, description="Number of replicas that share each limit, until the quota store has counted them."
     )
 
     checkpoint: Path | None = None
@@ -163,6 +174,22 @@ class Settings(BaseSettings):
     def cors_origin_list(self) -> tuple[str, ...]:
         """Return the origins of `cors_origins`."""
         return tuple(filter(None, (origin.strip().rstrip("/") for origin in self.cors_origins.split(","))))
+
+    @field_validator("quota_url")
+    @classmethod
+    def check_quota_url(cls, url: str | None) -> str | None:
+        """Refuse an address that is none of a store; an error never repeats it, because it may hold a password."""
+        if url is not None:
+            try:
+                parts = urlsplit(url)
+                is_address = parts.scheme in _STORE_SCHEMES and bool(parts.hostname or parts.path) and parts.port != 0
+            except ValueError:
+                is_address = False
+            if not is_address:
+                raise ValueError(
+                    "no address of a store; write redis://HOST:6379/0, rediss://HOST:6379/0 or unix://PATH"
+                )
+        return url
 
     @field_validator("cors_origins")
     @classmethod

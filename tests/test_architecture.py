@@ -62,7 +62,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "settings telemetry page",
         "api_keys errors",
         "engines decoding quotas recordings storage",
-        "pause_budget request_context",
+        "pause_budget request_context quota_store",
         "error_handlers limiter",
         "generation_stats",
         "answering admission gauges",
@@ -90,7 +90,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 VAGUE_NAMES = re.compile(r"^(utils?|common|helpers?|misc|core|services?_?layer|base_.*|managers?|.*_v\d+|.*_utils)$")
 """Module names without a meaning."""
 
-LOCKS = ("cpu", "gpu", "train", "data", "baseline", "small", "dev", "load", "sbom")
+LOCKS = ("cpu", "gpu", "train", "data", "baseline", "small", "dev", "load", "fleet", "sbom")
 BROKEN_BESIDE_CPU_TORCH = {"torchvision", "torchaudio", "torchcodec"}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Generator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import quote
 
@@ -57,7 +57,7 @@ async def create_file(request: Request) -> FileObject:
     """Store a file under a random id until it expires or is deleted."""
     service, context = parts_of(request)
     settings = service.settings
-    with service.admission.admit(context):
+    async with service.admission.admit(context):
         refuse_query(request, FileForm)
         require_form(request)
         async with contextlib.AsyncExitStack() as stack:
@@ -80,7 +80,7 @@ async def create_file(request: Request) -> FileObject:
 async def list_files(request: Request, query: Annotated[FileQuery, Query()]) -> FileList:
     """List the files of the caller's key, page by page."""
     service, context = parts_of(request)
-    with counted(context):
+    async with counted(context):
         page = await service.files.list(
             context.tenant_name,
             purpose=query.purpose,
@@ -97,7 +97,7 @@ async def list_files(request: Request, query: Annotated[FileQuery, Query()]) -> 
 async def get_file(request: Request, file_id: str) -> FileObject:
     """Describe a file."""
     service, context = parts_of(request)
-    with counted(context):
+    async with counted(context):
         refuse_query(request, NoQuery)
         return file_object(await service.files.get(context.tenant_name, file_id))
 
@@ -111,7 +111,7 @@ async def get_file(request: Request, file_id: str) -> FileObject:
 async def get_content(request: Request, file_id: str) -> Response:
     """Return the bytes of a file as they were uploaded."""
     service, context = parts_of(request)
-    with counted(context):
+    async with counted(context):
         refuse_query(request, NoQuery)
         stored = await service.files.get(context.tenant_name, file_id)
         chunks = service.files.chunks(context.tenant_name, file_id)
@@ -130,7 +130,7 @@ async def get_content(request: Request, file_id: str) -> Response:
 async def delete_file(request: Request, file_id: str) -> FileDeleted:
     """Remove a file and its content."""
     service, context = parts_of(request)
-    with counted(context):
+    async with counted(context):
         refuse_query(request, NoQuery)
         await service.files.delete(context.tenant_name, file_id)
     return FileDeleted(id=file_id)
@@ -141,16 +141,16 @@ def parts_of(request: Request) -> tuple[Service, RequestContext]:
     return request.app.state.service, RequestContext.of(request.scope)
 
 
-@contextlib.contextmanager
-def counted(context: RequestContext) -> Generator[None]:
+@contextlib.asynccontextmanager
+async def counted(context: RequestContext) -> AsyncGenerator[None]:
     """Count a request against the limits of its key; it needs no engine.
 
     Raises:
         RequestError: 429.
     """
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         if context.tenant is not None:
-            stack.enter_context(context.tenant.enter())
+            await stack.enter_async_context(context.tenant.enter())
         yield
 
 

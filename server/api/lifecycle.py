@@ -86,8 +86,8 @@ async def respond(request: Request, read: Read[Reply]) -> Response:
     """Handle a request from admission to its reply or the start of its stream."""
     service: Service = request.app.state.service
     context = RequestContext.of(request.scope)
-    with contextlib.ExitStack() as held:
-        held.enter_context(service.admission.admit(context))
+    async with contextlib.AsyncExitStack() as held:
+        await held.enter_async_context(service.admission.admit(context))
         handler = await read_body(request, service, context, read)
         timeout_ms = handler.timeout_ms or service.settings.default_timeout_ms
         life = Lifecycle(service, context, handler, context.started_s + timeout_ms / 1000)
@@ -229,7 +229,7 @@ async def decode_clip(
             with context.timing("decode"):
                 waveform = await service.decoder_pool.decode(data, track=track, channel=channel)
         if context.tenant is not None:
-            context.tenant.charge(waveform.duration_s)
+            await context.tenant.charge(waveform.duration_s)
         with context.timing("inspect"):
             await service.in_pool(precompute_quality, waveform)
     context.decode_s = time.monotonic() - started_s

@@ -65,7 +65,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, produce: Produce, context: RequestContext, *, ping_interval_s: float, held: contextlib.ExitStack
+        self, produce: Produce, context: RequestContext, *, ping_interval_s: float, held: contextlib.AsyncExitStack
     ) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
@@ -78,7 +78,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream as an ASGI application."""
-        with self.held:
+        async with self.held:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 error_event = await self.pump(receive, send)

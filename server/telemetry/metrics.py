@@ -193,10 +193,20 @@ class Metrics:
         self.queue_wait = self._histogram(
             "queue_wait_seconds", "Time that a request waited for a slot in the engine", SECONDS, "class"
         )
+        self.expected_wait = self._gauge(
+            "expected_wait_seconds", "Expected wait for the engine of a request that arrives now"
+        )
         self.in_flight = self._gauge("in_flight", "Admitted requests in progress")
         self.batch_in_flight = self._gauge("batch_in_flight", "Admitted requests of class batch in progress")
         self.max_in_flight = self._gauge("max_in_flight", "Limit of admitted requests (HYPER_MAX_IN_FLIGHT)")
         self.engine_in_flight = self._gauge("engine_in_flight", "Requests with a slot in the engine")
+        self.quota_store_down = self._gauge(
+            "quota_store_down", "1 while the quota store does not answer and this replica takes its share of each limit"
+        )
+        self.quota_store_errors = self._counter("quota_store_errors", "Failed commands to the quota store")
+        self.quota_replicas = self._gauge(
+            "quota_replicas", "Replicas that share the quota store; 0 without a quota store"
+        )
         self.ready = self._gauge("ready", "1 while the service accepts questions")
         self.draining = self._gauge("draining", "1 while the service shuts down")
         self.engine_up = self._gauge("engine_up", "1 while the engine runs")

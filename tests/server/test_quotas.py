@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,20 @@ def refusal(work: Callable[[], object]) -> RequestError:
     return caught.value
 
 
-def enter(account: Tenant) -> None:
-    with account.enter():
-        pass
+async def enter_all(accounts: Sequence[Tenant]) -> int:
+    """Enter all accounts and leave them; return the largest number in flight of the last."""
+    async with contextlib.AsyncExitStack() as stack:
+        for account in accounts:
+            await stack.enter_async_context(account.enter())
+        return accounts[-1].num_in_flight
+
+
+def enter(*accounts: Tenant) -> int:
+    return asyncio.run(enter_all(accounts))
+
+
+def charge(account: Tenant, audio_s: float) -> None:
+    asyncio.run(account.charge(audio_s))
 
 
 def test_a_bucket_empties_and_fills(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,31 +74,47 @@ def test_requests_a_minute() -> None:
 
 def test_places() -> None:
     account = tenant(concurrent=2)
-    with account.enter(), account.enter():
-        assert refusal(lambda: enter(account)).code == "too_many_in_flight"
-    enter(account)
-    with pytest.raises(ZeroDivisionError), account.enter():
-        raise ZeroDivisionError
+    assert refusal(lambda: enter(account, account, account)).code == "too_many_in_flight"
+    assert enter(account, account) == 2
+
+    async def fail() -> None:
+        async with account.enter():
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(fail())
     assert account.num_in_flight == 0
 
 
 def test_seconds_of_audio() -> None:
     account = tenant(audio_s_per_day=100.0)
-    account.charge(60.0)
-    fault = refusal(lambda: account.charge(60.0))
+    charge(account, 60.0)
+    fault = refusal(lambda: charge(account, 60.0))
     assert (fault.code, fault.limit) == ("audio_quota_exceeded", 100.0)
     # Twenty seconds of a hundred per day.
     assert fault.retry_after_s == pytest.approx(0.2 * 86_400, rel=0.01)
-    account.charge(40.0)
+    charge(account, 40.0)
     assert refusal(lambda: enter(account)).code == "audio_quota_exceeded"
-    assert refusal(lambda: tenant(audio_s_per_day=10.0).charge(11.0)).retry_after_s == 86_400
+    assert refusal(lambda: charge(tenant(audio_s_per_day=10.0), 11.0)).retry_after_s == 86_400
 
 
 def test_no_limits_are_none() -> None:
     account = tenant()
-    for _ in range(1000):
-        enter(account)
-        account.charge(1e6)
+    enter(*[account] * 1000)
+    for _ in range(10):
+        charge(account, 1e6)
+
+
+def test_a_share_divides_each_limit_and_admits_at_least_one_request() -> None:
+    key = tenant(requests_per_minute=2, concurrent=3, audio_s_per_day=100.0).key
+    share = Tenant(key, num_replicas=4)
+    assert share.max_in_flight == 1
+    assert share.audio is not None and share.audio.capacity == 25.0
+    # One request at once, and one every two minutes: a quarter of two per minute.
+    assert share.requests is not None and (share.requests.capacity, share.requests.refill_s) == (1.0, 120.0)
+    enter(share)
+    fault = refusal(lambda: enter(share))
+    assert (fault.code, fault.limit) == ("rate_limit_exceeded", 2) and fault.retry_after_s in (119, 120)
 
 
 def test_an_account_lasts_as_long_as_its_key() -> None:
@@ -95,9 +124,13 @@ def test_an_account_lasts_as_long_as_its_key() -> None:
     assert quotas.of(first) is account
     changed = first.model_copy(update={"concurrent": 2})
     assert quotas.of(changed) is not account
-    with quotas.of(changed).enter():
-        quotas.forget(set())
-        assert "a" in quotas.tenants
+
+    async def forget_in_flight() -> None:
+        async with quotas.of(changed).enter():
+            quotas.forget(set())
+            assert "a" in quotas.tenants
+
+    asyncio.run(forget_in_flight())
     quotas.forget(set())
     assert not quotas.tenants
 
