@@ -159,6 +159,10 @@ class QuotaStore:
         """Take seconds of audio; None if the store does not answer."""
         return await self._run("charge", key, repr(audio_s))
 
+    async def charge_requests(self, key: Key, num: int) -> Verdict | None:
+        """Take further requests; None if the store does not answer."""
+        return await self._run("ask", key, str(num))
+
     async def _run(self, operation: str, key: Key, argument: str) -> Verdict | None:
         limits = [
             "" if limit is None else repr(limit)
@@ -275,6 +279,21 @@ class SharedTenant(Tenant):
         if verdict is None:
             self.divide_again()
             self.take_audio(audio_s)
+        else:
+            self.follow(verdict)
+
+    async def charge_requests(self, num: int) -> None:
+        """Deduct further requests for all replicas, for the questions of one request beyond its first.
+
+        Raises:
+            RequestError: 429, if too few are left.
+        """
+        if self.key.requests_per_minute is None or not num:
+            return
+        verdict = await self.store.charge_requests(self.key, num)
+        if verdict is None:
+            self.divide_again()
+            self.take_requests(num)
         else:
             self.follow(verdict)
 

@@ -1,7 +1,7 @@
 -- Checks the limits of one key and takes its share, in one step for all replicas. The clock is the store's.
 -- KEYS: levels of the key's buckets (hash), leases of its requests in flight (sorted set by expiry)
--- ARGV: "enter" or "charge", requests per minute, seconds of audio per day, requests in flight,
---       lease (enter) or seconds of audio (charge), seconds of a lease. An empty limit means none.
+-- ARGV: "enter", "charge" or "ask", requests per minute, seconds of audio per day, requests in flight,
+--       lease (enter), seconds of audio (charge) or number of further questions (ask), seconds of a lease. An empty limit means none.
 -- Returns: code of the refusal or "", seconds until a retry, requests in flight, levels of the two buckets.
 local clock = redis.call("TIME")
 local now = clock[1] + clock[2] / 1000000
@@ -42,6 +42,18 @@ if ARGV[1] == "charge" then
   if audio_per_day then
     audio = audio - amount
     store("audio", audio, 86400)
+  end
+  return reply("", 0)
+end
+
+if ARGV[1] == "ask" then
+  local amount = tonumber(ARGV[5])
+  if per_minute and amount > requests then
+    return reply("rate_limit_exceeded", math.min(60, (amount - requests) * 60 / per_minute))
+  end
+  if per_minute then
+    requests = requests - amount
+    store("requests", requests, 60)
   end
   return reply("", 0)
 end

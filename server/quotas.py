@@ -107,10 +107,26 @@ class Tenant:
             raise self.too_many_in_flight(self.num_in_flight)
         if self.audio and (wait_s := self.audio.wait_s(min(1.0, self.audio.capacity))) > 0:
             raise self.out_of_audio(wait_s)
-        if self.requests:
-            if (wait_s := self.requests.wait_s(1.0)) > 0:
+        self.take_requests(1)
+
+    async def charge_requests(self, num: int) -> None:
+        """Deduct further requests, for the questions of one request beyond its first.
+
+        Raises:
+            RequestError: 429, if too few are left.
+        """
+        self.take_requests(num)
+
+    def take_requests(self, num: int) -> None:
+        """Take requests from their bucket.
+
+        Raises:
+            RequestError: 429, if too few are left.
+        """
+        if self.requests and num:
+            if (wait_s := self.requests.wait_s(num)) > 0:
                 raise self.out_of_requests(wait_s)
-            self.requests.take(1.0)
+            self.requests.take(num)
 
     async def charge(self, audio_s: float) -> None:
         """Deduct the seconds of a clip before it is answered.
@@ -148,9 +164,9 @@ class Tenant:
         limit = self.key.requests_per_minute
         return RequestError(
             "rate_limit_exceeded",
-            f"This key is limited to {limit:g} requests per minute.",
+            f"This key is limited to {limit:g} requests per minute; each question of a request counts as one.",
             limit=limit,
-            retry_after_s=math.ceil(wait_s),
+            retry_after_s=math.ceil(wait_s if math.isfinite(wait_s) else MINUTE_S),
             hint="Retry after the Retry-After time.",
         )
 

@@ -153,6 +153,7 @@ class Settings(BaseSettings):
     max_queue_wait_s: float = Field(
         default=60.0, gt=0, description="Maximum expected wait for the engine; beyond it requests get a 503."
     )
+    max_questions: int = Field(default=16, ge=1, description="Maximum number of questions about one clip in a request.")
     default_max_tokens: int = Field(default=1024, ge=1)
     max_tokens: int = Field(default=4096, ge=1)
     default_timeout_ms: int = Field(default=120_000, ge=1)

@@ -39,7 +39,7 @@ MAX_KEYS = 64
 MAX_LISTED_CHOICES = 128
 
 REPEATED_FIELDS = frozenset(
-    {"choices", "include", "known_speaker_names", "known_speaker_references", "timestamp_granularities"}
+    {"choices", "questions", "include", "known_speaker_names", "known_speaker_references", "timestamp_granularities"}
 )
 """Fields that a form may have more than once, without the brackets of `plain_name`."""
 

@@ -53,6 +53,7 @@ async def info(request: Request) -> InfoReply:
             max_file_bytes=settings.files_max_bytes,
             max_file_lifetime_s=settings.files_max_lifetime_s,
             max_question_chars=MAX_QUESTION_CHARS,
+            max_questions=settings.max_questions,
             max_choices=MAX_CHOICES,
             max_choice_chars=MAX_CHOICE_CHARS,
             max_tokens=settings.max_tokens,

@@ -168,12 +168,14 @@ HEADERS = [
 ]
 
 WORDS = r"\S"
+TEXT: dict[str, Any] = {"type": "string", "minLength": 1, "pattern": WORDS}
 
 
 def limits_of(settings: Settings, max_pauses: int) -> Limits:
     """Return the schema constraints beyond the fields' types; each has its own error code."""
     return {
         "question": {"minLength": 1, "maxLength": MAX_QUESTION_CHARS, "pattern": WORDS},
+        "questions": {"minItems": 1, "maxItems": settings.max_questions},
         "choices": {
             "items": {"type": "string", "minLength": 1, "maxLength": MAX_CHOICE_CHARS, "pattern": WORDS},
             "maxItems": MAX_CHOICES,
@@ -208,8 +210,8 @@ def form_and_json(form: type[BaseModel], body: type[BaseModel]) -> RequestBody:
     def describe(limits: Limits) -> dict[str, Any]:
         schemas = (limited(form_schema(form), limits), limited(json_schema(body), limits))
         form_content: dict[str, Any] = {"schema": schemas[0]}
-        if "choices" in schemas[0]["properties"]:
-            form_content["encoding"] = {"choices": {"style": "form", "explode": True}}
+        if lists := [name for name in ("choices", "questions") if name in schemas[0]["properties"]]:
+            form_content["encoding"] = {name: {"style": "form", "explode": True} for name in lists}
         content = {"multipart/form-data": form_content, "application/json": {"schema": schemas[1]}}
         return {"required": True, "content": content}
 
@@ -264,20 +266,34 @@ def inlined(schema: dict[str, Any]) -> dict[str, Any]:
 def form_schema(form: type[BaseModel]) -> dict[str, Any]:
     """Return the schema of the multipart form: the fields and the clip as a file."""
     schema = form.model_json_schema()
-    clip = {"type": "string", "format": "binary", "description": "Audio file in a format of /v1/info."}
+    clip: dict[str, Any] = {"type": "string", "format": "binary", "description": "Audio file in a format of /v1/info."}
     schema["properties"] = {"file": clip, **schema["properties"]}
     if "file_id" in schema["properties"]:
         schema["properties"]["file_id"] |= {"anyOf": [{"type": "string", "minLength": 1}]}
-        schema["oneOf"] = [{"required": ["file"]}, {"required": ["file_id"]}]
+        schema["allOf"] = [one_of("file", "file_id")]
     else:
         schema["required"] = ["file", *schema.get("required", ())]
+    if "questions" in schema["properties"]:
+        schema.pop("$defs")
+        # A JSON object inside a field is text, too.
+        schema["properties"]["questions"]["items"] = TEXT
+        schema["allOf"].append(one_of("question", "questions"))
     return schema
+
+
+def one_of(*names: str) -> dict[str, Any]:
+    """Return the schema of an object with exactly one of the fields."""
+    return {"oneOf": [{"required": [name]} for name in names]}
 
 
 def json_schema(body: type[BaseModel]) -> dict[str, Any]:
     """Return the schema of the JSON body, with the clip's schema inlined."""
-    schema = body.model_json_schema()
-    audio = schema["properties"]["audio"] = schema.pop("$defs")["AudioData"]
+    schema = inlined(body.model_json_schema())
+    audio = schema["properties"]["audio"]
     audio["properties"]["data"]["format"] = "byte"
-    audio["oneOf"] = [{"required": [name]} for name in audio["properties"]]
+    audio |= one_of(*audio["properties"])
+    if "questions" in schema["properties"]:
+        questions = schema["properties"]["questions"]
+        questions["items"] = {"anyOf": [TEXT, questions["items"]]}
+        schema |= one_of("question", "questions")
     return schema

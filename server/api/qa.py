@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -10,11 +11,12 @@ from fastapi.responses import JSONResponse
 from hyper_model.answering import Event
 from server.api import replies
 from server.api.forms import read_clip_request
-from server.api.lifecycle import respond
+from server.api.lifecycle import Handler, respond
 from server.api.openapi import ANYWHERE, event_stream_responses, form_and_json, takes_body
-from server.api.questions import Asked, ClipHandler, check_bounds
+from server.api.qa_list import AudioQaList
+from server.api.questions import ClipHandler, asked_of, check_bounds
 from server.api.stream import Emit, ServerSentEvent
-from server.api.types import QaBody, QaForm, QaOptions, QaReply
+from server.api.types import QaBody, QaForm, QaListReply, QaOptions, QaReply
 from server.errors import RequestError
 from server.request_context import RequestContext
 from server.service import Service
@@ -23,37 +25,45 @@ EVENTS = "section.start section.delta section.end pause answer.delta answer.done
 RESPONSES = event_stream_responses(
     EVENTS, "The answer; with `stream=true`, its events. The event `done` contains the whole answer."
 )
+REPLY = QaReply | QaListReply
 
 router = APIRouter(responses=ANYWHERE)
 
 
-@router.post("/v1/audio/qa", summary="Ask a question about a clip", response_model=QaReply, responses=RESPONSES)
+@router.post("/v1/audio/qa", summary="Ask a question about a clip", response_model=REPLY, responses=RESPONSES)
 @takes_body(form_and_json(QaForm, QaBody))
 async def audio_qa(request: Request) -> Response:
-    """Answer one question about one clip, with the model's perception and reasoning.
+    """Answer one question about one clip, with the model's perception and reasoning, or several as `questions`.
 
     With `stream=true` the reply is a stream of server-sent events: `section.start`, `section.delta`, `section.end`,
-    `pause`, `answer.delta`, `answer.done`, `usage`, `done` (the whole reply), or `error`.
+    `pause`, `answer.delta`, `answer.done`, `usage`, `done` (the whole reply), or `error`. With `questions`, each event
+    of a question has its `index`.
     """
-    return await respond(request, AudioQa.read)
+    return await respond(request, read_qa)
+
+
+async def read_qa(request: Request, service: Service, context: RequestContext) -> Handler[Any]:
+    """Read and check the body: one question, or several."""
+    options, data = await read_clip_request(request, service, form=QaForm, body=QaBody)
+    check_bounds(service, max_tokens=options.max_tokens, timeout_ms=options.timeout_ms, pause=options.pause)
+    if options.long_audio != "error":
+        message = f"`long_audio={options.long_audio}` is not supported; only `error` is."
+        raise RequestError("invalid_parameter", message, param="long_audio")
+    if options.questions:
+        return AudioQaList(service, context, options, data)
+    if "question" not in options.model_fields_set:
+        raise RequestError("missing_parameter", "`question` is required.", param="question")
+    return AudioQa(service, context, options, data)
 
 
 class AudioQa(ClipHandler):
     """Answers one question about one clip; see `server.api.lifecycle.Handler`."""
 
     def __init__(self, service: Service, context: RequestContext, options: QaOptions, data: bytes) -> None:
-        asked = Asked(
-            question=options.question,
-            choices=tuple(options.choices),
-            pause=options.pause,
-            max_tokens=options.max_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-        )
         super().__init__(
             service,
             context,
-            asked,
+            asked_of(options, options.question, options.choices),
             data,
             timeout_ms=options.timeout_ms,
             is_stream=options.stream,
@@ -61,16 +71,6 @@ class AudioQa(ClipHandler):
             track=options.track,
             channel=options.channel,
         )
-
-    @classmethod
-    async def read(cls, request: Request, service: Service, context: RequestContext) -> AudioQa:
-        """Read and check the body."""
-        options, data = await read_clip_request(request, service, form=QaForm, body=QaBody)
-        check_bounds(service, max_tokens=options.max_tokens, timeout_ms=options.timeout_ms, pause=options.pause)
-        if options.long_audio != "error":
-            message = f"`long_audio={options.long_audio}` is not supported; only `error` is."
-            raise RequestError("invalid_parameter", message, param="long_audio")
-        return cls(service, context, options, data)
 
     async def answer(self, emit: Emit) -> QaReply:
         """Answer, and emit the trace and the answer as they are written."""

@@ -18,6 +18,7 @@ from server.answering import Answerer, AnswerRun
 from server.api import replies
 from server.api.lifecycle import decode_clip
 from server.api.stream import ServerSentEvent
+from server.api.types import QaOptions
 from server.errors import RequestError
 from server.pause_budget import Budget
 from server.request_context import RequestContext
@@ -34,6 +35,18 @@ class Asked:
     max_tokens: int | None = None
     temperature: float = 0.0
     seed: int | None = None
+
+
+def asked_of(options: QaOptions, question: str, choices: Sequence[str]) -> Asked:
+    """Return a question with the options of its request."""
+    return Asked(
+        question=question,
+        choices=tuple(choices),
+        pause=options.pause,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
 
 
 class ClipHandler:

@@ -5,9 +5,10 @@ Unknown fields are refused, so a misspelt option is an error. `NaN` and infinity
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator
 
 MAX_SEED = 2**32 - 1
 MAX_TRACK = 10_000
@@ -19,12 +20,22 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class QaOptions(Wire):
-    """One question about one clip."""
+class QuestionItem(Wire):
+    """One of several questions."""
 
-    question: str = Field(description="Question about the clip; at most 2000 characters.")
+    question: str
+    choices: Annotated[list[str], FailFast()] = []
+
+
+class QaOptions(Wire):
+    """One question about one clip, or several as `questions`."""
+
+    question: str = Field(default="", description="Question about the clip; at most 2000 characters.")
     # Stop at the first wrong item: a million of them would each produce an error.
     choices: Annotated[list[str], FailFast()] = Field(default=[], description="None, or 2 to 26 different choices.")
+    questions: Annotated[list[QuestionItem], FailFast()] = Field(
+        default=[], description="Several questions in place of `question`: texts, or objects with their own choices."
+    )
     stream: bool = Field(default=False, description="Send the reply as server-sent events.")
     pause: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = Field(
         default="auto",
@@ -50,11 +61,33 @@ class QaOptions(Wire):
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     timeout_ms: int | None = Field(default=None, ge=1, description="Deadline, counted from the request's first byte.")
 
+    # Pydantic calls the validators of a subclass first, so a form has parsed its JSON objects by then.
+    @field_validator("questions", mode="before")
+    @classmethod
+    def name_texts(cls, values: Any) -> Any:
+        """Take a text as a question without choices."""
+        if not isinstance(values, list):
+            return values
+        return [{"question": value} if isinstance(value, str) else value for value in cast("list[Any]", values)]
+
 
 class QaForm(QaOptions):
     """Form of a question: the options, and the clip as `file` or as the id of a stored one."""
 
     file_id: str | None = Field(default=None, description="Id of a stored file (/v1/files), instead of `file`.")
+
+    @field_validator("questions", mode="before")
+    @classmethod
+    def parse_objects(cls, values: list[str]) -> list[Any]:
+        """Parse the questions that are JSON objects; the others are plain text."""
+        return [_parsed_object(value) if value.lstrip().startswith("{") else value for value in values]
+
+
+def _parsed_object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("a question that begins with { must be a JSON object") from None
 
 
 class AudioData(Wire):
@@ -294,6 +327,17 @@ class NoQuery(Wire):
     """The query parameters of an endpoint without any."""
 
 
+class QaListReply(Wire):
+    """The answers to several questions about one clip, in their order; `usage` is their sum."""
+
+    id: str
+    object: Literal["audio.qa.list"] = "audio.qa.list"
+    created: int
+    model: str
+    data: list[QaReply]
+    usage: Usage
+
+
 class ErrorObject(Wire):
     """The error of a failed request: `code` for programs, `message` and `hint` for people."""
 
@@ -320,6 +364,7 @@ class PartialReply(Wire):
     trace: TraceReply
     perception: Perception | None = None
     reasoning: Reasoning | None = None
+    answers: list[QaReply] | None = Field(default=None, description="Complete answers, for several questions.")
 
 
 class LateReply(ErrorReply):
@@ -376,6 +421,7 @@ class LimitsInfo(Wire):
     max_file_bytes: int = Field(description="Maximum bytes of one stored file.")
     max_file_lifetime_s: int
     max_question_chars: int
+    max_questions: int = Field(description="Maximum number of questions about one clip in a request.")
     max_choices: int
     max_choice_chars: int
     max_tokens: int

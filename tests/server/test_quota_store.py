@@ -99,6 +99,22 @@ def test_parallel_requests_at_two_replicas_never_pass_a_limit_in_sum(redis: Redi
     asyncio.run(run())
 
 
+def test_each_question_of_a_request_counts_in_both_replicas(redis: RedisServer) -> None:
+    async def check() -> None:
+        async with replicas(redis, 2) as stores:
+            key = key_with(requests_per_minute=5)
+            first, second = (SharedQuotas(store).of(key) for store in stores)
+            async with first.enter():
+                await first.charge_requests(2)
+            async with second.enter():
+                with pytest.raises(RequestError) as caught:
+                    await second.charge_requests(2)
+                assert (caught.value.code, caught.value.limit) == ("rate_limit_exceeded", 5)
+                await second.charge_requests(1)
+
+    asyncio.run(check())
+
+
 def test_requests_in_flight_count_in_both_replicas_and_return_their_places(redis: RedisServer) -> None:
     async def run() -> None:
         async with replicas(redis, 2) as stores:

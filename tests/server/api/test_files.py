@@ -6,6 +6,7 @@ import base64
 import json
 import time
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,9 @@ class RecordingEngine(ScriptedEngine):
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Keep the request, and answer it."""
         self.requests.append(request)
-        async for chunk in super().generate(request):
-            yield chunk
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
 
 def test_every_way_of_asking_about_a_file_reuses_the_work_on_its_sound(tmp_path: Path) -> None:
