@@ -55,8 +55,11 @@ class Shapes:
     def activations_gib(self) -> float:
         """Return the peak of one step: a decoder layer, and the feed-forward of an encoder layer."""
         decoder = STEP_TOKENS * (3 * self.intermediate_size + 4 * self.hidden_size)
-        encoder = STEP_STATES * (2 * self.audio_ffn + self.audio_width)
-        return NUM_BYTES * (decoder + encoder) / GIBIBYTE
+        return (NUM_BYTES * decoder + STEP_STATES * self.state_bytes()) / GIBIBYTE
+
+    def state_bytes(self) -> int:
+        """Return the encoder's peak per state: the residual, and both sides of the activation."""
+        return NUM_BYTES * (2 * self.audio_ffn + self.audio_width)
 
     def plan_gib(self, layers: int, cache_gib: float) -> float:
         """Return the planned memory of the service."""

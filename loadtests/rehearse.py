@@ -40,7 +40,7 @@ MAX_MODEL_LEN = 2_048
 MAX_TOKENS = 24
 START_TIMEOUT_S = 3_600
 ANSWER_TIMEOUT_S = 1_800
-SAMPLE_S = 0.25
+SAMPLE_S = 1.0
 # Random tokens have a low confidence, so the gate pauses at its first full window and never gives up.
 PAUSE: Mapping[str, Any] = {
     "max_pauses": 1,

@@ -88,13 +88,15 @@ def when_up(process: subprocess.Popen[str], url: str, path: str, log: Path, time
         click.ClickException: The process ended or took too long.
     """
     deadline_s = time.monotonic() + timeout_s
-    while True:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(url + path, timeout=2).status_code == 200:
-                return url
-        if process.poll() is not None or time.monotonic() > deadline_s:
-            raise click.ClickException(f"{url}{path} does not answer; see {log}")
-        time.sleep(0.2)
+    # One client, because each new one reads the certificates again.
+    with httpx.Client(timeout=2) as client:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if client.get(url + path).status_code == 200:
+                    return url
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                raise click.ClickException(f"{url}{path} does not answer; see {log}")
+            time.sleep(0.2)
 
 
 def free_port() -> int:
