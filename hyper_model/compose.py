@@ -295,6 +295,21 @@ def compose_once(parts: Parts, *, report: Report = print) -> Checkpoint:
     return compose(parts, destination, report=report, overwrite=True)
 
 
+def open_or_compose(directory: Path, *, verify: bool = True, report: Report = print) -> Checkpoint:
+    """Open a checkpoint. A directory of trained parts is composed into the cache first.
+
+    Args:
+        verify: As in `open_checkpoint`; a composed checkpoint is always verified.
+        report: As in `compose`.
+
+    Raises:
+        CheckpointError: As in `open_checkpoint` and `compose`.
+    """
+    if (directory / PARTS_FILE).is_file() and not (directory / MANIFEST_FILE).is_file():
+        return compose_once(read_parts(directory), report=report)
+    return open_checkpoint(directory, verify=verify)
+
+
 def parts_of_adapter(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the tensors of a peft adapter to the names of parts.safetensors.
 

@@ -8,19 +8,18 @@ import logging
 import os
 from collections.abc import AsyncGenerator
 from importlib import import_module
-from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from hyper_model.checkpoint import Checkpoint, open_checkpoint
-from hyper_model.errors import CheckpointError, HyperError
+from hyper_model.checkpoint import Checkpoint
+from hyper_model.errors import HyperError
 from server import error_handlers
 from server.api import chat, files, health, info, models, page, qa, transcriptions
 from server.api.openapi import document
 from server.api_keys import KeyRing
+from server.embedded import choose_checkpoint
 from server.engines.protocol import Engine
-from server.engines.scripted import scripted_checkpoint
 from server.middleware import RequestMiddleware
 from server.service import Service
 from server.settings import ENGINES, Settings
@@ -28,8 +27,6 @@ from server.telemetry.metrics import Metrics, version
 from server.telemetry.tracing import tracer_from
 
 logger = logging.getLogger("hyper.server")
-
-EMBEDDED_CHECKPOINT = Path(__file__).parent.parent / "checkpoints/hyper-mini"
 
 DESCRIPTION = """Questions about audio clips. Each answer comes with background sounds, speakers, transcript and
 reasoning. Every error is `{"error": {...}}` with a `code`; every reply has an `x-request-id`."""
@@ -46,7 +43,8 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         CheckpointError: If the checkpoint cannot be served.
         HyperError: If traces cannot be sent as configured.
     """
-    checkpoint = load_checkpoint(settings)
+    chosen = choose_checkpoint(settings)
+    checkpoint = chosen.checkpoint
     metrics = Metrics()
     engine = engine or build_engine(settings, checkpoint)
     service = Service(settings, checkpoint, engine, metrics, tracer_from(os.environ), key_ring(settings))
@@ -65,6 +63,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         title="HyPeR", version=version(), description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.service = service
+    app.state.fallback_reason = chosen.fallback_reason
     app.include_router(qa.router)
     app.include_router(chat.router)
     app.include_router(transcriptions.router)
@@ -87,20 +86,6 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
-
-
-def load_checkpoint(settings: Settings) -> Checkpoint:
-    """Open the configured checkpoint, else the embedded one; the scripted engine can run without."""
-    if settings.checkpoint is not None:
-        return open_checkpoint(settings.checkpoint, verify=settings.verify_checkpoint)
-    if settings.engine == "scripted":
-        return scripted_checkpoint()
-    if EMBEDDED_CHECKPOINT.is_dir():
-        return open_checkpoint(EMBEDDED_CHECKPOINT, verify=settings.verify_checkpoint)
-    # An installed package contains no checkpoints.
-    raise CheckpointError(
-        "HYPER_CHECKPOINT is not set, and there is no embedded checkpoint; set it to a checkpoint directory"
-    )
 
 
 def key_ring(settings: Settings) -> KeyRing | None:

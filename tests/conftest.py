@@ -17,7 +17,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hyper_model.manifest import GATED_SECTIONS
-from server.app import EMBEDDED_CHECKPOINT
+from server.embedded import EMBEDDED_CHECKPOINT
 from server.settings import Settings
 from tests.serving import Live, running, scripted
 

@@ -62,7 +62,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "settings telemetry page",
         "api_keys errors",
         "engines decoding quotas recordings storage",
-        "pause_budget request_context quota_store",
+        "pause_budget request_context quota_store embedded",
         "error_handlers limiter",
         "generation_stats",
         "answering admission gauges",

@@ -27,6 +27,7 @@ async def info(request: Request) -> InfoReply:
             manifest_sha256=service.checkpoint.manifest_sha256,
             base_model=manifest.base_model,
             max_model_len=manifest.max_model_len,
+            fallback_reason=request.app.state.fallback_reason,
         ),
         formats=list(FORMATS),
         decoding=DecodingInfo(sandbox=list(service.decoder_pool.layers), memory_mib=settings.decode_memory_mib),

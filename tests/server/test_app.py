@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from hyper_model.errors import CheckpointError
-from server.app import create_app, load_checkpoint
-from server.settings import Settings
 from tests.serving import (
     QUESTION,
     Live,
@@ -233,11 +229,3 @@ def test_the_source_of_a_clip_is_told(live: Live, stereo: bytes) -> None:
     assert (audio["sample_rate_hz"], audio["channels"], audio["duration_s"]) == (44100, 2, 1.0)
     (audio,) = live.ask(mp3()).json()["audio"]
     assert audio["codec"].startswith("mp3")
-
-
-def test_the_embedded_checkpoint_is_served_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_checkpoint(Settings()).manifest.name == "hyper-mini"
-    # An installed package contains no checkpoint.
-    monkeypatch.setattr("server.app.EMBEDDED_CHECKPOINT", Path("nowhere"))
-    with pytest.raises(CheckpointError, match="HYPER_CHECKPOINT"):
-        create_app(Settings())
