@@ -6,6 +6,7 @@ that the model itself would write. So a wrong draft costs time and never changes
 
 `draft_tokens` is a pure function of token ids and a `DraftTable`. It tries these sources in order:
   - the tags that must follow a tag;
+  - the fixed beginning of a line of SPEAKER;
   - in a section of repeated words, their text, encoded again. The first word of a quote has other tokens after a
     quotation mark than after a space, so a search for equal tokens would miss it;
   - the tokens after an earlier occurrence of the last tokens (n-gram lookup).
@@ -25,8 +26,8 @@ from itertools import pairwise
 from hyper_model.trace import OPTIONAL_SECTIONS, PARENTS, PauseMode, Section, TraceTokenizer
 from hyper_model.trace_parser import parse_speakers
 
-NGRAM_TOKENS = (4, 3, 2)
-"""Lengths of the searched n-grams; a longer one comes first."""
+NGRAM_TOKENS = (4, 3)
+"""Lengths of the searched n-grams; a longer one comes first. Of drafts after two equal tokens, most are rejected."""
 
 MAX_NGRAM_DRAFT = 4
 """Maximum tokens of a draft by n-gram lookup, which is rejected more often than the others."""
@@ -34,6 +35,7 @@ MAX_NGRAM_DRAFT = 4
 _CACHED_TEXTS = 256
 _SENTENCE_JOIN = ". "
 _SAYS = re.compile(r"^(.*\b(S[0-9]+) says)(?: .*)?$", re.DOTALL)
+_HEAD = re.compile(r"S[0-9]+ \w+")
 _CHOICE = re.compile(r"^[A-Z]\. (.+)$", re.MULTILINE)
 
 
@@ -192,11 +194,23 @@ def _follow(reading: _Reading, prompt_ids: Sequence[int]) -> list[int]:
     if section is None:
         return []
     written = reading.ids[section]
+    if section is Section.SPEAKER:
+        ids = table.encode(_begin_line(table.tokenizer.decode(written)))
+        return list(ids[len(written) :]) if ids[: len(written)] == tuple(written) else []
     for text in _expected_texts(reading, section, prompt_ids):
         ids = table.encode(text)
         if ids[: len(written)] == tuple(written):
             return [*ids[len(written) :], table.tokenizer.tag_ids[section][1]]
     return []
+
+
+def _begin_line(written: str) -> str:
+    """Return the words of SPEAKER continued up to the next unknown one: the name of a speaker, or the first quote."""
+    line = written.rpartition("\n")[2]
+    if not line:
+        number = written.count("\n") + 1
+        return f"{written}S{number}"
+    return f'{written}: "' if _HEAD.fullmatch(line) else written
 
 
 def _expected_texts(reading: _Reading, section: Section, prompt_ids: Sequence[int]) -> Iterator[str]:

@@ -231,10 +231,14 @@ class GateReport(NamedTuple):
     Attributes:
         lowest: Lowest group confidence, or None without a full window.
         confidences: Window confidence at each pause, in order; None before the first full window.
+        num_drafted, num_accepted: Tokens drafted for the completion, and those among them that it contains; 0 in an
+            engine without drafts.
     """
 
     lowest: float | None = None
     confidences: tuple[float | None, ...] = ()
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 @dataclass
@@ -431,6 +435,15 @@ class Gate:
     def report(self) -> GateReport:
         """Return a summary of the completion so far."""
         return GateReport(self.lowest, tuple(pause.confidence for pause in self.pauses))
+
+    @property
+    def forced_ids(self) -> tuple[int, ...]:
+        """Return the next tokens that the gate forces whatever the model computes: of a span, or after an abort."""
+        if self.forced:
+            return tuple(self.forced)
+        if self.num_in_span and self.settings.mode is PauseMode.PARALLEL:
+            return self.settings.span_ids[self.num_in_span :]
+        return ()
 
     @property
     def is_pausing(self) -> bool:

@@ -130,6 +130,8 @@ class _Row:
         output: The request's own list of tokens; vLLM appends sampled tokens to it.
         num_seen: Number of its tokens already pushed to the gate.
         confidence: Last computed confidence of the position behind them.
+        num_output: Length of `output` at the last accepted draft. Until vLLM appends the draft, `num_seen` is larger.
+        num_drafted, num_accepted: Drafted tokens of the completion, and those accepted.
     """
 
     key: str | int
@@ -138,6 +140,12 @@ class _Row:
     gate: Gate
     num_seen: int = 0
     confidence: float | None = None
+    num_output: int = -1
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+    def __post_init__(self) -> None:
+        self.is_draftable = is_plain_greedy(self.params)
 
     def catch_up(self) -> None:
         """Push all newly sampled tokens to the gate.
@@ -145,6 +153,9 @@ class _Row:
         A step of an incomplete prompt calls this too, but samples nothing; its decision is then requested again. The
         confidence is unknown for tokens sampled in between, as for a request that lost its row and its memory.
         """
+        if len(self.output) == self.num_output:
+            return
+        self.num_output = -1
         # Tokens dropped by vLLM, to be sampled again, were pushed already.
         self.num_seen = min(self.num_seen, len(self.output))
         # A token below 0 is vLLM's placeholder for one still being sampled.
@@ -152,6 +163,54 @@ class _Row:
             self.gate.push(self.output[self.num_seen], self.confidence)
             self.num_seen += 1
             self.confidence = None
+
+    def accept(self, draft: Sequence[int], logits: torch.Tensor, likeliest: list[int], best: list[float]) -> int:
+        """Push the drafted tokens that greedy decoding under the gate would choose, and return their number.
+
+        Args:
+            draft: K drafted tokens.
+            logits: float32 [K, V], the logits at their positions; unchanged.
+            likeliest: Likeliest token at each position, before the gate.
+            best: Log-probability of each.
+        """
+        self.catch_up()
+        gate, num_accepted = self.gate, 0
+        for place, token_id in enumerate(draft):
+            confidence = math.exp(best[place]) if gate.is_listening else None
+            decision = gate.decide(1.0 if confidence is None else confidence)
+            if decision.forced_id is not None:
+                chosen = decision.forced_id
+            elif decision.is_biased or likeliest[place] in decision.banned_ids:
+                constrained = logits[place].clone()
+                if decision.is_biased:
+                    constrained[gate.settings.open_id] += gate.settings.acoustic_bias
+                constrained[list(decision.banned_ids)] = -math.inf
+                chosen = int(constrained.argmax())
+            else:
+                chosen = likeliest[place]
+            if chosen != token_id:
+                break
+            gate.push(token_id, confidence)
+            num_accepted += 1
+        self.num_drafted += len(draft)
+        self.num_accepted += num_accepted
+        if num_accepted:
+            self.num_seen += num_accepted
+            self.num_output = len(self.output)
+            self.confidence = None
+        return num_accepted
+
+
+def is_plain_greedy(params: SamplingParams) -> bool:
+    """Return whether a request takes the likeliest token, changed by nothing but the gate."""
+    return (
+        params.temperature == 0
+        and not (params.presence_penalty or params.frequency_penalty or params.min_p or params.min_tokens)
+        and params.repetition_penalty == 1
+        and not (params.logit_bias or params.allowed_token_ids or params.bad_words or params.structured_outputs)
+        and params.logprobs is None
+        and params.logprob_token_ids is None
+    )
 
 
 class PauseV1(LogitsProcessor):
@@ -231,7 +290,10 @@ class PauseV1(LogitsProcessor):
         if parked is not None and KEY in extra and not gate.window:
             # The next chunk of a session whose reader has no confidences.
             gate.inherit(parked.gate, parked.confidence)
-        return _Row(key, params, output, gate)
+        row = _Row(key, params, output, gate)
+        if parked is not None:
+            row.num_drafted, row.num_accepted = parked.num_drafted, parked.num_accepted
+        return row
 
     def report(self, key: str) -> GateReport | None:
         """Return the summary of a request's gate, or None for an unknown key; drop it if the request is over."""
@@ -239,7 +301,7 @@ class PauseV1(LogitsProcessor):
         if row is None:
             return None
         row.catch_up()
-        return row.gate.report()
+        return row.gate.report()._replace(num_drafted=row.num_drafted, num_accepted=row.num_accepted)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Ban and force tokens in the rows of armed requests; other rows keep every bit.
@@ -272,6 +334,33 @@ class PauseV1(LogitsProcessor):
             logits[index] = -math.inf
             logits[index, token_id] = 0.0
         return logits
+
+    def apply_with_spec_decode(
+        self, logits: torch.Tensor, num_draft_tokens: Sequence[int], draft_token_ids: Sequence[Sequence[int]]
+    ) -> list[int]:
+        """Return the number of accepted drafted tokens of each request.
+
+        Call it before `apply`, which then constrains the position after the accepted tokens. vLLM's own hook for drafts
+        (vllm#43672) comes after `apply`. The gate needs this order, because a position's decision depends on the
+        confidences of the drafted tokens before it.
+
+        Args:
+            logits: float32 [D, V], the logits at all drafted positions, request after request; unchanged.
+            num_draft_tokens: Number of drafted tokens of each request, of sum D.
+            draft_token_ids: The drafted tokens of each request.
+        """
+        num_accepted = [0] * len(num_draft_tokens)
+        # As in `_measure`, so that accepted tokens have the same confidences as without drafts.
+        tensor = logits.log_softmax(dim=-1, dtype=torch.float32).amax(dim=-1)
+        best = cast("list[float]", tensor.tolist())  # pyright: ignore[reportUnknownMemberType]
+        likeliest = cast("list[int]", logits.argmax(dim=-1).tolist())  # pyright: ignore[reportUnknownMemberType]
+        start = 0
+        for index, (num, draft) in enumerate(zip(num_draft_tokens, draft_token_ids, strict=True)):
+            row, drafted = self.rows.get(index), slice(start, start + num)
+            start += num
+            if num and row is not None and row.is_draftable:
+                num_accepted[index] = row.accept(draft, logits[drafted], likeliest[drafted], best[drafted])
+        return num_accepted
 
     def _measure(self, logits: torch.Tensor) -> None:
         """Push sampled tokens to the gates, and store the confidence of each listening row."""

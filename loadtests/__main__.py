@@ -140,9 +140,9 @@ def echo_figures(figures: Sequence[Figure]) -> None:
 @click.option(
     "--part",
     "parts",
-    type=click.Choice(["engine", "throughput"]),
+    type=click.Choice(["engine", "throughput", "drafts"]),
     multiple=True,
-    help="Measure only this part.  [default: both]",
+    help="Measure only this part. Repeatable.  [default: all]",
 )
 @click.option(
     "--log",
@@ -156,19 +156,19 @@ def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], lo
 
     The systems alternate in one run; every figure is a ratio within it. The last line is JSON.
     """
-    from loadtests.bench import Bench, measure_engine, measure_throughput, table
+    from loadtests.bench import Bench, measure_drafts, measure_engine, measure_throughput, table
     from loadtests.bench import Figure as Ratio
 
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     setup = Bench(checkpoint, clips, rounds, log, say=lambda text: click.echo(text, err=True))
-    measures = {"engine": measure_engine, "throughput": measure_throughput}
+    measures = {"engine": measure_engine, "throughput": measure_throughput, "drafts": measure_drafts}
     figures: list[Ratio] = []
     for name, measure in measures.items():
         if name in (parts or measures):
             found = measure(setup)
             figures += found
-            # Print at once, since the other part may fail.
+            # Print at once, since another part may fail.
             click.echo(table(found))
     click.echo(json.dumps({figure.name: round(figure.value, 8) for figure in figures}))
 

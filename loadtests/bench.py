@@ -33,6 +33,7 @@ CLIENTS = 16
 MAX_TOKENS = 300
 VISIBLE_TOKENS = 200
 MAX_CLIPS_PER_ROUND = 20
+DRAFT_CLIPS = 8
 STEP_BATCH = 32
 STEP_TOKENS = 160
 DURATIONS_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
@@ -214,6 +215,37 @@ def measure_engine(bench: Bench) -> list[Figure]:
         steps.figure("gate_step_overhead", "<= 1.03"),
         first.figure("ttft_ratio_5s", "<= 0.17"),
         second.figure("second_question_ttft_ratio", "<= 0.25"),
+    ]
+
+
+def measure_drafts(bench: Bench) -> list[Figure]:
+    """Measure traces with and without drafts on bare engines, alone and in a full batch."""
+    alone, full = Rounds(), Rounds()
+    num_equal, num_traces = 0, 0
+    with bench.peers(("ours", None), ("drafts", None)) as (plain, drafting):
+
+        def turn(first_seed: int, num_together: int) -> tuple[float, float]:
+            nonlocal num_equal, num_traces
+            arguments = {"seeds": list(range(first_seed, first_seed + num_together)), "max_tokens": MAX_TOKENS}
+            sides = [drafting, plain] if first_seed % 2 else [plain, drafting]
+            replies = {side: side.ask("traces", **arguments) for side in sides}
+            (drafted_s, drafted), (plain_s, expected) = replies[drafting], replies[plain]
+            num_traces += num_together
+            num_equal += sum(ours == theirs for ours, theirs in zip(drafted, expected, strict=True))
+            return drafted_s, plain_s
+
+        for number in range(bench.rounds):
+            # The sum over some clips, because the saved steps differ from trace to trace.
+            turns = [turn(300_000 + 100 * number + place, 1) for place in range(DRAFT_CLIPS)]
+            alone.add(sum(plain_s for _, plain_s in turns), sum(drafted_s for drafted_s, _ in turns))
+            full.add(*turn(400_000 + 101 * number, CLIENTS))
+            bench.say(f"drafts {number + 1}/{bench.rounds}")
+    bench.say(f"traces alone, without drafts and with: {alone.medians_ms()}; {CLIENTS} together: {full.medians_ms()}")
+    equal = num_equal / num_traces
+    return [
+        alone.figure("drafts_speedup_alone", ">= 1.3"),
+        full.figure("drafts_slowdown_16", "<= 1.02"),
+        Figure("drafts_ids_identical", equal, equal, equal, "1"),
     ]
 
 

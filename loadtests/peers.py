@@ -32,12 +32,12 @@ from loadtests.workload import find_clips
 QUESTION = "What does the first speaker say?"
 SECOND_QUESTION = "How many people speak?"
 DTYPE = native_dtype()
-Kind = Literal["ours", "stock", "transformers", "openai", "decode"]
+Kind = Literal["ours", "drafts", "stock", "transformers", "openai", "decode"]
 DECODE_MEMORY_BYTES = 256 * 2**20
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["ours", "stock", "transformers", "openai", "decode"]))
+@click.argument("kind", type=click.Choice(["ours", "drafts", "stock", "transformers", "openai", "decode"]))
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--clips", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
 @click.option("--max-num-seqs", default=32, show_default=True)
@@ -65,7 +65,7 @@ def run(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int) -> None:
         peer = TransformersPeer(checkpoint, fresh)
         serve_sync(peer)
     else:
-        asyncio.run(serve(EnginePeer(checkpoint, fresh, max_num_seqs, is_stock=kind == "stock")))
+        asyncio.run(serve(EnginePeer(checkpoint, fresh, max_num_seqs, kind)))
 
 
 def with_pause(checkpoint: Path, folder: Path, fields: dict[str, Any]) -> Path:
@@ -188,9 +188,9 @@ class DecodePeer:
 
 
 class EnginePeer:
-    """vLLM's engine without a server, with our model class and gate or unmodified (`is_stock`)."""
+    """vLLM's engine without a server: with our model class and gate, the same with drafts, or unmodified ("stock")."""
 
-    def __init__(self, checkpoint: Path, fresh: FreshClips, max_num_seqs: int, *, is_stock: bool) -> None:
+    def __init__(self, checkpoint: Path, fresh: FreshClips, max_num_seqs: int, kind: Kind) -> None:
         from hyper_model.checkpoint import open_checkpoint
         from server.engines.vllm import VllmEngine
         from server.settings import Settings
@@ -199,11 +199,13 @@ class EnginePeer:
         self.tokenizer = self.checkpoint.tokenizer
         self.fresh = fresh
         self.numbers = itertools.count()
-        if is_stock:
+        if kind == "stock":
             # Without plugins, vLLM does not load our model class.
             os.environ["VLLM_PLUGINS"] = ""
-        settings: Any = {"dtype": DTYPE, "max_num_seqs": max_num_seqs, "checkpoint": checkpoint}
-        self.engine: Any = (StockEngine if is_stock else VllmEngine)(Settings(**settings), self.checkpoint)
+        # Figures of pauses and gate compare requests with and without a gate, and only the first get drafts.
+        drafts = "auto" if kind == "drafts" else "off"
+        settings: Any = {"dtype": DTYPE, "max_num_seqs": max_num_seqs, "checkpoint": checkpoint, "drafts": drafts}
+        self.engine: Any = (StockEngine if kind == "stock" else VllmEngine)(Settings(**settings), self.checkpoint)
 
     async def stop(self) -> None:
         """Stop the engine."""
@@ -275,6 +277,27 @@ class EnginePeer:
             min(sum(started_s <= stamp <= ended_s for stamp in stamps_of_request) for stamps_of_request in stamps) - 1
         )
         return (ended_s - started_s) / num_steps
+
+    async def traces(self, seeds: Sequence[int], max_tokens: int) -> tuple[float, list[list[int]]]:
+        """Write the traces of new clips together; return the seconds after all first tokens, and the token ids."""
+        from hyper_model.pause import GateSettings
+        from hyper_model.trace import Section
+
+        stop = (*self.tokenizer.stop_ids, self.tokenizer.tag_ids[Section.FINAL_ANSWER][0])
+        gate = GateSettings.of(self.checkpoint.manifest, self.tokenizer)
+
+        async def write(seed: int) -> tuple[float, float, list[int]]:
+            first_s, token_ids = 0.0, list[int]()
+            request = self.request(self.fresh.make(seed), max_tokens, gate=gate, stop_token_ids=stop)
+            async with aclosing(self.engine.generate(request)) as chunks:
+                async for chunk in chunks:
+                    first_s = first_s or time.perf_counter()
+                    token_ids += [*chunk.span, *chunk.token_ids]
+            return first_s, time.perf_counter(), token_ids
+
+        written = await asyncio.gather(*map(write, seeds))
+        seconds = max(last_s for _, last_s, _ in written) - max(first_s for first_s, _, _ in written)
+        return seconds, [token_ids for _, _, token_ids in written]
 
     async def throughput(self, seeds: Sequence[int], clients: int, max_tokens: int) -> tuple[float, int]:
         """Answer one question about each new clip, `clients` at a time; return total seconds and written tokens."""

@@ -208,6 +208,8 @@ def _record_pauses(metrics: Metrics, gate: GateSettings | None, result: AnswerRe
         metrics.pause_tokens_per_answer.labels(gate.mode.value).observe(result.num_pause_tokens)
     if result.report.lowest is not None:
         metrics.lowest_confidence.observe(result.report.lowest)
+    metrics.draft_tokens.labels("accepted").inc(result.report.num_accepted)
+    metrics.draft_tokens.labels("rejected").inc(result.report.num_drafted - result.report.num_accepted)
 
 
 def _record_trace(metrics: Metrics, question: Question, parsed: ParsedTrace) -> None:

@@ -82,6 +82,10 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(
         default=16, ge=1, description="Maximum number of requests decoded together by the engine."
     )
+    drafts: Literal["auto", "on", "off"] = Field(
+        default="off",
+        description="CPU only: check drafted tokens, several per step; auto does so in small batches.",
+    )
     scripted_token_interval_s: float = Field(
         default=0.0, ge=0, description="Scripted engine only: time per token, to simulate a slow model."
     )

@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -40,8 +41,9 @@ PAUSING = {
 class VllmHost:
     """Owner of at most one vLLM engine, started on first use and again after a test has ended it."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, **fields: Any) -> None:
         self.checkpoint = checkpoint
+        self.fields = fields
         self.stack = contextlib.ExitStack()
         self.started: Live | None = None
 
@@ -49,7 +51,12 @@ class VllmHost:
         """Return the service over vLLM, started (20 to 90 s) if needed."""
         if self.started is None:
             settings = Settings(
-                engine="vllm", port=0, checkpoint=self.checkpoint, dtype="float32", default_max_tokens=64
+                engine="vllm",
+                port=0,
+                checkpoint=self.checkpoint,
+                dtype="float32",
+                default_max_tokens=64,
+                **self.fields,
             )
             with warnings.catch_warnings():
                 # torch and vLLM raise deprecation warnings at import.

@@ -35,6 +35,7 @@ MAY_IMPORT = {
 VLLM_MODULES = {
     "server.engines.vllm",
     "hyper_model.pause_vllm",
+    "hyper_model.drafts_vllm",
     "hyper_model.vllm_plugin",
     "training.rl.rollout",
     "loadtests.peers",
@@ -48,6 +49,8 @@ PURE_MODULES = (
     "hyper_model.errors",
     "hyper_model.trace",
     "hyper_model.pause",
+    "hyper_model.drafts",
+    "hyper_model.draft_support",
     "hyper_model.answering",
     "training.rl.rewards",
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from fastapi import APIRouter, Request
 
 from hyper_model.audio import FORMATS
 from hyper_model.trace import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_QUESTION_CHARS, Section
 from server.api.openapi import ANYWHERE
-from server.api.types import CheckpointInfo, DecodingInfo, InfoReply, LimitsInfo, PauseInfo
+from server.api.types import CheckpointInfo, DecodingInfo, DraftMode, InfoReply, LimitsInfo, PauseInfo
 from server.service import Service
 from server.telemetry.metrics import version
 
@@ -22,6 +24,7 @@ async def info(request: Request) -> InfoReply:
     return InfoReply(
         version=version(),
         engine=settings.engine,
+        drafts=cast("DraftMode", service.engine.about.get("drafts", "off")),
         checkpoint=CheckpointInfo(
             name=manifest.name,
             manifest_sha256=service.checkpoint.manifest_sha256,

@@ -433,11 +433,17 @@ class LimitsInfo(Wire):
     max_queue_wait_s: float
 
 
+DraftMode = Literal["auto", "on", "off"]
+
+
 class InfoReply(Wire):
     """Description of the running service."""
 
     version: str
     engine: str
+    drafts: DraftMode = Field(
+        default="off", description="Drafts in the engine: in small batches (auto), in any (on), or off or impossible."
+    )
     checkpoint: CheckpointInfo
     formats: list[str] = Field(description="Supported audio formats.")
     decoding: DecodingInfo

@@ -25,11 +25,12 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.engine_environment import native_dtype, num_cores, prepare_environment
+from hyper_model.manifest import Manifest
 from hyper_model.pause import Gate, GateReport, GateSettings
 from hyper_model.trace import PauseMode
 from server.engines.protocol import FinishReason, GenerationRequest, TokenChunk
@@ -167,6 +168,7 @@ class VllmEngine:
             enforce_eager=current_platform.is_cpu(),
             **(cpu_fields() if current_platform.is_cpu() else {}),
             worker_extension_cls="hyper_model.pause_vllm.GateReports",
+            **draft_fields(self.settings.drafts, self.checkpoint.manifest),
             # Otherwise the checkpoint's generation_config.json would change the caller's sampling.
             generation_config="vllm",
             trust_remote_code=False,
@@ -176,10 +178,19 @@ class VllmEngine:
         config = args.create_engine_config()
         self.is_v2 = config.use_v2_model_runner
         dtype = str(config.model_config.dtype).removeprefix("torch.")
-        self.about = {"vllm": vllm_version, "runner": "v2" if self.is_v2 else "v1", "dtype": dtype}
+        has_drafts = config.speculative_config is not None
+        self.about = {
+            "vllm": vllm_version,
+            "runner": "v2" if self.is_v2 else "v1",
+            "dtype": dtype,
+            "drafts": self.settings.drafts if has_drafts else "off",
+        }
         config.model_config.logits_processors = [processor_name(is_v2=self.is_v2)]
         # Stored here, not returned, because a thread keeps a reference to its last task's result.
         self.llm = AsyncLLM.from_vllm_config(config)
+        if has_drafts:
+            # Beside drafts vLLM refuses biases, but here every sampled token goes through its usual sampler.
+            self.llm.input_processor.speculative_config = None
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yield the completion as vLLM writes it; chunks have several tokens if the reader is slow."""
@@ -263,8 +274,8 @@ class VllmEngine:
             logger.warning("the gate's report did not come", extra={"request_id": session.request.request_id})
             return GateReport()
         # Use the first worker: all follow the same tokens. The report arrives as a list of its fields.
-        lowest, confidences = replies[0][0]
-        return GateReport(lowest, tuple(confidences))
+        lowest, confidences, num_drafted, num_accepted = replies[0][0]
+        return GateReport(lowest, tuple(confidences), num_drafted, num_accepted)
 
     async def score(self, request: GenerationRequest, candidates: Sequence[Sequence[int]]) -> list[float]:
         """Return each candidate's log-probability; one-token candidates share one engine step."""
@@ -562,6 +573,19 @@ def cpu_fields() -> dict[str, Any]:
         # By its full name: vLLM rejects the short one as a mistake.
         fields["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     return fields
+
+
+def draft_fields(drafts: Literal["auto", "on", "off"], manifest: Manifest) -> dict[str, Any]:
+    """Return the engine arguments for drafts; none, with a log line, if they are off or impossible."""
+    from hyper_model import draft_support
+
+    if drafts == "off":
+        return {}
+    reason = draft_support.why_not(manifest)
+    if reason is not None:
+        logger.log(logging.WARNING if drafts == "on" else logging.INFO, "drafts are off: %s", reason)
+        return {}
+    return draft_support.engine_fields(None if drafts == "on" else draft_support.AUTO_MAX_BATCH)
 
 
 def check_plugin() -> None:

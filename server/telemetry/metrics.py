@@ -159,6 +159,9 @@ class Metrics:
         self.audio_tokens = self._counter("audio_tokens", "Prompt tokens that encode audio")
         self.cached_tokens = self._counter("cached_tokens", "Prompt tokens found in the engine's cache")
         self.completion_tokens = self._counter("completion_tokens", "Visible tokens generated")
+        self.draft_tokens = self._counter(
+            "draft_tokens", "Drafted tokens checked by the engine, by outcome (accepted, rejected)", "outcome"
+        )
 
     def _define_pause_metrics(self) -> None:
         """Define the metrics of pauses."""
@@ -232,6 +235,7 @@ class Metrics:
             (self.sections_missing, tuple(section.value for section in REQUIRED_SECTIONS)),
             (self.parse_failures, get_args(FormFailure)),
             (self.reflections, ("false", "true")),
+            (self.draft_tokens, ("accepted", "rejected")),
             (self.decoder_deaths, get_args(WorkerFailure)),
             (self.auth_failures, ("no_key", "wrong_key", "wrong_scope")),
         )

@@ -93,7 +93,6 @@ def test_a_shorter_limit_only_cuts_the_draft(trace: list[int], data: st.DataObje
 def test_tags_that_must_follow_are_drafted() -> None:
     assert drafted(after(Section.THINK)) == "<PLANNING>"
     assert drafted(after(Section.PLANNING, is_close=True)) == "<CAPTION><ENV>"
-    assert drafted(after(Section.ENV, is_close=True)) == "<SPEAKER>"
     assert drafted(after(Section.ASR, is_close=True)) == "</CAPTION><REASONING>"
 
 
@@ -101,6 +100,19 @@ def test_the_tag_after_an_optional_section_is_drafted() -> None:
     think, caption = (TOKENIZER.tag_ids[section][0] for section in (Section.THINK, Section.CAPTION))
     assert drafted([think, caption, *TOKENIZER.tag_ids[Section.DESCRIPTION]]) == "</CAPTION><REASONING>"
     assert drafted([*TOKENIZER.tag_ids[Section.REFLECT]]) == "<FINAL_ANSWER>"
+
+
+def test_the_fixed_beginning_of_a_speakers_line_is_drafted() -> None:
+    speaker = after(Section.SPEAKER)
+    assert drafted(after(Section.ENV, is_close=True)) == "<SPEAKER>S1"
+    for written, expected in (
+        ("", "S1"),
+        ("S1", ""),
+        ("S1 woman", ': "'),
+        ('S1 woman: "who cannot come"\n', "S2"),
+        ('S1 woman: "who cannot come"\nS2 man', ': "'),
+    ):
+        assert drafted([*speaker, *TOKENIZER.encode_text(written)]) == expected, written
 
 
 def test_the_transcript_is_drafted_from_the_quotes_in_turns() -> None:
