@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from server.gauges import record_gauges
 from server.limiter import PriorityLimiter
 from server.quota_store import QuotaStore, SharedQuotas
 from server.quotas import Quotas
+from server.recordings.perceptions import PerceptionStore
 from server.settings import MEBIBYTE, Settings
 from server.storage import file_store
 from server.telemetry.metrics import Metrics, version
@@ -51,6 +54,8 @@ class Service:
         admission: Admits requests and counts those in flight.
         answerer: Answers questions about decoded clips.
         decoder_pool, decode_limiter: Decode clips, with limited concurrency.
+        recording_limits: Limits of a recording, in place of a clip's.
+        perceptions: Perceptions of recent recordings' windows.
         files: Stored files of all tenants.
         keys, quotas: Permitted callers and their limits; no keys for an open service.
         quota_store: Client of the store for the limits of several replicas; None with limits in memory.
@@ -86,6 +91,13 @@ class Service:
             memory_bytes=settings.decode_memory_mib * MEBIBYTE,
             on_death=lambda reason: metrics.decoder_deaths.labels(reason).inc(),
         )
+        self.recording_limits = dataclasses.replace(
+            audio_limits,
+            max_duration_s=settings.max_recording_s,
+            decode_timeout_s=settings.recording_decode_timeout_s,
+            # As much per second as for a clip, at the default of ten minutes.
+            max_source_samples=math.ceil(audio_limits.max_source_samples * max(1.0, settings.max_recording_s / 600)),
+        )
         self.decode_limiter = PriorityLimiter(settings.decode_workers)
         metrics.decoders.set(settings.decode_workers)
         metrics.max_in_flight.set(settings.max_in_flight)
@@ -101,6 +113,9 @@ class Service:
         # The secret is new in each process, like the engine's cache.
         self.answerer = Answerer(
             settings, checkpoint, engine, metrics, self.limiter, self.quarantine, secret=secrets.token_bytes(32)
+        )
+        self.perceptions = PerceptionStore(
+            self.answerer.secret, settings.recording_cache_mib * MEBIBYTE, settings.recording_ttl_s
         )
         self.supervisor: Supervisor | None = None
         self.pool = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="hyper-pool")

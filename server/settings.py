@@ -114,6 +114,24 @@ class Settings(BaseSettings):
         default=600.0, gt=0, description="Maximum decoded seconds; counted, because headers are not trusted."
     )
     decode_timeout_s: float = Field(default=10.0, gt=0)
+    max_recording_s: float = Field(
+        default=3600.0, gt=0, description="Maximum decoded seconds with `long_audio` window or chunk."
+    )
+    recording_decode_timeout_s: float = Field(
+        default=60.0, gt=0, description="Maximum time to decode a recording, block by block."
+    )
+    sync_windows: int = Field(
+        default=5, ge=1, description="Maximum number of windows of a recording outside a job; more get a 422."
+    )
+    recording_cuts: Literal["quietest", "fixed"] = Field(
+        default="quietest", description="fixed cuts each 30 s, in the middle of words too; for comparisons only."
+    )
+    recording_cache_mib: int = Field(
+        default=64, ge=0, description="Maximum memory of the perceptions of recordings' windows."
+    )
+    recording_ttl_s: float = Field(
+        default=3600.0, gt=0, description="Time until a recording's perceptions are dropped, from their last use."
+    )
     decode_workers: int = Field(default=2, ge=1, description="Maximum number of clips decoded at the same time.")
     decode_memory_mib: int = Field(default=256, ge=96, description="Maximum memory to decode one clip, code included.")
     trim_silence: bool = Field(

@@ -6,6 +6,7 @@ reads neither system messages nor earlier turns; a warning in `hyper.warnings` n
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
@@ -15,7 +16,6 @@ from fastapi.responses import JSONResponse
 from hyper_model.answering import AnswerDelta, Event
 from hyper_model.trace import Section
 from hyper_model.trace_parser import SectionDelta
-from server.api import replies
 from server.api.forms import FileId, decode_base64, load_clip, parse_json, validate
 from server.api.lifecycle import respond
 from server.api.models import require_model
@@ -36,9 +36,10 @@ from server.api.openai_types import (
     drop_neutral,
 )
 from server.api.openapi import ANYWHERE, event_stream_responses, json_only, takes_body
-from server.api.questions import Asked, ClipHandler, check_bounds
+from server.api.questions import Asked, check_bounds
+from server.api.recordings import RecordingHandler, WindowDone, check_place
 from server.api.stream import Emit, ServerSentEvent
-from server.api.types import QaReply, WarningReply
+from server.api.types import QaReply, Usage, WarningReply
 from server.errors import RequestError
 from server.request_context import RequestContext
 from server.service import Service
@@ -59,7 +60,7 @@ async def chat_completions(request: Request) -> Response:
     return await respond(request, Chat.read)
 
 
-class Chat(ClipHandler):
+class Chat(RecordingHandler):
     """Answers a chat request; see `server.api.lifecycle.Handler`."""
 
     def __init__(
@@ -73,7 +74,17 @@ class Chat(ClipHandler):
             temperature=body.temperature or 0.0,
             seed=body.seed,
         )
-        super().__init__(service, context, asked, data, timeout_ms=body.hyper.timeout_ms, is_stream=bool(body.stream))
+        super().__init__(
+            service,
+            context,
+            asked,
+            data,
+            timeout_ms=body.hyper.timeout_ms,
+            is_stream=bool(body.stream),
+            long_audio=body.hyper.long_audio,
+            start_s=body.hyper.start_s,
+            max_windows=service.settings.sync_windows,
+        )
         self.model = body.model
         self.includes_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.warnings = warnings
@@ -90,12 +101,12 @@ class Chat(ClipHandler):
             timeout_ms=body.hyper.timeout_ms,
             pause=body.hyper.pause,
         )
+        check_place(body.hyper.long_audio, body.hyper.start_s)
         data = clip if isinstance(clip, bytes) else await load_clip(service, context, clip)
         return cls(service, context, body, data, warnings_of(body.messages))
 
     async def answer(self, emit: Emit) -> ChatCompletion:
         """Answer, and emit chunks with the trace as reasoning and the answer as content."""
-        run = self.started_run
 
         async def emit_delta(event: Event) -> None:
             delta: dict[str, str] = {}
@@ -106,10 +117,13 @@ class Chat(ClipHandler):
             if delta and self.is_stream:
                 await emit(self.chunk(delta))
 
+        async def emit_window(done: WindowDone) -> None:
+            if self.is_stream:
+                await emit(self.chunk({}, more={"hyper": {"window_done": dataclasses.asdict(done)}}))
+
         if self.is_stream:
             await emit(self.chunk({"role": "assistant", "content": ""}))
-        result = await run.run(emit_delta)
-        reply = replies.build(run, result, shows_reasoning=True)
+        reply = await self.answer_any(emit_delta, emit_window)
         return self.completion(reply.model_copy(update={"warnings": [*reply.warnings, *self.warnings]}))
 
     def completion(self, reply: QaReply) -> ChatCompletion:
@@ -130,21 +144,24 @@ class Chat(ClipHandler):
                     audio_tokens=usage.audio_tokens, cached_tokens=usage.cached_tokens
                 ),
                 completion_tokens_details=CompletionTokensDetails(
-                    reasoning_tokens=self.num_reasoning_tokens() + usage.pause_tokens, pause_tokens=usage.pause_tokens
+                    reasoning_tokens=self.num_reasoning_tokens(usage) + usage.pause_tokens,
+                    pause_tokens=usage.pause_tokens,
                 ),
             ),
             hyper=reply,
         )
 
-    def num_reasoning_tokens(self) -> int:
-        """Count the visible tokens of all sections but the answer."""
+    def num_reasoning_tokens(self, usage: Usage) -> int:
+        """Count the visible tokens of all sections but the answer; of a recording, all tokens of its windows."""
+        if self.recording_run is not None:
+            return usage.completion_tokens
         counts = self.started_run.answering.parsed.section_num_tokens
         return sum(num for section, num in counts.items() if section is not Section.FINAL_ANSWER)
 
     @property
     def completion_id(self) -> str:
         """The id of the completion, the same in each chunk."""
-        return f"chatcmpl-{self.started_run.id}"
+        return f"chatcmpl-{self.answer_id}"
 
     def response(self, reply: ChatCompletion) -> Response:
         """Write the completion as JSON."""
@@ -168,8 +185,7 @@ class Chat(ClipHandler):
 
     def chunk_data(self) -> dict[str, Any]:
         """Return the members that all chunks share."""
-        created = self.started_run.stats.created_s
-        data: dict[str, Any] = {"id": self.completion_id, "object": "chat.completion.chunk", "created": created}
+        data: dict[str, Any] = {"id": self.completion_id, "object": "chat.completion.chunk", "created": self.created_s}
         data["model"] = self.model
         return data | ({"usage": None} if self.includes_usage else {})
 

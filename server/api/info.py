@@ -47,9 +47,11 @@ async def info(request: Request) -> InfoReply:
             sections=list(pause.sections),
             is_calibrated=pause.calibration is not None,
         ),
-        long_audio=["error"],
+        long_audio=["error", "window", "chunk"],
         limits=LimitsInfo(
             window_s=manifest.audio.window_s,
+            sync_windows=settings.sync_windows,
+            max_recording_s=settings.max_recording_s,
             min_audio_s=manifest.audio.min_duration_s,
             max_audio_s=settings.max_audio_s,
             max_audio_bytes=settings.max_audio_bytes,

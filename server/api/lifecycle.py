@@ -29,7 +29,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from hyper_model.audio import WINDOW_S, Channel, Waveform
+from hyper_model.audio import WINDOW_S, Channel, Quality, Waveform
 from server.api.stream import Emit, EventStream, ServerSentEvent, discard
 from server.errors import RequestError, to_request_error
 from server.request_context import RequestContext
@@ -233,11 +233,17 @@ async def decode_clip(
         with context.timing("inspect"):
             await service.in_pool(precompute_quality, waveform)
     context.decode_s = time.monotonic() - started_s
-    metrics.audio_bytes.observe(len(data))
-    metrics.audio_duration.observe(waveform.duration_s)
-    metrics.audio_codec.labels(waveform.codec).inc()
-    metrics.audio_silence_ratio.observe(waveform.quality.silence_ratio)
+    record_clip(service, len(data), waveform.codec, waveform.duration_s, waveform.quality)
     return waveform
+
+
+def record_clip(service: Service, num_bytes: int, codec: str, duration_s: float, quality: Quality) -> None:
+    """Count a decoded clip or recording in the metrics."""
+    metrics = service.metrics
+    metrics.audio_bytes.observe(num_bytes)
+    metrics.audio_duration.observe(duration_s)
+    metrics.audio_codec.labels(codec).inc()
+    metrics.audio_silence_ratio.observe(quality.silence_ratio)
 
 
 def precompute_quality(waveform: Waveform) -> None:

@@ -137,6 +137,13 @@ class HyperOptions(OpenAiBody):
 
     choices: Annotated[list[str], FailFast()] = Field(default=[], description="None, or 2 to 26 different choices.")
     pause: Literal["auto", "off"] | Annotated[int, Field(ge=0)] = "auto"
+    long_audio: Literal["error", "window", "chunk"] = Field(
+        default="error",
+        description="Handling of clips over one window: refuse them, use the window at `start_s`, or use all windows.",
+    )
+    start_s: float | None = Field(
+        default=None, ge=0, description="Start of the window in seconds; only with `long_audio=window`."
+    )
     timeout_ms: int | None = Field(default=None, ge=1)
 
 
@@ -166,7 +173,12 @@ class TranscriptionForm(OpenAiBody):
     language: str | None = Field(default=None, description="`en`; the embedded checkpoint transcribes English.")
     temperature: float = Field(default=0.0, ge=0, le=1)
     timestamp_granularities: list[Literal["segment"]] = Field(default=[])
-    chunking_strategy: Literal["auto", ""] = Field(default="auto", description="Has no effect on one window.")
+    chunking_strategy: Literal["auto", ""] = Field(
+        default="auto", description="Recordings over one window are cut at quiet places, whatever this says."
+    )
+    long_audio: Literal["error", "chunk"] = Field(
+        default="chunk", description="Handling of clips over one window: use all windows, or refuse them."
+    )
     timeout_ms: int | None = Field(default=None, ge=1)
 
 
@@ -182,6 +194,7 @@ class Timing(Wire):
 
     timing: Literal["window"] = "window"
     termination: str
+    failed_windows: list[int] = Field(default=[], description="Windows of a recording without a transcript.")
 
 
 class Transcription(Wire):

@@ -187,7 +187,6 @@ def limits_of(settings: Settings, max_pauses: int) -> Limits:
                 {"type": "integer", "minimum": 0, "maximum": max_pauses},
             ]
         },
-        "long_audio": {"enum": ["error"]},
         "max_tokens": whole_number(settings.max_tokens),
         "timeout_ms": whole_number(settings.max_timeout_ms),
         "expires_after[seconds]": whole_number(settings.files_max_lifetime_s),

@@ -14,14 +14,15 @@ from server.api.forms import read_clip_request
 from server.api.lifecycle import Handler, respond
 from server.api.openapi import ANYWHERE, event_stream_responses, form_and_json, takes_body
 from server.api.qa_list import AudioQaList
-from server.api.questions import ClipHandler, asked_of, check_bounds
+from server.api.questions import asked_of, check_bounds
+from server.api.recordings import RecordingHandler, WindowDone, check_place, window_event
 from server.api.stream import Emit, ServerSentEvent
 from server.api.types import QaBody, QaForm, QaListReply, QaOptions, QaReply
 from server.errors import RequestError
 from server.request_context import RequestContext
 from server.service import Service
 
-EVENTS = "section.start section.delta section.end pause answer.delta answer.done usage done error".split()
+EVENTS = "section.start section.delta section.end pause window.done answer.delta answer.done usage done error".split()
 RESPONSES = event_stream_responses(
     EVENTS, "The answer; with `stream=true`, its events. The event `done` contains the whole answer."
 )
@@ -37,7 +38,8 @@ async def audio_qa(request: Request) -> Response:
 
     With `stream=true` the reply is a stream of server-sent events: `section.start`, `section.delta`, `section.end`,
     `pause`, `answer.delta`, `answer.done`, `usage`, `done` (the whole reply), or `error`. With `questions`, each event
-    of a question has its `index`.
+    of a question has its `index`. A recording with `long_audio=chunk` has `window.done` for each window in place of
+    the trace's events.
     """
     return await respond(request, read_qa)
 
@@ -46,18 +48,20 @@ async def read_qa(request: Request, service: Service, context: RequestContext) -
     """Read and check the body: one question, or several."""
     options, data = await read_clip_request(request, service, form=QaForm, body=QaBody)
     check_bounds(service, max_tokens=options.max_tokens, timeout_ms=options.timeout_ms, pause=options.pause)
-    if options.long_audio != "error":
-        message = f"`long_audio={options.long_audio}` is not supported; only `error` is."
-        raise RequestError("invalid_parameter", message, param="long_audio")
+    check_place(options.long_audio, options.start_s)
     if options.questions:
+        if options.long_audio != "error":
+            message = f"`long_audio={options.long_audio}` takes one `question`, not `questions`."
+            hint = "Send one request per question; later ones use the kept perceptions of the recording."
+            raise RequestError("invalid_parameter", message, param="long_audio", hint=hint)
         return AudioQaList(service, context, options, data)
     if "question" not in options.model_fields_set:
         raise RequestError("missing_parameter", "`question` is required.", param="question")
     return AudioQa(service, context, options, data)
 
 
-class AudioQa(ClipHandler):
-    """Answers one question about one clip; see `server.api.lifecycle.Handler`."""
+class AudioQa(RecordingHandler):
+    """Answers one question about one clip or recording; see `server.api.lifecycle.Handler`."""
 
     def __init__(self, service: Service, context: RequestContext, options: QaOptions, data: bytes) -> None:
         super().__init__(
@@ -70,19 +74,23 @@ class AudioQa(ClipHandler):
             shows_reasoning=options.reasoning == "full",
             track=options.track,
             channel=options.channel,
+            long_audio=options.long_audio,
+            start_s=options.start_s,
+            max_windows=service.settings.sync_windows,
         )
 
     async def answer(self, emit: Emit) -> QaReply:
         """Answer, and emit the trace and the answer as they are written."""
-        run = self.started_run
 
         async def emit_on_wire(event: Event) -> None:
             found = replies.wire_event(event, shows_reasoning=self.shows_reasoning)
             if found is not None:
                 await emit(found)
 
-        result = await run.run(emit_on_wire)
-        return replies.build(run, result, shows_reasoning=self.shows_reasoning)
+        async def emit_window(done: WindowDone) -> None:
+            await emit(window_event(done))
+
+        return await self.answer_any(emit_on_wire, emit_window)
 
     def response(self, reply: QaReply) -> Response:
         """Return the reply as JSON."""

@@ -208,7 +208,5 @@ def require_window(waveform: Waveform) -> None:
     try:
         require_single_window(waveform)
     except AudioTooLongError as error:
-        error.hint = (
-            f"Send at most {error.limit:g} s. `long_audio` accepts only `error`; `window` and `chunk` are planned."
-        )
+        error.hint = "Send `long_audio=chunk` to use all of it, `window` with `start_s` for a part, or a shorter clip."
         raise

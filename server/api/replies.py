@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hyper_model.answering import AnswerDelta, AnswerResult, Event, changed_answer
-from hyper_model.audio import SAMPLE_RATE_HZ, Waveform
+from hyper_model.audio import SAMPLE_RATE_HZ, Quality, Waveform
 from hyper_model.audio_warnings import AudioWarning
 from hyper_model.silence import FittedClip
 from hyper_model.trace import Section, Termination, Trace, environment_labels
@@ -162,24 +162,41 @@ def trace_reply(result: ParsedTrace, *, shows_reasoning: bool) -> TraceReply:
 
 def audio_reply(waveform: Waveform, fitted: FittedClip) -> AudioReply:
     """Describe the clip and the parts of it that the model received."""
-    quality = waveform.quality
+    parts = [(start / SAMPLE_RATE_HZ, end / SAMPLE_RATE_HZ) for start, end in fitted.parts]
+    reply = describe_audio(waveform, waveform.duration_s, waveform.quality, parts)
+    found = [*waveform.warnings, *fitting_warnings(waveform, fitted)]
+    return reply.model_copy(
+        update={"padded_s": round(fitted.padded_s, 4), "warnings": [clip_warning(each) for each in found]}
+    )
+
+
+def describe_audio(
+    waveform: Waveform,
+    duration_s: float,
+    quality: Quality,
+    parts: Sequence[tuple[float, float]],
+    *,
+    num_windows: int = 1,
+) -> AudioReply:
+    """Describe a clip or a recording.
+
+    Args:
+        waveform: Codec, rate, channels, track and warnings.
+        duration_s: Length in seconds.
+        quality: Measures of all samples.
+        parts: Start and end in seconds of the parts that the model received.
+        num_windows: Windows of the recording.
+    """
     return AudioReply(
-        duration_s=round(waveform.duration_s, 4),
-        used_s=round(fitted.used_s, 4),
-        parts=[
-            UsedPart(start_s=round(start / SAMPLE_RATE_HZ, 4), end_s=round(end / SAMPLE_RATE_HZ, 4))
-            for start, end in fitted.parts
-        ],
-        padded_s=round(fitted.padded_s, 4),
+        duration_s=round(duration_s, 4),
+        used_s=round(sum(end_s - start_s for start_s, end_s in parts), 4),
+        parts=[UsedPart(start_s=round(start_s, 4), end_s=round(end_s, 4)) for start_s, end_s in parts],
         truncated=waveform.missing_s > 0,
         missing_s=round(waveform.missing_s, 3),
         num_tracks=waveform.num_tracks,
         track=waveform.track,
-        warnings=[
-            ClipWarning(code=warning.code, message=warning.message, seconds=warning.seconds)
-            for warning in (*waveform.warnings, *fitting_warnings(waveform, fitted))
-        ],
-        windows=1,
+        warnings=[clip_warning(warning) for warning in waveform.warnings],
+        windows=num_windows,
         sample_rate_hz=waveform.source_sample_rate_hz,
         channels=waveform.source_channels,
         codec=waveform.codec,
@@ -189,6 +206,11 @@ def audio_reply(waveform: Waveform, fitted: FittedClip) -> AudioReply:
             peak_dbfs=round(quality.peak_dbfs, 2),
         ),
     )
+
+
+def clip_warning(warning: AudioWarning) -> ClipWarning:
+    """Return a warning about a clip in wire format."""
+    return ClipWarning(code=warning.code, message=warning.message, seconds=warning.seconds)
 
 
 def fitting_warnings(waveform: Waveform, fitted: FittedClip) -> Iterator[AudioWarning]:
@@ -230,7 +252,11 @@ def warnings(result: AnswerResult, waveform: Waveform) -> list[WarningReply]:
 
 def clip_warnings(waveform: Waveform) -> Iterator[WarningReply]:
     """Yield warnings about a clip."""
-    quality = waveform.quality
+    return quality_warnings(waveform.quality)
+
+
+def quality_warnings(quality: Quality) -> Iterator[WarningReply]:
+    """Yield warnings about the sound of a clip or a recording."""
     if quality.silence_ratio >= SILENT_RATIO:
         yield WarningReply(code="silent_audio", message="The clip is silent; an answer about its content is a guess.")
     if quality.clipping_ratio >= CLIPPED_RATIO:

@@ -45,7 +45,11 @@ class QaOptions(Wire):
         default="full", description="Parts of the trace in the reply; the model always writes it."
     )
     long_audio: Literal["error", "window", "chunk"] = Field(
-        default="error", description="Handling of clips over one window; only `error` is supported."
+        default="error",
+        description="Handling of clips over one window: refuse them, use the window at `start_s`, or use all windows.",
+    )
+    start_s: float | None = Field(
+        default=None, ge=0, description="Start of the window in seconds; only with `long_audio=window`."
     )
     track: int | None = Field(
         default=None,
@@ -104,14 +108,38 @@ class QaBody(QaOptions):
     audio: AudioData
 
 
+class EvidenceReply(Wire):
+    """A window that an answer about a recording rests on; `quote` is from its transcript or background."""
+
+    window: int
+    start_s: float
+    end_s: float
+    quote: str | None
+
+
+class RunnerUp(Wire):
+    """The answer of another window of a recording."""
+
+    window: int
+    text: str
+    confidence: float | None
+
+
 class Answer(Wire):
-    """The answer; `scores` has one probability per choice and sums to 1."""
+    """The answer; `scores` has one probability per choice and sums to 1.
+
+    For a recording of several windows, `answered_by` is `windows` (the model, from the windows in `evidence`) or
+    `timeline` (code, from the timeline).
+    """
 
     text: str
     choice_index: int | None = None
     choice: str | None = None
     confidence: float | None = None
     scores: list[float] | None = None
+    answered_by: Literal["windows", "timeline"] | None = None
+    evidence: list[EvidenceReply] = []
+    runners_up: list[RunnerUp] = []
 
 
 class SpeakerReply(Wire):
@@ -214,6 +242,7 @@ class AudioReply(Wire):
     track: int = 1
     warnings: list[ClipWarning] = []
     windows: int
+    start_s: float = Field(default=0.0, description="Start of the used window, with `long_audio=window`.")
     sample_rate_hz: int
     channels: int
     codec: str
@@ -229,6 +258,28 @@ class Usage(Wire):
     completion_tokens: int
     pause_tokens: int
     total_tokens: int
+
+
+class TimelineWindow(Wire):
+    """One window of a recording: its place, and what the model perceived in it.
+
+    `boundary` is the end of the window: in silence, at a quiet place, hard (the next window begins 1 s earlier), or the
+    end of the recording. `score` is the rank of the search for the question, and `relistened` a second question about
+    the window. `error` is the code of a failed window.
+    """
+
+    index: int
+    start_s: float
+    end_s: float
+    boundary: Literal["silence", "quiet", "hard", "fixed", "end"]
+    status: Literal["done", "silent", "failed"]
+    error: str | None = None
+    environment: list[str] = []
+    speakers: list[SpeakerReply] = []
+    transcript: str | None = None
+    score: float | None = None
+    relistened: bool = False
+    usage: Usage | None = None
 
 
 class Timings(Wire):
@@ -261,10 +312,14 @@ class QaReply(Wire):
     answer: Answer
     perception: Perception | None
     reasoning: Reasoning | None
-    trace: TraceReply
+    trace: TraceReply | None = Field(description="Null for an answer that code read from a timeline.")
     termination: Literal["complete", "truncated", "aborted", "malformed"]
     pause: PauseReply
     audio: list[AudioReply]
+    recording: str | None = Field(
+        default=None, description="Id of the recording, whose perception is kept for later questions of this caller."
+    )
+    timeline: list[TimelineWindow] = Field(default=[], description="The windows of a recording, in order.")
     usage: Usage
     timings_ms: Timings
     warnings: list[WarningReply]
@@ -359,9 +414,13 @@ class ErrorReply(Wire):
 
 
 class PartialReply(Wire):
-    """The partial answer at the deadline; perception and reasoning only with `reasoning=full`."""
+    """The partial answer at the deadline; perception and reasoning only with `reasoning=full`.
 
-    trace: TraceReply
+    For a recording, it is the timeline of the finished windows.
+    """
+
+    trace: TraceReply | None = None
+    timeline: list[TimelineWindow] = []
     perception: Perception | None = None
     reasoning: Reasoning | None = None
     answers: list[QaReply] | None = Field(default=None, description="Complete answers, for several questions.")
@@ -417,6 +476,8 @@ class LimitsInfo(Wire):
     """Limits of a request."""
 
     window_s: float = Field(description="Seconds of audio per window, the encoder's input length.")
+    sync_windows: int = Field(description="Windows of a recording outside a job.")
+    max_recording_s: float = Field(description="Seconds of a recording, with `long_audio` window or chunk.")
     min_audio_s: float
     max_audio_s: float
     max_audio_bytes: int

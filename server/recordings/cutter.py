@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from hyper_model.audio import SAMPLE_RATE_HZ, WINDOW_S
 
-Boundary = Literal["silence", "quiet", "hard", "end"]
-"""End of a window: in silence, at a quiet place, in the middle of sound, or at the end of the recording."""
+Boundary = Literal["silence", "quiet", "hard", "fixed", "end"]
+"""End of a window: in silence, at a quiet place, in the middle of sound, after 30 s, or the end of the recording."""
 
 EARLIEST_CUT_S = 18.0
 LATEST_CUT_S = 29.0
@@ -149,7 +149,7 @@ def quietest_cut(ahead_S: NDArray[np.float32], num_shared: int) -> tuple[int, Bo
 
 def every_window(ahead_S: NDArray[np.float32], num_shared: int) -> tuple[int, Boundary]:
     """Cut after each 30 s, wherever that is: the baseline of evaluations."""
-    return len(ahead_S), "quiet"
+    return len(ahead_S), "fixed"
 
 
 def frame_powers(samples_S: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import IO, cast
@@ -124,9 +125,12 @@ class RecordingBuilder:
         only = None
         if num_samples <= _MAX_WINDOW_SAMPLES and self.first:
             only = replace(about, samples_S=np.concatenate(self.first)[:num_samples])
-        return Recording(
+        recording = Recording(
             about, num_samples, tuple(spans), combined(self.measured), self.digest.hexdigest(), self.file, only
         )
+        # A request that is cancelled between two steps has no place to close it.
+        weakref.finalize(recording, self.file.close)
+        return recording
 
     def close(self) -> None:
         """Remove the spool file of a recording that was never finished."""

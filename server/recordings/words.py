@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-MAX_SHARED_WORDS = 8
+MAX_SHARED_WORDS = 6
 """Words that fit into the shared second, and a few more."""
 
 MAX_CUT_WORDS = 2

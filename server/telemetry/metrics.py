@@ -121,6 +121,9 @@ class Metrics:
         self.audio_cache_misses = self._counter("audio_cache_misses", "Clips that the engine had to encode")
         self.audio_codec = self._counter("audio_codec", "Uploaded clips by codec", "codec")
         self.audio_silence_ratio = self._histogram("audio_silence_ratio", "Share of silence in a clip", SHARES)
+        self.recording_windows = self._counter(
+            "recording_windows", "Windows of recordings by outcome, stored perceptions included", "status"
+        )
         self.decoding = self._gauge("decode_in_flight", "Clips that are decoded or wait for a decoder")
         self.decoders_busy = self._gauge("decode_pool_busy", "Clips that are decoded now")
         self.decoders_queued = self._gauge("decode_pool_queued", "Clips that wait for a decoder")

@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from server.api.transcriptions import srt, vtt
+from server.api.transcriptions import Segment, srt, vtt
 from tests.paths import CLIPS
 from tests.serving import Live
 
@@ -174,8 +174,8 @@ def test_segments_are_the_granularity_of_a_transcript(client: OpenAI) -> None:
 
 
 def test_words_stand_in_one_cue_of_the_window() -> None:
-    assert srt("a < b", 9.6444) == "1\n00:00:00,000 --> 00:00:09,644\na < b\n\n"
-    assert vtt("a < b", 3661.5) == "WEBVTT\n\n00:00:00.000 --> 01:01:01.500\na &lt; b\n\n"
+    assert srt([Segment(0.0, 9.6444, "a < b")]) == "1\n00:00:00,000 --> 00:00:09,644\na < b\n\n"
+    assert vtt([Segment(0.0, 3661.5, "a < b")]) == "WEBVTT\n\n00:00:00.000 --> 01:01:01.500\na &lt; b\n\n"
 
 
 def test_a_transcript_is_streamed(client: OpenAI) -> None:

@@ -61,7 +61,7 @@ def test_a_bad_clip_is_refused_quickly_and_the_next_is_answered(live: Live, name
     assert live.ask().status_code == 200
 
 
-def test_a_long_clip_is_refused_with_the_window_and_what_will_come(live: Live) -> None:
+def test_a_long_clip_is_refused_with_the_window_and_the_ways_to_use_it(live: Live) -> None:
     error = assert_error(live.ask(tone(40.0)), 422, "audio_too_long", "file")
     assert (error["limit"], error["actual"]) == (30.0, 40.0)
     assert "30 s" in error["message"] and "`window`" in error["hint"] and "`chunk`" in error["hint"]
@@ -86,7 +86,10 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "endless": ({"timeout_ms": 10**9}, "invalid_parameter", "timeout_ms"),
     "pauses beyond the checkpoint's": ({"pause": 4}, "invalid_parameter", "pause"),
     "pause of another name": ({"pause": "often"}, "invalid_parameter", "pause"),
-    "long audio to come": ({"long_audio": "window"}, "invalid_parameter", "long_audio"),
+    "long audio of another name": ({"long_audio": "cut"}, "invalid_parameter", "long_audio"),
+    "start without a window": ({"start_s": 1.0}, "invalid_parameter", "start_s"),
+    "start before the beginning": ({"long_audio": "window", "start_s": -1}, "invalid_parameter", "start_s"),
+    "start behind the end": ({"long_audio": "window", "start_s": 1.0}, "invalid_parameter", "start_s"),
     "stream of another name": ({"stream": "maybe"}, "invalid_parameter", "stream"),
 }
 
