@@ -24,7 +24,7 @@ from hyper_model.answering import AnswerDelta, AnswerResult, Event
 from hyper_model.audio import SAMPLE_RATE_HZ, WINDOW_S, AudioLimits, Channel
 from server.answering import AnswerRun, discard
 from server.api import replies
-from server.api.lifecycle import record_clip
+from server.api.lifecycle import precompute_quality, record_clip
 from server.api.questions import Asked, ClipHandler, start_run, write_prompt
 from server.api.stream import ServerSentEvent
 from server.api.types import (
@@ -263,6 +263,7 @@ class RecordingRun:
             self.context.request_id, is_body_complete=True, tenant=self.context.tenant, priority=priority
         )
         waveform = self.recording.waveform(span.start, span.end)
+        await self.service.in_pool(precompute_quality, waveform)
         run = start_run(self.service.answerer, context, asked, token_ids, waveform, self.deadline_s)
         return run, await run.run(discard)
 

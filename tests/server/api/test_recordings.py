@@ -37,7 +37,7 @@ def engine() -> ToneEngine:
 @pytest.fixture(scope="module")
 def tones(engine: ToneEngine) -> Iterator[Live]:
     """Service over the engine that knows tones."""
-    with running(scripted(max_queue_wait_s=1000), engine) as service:
+    with running(scripted(max_queue_wait_s=1000, trim_silence=False), engine) as service:
         yield service
 
 
