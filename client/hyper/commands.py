@@ -8,13 +8,14 @@ import json
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
 if TYPE_CHECKING:
     from hyper.client import Client
     from hyper.events import Event, EventStream
+    from hyper.protocol import AskOptions
     from server.api.types import Answer, QaReply
 
 EXIT_REFUSED = 1
@@ -33,6 +34,13 @@ FOLDER_RETRIES = 5
 @click.option("--json", "as_json", is_flag=True, help="Print the whole reply as JSON; with --stream, each event.")
 @click.option("--stream", is_flag=True, help="Print the trace while the model writes it.")
 @click.option(
+    "--long-audio",
+    type=click.Choice(["error", "window", "chunk"]),
+    help="Handling of recordings over one window: refuse, one window at --start, or all windows.  [default: error]",
+)
+@click.option("--start", "start_s", type=click.FloatRange(0), help="Start of the window in seconds.")
+@click.option("--timeline", is_flag=True, help="Also print the windows of a recording; implies --long-audio chunk.")
+@click.option(
     "--parallel", type=click.IntRange(1, 64), default=4, show_default=True, help="Requests at once per folder."
 )
 def ask(
@@ -43,6 +51,9 @@ def ask(
     key: str | None,
     as_json: bool,
     stream: bool,
+    long_audio: Literal["error", "window", "chunk"] | None,
+    start_s: float | None,
+    timeline: bool,
     parallel: int,
 ) -> None:
     """Ask the service QUESTION about the audio file CLIP.
@@ -55,17 +66,23 @@ def ask(
     is_folder = clip != STANDARD_INPUT and clip.is_dir()
     if is_folder and stream:
         raise click.UsageError("--stream needs one clip, and CLIP is a folder.")
+    options: AskOptions = {}
+    if long_audio is not None or timeline:
+        options["long_audio"] = long_audio or "chunk"
+    if start_s is not None:
+        options["start_s"] = start_s
     try:
         with Client(url, api_key=key or None, timeout_s=None, max_retries=FOLDER_RETRIES if is_folder else 0) as client:
             if is_folder:
-                ask_folder(client, clip, question, choices, parallel)
+                ask_folder(client, clip, question, choices, parallel, options)
                 return
             source = clip if clip.is_file() else read_pipe(clip)
             if stream:
-                with client.ask(source, question, choices=choices, stream=True) as events:
+                with client.ask(source, question, choices=choices, stream=True, **options) as events:
                     show_stream(events, as_json=as_json)
             else:
-                show_reply(client.ask(source, question, choices=choices), as_json=as_json)
+                reply = client.ask(source, question, choices=choices, **options)
+                show_reply(reply, as_json=as_json, shows_timeline=timeline)
     except OSError as error:
         refuse(f"{clip} cannot be read: {error.strerror or error}.")
     except (Error, ValueError) as error:
@@ -85,7 +102,9 @@ def read_pipe(path: Path) -> bytes:
     return data
 
 
-def ask_folder(client: Client, folder: Path, question: str, choices: Sequence[str], parallel: int) -> None:
+def ask_folder(
+    client: Client, folder: Path, question: str, choices: Sequence[str], parallel: int, options: AskOptions
+) -> None:
     """Print one line per clip in the order of the paths, and exit with 1 if a clip has no answer."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -97,7 +116,7 @@ def ask_folder(client: Client, folder: Path, question: str, choices: Sequence[st
     num_refused = 0
 
     def ask_one(path: Path) -> dict[str, Any]:
-        return outcome_of(client, path, question, choices)
+        return outcome_of(client, path, question, choices, options)
 
     with ThreadPoolExecutor(parallel) as pool, progress(len(paths)) as advance:
         try:
@@ -117,7 +136,9 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def outcome_of(client: Client, path: Path, question: str, choices: Sequence[str]) -> dict[str, Any]:
+def outcome_of(
+    client: Client, path: Path, question: str, choices: Sequence[str], options: AskOptions
+) -> dict[str, Any]:
     """Ask about one clip of a folder.
 
     Raises:
@@ -127,7 +148,7 @@ def outcome_of(client: Client, path: Path, question: str, choices: Sequence[str]
     from hyper.protocol import dump
 
     try:
-        return {"reply": dump(client.ask(path, question, choices=choices))}
+        return {"reply": dump(client.ask(path, question, choices=choices, **options))}
     except (AuthenticationError, PermissionDeniedError):
         raise
     except ServiceError as error:
@@ -148,7 +169,7 @@ def progress(length: int) -> Generator[Callable[[], None]]:
         yield lambda: bar.update(1)
 
 
-def show_reply(reply: QaReply, *, as_json: bool) -> None:
+def show_reply(reply: QaReply, *, as_json: bool, shows_timeline: bool = False) -> None:
     """Print the answer and its evidence."""
     from hyper.protocol import dump
 
@@ -159,12 +180,18 @@ def show_reply(reply: QaReply, *, as_json: bool) -> None:
     for title, text in evidence(reply):
         if text:
             click.echo(f"  {title + ':':<12} {text}")
+    for line in timeline_lines(reply) if shows_timeline else ():
+        click.echo(line)
     for warning in (*reply.warnings, *(warning for clip in reply.audio for warning in clip.warnings)):
         click.echo(f"  warning: {warning.message}", err=True)
 
 
 def evidence(reply: QaReply) -> Iterator[tuple[str, str | None]]:
     """Yield the lines below an answer: title and text."""
+    for place in reply.answer.evidence:
+        yield "evidence", f"{clock(place.start_s)} to {clock(place.end_s)}: {place.quote or 'no words'}"
+    if reply.answer.evidence:
+        return
     if reply.perception is not None:
         yield "background", reply.perception.environment_text
         for voice in reply.perception.speakers:
@@ -174,9 +201,24 @@ def evidence(reply: QaReply) -> Iterator[tuple[str, str | None]]:
         yield "because", reply.reasoning.summary
 
 
+def timeline_lines(reply: QaReply) -> Iterator[str]:
+    """Yield one line per window of a recording: its place, status, background and words."""
+    for window in reply.timeline:
+        parts = [", ".join(window.environment), window.transcript or "", window.error or ""]
+        perceived = " | ".join(part for part in parts if part) or window.status
+        mark = "*" if window.relistened else " "
+        yield f"{mark} {clock(window.start_s)} to {clock(window.end_s)}  {perceived}"
+
+
+def clock(seconds: float) -> str:
+    """Return a time as minutes and seconds."""
+    minutes, rest = divmod(round(seconds, 1), 60)
+    return f"{int(minutes)}:{rest:04.1f}"
+
+
 def show_stream(events: EventStream, *, as_json: bool) -> None:
     """Print events as they arrive: as one JSON object per line, or as the text of a trace."""
-    from hyper import AnswerDone, Pause, SectionDelta, SectionStart
+    from hyper import AnswerDone, Pause, SectionDelta, SectionStart, WindowDone
     from hyper_model.sse import to_json
 
     for event in events:
@@ -189,6 +231,8 @@ def show_stream(events: EventStream, *, as_json: bool) -> None:
                 click.echo(text, nl=False)
             case Pause():
                 click.echo(" ... ", nl=False)
+            case WindowDone(_, status, done, of):
+                click.echo(f"window {done} of {of}: {status}")
             case AnswerDone(answer):
                 click.echo(f"\n\n{answer_line(answer)}")
             case _:

@@ -26,6 +26,7 @@ __all__ = [
     "SectionEnd",
     "SectionStart",
     "UsageReport",
+    "WindowDone",
 ]
 
 
@@ -64,6 +65,17 @@ class Pause:
 
 
 @dataclass(frozen=True)
+class WindowDone:
+    """A window of a recording is finished; `done` counts the finished ones of all."""
+
+    name: ClassVar[str] = "window.done"
+    index: int
+    status: str
+    done: int
+    of: int
+
+
+@dataclass(frozen=True)
 class AnswerDelta:
     """The next text of the answer."""
 
@@ -95,13 +107,16 @@ class Done:
     reply: QaReply
 
 
-Event: TypeAlias = SectionStart | SectionDelta | SectionEnd | Pause | AnswerDelta | AnswerDone | UsageReport | Done
+Event: TypeAlias = (
+    SectionStart | SectionDelta | SectionEnd | Pause | WindowDone | AnswerDelta | AnswerDone | UsageReport | Done
+)
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "section.start": lambda data: SectionStart(str(data["section"])),
     "section.delta": lambda data: SectionDelta(str(data["section"]), str(data["text"])),
     "section.end": lambda data: SectionEnd(str(data["section"])),
     "pause": lambda data: Pause(data["section"], int(data["latent_tokens"])),
+    "window.done": lambda data: WindowDone(int(data["index"]), str(data["status"]), int(data["done"]), int(data["of"])),
     "answer.delta": lambda data: AnswerDelta(str(data["text"])),
     "answer.done": lambda data: AnswerDone(parse(Answer, data)),
     "usage": lambda data: UsageReport(parse(Usage, data)),

@@ -48,6 +48,7 @@ class AskOptions(TypedDict, total=False):
     pause: Literal["auto", "off"] | int
     reasoning: Literal["full", "answer"]
     long_audio: Literal["error", "window", "chunk"]
+    start_s: float
     track: int
     channel: Literal["mix", "left", "right"]
     max_tokens: int
