@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 KEPT_FILE = "replies.jsonl"
 FITTED_FILE = "cascade.npz"
 
+RECORDING_ITEMS = 300
+"""Default number of questions about long recordings."""
+
 SEED = 0
 """Seed of the bank, common to training and evaluation."""
 
@@ -156,6 +159,11 @@ def _suites() -> Mapping[str, Suite]:
     help="Number of questions.  [default: 1400 for scenes, all of a data set]",
 )
 @click.option(
+    "--max-minutes",
+    type=click.IntRange(1, 60),
+    help="Longest recordings of --suite long.  [default: 60]",
+)
+@click.option(
     "--against",
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
@@ -194,6 +202,7 @@ def evaluate(
     probe: bool,
     pauses: int | None,
     num_items: int | None,
+    max_minutes: int | None,
     against: tuple[Path, ...],
     out: Path | None,
     as_json: bool,
@@ -206,6 +215,15 @@ def evaluate(
     Suites of scenes build missing voices first. docs/evaluation.md defines each figure.
     """
     asked = Asked(suite, work, workers, num_items, data, audio_root, cuts_long, pauses, probe, not as_json)
+    if _suites()[suite].is_recordings:
+        if against or baseline or data or probe or pauses is not None:
+            raise click.UsageError(
+                f"--suite {suite} takes --checkpoint or --url, --items, --max-minutes, --out, --json"
+            )
+        ask_recordings(asked, None if url is None else _endpoint(url, **endpoint_options), checkpoint, max_minutes, out)
+        return
+    if max_minutes is not None:
+        raise click.UsageError("--max-minutes needs --suite long")
     if url is not None and baseline is not None:
         raise click.UsageError("--url and --baseline exclude each other; omit one")
     if data is not None and not _suites()[suite].reads_file:
@@ -292,6 +310,57 @@ def ask_endpoint(endpoint: Endpoint, asked: Asked, items: list[Item], kept: Path
     reads = "trace" if endpoint.api == "hyper" or any(reply.parsed.texts for reply in replies) else "answer"
     item_scores = [judge(item, reply, reads=reads) for item, reply in zip(items, replies, strict=True)]
     return summarize(items, item_scores) | {"system": model, "url": endpoint.base, **_about(asked)}
+
+
+def ask_recordings(
+    asked: Asked, endpoint: Endpoint | None, checkpoint: Path, max_minutes: int | None, out: Path | None
+) -> None:
+    """Ask about long recordings: a running service, or one service per way of cutting for a checkpoint."""
+    from hyper_model.files import write_whole
+    from training.data.scenes import SceneBuilder
+    from training.data.sources.downloads import SOUNDS_FOLDER
+    from training.evaluation.runners.recordings import Asker, started
+    from training.evaluation.suites.long import MINUTES, draw_questions, draw_recording
+
+    builder = SceneBuilder(bank_of("test", asked.work, asked.workers), asked.work / "assets" / SOUNDS_FOLDER, "test")
+    lengths = [minutes for minutes in MINUTES if minutes <= (max_minutes or MINUTES[-1])]
+    num_per_kind = max(1, (asked.num_items or RECORDING_ITEMS) // (len(lengths) * 5))
+
+    def measure(url: str, *, is_baseline: bool) -> dict[str, Any]:
+        asker = Asker(url, None if endpoint is None else endpoint.api_key)
+        rates: list[float] = []
+        try:
+            for minutes in lengths:
+                # Short recordings have few questions, so there are more of them.
+                for number in range(max(1, min(4, 4 // minutes))):
+                    recording = draw_recording(builder, minutes, number)
+                    if not is_baseline and minutes == lengths[-1]:
+                        rates.append(asker.single_window_rate(recording))
+                    asker.measure(recording, draw_questions(recording, num_per_kind), asks_oracle=not is_baseline)
+                    if asked.use_tqdm:
+                        click.echo(f"{recording.name}: {len(recording.scenes)} scenes", err=True)
+            single = {} if is_baseline else {"single_windows_per_s": round(sum(rates) / len(rates), 3)}
+            return asker.found.figures() | single | {"decoder_peak_mib": asker.decoder_peak_mib()}
+        finally:
+            asker.close()
+
+    result: dict[str, Any] = {**_about(asked), "minutes": lengths}
+    if endpoint is not None:
+        result |= {"system": endpoint.base, **measure(endpoint.url, is_baseline=False)}
+    else:
+        result["system"] = checkpoint.name
+        with started(checkpoint, "quietest") as url:
+            result |= measure(url, is_baseline=False)
+        with started(checkpoint, "fixed") as url:
+            result["fixed_cuts"] = measure(url, is_baseline=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
+    if asked.use_tqdm:
+        for name, value in result.items():
+            click.echo(f"{name:<24} {value if isinstance(value, str) else json.dumps(value)}")
+    else:
+        click.echo(json.dumps(result))
 
 
 def ask_cascade(asked: Asked, items: list[Item]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from training.evaluation.suites import data_file, human, open_questions, scenes, wordings
+from training.evaluation.suites import data_file, human, long, open_questions, scenes, wordings
 from training.evaluation.suites.item import Suite
 
 SUITES: Mapping[str, Suite] = {
@@ -15,6 +15,7 @@ SUITES: Mapping[str, Suite] = {
     **wordings.SUITES,
     "open": open_questions.SUITE,
     "human": human.SUITE,
+    "long": long.SUITE,
     **data_file.SUITES,
 }
 """Every suite by its name."""

@@ -115,9 +115,11 @@ class Suite:
         items: Draw or read the items.
         split: Split of the voices and recordings of a suite of scenes; None for other suites.
         reads_file: True if the items come from a user's file.
+        is_recordings: True if the suite asks a service about long recordings, and has no items of its own.
     """
 
     description: str
     items: Callable[[SuiteRequest], list[Item]]
     split: Split | None = None
     reads_file: bool = False
+    is_recordings: bool = False
