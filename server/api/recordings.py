@@ -122,7 +122,7 @@ async def open_recording(
                     data, builder, limits, track=track, channel=channel
                 )
         if context.tenant is not None:
-            context.tenant.charge(num_samples / SAMPLE_RATE_HZ)
+            await context.tenant.charge(num_samples / SAMPLE_RATE_HZ)
         recording = builder.finish(about, num_samples)
         undo.pop_all()
     context.decode_s = time.monotonic() - started_s

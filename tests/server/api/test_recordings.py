@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -237,27 +236,11 @@ def test_a_clip_of_one_window_is_answered_as_without_chunk(tones: Live) -> None:
 def test_a_client_that_leaves_in_the_middle_stops_all_windows(tones: Live, engine: ToneEngine) -> None:
     clip = wav(recording(95, [(at_s, "foxtrot") for at_s, _ in WORDS]))
     tones.run(hold(engine))
-    ended = threading.Event()
-
-    def leave() -> None:
-        with (
-            pytest.raises(httpx.TimeoutException),
-            tones.client.stream(
-                "POST",
-                "/v1/audio/qa",
-                data={"question": "Which?", "long_audio": "chunk", "stream": "true"},
-                files={"file": ("clip", clip)},
-                timeout=2,
-            ) as stream,
-        ):
-            list(stream.iter_bytes())
-        ended.set()
-
-    thread = threading.Thread(target=leave)
-    thread.start()
-    wait_for(lambda: engine.num_in_flight >= 2)
-    thread.join()
-    assert ended.is_set()
+    fields = {"question": "Which?", "long_audio": "chunk", "stream": "true"}
+    with tones.client.stream("POST", "/v1/audio/qa", data=fields, files={"file": ("clip", clip)}) as stream:
+        assert stream.status_code == 200
+        wait_for(lambda: engine.num_in_flight >= 2, timeout_s=60)
+    # Leaving the block closes the connection.
     tones.wait_until_idle()
     tones.run(release(engine))
     assert tones.service.limiter.num_working == tones.service.limiter.num_waiting == 0
@@ -266,7 +249,7 @@ def test_a_client_that_leaves_in_the_middle_stops_all_windows(tones: Live, engin
 def test_a_late_recording_returns_its_timeline_so_far(tones: Live, engine: ToneEngine) -> None:
     clip = wav(recording(95, [(at_s, "echo") for at_s, _ in WORDS[:2]]))
     tones.run(hold(engine))
-    reply = tones.ask(clip, long_audio="chunk", timeout_ms=1500)
+    reply = tones.ask(clip, long_audio="chunk", timeout_ms=5000)
     assert_late = reply.json()
     tones.run(release(engine))
     assert (reply.status_code, assert_late["error"]["code"]) == (504, "deadline_exceeded")
