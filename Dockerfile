@@ -67,7 +67,7 @@ LABEL org.opencontainers.image.title="HyPeR" \
     org.opencontainers.image.revision="${REVISION}" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.base.name="docker.io/library/python:3.11.14-slim-bookworm"
-# The cache has its own volume: Triton loads compiled code from it, and /tmp may be noexec.
+# The cache has its own volume: torch and Triton load compiled code from it, and /tmp may be noexec.
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/var/cache/hyper \
     XDG_CACHE_HOME=/var/cache/hyper \
@@ -97,10 +97,17 @@ ENTRYPOINT ["tini", "--"]
 CMD ["hyper", "serve"]
 
 FROM runtime AS whole-cpu
+# With HYPER_COMPILE=auto, torch compiles the model for the processor at hand, at the first start.
+USER 0:0
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ libc6-dev \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log
+USER 10001:10001
 COPY --from=build-cpu /opt/venv /opt/venv
 
 FROM runtime AS whole-gpu
-# Triton compiles its launcher with a C compiler at the engine's start; only this target needs one.
+# Triton compiles its launcher with a C compiler at the engine's start.
 USER 0:0
 # hadolint ignore=DL3008
 RUN apt-get update \

@@ -31,8 +31,8 @@ check: ## Check lint, format, types and the Dockerfile
 	$(BIN)/pyright
 	$(BIN)/hadolint Dockerfile
 
-bench: ## Compare the service with vLLM's own server, bare engines and transformers (ARGS="--rounds 3"; 12 minutes)
-	@$(INSTALL) train
+bench: ## Compare the service with vLLM's own server, bare engines, transformers and llama.cpp (ARGS="--rounds 3"; 20 minutes)
+	@$(INSTALL) train small
 	@exec env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python -m loadtests bench $(ARGS)
 
 stress: ## Measure the documented limits under hostile input, overload and faults (ARGS="--quick"; 20 minutes; resumes)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 
-def prepare_environment(*, kv_cache_gib: int = 1) -> None:
+def prepare_environment(*, kv_cache_gib: int = 1, is_compiled: bool = False) -> None:
     """Set the defaults of every engine in this project.
 
     Args:
         kv_cache_gib: Memory of the key-value cache on a CPU, in GiB.
+        is_compiled: Whether this process will start an engine with a compiled model on a CPU.
     """
     defaults = {
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
@@ -27,16 +30,51 @@ def prepare_environment(*, kv_cache_gib: int = 1) -> None:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if _is_cpu_build():
-        # Even in eager mode the CPU build compiles small pieces with g++. Without g++ the engine dies at start, and
-        # with it nothing gets faster.
-        defaults["TORCH_COMPILE_DISABLE"] = "1"
+    if is_cpu_build():
+        if not is_compiled:
+            # Even with an eager model the CPU build compiles small pieces with g++. Without g++ the engine would die
+            # at start, and these pieces alone gain nothing.
+            defaults["TORCH_COMPILE_DISABLE"] = "1"
         if num_cores() <= 2:
             # On more cores vLLM binds its threads itself. Waiting threads would spin on the core needed to feed a
             # pause. This spin count covers the microseconds between two operators.
             defaults |= {"OMP_NUM_THREADS": str(num_cores()), "GOMP_SPINCOUNT": "10000"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def reason_not_to_compile() -> str | None:
+    """Return the reason why torch cannot compile models for this CPU, or None; a GPU's build brings all it needs."""
+    if not is_cpu_build():
+        return None
+    if os.environ.get("TORCH_COMPILE_DISABLE", "0") not in ("", "0"):
+        return "TORCH_COMPILE_DISABLE is set"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler})"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        return f"Python's headers are not installed ({header})"
+    return _fault_of(_vllm_cache())
+
+
+def _vllm_cache() -> Path:
+    """Return the folder of vLLM's compiled code."""
+    chosen = os.environ.get("VLLM_CACHE_ROOT")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(chosen).expanduser() if chosen else base / "vllm"
+
+
+def _fault_of(folder: Path) -> str | None:
+    """Return the reason why compiled code cannot be loaded from a folder, existing or not."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        return f"the cache of compiled code cannot be written ({folder})"
+    if os.statvfs(place).f_flag & os.ST_NOEXEC:
+        return f"the cache of compiled code is on a file system mounted noexec ({folder})"
+    return None
 
 
 def num_cores() -> int:
@@ -49,7 +87,7 @@ def native_dtype() -> Literal["bfloat16", "float32"]:
 
     On such CPUs bfloat16 takes up to ten times as long as float32.
     """
-    if not _is_cpu_build():
+    if not is_cpu_build():
         return "bfloat16"
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -60,7 +98,8 @@ def native_dtype() -> Literal["bfloat16", "float32"]:
     return "bfloat16" if has_bfloat16 else "float32"
 
 
-def _is_cpu_build() -> bool:
+def is_cpu_build() -> bool:
+    """Return whether the installed vLLM is the build for CPUs."""
     try:
         metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:

@@ -6,6 +6,7 @@ module is independent of engines; vLLM serves the result like any other checkpoi
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING
 from hyper_model import int8, weights
 from hyper_model.checkpoint import LICENCE_FILES, Checkpoint, export, open_checkpoint, require_float_weights
 from hyper_model.errors import CheckpointError
-from hyper_model.manifest import parse_json
+from hyper_model.manifest import MANIFEST_FILE, parse_json
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 _FLOAT_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
@@ -63,6 +66,27 @@ def quantize(
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written ({error.strerror or error})") from error
     return made
+
+
+def quantize_once(checkpoint: Checkpoint, cache: Path, *, verify: bool = True) -> Checkpoint:
+    """Return the int8 form of an opened checkpoint in a cache folder, written at the first call.
+
+    Args:
+        checkpoint: A checkpoint with float weights.
+        cache: The folder; created if missing.
+        verify: Whether to compare the checksums of an existing int8 form.
+
+    Raises:
+        CheckpointError: As in `quantize`.
+    """
+    destination = cache / f"{checkpoint.manifest.name}-{checkpoint.manifest_sha256[:12]}-{int8.SCHEME}"
+    if (destination / MANIFEST_FILE).is_file():
+        try:
+            return open_checkpoint(destination, verify=verify)
+        except CheckpointError as error:
+            logger.warning("quantising anew: %s", error)
+    # The source was verified when it was opened.
+    return quantize(checkpoint.path, destination, verify=False, overwrite=True)
 
 
 def num_bytes(entries: Mapping[str, weights.TensorEntry]) -> int:

@@ -12,6 +12,7 @@ Axes as in `audio_encoder`: S samples, M mel bins, W mel frames, A audio tokens;
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -43,6 +44,7 @@ from hyper_model.audio_limits import SAMPLE_RATE_HZ
 
 ARCHITECTURE = "Qwen2AudioForConditionalGeneration"
 PARENT_WATCH = "hyper-parent-watch"
+_COMPLETES = "_completes_saved_graphs"
 
 
 def register() -> None:
@@ -55,7 +57,34 @@ def register() -> None:
     if parent is not None and not any(thread.name == PARENT_WATCH for thread in threading.enumerate()):
         # Not PR_SET_PDEATHSIG: that also fires when only the starting thread ends.
         threading.Thread(target=end_with, args=(parent.sentinel,), name=PARENT_WATCH, daemon=True).start()
+    complete_saved_graphs()
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}:{UnpaddedQwen2Audio.__name__}")
+
+
+def complete_saved_graphs() -> None:
+    """Give a compiled graph loaded from disk the method that vLLM calls on it; further calls have no effect.
+
+    vLLM calls `finalize_loading` on every loaded graph. Graphs of its CPU mode are plain functions without that method,
+    so vLLM 0.32 would drop the saved graph and compile again at each start. A graph with the method is left alone.
+    """
+    load = cast("Any", torch.compiler.load_compiled_function)
+    if getattr(load, _COMPLETES, False):
+        return
+
+    @functools.wraps(load)
+    def load_complete(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        graph = loaded._artifacts.compiled_fn
+        if not hasattr(graph, "finalize_loading"):
+            graph.finalize_loading = _nothing_left_to_load
+        return loaded
+
+    setattr(load_complete, _COMPLETES, True)
+    torch.compiler.load_compiled_function = load_complete
+
+
+def _nothing_left_to_load(vllm_config: VllmConfig) -> None:
+    """Load nothing: a plain function is complete."""
 
 
 def end_with(sentinel: int) -> None:

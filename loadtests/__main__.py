@@ -140,9 +140,9 @@ def echo_figures(figures: Sequence[Figure]) -> None:
 @click.option(
     "--part",
     "parts",
-    type=click.Choice(["engine", "throughput", "drafts"]),
+    type=click.Choice(["engine", "throughput", "drafts", "cpu"]),
     multiple=True,
-    help="Measure only this part. Repeatable.  [default: all]",
+    help="Measure only this part. Repeatable; cpu compares int8, compilation and llama.cpp.  [default: all]",
 )
 @click.option(
     "--log",
@@ -152,17 +152,22 @@ def echo_figures(figures: Sequence[Figure]) -> None:
     help="Log file of the measured processes.",
 )
 def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], log: Path) -> None:
-    """Compare the service with vLLM's own server, bare engines and transformers (about 12 minutes on two cores).
+    """Compare the service with vLLM's own server, bare engines, transformers and llama.cpp (20 minutes on two cores).
 
     The systems alternate in one run; every figure is a ratio within it. The last line is JSON.
     """
-    from loadtests.bench import Bench, measure_drafts, measure_engine, measure_throughput, table
+    from loadtests.bench import Bench, measure_cpu, measure_drafts, measure_engine, measure_throughput, table
     from loadtests.bench import Figure as Ratio
 
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     setup = Bench(checkpoint, clips, rounds, log, say=lambda text: click.echo(text, err=True))
-    measures = {"engine": measure_engine, "throughput": measure_throughput, "drafts": measure_drafts}
+    measures = {
+        "engine": measure_engine,
+        "throughput": measure_throughput,
+        "drafts": measure_drafts,
+        "cpu": measure_cpu,
+    }
     figures: list[Ratio] = []
     for name, measure in measures.items():
         if name in (parts or measures):

@@ -15,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +24,11 @@ from typing import Any
 
 import click
 import httpx
+import numpy as np
 
 from loadtests.client import QA_PATH
 from loadtests.clips import FreshClips, wav
+from loadtests.llamacpp import HINT, find_tools
 from loadtests.peers import QUESTION
 from loadtests.target import child, environment, free_port, serving, when_up
 
@@ -38,6 +41,12 @@ STEP_BATCH = 32
 STEP_TOKENS = 160
 DURATIONS_S = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 NUM_PAUSES, LATENT_TOKENS = 3, 64
+SMALL_PARTS = Path("checkpoints/hyper-small")
+"""Trained parts of hyper-small; its decoder is SmolLM2-135M, which llama.cpp runs too."""
+SMALL_INT8_BYTES = 135e6
+PREFILL_TOKENS, TRACE_TOKENS = 250, 75
+OUR_PROMPT_TOKENS, THEIR_PROMPT_TOKENS = 175, 800
+"""Prompt of a question about a clip of 5 s; llama.cpp pads the clip to 30 s and has 750 audio tokens."""
 # This gate pauses as early as possible, three times. Completions run past their end to one length, so repetition must
 # not abort them. The sections are the defaults of a checkpoint.
 GATE: dict[str, Any] = {
@@ -125,15 +134,19 @@ class Bench:
     say: Callable[[str], None]
 
     @contextlib.contextmanager
-    def peers(self, *kinds: tuple[str, dict[str, Any] | None]) -> Iterator[list[Peer]]:
-        """Start peers, each with its kind and gate."""
+    def peers(
+        self, *kinds: tuple[str, dict[str, Any] | None], forms: Sequence[str] = (), checkpoint: Path | None = None
+    ) -> Iterator[list[Peer]]:
+        """Start peers, each with its kind and gate, and its form of weights and mode if forms are given."""
         with contextlib.ExitStack() as stack:
             peers: list[Peer] = []
-            for kind, gate in kinds:
+            for index, (kind, gate) in enumerate(kinds):
                 command = [sys.executable, "-m", "loadtests.peers", kind]
-                command += ["--checkpoint", str(self.checkpoint), "--clips", str(self.clips)]
+                command += ["--checkpoint", str(checkpoint or self.checkpoint), "--clips", str(self.clips)]
                 if gate is not None:
                     command += ["--pause", json.dumps(gate)]
+                if index < len(forms):
+                    command += ["--form", forms[index]]
                 peers.append(Peer(stack.enter_context(child(command, environment(), self.log, is_read=True))))
             for (kind, _), peer in zip(kinds, peers, strict=True):
                 assert peer.wait() == "ready"
@@ -143,7 +156,9 @@ class Bench:
     @contextlib.contextmanager
     def service(self) -> Iterator[str]:
         """Start the service; yield its address."""
-        with serving(self.log, HYPER_CHECKPOINT=str(self.checkpoint)) as (_, url):
+        # Like its peers: eager, with float weights. The part `cpu` measures compilation and int8.
+        modes = {"HYPER_COMPILE": "off", "HYPER_QUANTIZE": "off"}
+        with serving(self.log, HYPER_CHECKPOINT=str(self.checkpoint), **modes) as (_, url):
             self.say(f"{url} is ready")
             yield url
 
@@ -297,6 +312,94 @@ def measure_throughput(bench: Bench) -> list[Figure]:
         batch.figure("qa_ratio_vs_hf_batch16", ">= 3.5"),
         bare.figure("qa_ratio_vs_bare_engine", ">= 0.95"),
     ]
+
+
+def measure_cpu(bench: Bench) -> list[Figure]:
+    """Measure int8 and compilation beside llama.cpp on the decoder of hyper-small, in turns on all cores.
+
+    Prompts are random token ids. llama.cpp's answer has a longer prompt, because it pads every clip to 30 s. Encoders
+    are left out on both sides.
+    """
+    figures = [measure_starts(bench)]
+    if not SMALL_PARTS.is_dir():
+        bench.say(f"{SMALL_PARTS} does not exist; the comparison with llama.cpp is left out")
+        return figures
+    forms = ("float-eager", "float-compiled", "int8-compiled")
+    tools = find_tools()
+    if tools is None:
+        bench.say(f"{HINT}; its ratios are left out")
+    kinds: list[tuple[str, dict[str, Any] | None]] = [("ours", None)] * len(forms)
+    kinds += [("llamacpp", None)] if tools else []
+    times: dict[str, dict[str, list[float]]] = {}
+    with bench.peers(*kinds, forms=forms, checkpoint=SMALL_PARTS) as peers:
+        for number in range(-1, 3 * bench.rounds):
+            # The first round is not counted; each side allocates its memory in it.
+            for name, peer in zip([*forms, "llamacpp"], peers, strict=False):
+                found = times_of(peer, THEIR_PROMPT_TOKENS if name == "llamacpp" else OUR_PROMPT_TOKENS)
+                if number >= 0:
+                    for what, seconds in found.items():
+                        times.setdefault(name, {}).setdefault(what, []).append(seconds)
+            bench.say(f"decoding {number + 1}/{3 * bench.rounds}")
+    bench.say(floor_line(times["int8-compiled"]["alone"]))
+    ours = times["int8-compiled"]
+    figures.append(Rounds(times["float-eager"]["alone"], ours["alone"]).figure("int8_speedup_alone", ">= 1.8"))
+    figures.append(Rounds(times["float-compiled"]["alone"], ours["alone"]).figure("int8_speedup_alone_compiled", ""))
+    figures.append(Rounds(times["float-compiled"]["at_16"], ours["at_16"]).figure("int8_speedup_16_compiled", ""))
+    if tools:
+        aims = {"alone": ">= 1.2", "at_4": "", "at_16": ">= 2.2", "prefill": ">= 3.5", "answer_5s": ">= 2.5"}
+        names = {"alone": "decode_alone", "at_4": "decode_4", "at_16": "decode_16"}
+        for what, aim in aims.items():
+            rounds = Rounds(times["llamacpp"][what], ours[what])
+            figures.append(rounds.figure(f"{names.get(what, what)}_vs_llamacpp_q8", aim))
+    return figures
+
+
+def times_of(peer: Peer, prompt_tokens: int) -> dict[str, float]:
+    """Return the seconds of a step alone, at 4 and at 16, of 250 prompt tokens, and of a whole answer."""
+    found: dict[str, float] = {}
+    for name, batch in (("at_16", 16), ("at_4", 4), ("alone", 1)):
+        prefill_s, found[name] = peer.ask("decode", batch=batch, prompt_tokens=PREFILL_TOKENS, max_tokens=20)
+        found["prefill"] = prefill_s
+    prompt_s, step_s = peer.ask("decode", batch=1, prompt_tokens=prompt_tokens, max_tokens=TRACE_TOKENS)
+    return found | {"answer_5s": prompt_s + (TRACE_TOKENS - 1) * step_s}
+
+
+def floor_line(steps_s: Sequence[float]) -> str:
+    """Return the floor of a step, the time to read the int8 weights once from memory, and the share reached."""
+    floor_s = SMALL_INT8_BYTES / read_bandwidth()
+    share = floor_s / statistics.median(steps_s)
+    return (
+        f"floor of an int8 step: {1000 * floor_s:.1f} ms to read {SMALL_INT8_BYTES / 1e6:.0f} MB; reached {share:.0%}"
+    )
+
+
+def read_bandwidth(num_bytes: int = 2**29, rounds: int = 3) -> float:
+    """Return the bytes per second that one thread reads from memory, in the fastest round."""
+    values = np.ones(num_bytes // 8, np.int64)
+    best_s = float("inf")
+    for _ in range(rounds):
+        started_s = time.perf_counter()
+        values.sum()
+        best_s = min(best_s, time.perf_counter() - started_s)
+    return num_bytes / best_s
+
+
+def measure_starts(bench: Bench) -> Figure:
+    """Measure starts of the service: compiled with the saved graph, and eager, in turns."""
+    rounds = Rounds()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def start_s(mode: str) -> float:
+            started_s = time.perf_counter()
+            fields = {"HYPER_CHECKPOINT": str(bench.checkpoint), "HYPER_COMPILE": mode, "VLLM_CACHE_ROOT": folder}
+            with serving(bench.log, HYPER_QUANTIZE="off", **fields):
+                return time.perf_counter() - started_s
+
+        first_s = start_s("on")
+        for _ in range(bench.rounds):
+            rounds.add(start_s("on"), start_s("off"))
+    bench.say(f"first start {first_s:.1f} s; second start and eager start: {rounds.medians_ms()}")
+    return rounds.figure("second_start_s_ratio", "<= 1.3")
 
 
 def rate(measured: Sequence[float], num_answers: int) -> tuple[float, float]:

@@ -20,43 +20,60 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, get_args
 
 import click
 import numpy as np
 
-from hyper_model.engine_environment import native_dtype
+from hyper_model.engine_environment import native_dtype, num_cores
 from loadtests.clips import SAMPLE_RATE_HZ, FreshClips
+from loadtests.llamacpp import HINT, LlamaCpp, find_tools
 from loadtests.workload import find_clips
 
 QUESTION = "What does the first speaker say?"
 SECOND_QUESTION = "How many people speak?"
 DTYPE = native_dtype()
-Kind = Literal["ours", "drafts", "stock", "transformers", "openai", "decode"]
+Kind = Literal["ours", "drafts", "stock", "transformers", "openai", "decode", "llamacpp"]
+Form = Literal["float-eager", "float-compiled", "int8-compiled"]
 DECODE_MEMORY_BYTES = 256 * 2**20
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["ours", "drafts", "stock", "transformers", "openai", "decode"]))
+@click.argument("kind", type=click.Choice(get_args(Kind)))
 @click.option("--checkpoint", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--clips", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
 @click.option("--max-num-seqs", default=32, show_default=True)
 @click.option("--pause", help="Fields of the manifest's `pause` group to serve instead, as JSON.")
 @click.option("--port", type=int, help="openai only: where vLLM's own server listens.")
-def main(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int, pause: str | None, port: int | None) -> None:
+@click.option("--form", type=click.Choice(get_args(Form)), default="float-eager", help="ours only: weights and mode.")
+def main(
+    kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int, pause: str | None, port: int | None, form: Form
+) -> None:
     """Serve measurements of KIND over standard input and output, or become vLLM's own OpenAI server."""
+    if (checkpoint / "parts.json").is_file():
+        checkpoint = composed(checkpoint)
     if kind == "openai":
         become_openai_server(checkpoint, max_num_seqs, port)
     if pause is not None:
         with tempfile.TemporaryDirectory() as folder:
-            run(kind, with_pause(checkpoint, Path(folder), json.loads(pause)), clips, max_num_seqs)
+            run(kind, with_pause(checkpoint, Path(folder), json.loads(pause)), clips, max_num_seqs, form)
     else:
-        run(kind, checkpoint, clips, max_num_seqs)
+        run(kind, checkpoint, clips, max_num_seqs, form)
 
 
-def run(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int) -> None:
+def composed(parts: Path) -> Path:
+    """Compose a checkpoint from its trained parts and installed packages, in the cache folder."""
+    from hyper_model.compose import compose_once, read_parts
+
+    return compose_once(read_parts(parts), report=lambda line: click.echo(line, err=True)).path
+
+
+def run(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int, form: Form = "float-eager") -> None:
     """Serve measurements until standard input closes."""
     replies()
+    if kind == "llamacpp":
+        serve_sync(llama_cpp())
+        return
     if kind == "decode":
         asyncio.run(serve(DecodePeer(clips)))
         return
@@ -65,7 +82,23 @@ def run(kind: Kind, checkpoint: Path, clips: Path, max_num_seqs: int) -> None:
         peer = TransformersPeer(checkpoint, fresh)
         serve_sync(peer)
     else:
-        asyncio.run(serve(EnginePeer(checkpoint, fresh, max_num_seqs, kind)))
+        asyncio.run(serve(EnginePeer(checkpoint, fresh, max_num_seqs, kind, form)))
+
+
+def llama_cpp() -> LlamaCpp:
+    """Return llama.cpp on the decoder of hyper-small, from the pinned package.
+
+    Raises:
+        click.ClickException: llama.cpp is not installed.
+    """
+    from hyper_model.compose import SMOLLM2, cache_folder, locate
+
+    tools = find_tools()
+    if tools is None:
+        raise click.ClickException(HINT)
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return LlamaCpp(tools, locate(SMOLLM2), folder, num_cores())
 
 
 def with_pause(checkpoint: Path, folder: Path, fields: dict[str, Any]) -> Path:
@@ -190,12 +223,18 @@ class DecodePeer:
 class EnginePeer:
     """vLLM's engine without a server: with our model class and gate, the same with drafts, or unmodified ("stock")."""
 
-    def __init__(self, checkpoint: Path, fresh: FreshClips, max_num_seqs: int, kind: Kind) -> None:
+    def __init__(
+        self, checkpoint: Path, fresh: FreshClips, max_num_seqs: int, kind: Kind, form: Form = "float-eager"
+    ) -> None:
         from hyper_model.checkpoint import open_checkpoint
+        from hyper_model.compose import cache_folder
+        from hyper_model.quantize import quantize_once
         from server.engines.vllm import VllmEngine
         from server.settings import Settings
 
         self.checkpoint = open_checkpoint(checkpoint, verify=False)
+        if form == "int8-compiled":
+            self.checkpoint = quantize_once(self.checkpoint, cache_folder(), verify=False)
         self.tokenizer = self.checkpoint.tokenizer
         self.fresh = fresh
         self.numbers = itertools.count()
@@ -205,6 +244,8 @@ class EnginePeer:
         # Figures of pauses and gate compare requests with and without a gate, and only the first get drafts.
         drafts = "auto" if kind == "drafts" else "off"
         settings: Any = {"dtype": DTYPE, "max_num_seqs": max_num_seqs, "checkpoint": checkpoint, "drafts": drafts}
+        # Only the part `cpu` compares modes; elsewhere both sides of a ratio run eagerly.
+        settings["compile"] = "off" if form == "float-eager" else "on"
         self.engine: Any = (StockEngine if kind == "stock" else VllmEngine)(Settings(**settings), self.checkpoint)
 
     async def stop(self) -> None:
@@ -298,6 +339,20 @@ class EnginePeer:
         written = await asyncio.gather(*map(write, seeds))
         seconds = max(last_s for _, last_s, _ in written) - max(first_s for first_s, _, _ in written)
         return seconds, [token_ids for _, _, token_ids in written]
+
+    async def decode(self, batch: int, prompt_tokens: int, max_tokens: int) -> tuple[float, float]:
+        """Return the seconds of a batch of new prompts without clips, and of one decode step of the batch."""
+        from server.engines.protocol import GenerationRequest
+
+        random = np.random.default_rng(next(self.numbers))
+        # Ordinary words in the vocabulary of either checkpoint.
+        prompts = random.integers(300, 2_000, (batch, prompt_tokens)).tolist()
+        requests = [GenerationRequest(f"bench-{next(self.numbers)}", prompt, (), max_tokens) for prompt in prompts]
+        begun_s = time.perf_counter()
+        stamps = await asyncio.gather(*(time_tokens(self.engine, request) for request in requests))
+        first_s, last_s = max(each[0] for each in stamps), min(each[-1] for each in stamps)
+        num_steps = min(sum(first_s <= stamp <= last_s for stamp in each) for each in stamps) - 1
+        return first_s - begun_s, (last_s - first_s) / num_steps
 
     async def throughput(self, seeds: Sequence[int], clients: int, max_tokens: int) -> tuple[float, int]:
         """Answer one question about each new clip, `clients` at a time; return total seconds and written tokens."""

@@ -21,6 +21,7 @@ from server.api_keys import KeyRing
 from server.embedded import choose_checkpoint
 from server.engines.protocol import Engine
 from server.middleware import RequestMiddleware
+from server.quantization import choose_weights
 from server.service import Service
 from server.settings import ENGINES, Settings
 from server.telemetry.metrics import Metrics, version
@@ -44,7 +45,8 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         HyperError: If traces cannot be sent as configured.
     """
     chosen = choose_checkpoint(settings)
-    checkpoint = chosen.checkpoint
+    # An engine that is given has its weights already.
+    checkpoint = chosen.checkpoint if engine is not None else choose_weights(settings, chosen.checkpoint)
     metrics = Metrics()
     engine = engine or build_engine(settings, checkpoint)
     service = Service(settings, checkpoint, engine, metrics, tracer_from(os.environ), key_ring(settings))

@@ -23,7 +23,8 @@ DAY_S = 86_400
 PREFIX = "HYPER_"
 _STORE_SCHEMES = frozenset({"redis", "rediss", "unix"})
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+/?")
-NOT_OURS = frozenset({"HYPER_URL", "HYPER_API_KEY", "HYPER_KEY"})  # Read by the client and `hyper ask`.
+# The first three are for the client and `hyper ask`, the last for the folder of composed and int8 checkpoints.
+NOT_OURS = frozenset({"HYPER_URL", "HYPER_API_KEY", "HYPER_KEY", "HYPER_CACHE"})
 
 
 ENGINES: Mapping[str, str] = {"vllm": "server.engines.vllm", "scripted": "server.engines.scripted"}
@@ -74,6 +75,14 @@ class Settings(BaseSettings):
     engine: Annotated[str, AfterValidator(_known_engine)] = "vllm"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto", description="auto is bfloat16, or float32 on a processor without native bfloat16."
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="off",
+        description="CPU: compile the model; faster answers, slower first start. auto: if a C++ compiler is found.",
+    )
+    quantize: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Serve int8 weights from the cache folder. auto: if accuracy was compared and this CPU gains.",
     )
     kv_cache_gib: int = Field(default=1, ge=1, description="CPU only: memory of the key-value cache.")
     gpu_memory_utilization: float = Field(

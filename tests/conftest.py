@@ -16,6 +16,9 @@ import pytest
 
 # Set before torch is loaded: tests share the machine, and tiny models gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests start many engines, and compiling one takes longer than all of its requests.
+os.environ.setdefault("HYPER_COMPILE", "off")
+os.environ.setdefault("HYPER_QUANTIZE", "off")
 
 from hyper_model.manifest import GATED_SECTIONS
 from server.embedded import EMBEDDED_CHECKPOINT

@@ -34,6 +34,7 @@ MAY_IMPORT = {
 
 VLLM_MODULES = {
     "server.engines.vllm",
+    "hyper_model.int8_gain",
     "hyper_model.pause_vllm",
     "hyper_model.drafts_vllm",
     "hyper_model.vllm_plugin",
@@ -65,7 +66,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "settings telemetry page",
         "api_keys errors",
         "engines decoding quotas recordings storage",
-        "pause_budget request_context quota_store embedded",
+        "pause_budget quantization request_context quota_store embedded",
         "error_handlers limiter",
         "generation_stats",
         "answering admission gauges",

@@ -9,7 +9,15 @@ from fastapi import APIRouter, Request
 from hyper_model.audio import FORMATS
 from hyper_model.trace import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_QUESTION_CHARS, Section
 from server.api.openapi import ANYWHERE
-from server.api.types import CheckpointInfo, DecodingInfo, DraftMode, InfoReply, LimitsInfo, PauseInfo
+from server.api.types import (
+    CheckpointInfo,
+    ComputeInfo,
+    DecodingInfo,
+    DraftMode,
+    InfoReply,
+    LimitsInfo,
+    PauseInfo,
+)
 from server.service import Service
 from server.telemetry.metrics import version
 
@@ -31,6 +39,13 @@ async def info(request: Request) -> InfoReply:
             base_model=manifest.base_model,
             max_model_len=manifest.max_model_len,
             fallback_reason=request.app.state.fallback_reason,
+        ),
+        compute=ComputeInfo.model_validate(
+            {
+                "dtype": service.engine.about.get("dtype", "none"),
+                "weights": manifest.quantization or "float",
+                "compiled": service.engine.about.get("compiled", "none"),
+            }
         ),
         formats=list(FORMATS),
         decoding=DecodingInfo(sandbox=list(service.decoder_pool.layers), memory_mib=settings.decode_memory_mib),

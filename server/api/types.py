@@ -451,6 +451,16 @@ class CheckpointInfo(Wire):
     )
 
 
+class ComputeInfo(Wire):
+    """Computation in the engine; a value is `none` while the engine starts, and with an engine without a model."""
+
+    dtype: str = Field(description="Type of float weights and of results between layers.")
+    weights: Literal["float", "w8a8"] = Field(
+        description="w8a8: weights and inputs of the decoder's products are int8."
+    )
+    compiled: Literal["yes", "no", "none"] = Field(description="Whether the model runs as compiled code.")
+
+
 class DecodingInfo(Wire):
     """The decoder sandbox."""
 
@@ -506,6 +516,7 @@ class InfoReply(Wire):
         default="off", description="Drafts in the engine: in small batches (auto), in any (on), or off or impossible."
     )
     checkpoint: CheckpointInfo
+    compute: ComputeInfo
     formats: list[str] = Field(description="Supported audio formats.")
     decoding: DecodingInfo
     sections: list[str] = Field(description="Sections of a trace, in order.")

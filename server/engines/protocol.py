@@ -169,7 +169,7 @@ class ScriptedEngine:
         self.audio_tokens_per_s = audio_tokens_per_s
         self.token_interval_s = token_interval_s
         self.num_in_flight = 0
-        self.about: Mapping[str, str] = {"vllm": "none", "runner": "none", "dtype": "none"}
+        self.about: Mapping[str, str] = {"vllm": "none", "runner": "none", "dtype": "none", "compiled": "none"}
         self.last_sign_s = 0.0
         self.ended = asyncio.Event()
         self.ended.set()

@@ -29,7 +29,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from hyper_model.audio import SAMPLE_RATE_HZ
 from hyper_model.checkpoint import Checkpoint
-from hyper_model.engine_environment import native_dtype, num_cores, prepare_environment
+from hyper_model.engine_environment import (
+    is_cpu_build,
+    native_dtype,
+    num_cores,
+    prepare_environment,
+    reason_not_to_compile,
+)
+from hyper_model.errors import HyperError
 from hyper_model.manifest import Manifest
 from hyper_model.pause import Gate, GateReport, GateSettings
 from hyper_model.trace import PauseMode
@@ -140,8 +147,26 @@ class VllmEngine:
                 pass
 
     def load(self) -> None:
-        """Build vLLM's client and start its processes."""
-        prepare_environment(kv_cache_gib=self.settings.kv_cache_gib)
+        """Build vLLM's client and start its processes; without a compiler, or if compilation fails, run eagerly.
+
+        Raises:
+            HyperError: If the settings require compilation and it is impossible.
+        """
+        if is_to_compile(self.settings):
+            logger.info("the model runs compiled; the first start on a machine compiles it and takes longer")
+            try:
+                self.load_model(is_compiled=True)
+                return
+            # vLLM's error for a process that failed at start, whatever the cause.
+            except RuntimeError:
+                if self.settings.compile == "on" or not is_cpu_build():
+                    raise
+                logger.warning("the compiled engine did not start; trying without compilation", exc_info=True)
+        self.load_model(is_compiled=False)
+
+    def load_model(self, *, is_compiled: bool) -> None:
+        """Build vLLM's client and start its processes with a compiled or an eager model."""
+        prepare_environment(kv_cache_gib=self.settings.kv_cache_gib, is_compiled=is_compiled)
         # This process already has threads, and a forked copy of them can hang.
         os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
         # A CPU worker does not receive the request to end. By then no work in flight is worth waiting for.
@@ -164,8 +189,7 @@ class VllmEngine:
             gpu_memory_utilization=self.settings.gpu_memory_utilization,
             limit_mm_per_prompt={"audio": 1},
             enable_prefix_caching=True,
-            # On a CPU, compilation doubled the start-up time without a gain.
-            enforce_eager=current_platform.is_cpu(),
+            enforce_eager=not is_compiled,
             **(cpu_fields() if current_platform.is_cpu() else {}),
             worker_extension_cls="hyper_model.pause_vllm.GateReports",
             **draft_fields(self.settings.drafts, self.checkpoint.manifest),
@@ -184,6 +208,7 @@ class VllmEngine:
             "runner": "v2" if self.is_v2 else "v1",
             "dtype": dtype,
             "drafts": self.settings.drafts if has_drafts else "off",
+            "compiled": "yes" if is_compiled else "no",
         }
         config.model_config.logits_processors = [processor_name(is_v2=self.is_v2)]
         # Stored here, not returned, because a thread keeps a reference to its last task's result.
@@ -586,6 +611,27 @@ def draft_fields(drafts: Literal["auto", "on", "off"], manifest: Manifest) -> di
         logger.log(logging.WARNING if drafts == "on" else logging.INFO, "drafts are off: %s", reason)
         return {}
     return draft_support.engine_fields(None if drafts == "on" else draft_support.AUTO_MAX_BATCH)
+
+
+def is_to_compile(settings: Settings) -> bool:
+    """Return whether to start with a compiled model, as always on a GPU; log a missing compiler.
+
+    Raises:
+        HyperError: If the settings require compilation and it is impossible.
+    """
+    if not is_cpu_build():
+        return True
+    if settings.compile == "off":
+        return False
+    reason = reason_not_to_compile()
+    if reason is None:
+        return True
+    if settings.compile == "on":
+        raise HyperError(
+            f"HYPER_COMPILE=on, but {reason}. Install g++ and Python's headers, or set HYPER_COMPILE=auto."
+        )
+    logger.warning("the model runs without compilation, about a third slower: %s", reason)
+    return False
 
 
 def check_plugin() -> None:

@@ -23,7 +23,7 @@ from transformers import Qwen2AudioForConditionalGeneration, WhisperFeatureExtra
 from hyper_model.audio import decode
 from hyper_model.audio_encoder import LogMel, num_audio_tokens
 from hyper_model.checkpoint import open_checkpoint
-from hyper_model.engine_environment import prepare_environment
+from hyper_model.engine_environment import prepare_environment, reason_not_to_compile
 from hyper_model.trace import build_prompt
 from tests.process import ROOT
 
@@ -225,3 +225,72 @@ def test_vllm_answers_as_transformers_does_with_padding(tmp_path: Path) -> None:
         assert whole[0, len(prompt) :].tolist() == answer
         assert answer[-1] == stop
     assert result["answers_to_embeddings"] == result["answers"]
+
+
+COMPILE = """
+import json, sys
+
+def main():
+    from hyper_model.engine_environment import prepare_environment
+    prepare_environment(is_compiled=True)
+    from vllm import LLM, SamplingParams
+    from vllm.compilation.counter import compilation_counter
+
+    llm = LLM(sys.argv[1], dtype="float32", max_model_len=256, max_num_seqs=2, max_num_batched_tokens=256,
+              limit_mm_per_prompt={"audio": 1}, generation_config="vllm")
+    (reply,) = llm.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(temperature=0.0, max_tokens=16,
+                            ignore_eos=True, detokenize=False))
+    counts = [compilation_counter.num_aot_compiles, compilation_counter.num_aot_artifacts_loaded]
+    print("RESULT" + json.dumps([counts, list(reply.outputs[0].token_ids)]))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_second_start_loads_the_compiled_graph_and_writes_the_same_tokens(
+    random_checkpoint: Path, tmp_path: Path
+) -> None:
+    if (reason := reason_not_to_compile()) is not None and "TORCH" not in reason:
+        pytest.skip(reason)
+    (tmp_path / "compile.py").write_text(COMPILE)
+    env = {k: v for k, v in os.environ.items() if k != "TORCH_COMPILE_DISABLE"}
+    results: list[Any] = []
+    for _ in range(2):
+        ran = subprocess.run(
+            [sys.executable, str(tmp_path / "compile.py"), str(random_checkpoint)],
+            env=env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CACHE_ROOT": str(tmp_path / "cache")},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lines = [line for line in ran.stdout.splitlines() if line.startswith("RESULT")]
+        assert lines, ran.stdout[-2000:] + ran.stderr[-4000:]
+        results.append(json.loads(lines[0].removeprefix("RESULT")))
+    assert [counts for counts, _ in results] == [[1, 0], [0, 1]]
+    assert results[0][1] == results[1][1]
+    assert len(results[0][1]) == 16
+
+
+def test_a_graph_with_its_own_last_step_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from hyper_model.vllm_plugin import complete_saved_graphs
+
+    def plain() -> None: ...
+
+    def whole() -> None: ...
+
+    whole.finalize_loading = print  # pyright: ignore[reportFunctionMemberAccess]
+    monkeypatch.setattr(
+        torch.compiler,
+        "load_compiled_function",
+        lambda graph: SimpleNamespace(_artifacts=SimpleNamespace(compiled_fn=graph)),
+    )
+    complete_saved_graphs()
+    load: Any = torch.compiler.load_compiled_function
+    complete_saved_graphs()
+    assert load is torch.compiler.load_compiled_function
+    assert load(whole)._artifacts.compiled_fn.finalize_loading is print
+    assert load(plain)._artifacts.compiled_fn.finalize_loading(None) is None
