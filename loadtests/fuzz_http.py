@@ -7,6 +7,7 @@ on the service's HTTP API alone.
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import re
@@ -90,10 +91,25 @@ class Findings:
 def schema_of(document: dict[str, Any]) -> Any:
     """Return schemathesis' schema of an OpenAPI document, with clips for its binary fields."""
     load_all_checks()
+    document = copy.deepcopy(document)
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            content = operation.get("requestBody", {}).get("content", {})
+            if FORM in content:
+                keep_first_alternative(content[FORM]["schema"])
     clips = clip_bytes()
     schemathesis.openapi.format("binary", clips)
     schemathesis.openapi.format("byte", clips.map(lambda data: base64.b64encode(data).decode()))
     return schemathesis.openapi.from_dict(document)
+
+
+def keep_first_alternative(schema: dict[str, Any]) -> None:
+    """Reduce a form's alternatives to the first, in place: schemathesis cannot check a file against several."""
+    alternatives = schema.pop("anyOf", None)
+    if alternatives:
+        schema["required"] = alternatives[0]["required"]
+        for name in {name for each in alternatives[1:] for name in each["required"]} - set(schema["required"]):
+            del schema["properties"][name]
 
 
 def generate(

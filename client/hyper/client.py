@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Literal, Self, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 import httpx
 
 from hyper.clips import Clip, load_clip
 from hyper.errors import Error
 from hyper.events import AsyncEventStream, EventStream
+from hyper.files import AsyncFiles, Files
 from hyper.protocol import (
     DEFAULT_TIMEOUT_S,
     INFO_PATH,
@@ -20,16 +21,29 @@ from hyper.protocol import (
     AskOptions,
     Options,
     Question,
+    QuestionItem,
     connection_error,
     error_of,
     read_reply,
+    require_one_stream,
     require_usable_proxy,
     retry_delay_s,
 )
 from hyper_model.proxies import is_local
-from server.api.types import InfoReply, QaReply
+from server.api.types import FileDeleted, FileList, FileObject, InfoReply, QaListReply, QaReply
 
-__all__ = ["AskOptions", "AsyncClient", "Client", "Clip", "InfoReply", "QaReply"]
+__all__ = [
+    "AskOptions",
+    "AsyncClient",
+    "Client",
+    "Clip",
+    "FileDeleted",
+    "FileList",
+    "FileObject",
+    "InfoReply",
+    "QaListReply",
+    "QaReply",
+]
 
 
 class Client:
@@ -61,13 +75,15 @@ class Client:
         # No proxy reaches an address of this machine.
         trust_env = not is_local(self._options.url)
         self._http = httpx.Client(headers=self._options.headers, trust_env=trust_env)
+        self.files = Files(self._call, self._options.url)
 
     @overload
     def ask(
         self,
-        clip: Clip,
-        question: str,
+        clip: Clip | None = None,
+        question: str = ...,
         *,
+        file_id: str | None = None,
         choices: Sequence[str] = (),
         stream: Literal[False] = False,
         **options: Unpack[AskOptions],
@@ -76,29 +92,44 @@ class Client:
     @overload
     def ask(
         self,
-        clip: Clip,
-        question: str,
+        clip: Clip | None = None,
+        question: str = ...,
         *,
+        file_id: str | None = None,
         choices: Sequence[str] = (),
         stream: Literal[True],
         **options: Unpack[AskOptions],
     ) -> EventStream: ...
 
+    @overload
     def ask(
         self,
-        clip: Clip,
-        question: str,
+        clip: Clip | None = None,
         *,
+        file_id: str | None = None,
+        questions: Sequence[QuestionItem],
+        **options: Unpack[AskOptions],
+    ) -> QaListReply: ...
+
+    def ask(
+        self,
+        clip: Clip | None = None,
+        question: str | None = None,
+        *,
+        file_id: str | None = None,
+        questions: Sequence[QuestionItem] = (),
         choices: Sequence[str] = (),
         stream: bool = False,
         **options: Unpack[AskOptions],
-    ) -> QaReply | EventStream:
-        """Ask a question about a clip.
+    ) -> QaReply | QaListReply | EventStream:
+        """Ask a question about a clip, or several.
 
         Args:
             clip: A path, the bytes of an audio file, or a binary file object.
+            file_id: Id of a stored file, in place of the clip; see `files`.
+            questions: Several questions in place of `question`, each a text or a mapping with `question` and `choices`.
             choices: None, or 2 to 26 different texts.
-            stream: Return the events of the answer instead of the reply.
+            stream: Return the events of the answer instead of the reply; for one question.
             options: See `AskOptions`.
 
         Raises:
@@ -107,11 +138,14 @@ class Client:
             UnexpectedReplyError: The reply is not one of a HyPeR service.
             OSError: The file cannot be read.
         """
-        sent = Question.build(load_clip(clip), question, choices, stream=stream, **options)
+        loaded = None if clip is None else load_clip(clip)
+        require_one_stream(questions, stream=stream)
+        sent = Question.build(loaded, question, choices, file_id=file_id, questions=questions, stream=stream, **options)
         response = self._answered(lambda: self._post(sent))
         if stream:
             return EventStream(response, self._options.url)
-        return read_reply(self._read(response), QaReply, self._options.url)
+        kind = QaListReply if questions else QaReply
+        return read_reply(self._read(response), kind, self._options.url)
 
     def info(self) -> InfoReply:
         """Return the checkpoint, the limits, the formats and the pause settings of the service.
@@ -136,20 +170,26 @@ class Client:
         self.close()
 
     def _post(self, question: Question) -> httpx.Response:
-        with question.clip.open() as file:
+        with question.parts() as parts:
             request = self._http.build_request(
                 "POST",
                 self._options.url + QA_PATH,
-                data=question.fields,
-                files={"file": ("clip", file)},
                 headers=question.headers,
                 timeout=self._options.timeout(question.timeout_ms),
+                **parts,
             )
             return self._http.send(request, stream=True)
 
     def _get(self, path: str) -> httpx.Response:
-        request = self._http.build_request("GET", self._options.url + path, timeout=self._options.timeout())
+        return self._send("GET", path)
+
+    def _send(self, method: str, path: str, **parts: Any) -> httpx.Response:
+        request = self._http.build_request(method, self._options.url + path, timeout=self._options.timeout(), **parts)
         return self._http.send(request, stream=True)
+
+    def _call(self, method: str, path: str, **parts: Any) -> httpx.Response:
+        """Send a request until it succeeds, and read the reply."""
+        return self._read(self._answered(lambda: self._send(method, path, **parts)))
 
     def _answered(self, send: Callable[[], httpx.Response]) -> httpx.Response:
         """Send a request until it succeeds, and return the reply unread."""
@@ -195,13 +235,15 @@ class AsyncClient:
         require_usable_proxy(self._options.url)
         trust_env = not is_local(self._options.url)
         self._http = httpx.AsyncClient(headers=self._options.headers, trust_env=trust_env)
+        self.files = AsyncFiles(self._call, self._options.url)
 
     @overload
     async def ask(
         self,
-        clip: Clip,
-        question: str,
+        clip: Clip | None = None,
+        question: str = ...,
         *,
+        file_id: str | None = None,
         choices: Sequence[str] = (),
         stream: Literal[False] = False,
         **options: Unpack[AskOptions],
@@ -210,30 +252,45 @@ class AsyncClient:
     @overload
     async def ask(
         self,
-        clip: Clip,
-        question: str,
+        clip: Clip | None = None,
+        question: str = ...,
         *,
+        file_id: str | None = None,
         choices: Sequence[str] = (),
         stream: Literal[True],
         **options: Unpack[AskOptions],
     ) -> AsyncEventStream: ...
 
+    @overload
     async def ask(
         self,
-        clip: Clip,
-        question: str,
+        clip: Clip | None = None,
         *,
+        file_id: str | None = None,
+        questions: Sequence[QuestionItem],
+        **options: Unpack[AskOptions],
+    ) -> QaListReply: ...
+
+    async def ask(
+        self,
+        clip: Clip | None = None,
+        question: str | None = None,
+        *,
+        file_id: str | None = None,
+        questions: Sequence[QuestionItem] = (),
         choices: Sequence[str] = (),
         stream: bool = False,
         **options: Unpack[AskOptions],
-    ) -> QaReply | AsyncEventStream:
+    ) -> QaReply | QaListReply | AsyncEventStream:
         """Ask a question about a clip; see `Client.ask`. The file is read in another thread."""
-        loaded = await asyncio.to_thread(load_clip, clip)
-        sent = Question.build(loaded, question, choices, stream=stream, **options)
+        loaded = None if clip is None else await asyncio.to_thread(load_clip, clip)
+        require_one_stream(questions, stream=stream)
+        sent = Question.build(loaded, question, choices, file_id=file_id, questions=questions, stream=stream, **options)
         response = await self._answered(lambda: self._post(sent))
         if stream:
             return AsyncEventStream(response, self._options.url)
-        return read_reply(await self._read(response), QaReply, self._options.url)
+        kind = QaListReply if questions else QaReply
+        return read_reply(await self._read(response), kind, self._options.url)
 
     async def info(self) -> InfoReply:
         """Return the checkpoint, the limits, the formats and the pause settings; see `Client.info`."""
@@ -253,20 +310,26 @@ class AsyncClient:
         await self.aclose()
 
     async def _post(self, question: Question) -> httpx.Response:
-        with question.clip.open() as file:
+        with question.parts() as parts:
             request = self._http.build_request(
                 "POST",
                 self._options.url + QA_PATH,
-                data=question.fields,
-                files={"file": ("clip", file)},
                 headers=question.headers,
                 timeout=self._options.timeout(question.timeout_ms),
+                **parts,
             )
             return await self._http.send(request, stream=True)
 
     async def _get(self, path: str) -> httpx.Response:
-        request = self._http.build_request("GET", self._options.url + path, timeout=self._options.timeout())
+        return await self._send("GET", path)
+
+    async def _send(self, method: str, path: str, **parts: Any) -> httpx.Response:
+        request = self._http.build_request(method, self._options.url + path, timeout=self._options.timeout(), **parts)
         return await self._http.send(request, stream=True)
+
+    async def _call(self, method: str, path: str, **parts: Any) -> httpx.Response:
+        """Send a request until it succeeds, and read the reply."""
+        return await self._read(await self._answered(lambda: self._send(method, path, **parts)))
 
     async def _answered(self, send: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
         """Send a request until it succeeds, and return the reply unread."""

@@ -5,12 +5,13 @@ Replies are parsed with unknown members kept, so that this release reads the rep
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, Unpack, cast
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -22,6 +23,7 @@ from server.api.types import ErrorReply
 
 QA_PATH = "/v1/audio/qa"
 INFO_PATH = "/v1/info"
+FILES_PATH = "/v1/files"
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 10.0
@@ -117,35 +119,87 @@ class Options:
         return httpx.Timeout(silence_s, connect=CONNECT_TIMEOUT_S)
 
 
+QuestionItem: TypeAlias = "str | Mapping[str, Any]"
+"""One of several questions: a text, or a mapping with `question` and `choices`."""
+
+
 @dataclass(frozen=True)
 class Question:
-    """One question, ready to send as often as needed."""
+    """One question or several, ready to send as often as needed.
 
-    clip: LoadedClip
+    Attributes:
+        clip: The clip; None if the fields name a stored file.
+    """
+
+    clip: LoadedClip | None
     fields: Mapping[str, Any]
     headers: Mapping[str, str]
     timeout_ms: int | None
 
     @classmethod
     def build(
-        cls, clip: LoadedClip, question: str, choices: Sequence[str], *, stream: bool, **options: Unpack[AskOptions]
+        cls,
+        clip: LoadedClip | None,
+        question: str | None,
+        choices: Sequence[str] = (),
+        *,
+        file_id: str | None = None,
+        questions: Sequence[QuestionItem] = (),
+        stream: bool = False,
+        **options: Unpack[AskOptions],
     ) -> Question:
         """Write the form fields and headers.
 
         Raises:
-            TypeError: `choices` is one text instead of several, or an option is unknown.
+            TypeError: A list is one text, an option is unknown, or a clip or question is absent or given twice.
             ValueError: A text is not valid Unicode.
         """
+        if (clip is None) == (file_id is None):
+            raise TypeError("ask() needs a clip or a file_id, not both")
+        if (question is None) == (not questions):
+            raise TypeError("ask() needs a question or questions, not both")
+        if isinstance(questions, str):
+            raise TypeError("questions is a list, not one text")
         if isinstance(choices, str):
             raise TypeError("choices is a list of texts, not one text")
         if unknown := options.keys() - AskOptions.__annotations__.keys():
             raise TypeError(f"ask() has no option {', '.join(sorted(unknown))}")
-        for text in (question, *choices):
+        sent = [item if isinstance(item, str) else json.dumps(dict(item)) for item in questions]
+        for text in (question or "", *choices, *sent):
             _require_unicode(text)
         given = {name: value for name, value in options.items() if value is not None}
         headers = {HEADERS[name]: str(given.pop(name)) for name in HEADERS if name in given}
-        fields = {"question": question, "choices": list(choices), "stream": str(stream).lower(), **given}
-        return cls(clip, fields, {"x-hyper-clip": clip.sha256, **headers}, options.get("timeout_ms"))
+        fields: dict[str, Any] = {"choices": list(choices), "questions": sent, "stream": str(stream).lower(), **given}
+        fields |= {} if question is None else {"question": question}
+        fields |= {} if file_id is None else {"file_id": file_id}
+        # Requests about one clip reach the replica whose cache has it.
+        key = file_id if clip is None else clip.sha256
+        return cls(clip, fields, {"x-hyper-clip": str(key), **headers}, options.get("timeout_ms"))
+
+    @contextlib.contextmanager
+    def parts(self) -> Generator[dict[str, Any]]:
+        """Open the clip, and yield the multipart body as arguments of httpx; a form without files needs one, too."""
+        with contextlib.ExitStack() as stack:
+            if self.clip is not None:
+                file = stack.enter_context(self.clip.open())
+                yield {"data": self.fields, "files": {"file": ("clip", file)}}
+            else:
+                yield {"files": [(name, (None, text)) for name, text in self._texts()]}
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        for name, value in self.fields.items():
+            for each in cast("list[Any]", value) if isinstance(value, list) else [value]:
+                yield name, str(each)
+
+
+def require_one_stream(questions: Sequence[QuestionItem], *, stream: bool) -> None:
+    """Refuse a stream of several questions.
+
+    Raises:
+        TypeError: `stream` and `questions` are both given.
+    """
+    if stream and questions:
+        raise TypeError("ask(stream=True) is for one question")
 
 
 def _require_unicode(text: str) -> None:

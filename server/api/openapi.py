@@ -267,22 +267,16 @@ def form_schema(form: type[BaseModel]) -> dict[str, Any]:
     schema = form.model_json_schema()
     clip: dict[str, Any] = {"type": "string", "format": "binary", "description": "Audio file in a format of /v1/info."}
     schema["properties"] = {"file": clip, **schema["properties"]}
-    if "file_id" in schema["properties"]:
-        schema["properties"]["file_id"] |= {"anyOf": [{"type": "string", "minLength": 1}]}
-        schema["allOf"] = [one_of("file", "file_id")]
-    else:
-        schema["required"] = ["file", *schema.get("required", ())]
     if "questions" in schema["properties"]:
         schema.pop("$defs")
         # A JSON object inside a field is text, too.
         schema["properties"]["questions"]["items"] = TEXT
-        schema["allOf"].append(one_of("question", "questions"))
+        schema["properties"]["file_id"] |= {"anyOf": [{"type": "string", "minLength": 1}]}
+        clips, texts = ("file", "file_id"), ("question", "questions")
+        schema["anyOf"] = [{"required": [clip, text]} for clip in clips for text in texts]
+    else:
+        schema["required"] = ["file", *schema.get("required", ())]
     return schema
-
-
-def one_of(*names: str) -> dict[str, Any]:
-    """Return the schema of an object with exactly one of the fields."""
-    return {"oneOf": [{"required": [name]} for name in names]}
 
 
 def json_schema(body: type[BaseModel]) -> dict[str, Any]:
@@ -290,9 +284,9 @@ def json_schema(body: type[BaseModel]) -> dict[str, Any]:
     schema = inlined(body.model_json_schema())
     audio = schema["properties"]["audio"]
     audio["properties"]["data"]["format"] = "byte"
-    audio |= one_of(*audio["properties"])
+    audio |= {"minProperties": 1, "maxProperties": 1}
     if "questions" in schema["properties"]:
         questions = schema["properties"]["questions"]
         questions["items"] = {"anyOf": [TEXT, questions["items"]]}
-        schema |= one_of("question", "questions")
+        schema["anyOf"] = [{"required": [name]} for name in ("question", "questions")]
     return schema

@@ -147,7 +147,68 @@ def test_info_is_that_of_the_service(live: Live) -> None:
 
 def test_the_options_are_the_fields_of_the_api() -> None:
     fields = {*AskOptions.__annotations__} - {"priority", "request_id"}
-    assert fields | {"question", "choices", "stream"} == set(QaOptions.model_fields)
+    assert fields | {"question", "questions", "choices", "stream"} == set(QaOptions.model_fields)
+
+
+def test_a_stored_file_is_asked_about_by_its_id(live: Live) -> None:
+    with hyper.Client(live.url) as client:
+        stored = client.files.create(CLIP, lifetime_s=3600)
+        assert (stored.filename, stored.expires_at - stored.created_at) == (CLIP.name, 3600)
+        assert client.files.retrieve(stored.id) == stored
+        assert client.files.content(stored.id) == CLIP.read_bytes()
+        assert client.files.list(limit=1).data == [stored]
+        assert client.ask(file_id=stored.id, question=QUESTION).answer == client.ask(CLIP, QUESTION).answer
+        with client.ask(file_id=stored.id, question=QUESTION, stream=True) as events:
+            assert events.until_done().answer.text
+        assert client.files.delete(stored.id).deleted
+        for attempt in (client.files.retrieve, client.files.content, client.files.delete):
+            with pytest.raises(hyper.UnknownFileError):
+                attempt(stored.id)
+        with pytest.raises(hyper.NotFoundError):
+            client.files.retrieve("../info")
+        with pytest.raises(hyper.UnsupportedAudioError):
+            client.files.create(b"no sound at all, only text " * 9)
+
+    async def main() -> None:
+        async with hyper.AsyncClient(live.url) as client:
+            stored = await client.files.create(CLIP.read_bytes(), filename="a.mp3")
+            assert await client.files.retrieve(stored.id) == stored and stored.filename == "a.mp3"
+            assert await client.files.content(stored.id) == CLIP.read_bytes()
+            assert stored.id in [file.id for file in (await client.files.list()).data]
+            assert (await client.ask(file_id=stored.id, question=QUESTION)).answer.text
+            assert (await client.files.delete(stored.id)).deleted
+
+    asyncio.run(main())
+
+
+def test_several_questions_have_a_reply_each(live: Live) -> None:
+    questions: list[Any] = [QUESTION, {"question": "How long?", "choices": ["short", "long"]}]
+    with hyper.Client(live.url) as client:
+        found = client.ask(CLIP, questions=questions)
+        assert found.data[0].answer == client.ask(CLIP, QUESTION).answer
+        assert found.data[1].answer == client.ask(CLIP, "How long?", choices=["short", "long"]).answer
+
+    async def main() -> hyper.QaListReply:
+        async with hyper.AsyncClient(live.url) as client:
+            return await client.ask(CLIP, questions=questions)
+
+    assert [each.answer for each in asyncio.run(main()).data] == [each.answer for each in found.data]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"question": "Who?"},
+        {"clip": CLIP},
+        {"clip": CLIP, "file_id": "file-1", "question": "Who?"},
+        {"clip": CLIP, "question": "Who?", "questions": ["Who?"]},
+        {"clip": CLIP, "questions": "Who?"},
+        {"clip": CLIP, "questions": ["Who?"], "stream": True},
+    ],
+)
+def test_a_call_without_one_clip_and_one_kind_of_question_is_refused(arguments: dict[str, Any]) -> None:
+    with hyper.Client("http://127.0.0.1:9") as client, pytest.raises(TypeError):
+        client.ask(**arguments)
 
 
 def test_options_and_headers_arrive(live: Live, ask: Callable[..., QaReply]) -> None:
