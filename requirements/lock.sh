@@ -22,7 +22,7 @@ compile() { # name, extra, then more uv options
     --override requirements/overrides.txt --custom-compile-command "make lock" ${UPGRADE:-} "$@"
   # Every lock is for the one platform of [tool.uv] environments, so remove the markers of that platform.
   sed -i -E -e "/^[a-z]/s/ and (platform_machine == 'x86_64'|platform_python_implementation == 'CPython')//g" \
-    -e "/^[a-z]/s/ and (sys_platform == 'linux'|implementation_name != 'PyPy')//g" \
+    -e "/^[a-z]/s/ and (sys_platform == 'linux'|implementation_name != '(PyPy|pypy)')//g" \
     -e "/^[a-z]/s/ ; python_full_version < '3.13' / /" "requirements/$name.txt"
   echo "requirements/$name.txt: $(grep -c '^[a-z]' "requirements/$name.txt") packages"
 }

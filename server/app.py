@@ -15,7 +15,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.errors import HyperError
 from server import error_handlers
-from server.api import chat, files, health, info, models, page, qa, transcriptions
+from server.api import chat, files, health, info, jobs, models, page, qa, transcriptions, webhook_secrets
+from server.api.job_steps import JobSteps
 from server.api.openapi import document
 from server.api_keys import KeyRing
 from server.embedded import choose_checkpoint
@@ -53,23 +54,31 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        life = asyncio.create_task(service.start())
+        life = [asyncio.create_task(service.start())]
+        if settings.jobs:
+            life.append(asyncio.create_task(start_jobs(app, service)))
         try:
             yield
         finally:
+            if app.state.jobs is not None:
+                await app.state.jobs.stop()
             await service.stop()
-            life.cancel()
-            await asyncio.gather(life, return_exceptions=True)
+            for task in life:
+                task.cancel()
+            await asyncio.gather(*life, return_exceptions=True)
 
     app = FastAPI(
         title="HyPeR", version=version(), description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.service = service
     app.state.fallback_reason = chosen.fallback_reason
+    app.state.jobs = None
     app.include_router(qa.router)
     app.include_router(chat.router)
     app.include_router(transcriptions.router)
     app.include_router(files.router)
+    app.include_router(jobs.router)
+    app.include_router(webhook_secrets.router)
     app.include_router(models.router)
     app.include_router(info.router)
     app.include_router(health.router)
@@ -88,6 +97,24 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
+
+
+async def start_jobs(app: FastAPI, service: Service) -> None:
+    """Start the jobs; without a usable default folder, only their endpoints fail.
+
+    The modules are imported here, in a thread: DBOS takes seconds and 50 MiB, and a service without jobs needs neither.
+    """
+    folder = service.settings.state_path / "jobs"
+    try:
+        module = await asyncio.to_thread(import_module, "server.jobs.job_service")
+        found = await asyncio.to_thread(module.JobService, service.settings, folder, service.metrics, JobSteps(service))
+    except HyperError as error:
+        if service.settings.state_dir is not None or service.settings.jobs_database_url is not None:
+            service.fail(error)
+        logger.warning("jobs cannot be stored: %s", error.message)
+        return
+    app.state.jobs = found
+    await found.start()
 
 
 def key_ring(settings: Settings) -> KeyRing | None:

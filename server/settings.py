@@ -192,6 +192,51 @@ class Settings(BaseSettings):
     ping_interval_s: float = Field(default=5.0, gt=0, le=10)
     drain_timeout_s: float = Field(default=30.0, ge=0)
 
+    jobs: bool = Field(default=True, description="Take and run jobs and batches; their state is in HYPER_STATE_DIR.")
+    jobs_database_url: str | None = Field(
+        default=None, description="PostgreSQL for jobs, as postgresql://user:password@host/database; else SQLite."
+    )
+    jobs_runner_id: str = Field(
+        default="jobs-0",
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="Fixed id of this process as a runner of jobs. After a crash, only a process with this id resumes.",
+    )
+    jobs_concurrency: int = Field(default=4, ge=1, description="Maximum number of steps of jobs at the same time.")
+    jobs_max_active: int = Field(default=10_000, ge=1, description="Maximum number of unfinished jobs per API key.")
+    jobs_max_age_s: float = Field(
+        default=86_400.0, gt=0, description="Time from taking a job to its end; a later one is expired."
+    )
+    jobs_keep_s: float = Field(
+        default=7 * 86_400.0, ge=60, description="Time to keep a job and its result after its end."
+    )
+    webhook_allowed_hosts: str = Field(
+        default="",
+        description="Host names, with commas, that webhooks may reach over http and at private addresses.",
+    )
+    webhook_retry_delays_s: str = Field(
+        default="5,300,1800,7200,18000,36000,36000",
+        description="Seconds between the attempts to deliver a webhook, with commas; by default over a day.",
+    )
+
+    @property
+    def webhook_allowed_host_list(self) -> frozenset[str]:
+        """Return the hosts of `webhook_allowed_hosts`."""
+        return frozenset(filter(None, (host.strip().lower() for host in self.webhook_allowed_hosts.split(","))))
+
+    @property
+    def webhook_retry_delays(self) -> tuple[float, ...]:
+        """Return the delays of `webhook_retry_delays_s`."""
+        return tuple(float(part) for part in self.webhook_retry_delays_s.split(",") if part.strip())
+
+    @field_validator("webhook_retry_delays_s")
+    @classmethod
+    def check_delays(cls, text: str) -> str:
+        """Refuse a delay that is not a number of seconds."""
+        for part in filter(None, map(str.strip, text.split(","))):
+            if not re.fullmatch(r"\d{1,7}(\.\d{1,3})?", part):
+                raise ValueError(f"{part!r} is no number of seconds; write 5,300,1800")
+        return text
+
     @property
     def is_local(self) -> bool:
         """Return whether the service is reachable from this machine only."""

@@ -102,8 +102,8 @@ def running(
 
 
 def scripted(**fields: Any) -> Settings:
-    """Return settings for the scripted engine on a free port."""
-    return Settings(engine="scripted", port=0, **fields)
+    """Return settings for the scripted engine on a free port, without jobs unless they are on."""
+    return Settings(engine="scripted", port=0, **{"jobs": False, **fields})
 
 
 def wav(samples_S: Any, sample_rate_hz: int = SAMPLE_RATE_HZ) -> bytes:

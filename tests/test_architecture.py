@@ -65,7 +65,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "server": (
         "settings telemetry page",
         "api_keys errors",
-        "engines decoding quotas recordings storage",
+        "engines decoding quotas recordings storage jobs",
         "pause_budget quantization request_context quota_store embedded",
         "error_handlers limiter",
         "generation_stats",
@@ -234,7 +234,7 @@ def test_each_package_imports_only_what_it_may() -> None:
     assert not wrong
 
 
-CLIENT_IMPORTS = {"server.api.types", "hyper_model.proxies", "hyper_model.sse"}
+CLIENT_IMPORTS = {"server.api.types", "server.api.job_types", "hyper_model.proxies", "hyper_model.sse"}
 """All that the client imports from other packages: the types of the API, and readers without dependencies."""
 
 

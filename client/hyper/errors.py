@@ -45,6 +45,8 @@ __all__ = [
     "ForbiddenError",
     "HeadTimeoutError",
     "HeadersTooLargeError",
+    "IdempotencyInProgressError",
+    "IdempotencyMismatchError",
     "InternalError",
     "InvalidApiKeyError",
     "InvalidAudioError",
@@ -54,6 +56,7 @@ __all__ = [
     "InvalidParameterError",
     "InvalidPromptError",
     "InvalidRequestError",
+    "JobsDisabledError",
     "MethodNotAllowedError",
     "MissingParameterError",
     "ModelNotFoundError",
@@ -73,6 +76,7 @@ __all__ = [
     "StorageFullError",
     "StorageUnavailableError",
     "TooManyInFlightError",
+    "TooManyJobsError",
     "UnexpectedReplyError",
     "UnknownFileError",
     "UnknownParameterError",
@@ -193,6 +197,18 @@ class FileExpiredError(InvalidRequestError):
     """The stored file has expired."""
 
 
+class JobsDisabledError(InvalidRequestError):
+    """The service takes no jobs."""
+
+
+class IdempotencyInProgressError(InvalidRequestError):
+    """An equal request with this Idempotency-Key is in progress."""
+
+
+class IdempotencyMismatchError(InvalidRequestError):
+    """The Idempotency-Key belongs to another request."""
+
+
 class MethodNotAllowedError(InvalidRequestError):
     """The address does not take this method."""
 
@@ -271,6 +287,10 @@ class AudioQuotaExceededError(RateLimitError):
 
 class FileQuotaExceededError(RateLimitError):
     """The caller has too many stored files or bytes."""
+
+
+class TooManyJobsError(RateLimitError):
+    """The key has too many unfinished jobs."""
 
 
 class ServiceTimeoutError(ServiceError):

@@ -43,6 +43,9 @@ REPEATED_FIELDS = frozenset(
 )
 """Fields that a form may have more than once, without the brackets of `plain_name`."""
 
+NESTED_FIELDS: Mapping[str, tuple[str, str]] = {"webhook[url]": ("webhook", "url")}
+"""Members of objects in a form, as form libraries spell them."""
+
 # File name of a part without one; a short text in it is a path or an address in place of the clip.
 UNNAMED = "part-without-file-name"
 MAX_PATH_BYTES = 1024
@@ -305,6 +308,9 @@ def sort_parts(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
             continue
         elif sent_name == CHARSET_FIELD and value.strip().lower().encode() in CHARSETS:
             continue
+        elif name in NESTED_FIELDS:
+            outer, inner = NESTED_FIELDS[name]
+            fields.setdefault(outer, {})[inner] = value
         elif name in REPEATED_FIELDS:
             listed.setdefault(name, []).append((len(listed.get(name, ())) if index is None else index, value))
         elif name in fields or index is not None:

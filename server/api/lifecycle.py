@@ -73,8 +73,8 @@ class Handler(Protocol[Reply]):
         """Return the event to end a stream with an error object."""
         ...
 
-    def partial(self) -> dict[str, Any]:
-        """Return the trace so far, for a request after its deadline."""
+    def partial(self) -> dict[str, Any] | None:
+        """Return the trace so far, for a request after its deadline; None for an endpoint without a trace."""
         ...
 
 

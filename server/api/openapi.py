@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.routing import BaseRoute
 
 from hyper_model.trace import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_QUESTION_CHARS
+from server.api.forms import NESTED_FIELDS
 from server.api.types import ErrorReply, LateReply
 from server.errors import ERRORS
 from server.middleware import CLIENT_REQUEST_ID, PRIORITY_HEADER, PUBLIC_PATHS
@@ -68,6 +69,14 @@ ANYWHERE = responses_of(
 
 def event_stream_responses(events: Sequence[str], description: str) -> Responses:
     """Describe the replies of an endpoint that answers about a clip, whole or as a stream of named events."""
+    # A disconnected client reads no reply, and a matched route is never missing.
+    return {200: event_stream(events, description)} | responses_of(
+        code for code in ERRORS if code not in ("client_closed_request", "not_found", "method_not_allowed")
+    )
+
+
+def event_stream(events: Sequence[str], description: str) -> dict[str, Any]:
+    """Describe a reply that may be a stream of named events."""
     properties: dict[str, Any] = {"data": {"type": "string", "contentMediaType": "application/json"}}
     if events:
         properties = {"event": {"type": "string", "enum": list(events)}, **properties}
@@ -77,17 +86,11 @@ def event_stream_responses(events: Sequence[str], description: str) -> Responses
         "required": list(properties),
         "properties": properties,
     }
-    found: Responses = {
-        200: {
-            "description": description,
-            "headers": REQUEST_ID,
-            "content": {"text/event-stream": {"schema": event}},
-        }
+    return {
+        "description": description,
+        "headers": REQUEST_ID,
+        "content": {"text/event-stream": {"schema": event}},
     }
-    # A disconnected client reads no reply, and a matched route is never missing.
-    return found | responses_of(
-        code for code in ERRORS if code not in ("client_closed_request", "not_found", "method_not_allowed")
-    )
 
 
 Limits = Mapping[str, Mapping[str, Any]]
@@ -264,7 +267,12 @@ def inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 def form_schema(form: type[BaseModel]) -> dict[str, Any]:
     """Return the schema of the multipart form: the fields and the clip as a file."""
-    schema = form.model_json_schema()
+    schema = inlined(form.model_json_schema())
+    for name, (outer, inner) in NESTED_FIELDS.items():
+        if outer in schema["properties"]:
+            value = schema["properties"].pop(outer)
+            members = next(each for each in value.get("anyOf", [value]) if "properties" in each)["properties"]
+            schema["properties"][name] = members[inner]
     clip: dict[str, Any] = {"type": "string", "format": "binary", "description": "Audio file in a format of /v1/info."}
     schema["properties"] = {"file": clip, **schema["properties"]}
     if "questions" in schema["properties"]:

@@ -32,16 +32,19 @@ class ServerSentEvent:
     Attributes:
         data: Content, written as JSON; a string is written unchanged, such as OpenAI's `[DONE]`.
         name: The event's type; None omits the line, as in OpenAI's streams.
+        id: The event's id, which a client sends back as `Last-Event-ID`; None omits the line.
     """
 
     data: Mapping[str, Any] | str
     name: str | None = None
+    id: str | None = None
 
     def encode(self) -> bytes:
         """Return the event as bytes; JSON has no raw line break, so one `data` line is enough."""
         data = self.data if isinstance(self.data, str) else to_json(self.data)
         name = "" if self.name is None else f"event: {self.name}\n"
-        return f"{name}data: {data}\n\n".encode()
+        id_line = "" if self.id is None else f"id: {self.id}\n"
+        return f"{id_line}{name}data: {data}\n\n".encode()
 
 
 Emit = Callable[[ServerSentEvent], Awaitable[None]]
@@ -59,20 +62,25 @@ class EventStream(Response):
 
     Args:
         produce: Emits the events; called after the stream has begun.
-        held: The request's resources (its place in the service), released at the end of the stream.
+        held: The request's resources (its place in the service), released at the end of the stream; None for none.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, produce: Produce, context: RequestContext, *, ping_interval_s: float, held: contextlib.AsyncExitStack
+        self,
+        produce: Produce,
+        context: RequestContext,
+        *,
+        ping_interval_s: float,
+        held: contextlib.AsyncExitStack | None = None,
     ) -> None:
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.produce = produce
         self.context = context
         self.ping_interval_s = ping_interval_s
-        self.held = held
+        self.held = held or contextlib.AsyncExitStack()
         self.last_sent_s = time.monotonic()
         self.lock = asyncio.Lock()
 

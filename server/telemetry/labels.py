@@ -34,3 +34,6 @@ order and reports an unexpected exception (`odd_file`) or a lack of memory has m
 
 FormFailure = Literal["malformed", "weak", "trailing_text"]
 """Fault in a trace's form: its format (`TraceFormat`), or text after its end."""
+
+JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled", "expired"]
+"""Status of a job."""

@@ -23,7 +23,7 @@ from prometheus_client import (
 from prometheus_client.metrics import MetricWrapperBase
 
 from hyper_model.trace import REQUIRED_SECTIONS
-from server.telemetry.labels import STAGES, AbortedBy, FormFailure, Phase, Priority, WorkerFailure
+from server.telemetry.labels import STAGES, AbortedBy, FormFailure, JobStatus, Phase, Priority, WorkerFailure
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 4, 6, 10, 15, 30, 60, 120, 300)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000)
@@ -47,6 +47,7 @@ class Metrics:
         self._define_trace_metrics()
         self._define_pause_metrics()
         self._define_engine_metrics()
+        self._define_job_metrics()
         self.show_zeros()
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
@@ -230,6 +231,19 @@ class Metrics:
             "hyper_build", "Version, checkpoint and engine of the running service", registry=self.registry
         )
 
+    def _define_job_metrics(self) -> None:
+        """Define the metrics of jobs and webhooks."""
+        self.jobs = self._gauge("jobs", "Stored jobs by status, the same in every process with one database", "status")
+        self.job_age = self._gauge("job_age_seconds", "Age of the oldest job that has not ended")
+        self.job_steps = self._counter("job_steps", "Finished steps of jobs, by outcome", "outcome")
+        self.jobs_ended = self._counter("jobs_ended", "Jobs that this process has ended, by status", "status")
+        self.jobs_runner = self._gauge("jobs_runner", "1 while this process runs jobs under this id", "runner")
+        self.jobs_database_up = self._gauge("jobs_database_up", "0 while the database of jobs is not available")
+        self.jobs_database_up.set(1)
+        self.webhook_attempts = self._counter(
+            "webhook_attempts", "Attempts to deliver a webhook; abandoned is the last one without success", "outcome"
+        )
+
     def show_zeros(self) -> None:
         """Initialise metrics with few labels to 0: otherwise a rate would miss the first event."""
         labelled: tuple[tuple[MetricWrapperBase, tuple[str, ...]], ...] = (
@@ -241,6 +255,9 @@ class Metrics:
             (self.draft_tokens, ("accepted", "rejected")),
             (self.decoder_deaths, get_args(WorkerFailure)),
             (self.auth_failures, ("no_key", "wrong_key", "wrong_scope")),
+            *((collector, get_args(JobStatus)) for collector in (self.jobs, self.jobs_ended)),
+            (self.job_steps, ("done", "failed")),
+            (self.webhook_attempts, ("delivered", "retried", "abandoned")),
         )
         for metric, values in labelled:
             for value in values:
