@@ -24,8 +24,8 @@ from hyper_model.trace import TagStyle
 MAX_DRAFT_TOKENS = 8
 """Maximum drafted tokens per step. Longer drafts save few more steps and waste more rows (docs/LOG.md)."""
 
-AUTO_MAX_BATCH = 4
-"""Largest batch with drafts in the mode auto (docs/LOG.md)."""
+AUTO_MAX_BATCH = 10
+"""Largest batch with drafts in the mode auto: the largest in which their gain was measured (docs/LOG.md)."""
 
 MAX_BATCH = "hyper_draft_max_batch"
 """Name of the largest batch among vLLM's additional settings."""

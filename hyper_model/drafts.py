@@ -96,12 +96,15 @@ class DraftTable:
     @cached_property
     def encode(self) -> Callable[[str], tuple[int, ...]]:
         """Return the function to encode words; repeated calls for one text are cheap."""
-        return lru_cache(_CACHED_TEXTS)(lambda text: tuple(self.tokenizer.encode_text(text)))
+        return lru_cache(_CACHED_TEXTS)(self._encode)
 
     @cached_property
     def choices(self) -> Callable[[tuple[int, ...]], tuple[str, ...]]:
         """Return the function to read the options listed in a prompt; repeated calls for one prompt are cheap."""
         return lru_cache(_CACHED_TEXTS)(self._choices_of)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode_text(text))
 
     def _choices_of(self, prompt_ids: tuple[int, ...]) -> tuple[str, ...]:
         after_audio = len(prompt_ids)

@@ -48,7 +48,7 @@ class DraftProposer:
         checkpoint = open_checkpoint(vllm_config.model_config.model, verify=False)
         self.table = DraftTable(checkpoint.tokenizer, PauseMode(checkpoint.manifest.pause.mode))
         self.gate: PauseV1 | None = None
-        settings = cast("dict[str, int]", vllm_config.additional_config)
+        settings = cast("dict[str, int]", cast("Any", vllm_config).additional_config)
         self.max_batch = settings.get(MAX_BATCH, vllm_config.scheduler_config.max_num_seqs)
         self.max_tokens = vllm_config.num_speculative_tokens
         self.max_model_len = vllm_config.model_config.max_model_len

@@ -23,8 +23,7 @@ from tests.builders import TOKENIZER_TEXTS
 
 TOKENIZER = TraceTokenizer(train_tokenizer(TOKENIZER_TEXTS * 20, vocab_size=640))
 TABLE = DraftTable(TOKENIZER, PauseMode.PARALLEL)
-PAUSE_ID = TOKENIZER.tokenizer.token_to_id("<PAUSE>")
-CLOSE_ID = TOKENIZER.tokenizer.token_to_id("</PAUSE>")
+PAUSE_ID, CLOSE_ID = (TOKENIZER.encode_trace(tag)[0] for tag in ("<PAUSE>", "</PAUSE>"))
 PROMPT = build_prompt(TOKENIZER, "What does the first speaker say?", ("the train leaves", "please close the window"))
 QUOTES = ("please close the window", "the train leaves at nine", "who cannot come on Friday")
 TRACE = Trace(

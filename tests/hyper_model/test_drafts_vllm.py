@@ -100,13 +100,16 @@ class Run:
     def written(self) -> list[int]:
         return [*self.done, *self.output]
 
-    def params(self, max_tokens: int) -> SamplingParams:
+    @property
+    def stops(self) -> tuple[int, ...]:
         settings = self.reader.settings
-        stop = (*STOP, settings.open_id, settings.close_id) if settings.is_fed else STOP
+        return (*STOP, settings.open_id, settings.close_id) if settings.is_fed else STOP
+
+    def params(self, max_tokens: int) -> SamplingParams:
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,
-            stop_token_ids=list(stop),
+            stop_token_ids=list(self.stops),
             extra_args=arguments(self.reader, self.key),
         )
 
@@ -165,7 +168,7 @@ class Loop:
         tokens, _ = RejectionSampler.parse_output(output.sampled_token_ids, VOCAB_SIZE)
         for run, token_ids in zip(self.rows, tokens, strict=True):
             run.output += token_ids
-            assert not {*token_ids[:-1]} & {*run.params(9).stop_token_ids}, "a stop token ends a step"
+            assert not {*token_ids[:-1]} & {*run.stops}, "a stop token ends a step"
         self.propose(tokens)
         self.end_chunks()
 
@@ -184,7 +187,7 @@ class Loop:
 
     def end_chunks(self) -> None:
         """End the completions at their stop token or limit, and start the next chunk behind a fed pause."""
-        ended = {row for row, run in enumerate(self.rows) if run.output[-1] in run.params(9).stop_token_ids}
+        ended = {row for row, run in enumerate(self.rows) if run.output[-1] in run.stops}
         ended |= {row for row, run in enumerate(self.rows) if len(run.written) >= self.max_tokens}
         if not ended:
             return
@@ -230,9 +233,8 @@ def guesses(seed: int, reference: Sequence[Sequence[int]] = ()) -> Drafts:
         ids = [token_id for token_id in whole[len(written) : len(written) + rng.randrange(9)] if token_id not in STOP]
         if rng.random() < 0.4:
             ids = [rng.choice([token_id, rng.randrange(VOCAB_SIZE), -1]) for token_id in ids]
-        stops = run.params(9).stop_token_ids or ()
-        end = next((place for place, token_id in enumerate(ids) if token_id in stops), len(ids))
-        return ids[:end] if written and written[-1] not in stops else []
+        end = next((place for place, token_id in enumerate(ids) if token_id in run.stops), len(ids))
+        return ids[:end] if written and written[-1] not in run.stops else []
 
     return draft
 
@@ -323,7 +325,8 @@ def test_accepted_and_drafted_tokens_are_counted_over_all_chunks_of_a_session() 
 )
 def test_only_plain_greedy_requests_get_drafts(fields: dict[str, Any]) -> None:
     assert pause_vllm.is_plain_greedy(SamplingParams(temperature=0))
-    assert not pause_vllm.is_plain_greedy(SamplingParams(**({"temperature": 0} | fields)))
+    changed: dict[str, Any] = {"temperature": 0.0, **fields}
+    assert not pause_vllm.is_plain_greedy(SamplingParams(**changed))
 
 
 def test_a_batch_above_the_limit_gets_no_drafts() -> None:
