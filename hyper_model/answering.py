@@ -18,8 +18,9 @@ measure and serve the same answer.
     result = answering.result
 
 Steps of the procedure:
-  1. The model writes its trace. With choices, generation ends at the opening tag of FINAL_ANSWER, because choices are
-     scored. Without choices it ends at the closing tag.
+  1. The model writes its trace; known content of SPEAKER and ASR (`Question.heard`) is written for it. With choices,
+     generation ends at the opening tag of FINAL_ANSWER, because choices are scored. Without choices it ends at the
+     closing tag.
   2. An incomplete trace (token limit, gate, end of turn without an answer) is closed with the missing tags.
   3. With choices, each is scored as the continuation of the trace, and the likeliest is written into it. Without
      choices, the model gets `ANSWER_TOKENS` more to answer after an incomplete trace.
@@ -37,7 +38,18 @@ import numpy as np
 
 from hyper_model.manifest import Manifest
 from hyper_model.pause import GateReport, GateSettings
-from hyper_model.trace import PauseMode, Section, Termination, Trace, TraceTokenizer, escape_markup, render_choice
+from hyper_model.trace import (
+    PauseMode,
+    Section,
+    Speaker,
+    Termination,
+    Trace,
+    TraceTokenizer,
+    canonical_text,
+    escape_markup,
+    render_choice,
+    render_speakers,
+)
 from hyper_model.trace_parser import Event as TraceEvent
 from hyper_model.trace_parser import ParsedTrace, SectionDelta, TraceParser
 
@@ -55,6 +67,40 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
+class Heard:
+    """Speakers and words of a clip, known before its trace; the procedure writes them in place of the model's own."""
+
+    speakers: tuple[Speaker, ...] = ()
+    transcript: str = ""
+
+
+NOTHING_HEARD = Heard()
+
+
+def join_heard(pieces: Sequence[Heard]) -> Heard:
+    """Join the speakers and words of consecutive pieces of a clip.
+
+    The model numbers the speakers of each piece anew. Speakers of one description are the same person, unless one
+    piece has several of them.
+    """
+    names: dict[tuple[str, int], int] = {}
+    quotes: list[list[str]] = []
+    for piece in pieces:
+        num_seen: dict[str, int] = {}
+        for speaker in piece.speakers:
+            number = num_seen.get(speaker.description, 0)
+            num_seen[speaker.description] = number + 1
+            place = names.setdefault((speaker.description, number), len(names))
+            if place == len(quotes):
+                quotes.append([])
+            quotes[place] += speaker.quotes
+    speakers = [
+        Speaker(f"S{place + 1}", description, tuple(quotes[place])) for (description, _), place in names.items()
+    ]
+    return Heard(tuple(speakers), ". ".join(piece.transcript for piece in pieces if piece.transcript))
+
+
+@dataclass(frozen=True)
 class Question:
     """One checked question about one clip.
 
@@ -65,6 +111,7 @@ class Question:
         gate: Settings of the gate for pauses and for repetitive traces; None turns both off.
         temperature: 0 takes the likeliest token.
         seed: Seed of sampling; None leaves it to the engine.
+        heard: Content of SPEAKER and ASR, if it is known; None lets the model write them.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -73,6 +120,7 @@ class Question:
     gate: GateSettings | None = None
     temperature: float = 0.0
     seed: int | None = None
+    heard: Heard | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +220,7 @@ class Answering:
         self._parser = TraceParser(tokenizer, pause_mode=PauseMode(pause.mode), latent_tokens=pause.latent_tokens)
         self._ends = frozenset(tokenizer.stop_ids)
         self._is_in_trace = True
+        self._heard = question.heard
         self._hint = Termination.COMPLETE
         self._num_steps = 0
         self._num_completion_tokens = 0
@@ -246,7 +295,12 @@ class Answering:
     def _ask_for_trace(self) -> None:
         question = self.question
         opens_answer, closes_answer = self._answer_tags()
-        self._generate(question.max_tokens, opens_answer if question.choices else closes_answer, question.gate)
+        stops = opens_answer if question.choices else closes_answer
+        if self._heard is not None:
+            stops |= frozenset(self._tokenizer.tag_ids.get(Section.SPEAKER, ())[:1])
+        # The gate follows a trace from its beginning, so a continuation has none.
+        gate = question.gate if not self.token_ids else None
+        self._generate(max(1, self._num_tokens_left()), stops, gate)
 
     def _receive_trace(self, token_ids: Sequence[int], finish_reason: FinishReason | None, events: list[Event]) -> None:
         for token_id in token_ids:
@@ -255,12 +309,31 @@ class Answering:
                 self._end_trace("stop", events)
                 return
             self._feed((token_id,), events)
+            if self._heard is not None and Section.SPEAKER in self._parser.open_sections:
+                self._write_heard(self._heard, events)
+                return
             # With plain-text tags no single token opens the answer; only the parser detects it, not the engine.
             if self.question.choices and Section.FINAL_ANSWER in self._parser.open_sections:
                 self._end_trace("answer", events)
                 return
         if finish_reason is not None:
             self._end_trace(finish_reason, events)
+
+    def _write_heard(self, heard: Heard, events: list[Event]) -> None:
+        """Write SPEAKER and ASR into the trace, and request the rest of it."""
+        self._heard = None
+        tokenizer = self._tokenizer
+        speakers, words = render_speakers(heard.speakers), canonical_text(heard.transcript)
+        token_ids = [*tokenizer.encode_text(escape_markup(speakers)), *tokenizer.close_ids(Section.SPEAKER)]
+        token_ids += [*tokenizer.open_ids(Section.ASR), *tokenizer.encode_text(escape_markup(words))]
+        token_ids += tokenizer.close_ids(Section.ASR)
+        # Without room for the rest of the trace, the model writes its own.
+        if len(token_ids) + ANSWER_TOKENS <= self._num_tokens_left():
+            self._feed(token_ids, events)
+        self._ask_for_trace()
+
+    def _num_tokens_left(self) -> int:
+        return self.question.max_tokens - (len(self.token_ids) - self._num_pause_tokens)
 
     def _end_trace(self, reason: FinishReason | Literal["answer"], events: list[Event]) -> None:
         """Close an incomplete trace, and request a choice, an answer, or nothing more."""

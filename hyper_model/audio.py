@@ -143,6 +143,7 @@ class Waveform:
         source_channels: Channels before the down-mix; 0 if unknown.
         num_tracks: Audio tracks of the file.
         track: The decoded track, from 1.
+        channel: The decoded channel.
         missing_s: Seconds stated in the header but missing from the file.
         warnings: Oddities of the file.
     """
@@ -153,6 +154,7 @@ class Waveform:
     source_channels: int = 1
     num_tracks: int = 1
     track: int = 1
+    channel: Channel = "mix"
     missing_s: float = 0.0
     warnings: tuple[AudioWarning, ...] = ()
 

@@ -23,6 +23,8 @@ AudioWarningCode = Literal[
     "unused_sound",
     "silence_trimmed",
     "quiet_added",
+    "too_short_for_words",
+    "heard_in_pieces",
 ]
 """Every reason for a warning about a clip; `docs/audio.md` describes each."""
 

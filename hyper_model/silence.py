@@ -13,6 +13,7 @@ Axes: S samples at 16 kHz, F frames of 20 ms.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,14 @@ KEPT_SILENCE_S = 0.3
 
 MIN_LENGTH_S = 1.0
 """A clip with less than this after trimming is surrounded with quiet."""
+
+MIN_SPOKEN_S = 0.35
+"""A clip with less sound than this has no words: the model would invent them."""
+
+PIECES_ABOVE_S = 20.0
+"""A longer clip is beyond the training clips; its words are recognised in pieces."""
+
+_PIECE_S = (5.0, 12.0)
 
 PADDED_LENGTH_S = 2.0
 """Length of such a clip with the quiet around it."""
@@ -125,6 +134,40 @@ def fit(samples_S: NDArray[np.float32]) -> FittedClip:
     quiet_S = np.random.default_rng(0).normal(0, 10 ** (level_db / 20), num_padding).astype(np.float32)
     padded_S = np.concatenate([quiet_S[:num_before], kept_S, quiet_S[num_before:]])
     return FittedClip(np.clip(padded_S, -1.0, 1.0), parts, num_before, num_padding, sound_s)
+
+
+def cut_pieces(samples_S: NDArray[np.float32]) -> list[tuple[int, int]]:
+    """Cut a long clip into pieces of 5 to 12 s at its longest silences, else at its quietest places.
+
+    Args:
+        samples_S: float32 [S].
+
+    Returns:
+        The pieces as (first, end) in samples; one piece for a clip of at most `PIECES_ABOVE_S`.
+    """
+    if len(samples_S) <= PIECES_ABOVE_S * SAMPLE_RATE_HZ:
+        return [(0, len(samples_S))]
+    levels_F = frame_levels_db(samples_S)
+    is_sound_F = sound_frames(levels_F)
+    shortest, longest = (round(seconds * SAMPLE_RATE_HZ / FRAME_SAMPLES) for seconds in _PIECE_S)
+    cuts = [0]
+    while len(levels_F) - cuts[-1] > longest:
+        first = cuts[-1] + shortest
+        end = min(cuts[-1] + longest, len(levels_F) - shortest)
+        cuts.append(first + _quietest_frame(levels_F[first:end], is_sound_F[first:end]))
+    places = [cut * FRAME_SAMPLES for cut in cuts] + [len(samples_S)]
+    return list(itertools.pairwise(places))
+
+
+def _quietest_frame(levels_F: NDArray[np.float64], is_sound_F: NDArray[np.bool_]) -> int:
+    """Return the middle of the longest silence, or of the quietest 0.2 s."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[True], is_sound_F, [True]]).astype(np.int8))).reshape(-1, 2)
+    if len(edges):
+        first, end = edges[np.argmax(edges[:, 1] - edges[:, 0])]
+        if end - first >= _NUM_LOUD_FRAMES:
+            return int(first + end) // 2
+    power_F = np.convolve(10 ** (levels_F / 10), np.ones(_NUM_LOUD_FRAMES), "valid")
+    return int(np.argmin(power_F)) + _NUM_LOUD_FRAMES // 2
 
 
 def whole(samples_S: NDArray[np.float32]) -> FittedClip:

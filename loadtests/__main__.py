@@ -1,4 +1,4 @@
-"""Command line of the load tests: `python -m loadtests run`, `dashboard`, `bench`, `rehearse` and `stress`."""
+"""Command line of the load tests: `python -m loadtests`, with one command per kind of measurement."""
 
 from __future__ import annotations
 
@@ -305,6 +305,39 @@ def rehearse(
                 click.echo(f"{name:<20}{value}")
     click.echo(json.dumps(figures))
     sys.exit(int(figures["answered"] != figures["questions"]))
+
+
+@main.command()
+@click.option("--url", required=True, help="Address of a running service.")
+@click.option("--key", envvar="HYPER_KEY", help="API key (HYPER_KEY), if the service requires one.")
+@click.option(
+    "--clip",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="WAV file for the calls of the client.  [default: a second of tone]",
+)
+@click.option(
+    "--requests",
+    "num_requests",
+    type=click.IntRange(0),
+    default=2_000,
+    show_default=True,
+    help="Number of generated requests.",
+)
+@SEED_OPTION
+def conformance(url: str, key: str | None, clip: Path | None, num_requests: int, seed: int) -> None:
+    """Check a service with the official openai client, and with requests generated for every endpoint.
+
+    Prints one line of JSON: the passed calls of the client (openai_calls of openai_calls_total), the replies that
+    /openapi.json does not allow (schema_violations), and 5xx replies (http_5xx). Exits with 1 if a check fails.
+    """
+    from loadtests.conformance import check
+
+    data = None if clip is None else clip.read_bytes()
+    result = check(
+        url.rstrip("/"), key, num=num_requests, seed=seed, clip=data, say=lambda text: click.echo(text, err=True)
+    )
+    click.echo(json.dumps(result.as_json()))
+    sys.exit(0 if result.is_met else 1)
 
 
 @main.command()

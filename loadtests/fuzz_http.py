@@ -23,6 +23,7 @@ import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode, Response
 from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.core.failures import FailureGroup
@@ -120,6 +121,7 @@ def generate(
     say: Callable[[int], None],
     *,
     is_withheld: bool = False,
+    draws_every_endpoint: bool = False,
     document: dict[str, Any] | None = None,
 ) -> Findings:
     """Send requests generated from the service's OpenAPI document, both valid and invalid ones.
@@ -131,6 +133,7 @@ def generate(
         say: Called now and then with the number of requests so far.
         is_withheld: Use the key only for reading the document; other requests go without it, and all except probes must
             get 401.
+        draws_every_endpoint: Draw requests for every endpoint, instead of questions alone.
         document: Replacement for the service's own document.
     """
     document = document or describe(url, bearer(key))
@@ -167,9 +170,16 @@ def generate(
         for case in islice(bounds, max(1, num // (4 * len(operations)))):
             send(case)
     (question,) = (candidate for candidate in operations if candidate.path == QA_PATH)
-    left = max(0, num - findings.num)
-    for mode, share in ((GenerationMode.POSITIVE, left // 2), (GenerationMode.NEGATIVE, left - left // 2)):
-        draw(question.as_strategy(generation_mode=mode), share, seed_value, send)
+    drawn = [each for each in operations if each is not question] if draws_every_endpoint else []
+    # Questions last: they take what is left, since an endpoint without parameters has few different requests.
+    for number, operation in enumerate([*drawn, question]):
+        share = -(-max(0, num - findings.num) // (len(drawn) + 1 - number))
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+            try:
+                draw(operation.as_strategy(generation_mode=mode), (share + 1) // 2, seed_value, send)
+            except Unsatisfiable:
+                # An endpoint without parameters has no invalid request.
+                continue
     return findings
 
 

@@ -12,16 +12,27 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from hyper_model.answering import Answering, AnswerResult, Event, Generate, Question, Score
+from hyper_model.answering import (
+    NOTHING_HEARD,
+    Answering,
+    AnswerResult,
+    Event,
+    Generate,
+    Heard,
+    Question,
+    Score,
+    join_heard,
+)
 from hyper_model.audio import SAMPLE_RATE_HZ, WINDOW_S, Waveform
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.pause import GateSettings
-from hyper_model.silence import FittedClip, whole
-from hyper_model.trace import Termination, build_prompt
+from hyper_model.silence import MIN_SPOKEN_S, FittedClip, cut_pieces, whole
+from hyper_model.trace import Section, Termination, build_prompt
+from hyper_model.trace_parser import SectionEnd
 from server.engines.protocol import Engine, GenerationRequest, TokenChunk
 from server.engines.supervisor import Quarantine
 from server.errors import EngineUnavailableError
@@ -31,6 +42,11 @@ from server.pause_budget import Budget, LoweredBy, PauseBudgeter
 from server.request_context import RequestContext
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
+
+PIECE_TOKENS = 96
+"""Tokens about a piece of a clip beside its words, which SPEAKER and ASR both contain."""
+
+PIECE_TOKENS_PER_S = 24
 
 Emit = Callable[[Event], Awaitable[None]]
 
@@ -120,6 +136,8 @@ class AnswerRun:
         answering: The procedure, with the trace so far after an early end.
         stats: Times and token counts so far.
         lowered_by: Reason for a `pause=auto` budget below the checkpoint's.
+        pieces: Parts of the fitted clip whose words are recognised one by one, in samples; one for most clips.
+        has_words: False for a clip too short for words; its transcript is empty.
     """
 
     def __init__(
@@ -137,6 +155,10 @@ class AnswerRun:
         self.question = question
         self.waveform = waveform
         self.fitted = answerer.fit(waveform)
+        self.has_words = not answerer.settings.trim_silence or self.fitted.sound_s >= MIN_SPOKEN_S
+        self.pieces = cut_pieces(self.fitted.samples_S) if answerer.settings.trim_silence else []
+        if not self.has_words:
+            self.question = question = replace(question, heard=NOTHING_HEARD)
         self.lowered_by: LoweredBy | None = lowered_by
         self.answering = Answering(question, checkpoint.tokenizer, checkpoint.manifest)
         self.stats = GenerationStats(
@@ -180,6 +202,15 @@ class AnswerRun:
     async def answer(self, emit: Emit) -> AnswerResult:
         """Drive the procedure without waiting for a slot."""
         self.stats.asked_s = time.monotonic()
+        if len(self.pieces) > 1:
+            heard = [await self.hear(number) for number in range(len(self.pieces))]
+            if not all(heard):
+                # Words of a piece are missing; the trace of the whole clip is better than part of its words.
+                self.pieces = []
+            else:
+                question = replace(self.question, heard=join_heard([piece for piece in heard if piece]))
+                checkpoint = self.answerer.checkpoint
+                self.answering = Answering(question, checkpoint.tokenizer, checkpoint.manifest)
         answering, engine = self.answering, self.answerer.engine
         while (step := answering.next_step) is not None:
             match step:
@@ -198,6 +229,33 @@ class AnswerRun:
                     await self.pass_on(answering.receive_scores(logprobs), emit)
         self.context.phase = "done"
         return answering.result
+
+    async def hear(self, number: int) -> Heard | None:
+        """Recognise the speakers and words of one piece of the clip: the beginning of a trace of its own.
+
+        Returns:
+            None if the trace ends before its words do.
+        """
+        checkpoint = self.answerer.checkpoint
+        start, end = self.pieces[number]
+        max_tokens = PIECE_TOKENS + round((end - start) / SAMPLE_RATE_HZ * PIECE_TOKENS_PER_S)
+        question = replace(self.question, choices=(), max_tokens=min(max_tokens, self.question.max_tokens))
+        answering = Answering(question, checkpoint.tokenizer, checkpoint.manifest)
+        step = answering.next_step
+        assert isinstance(step, Generate)
+        request = replace(
+            self.generation_request(step),
+            clips=(self.fitted.samples_S[start:end],),
+            clip_keys=(hashlib.sha256(f"{self.clip_keys[0]} {start} {end}".encode()).hexdigest(),),
+        )
+        async with aclosing(self.answerer.engine.generate(request)) as chunks:
+            async for chunk in chunks:
+                self.stats.num_piece_tokens += len(chunk.token_ids)
+                events = answering.receive_tokens(chunk.token_ids, span=chunk.span)
+                if any(isinstance(event, SectionEnd) and event.section is Section.ASR for event in events):
+                    trace = answering.parsed.trace
+                    return Heard(trace.speakers, trace.transcript or "")
+        return None
 
     def receive(self, chunk: TokenChunk) -> list[Event]:
         """Give a chunk to the procedure, and time both."""

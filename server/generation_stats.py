@@ -37,6 +37,7 @@ class GenerationStats:
         asked_s: Time of the first request to the engine; None before.
         paused_s: Start of the current pause; `pause_s` holds the seconds of each finished one.
         parse_s: Seconds spent in the answering procedure itself.
+        num_piece_tokens: Tokens written about pieces of a long clip, before its trace.
     """
 
     num_prompt_ids: int
@@ -53,6 +54,7 @@ class GenerationStats:
     engine_queue_s: float | None = None
     features_s: float | None = None
     parse_s: float = 0.0
+    num_piece_tokens: int = 0
     asked_s: float | None = None
     started_s: float = field(default_factory=time.monotonic)
     first_token_s: float | None = None

@@ -22,7 +22,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from fastapi import Request, Response
@@ -227,7 +227,8 @@ async def decode_clip(
             with context.timing("decode_wait"):
                 await stack.enter_async_context(service.decode_limiter.slot(context.priority))
             with context.timing("decode"):
-                waveform = await service.decoder_pool.decode(data, track=track, channel=channel)
+                decoded = await service.decoder_pool.decode(data, track=track, channel=channel)
+        waveform = replace(decoded, channel=channel)
         if context.tenant is not None:
             await context.tenant.charge(waveform.duration_s)
         with context.timing("inspect"):

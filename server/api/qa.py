@@ -36,10 +36,12 @@ router = APIRouter(responses=ANYWHERE)
 async def audio_qa(request: Request) -> Response:
     """Answer one question about one clip, with the model's perception and reasoning, or several as `questions`.
 
+    `channel=each` asks both channels of a stereo clip, each with a reply of its own.
+
     With `stream=true` the reply is a stream of server-sent events: `section.start`, `section.delta`, `section.end`,
     `pause`, `answer.delta`, `answer.done`, `usage`, `done` (the whole reply), or `error`. With `questions`, each event
-    of a question has its `index`. A recording with `long_audio=chunk` has `window.done` for each window in place of
-    the trace's events.
+    of a question has its `index`, and with `channel=each` its `channel`. A recording with `long_audio=chunk` has
+    `window.done` for each window in place of the trace's events.
     """
     return await respond(request, read_qa)
 
@@ -49,14 +51,15 @@ async def read_qa(request: Request, service: Service, context: RequestContext) -
     options, data = await read_clip_request(request, service, form=QaForm, body=QaBody)
     check_bounds(service, max_tokens=options.max_tokens, timeout_ms=options.timeout_ms, pause=options.pause)
     check_place(options.long_audio, options.start_s)
-    if options.questions:
-        if options.long_audio != "error":
-            message = f"`long_audio={options.long_audio}` takes one `question`, not `questions`."
-            hint = "Send one request per question; later ones use the kept perceptions of the recording."
-            raise RequestError("invalid_parameter", message, param="long_audio", hint=hint)
-        return AudioQaList(service, context, options, data)
-    if "question" not in options.model_fields_set:
+    name = "questions" if options.questions else "channel=each" if options.channel == "each" else None
+    if name is not None and options.long_audio != "error":
+        message = f"`long_audio={options.long_audio}` takes one `question` about one channel, not `{name}`."
+        hint = "Send one request per question and channel; later ones use the kept perceptions of the recording."
+        raise RequestError("invalid_parameter", message, param="long_audio", hint=hint)
+    if not options.questions and "question" not in options.model_fields_set:
         raise RequestError("missing_parameter", "`question` is required.", param="question")
+    if options.questions or options.channel == "each":
+        return AudioQaList(service, context, options, data)
     return AudioQa(service, context, options, data)
 
 
@@ -73,7 +76,7 @@ class AudioQa(RecordingHandler):
             is_stream=options.stream,
             shows_reasoning=options.reasoning == "full",
             track=options.track,
-            channel=options.channel,
+            channel="mix" if options.channel == "each" else options.channel,
             long_audio=options.long_audio,
             start_s=options.start_s,
             max_windows=service.settings.sync_windows,

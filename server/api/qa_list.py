@@ -1,6 +1,7 @@
-"""Several questions about one clip in one request of `/v1/audio/qa`.
+"""Several questions about one clip, or about both channels of it, in one request of `/v1/audio/qa`.
 
 The clip is decoded once, and the engine encodes it once. Each question is a run of its own, with its own reply.
+With `channel=each`, each channel is a clip: all questions about the left one come first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from fastapi import Response
 from fastapi.responses import JSONResponse
 
 from hyper_model.answering import Event
+from hyper_model.audio import Channel, Waveform
 from hyper_model.errors import PromptError
 from server.answering import AnswerRun
 from server.api import replies
@@ -45,7 +47,13 @@ class AudioQaList:
         self.timeout_ms = options.timeout_ms
         self.is_stream = options.stream
         self.shows_reasoning = options.reasoning == "full"
-        self.asked = questions_of(options, service.settings.max_questions)
+        self.channels: tuple[Channel, ...] = ("left", "right") if options.channel == "each" else (options.channel,)
+        asked = (
+            questions_of(options, service.settings.max_questions)
+            if options.questions
+            else [asked_of(options, options.question, options.choices)]
+        )
+        self.asked = asked * len(self.channels)
         self.runs: list[AnswerRun] = []
         self.answers: dict[int, QaReply] = {}
 
@@ -53,25 +61,46 @@ class AudioQaList:
         """Write the prompts, then decode the clip: questions are cheaper to refuse."""
         service, context = self.service, self.context
         prompts: list[list[int]] = []
-        for index, asked in enumerate(self.asked):
+        for index, asked in enumerate(self.asked[: len(self.asked) // len(self.channels)]):
             try:
                 prompts.append(await write_prompt(service, context, asked))
             except PromptError as error:
+                if not self.options.questions:
+                    raise
                 message = f"questions[{index}]: {error.message}"
                 raise RequestError("invalid_prompt", message, param="questions") from None
         if context.tenant is not None:
             await context.tenant.charge_requests(len(self.asked) - 1)
-        waveform = await decode_clip(
-            service, context, self.data, track=self.options.track, channel=self.options.channel
-        )
-        require_window(waveform)
+        waveforms = [await self.decode(channel) for channel in self.channels]
         # Each question has its share of the time, for its pauses.
         now_s, num_rounds = time.monotonic(), math.ceil(len(self.asked) / MAX_PARALLEL)
         share_ends_s = now_s + (deadline_s - now_s) / num_rounds
         self.runs = [
             start_run(service.answerer, context, asked, prompt_token_ids, waveform, share_ends_s)
-            for asked, prompt_token_ids in zip(self.asked, prompts, strict=True)
+            for waveform in waveforms
+            for asked, prompt_token_ids in zip(self.asked[: len(prompts)], prompts, strict=True)
         ]
+
+    async def decode(self, channel: Channel) -> Waveform:
+        """Decode one channel of the clip.
+
+        Raises:
+            RequestError: 400, if each channel was asked for and the clip does not have two.
+        """
+        waveform = await decode_clip(self.service, self.context, self.data, track=self.options.track, channel=channel)
+        if len(self.channels) > 1 and waveform.source_channels != 2:
+            num = waveform.source_channels
+            message = f"`channel=each` needs a clip of two channels; this one has {num}."
+            hint = "Leave `channel` out; all channels are then mixed."
+            raise RequestError("invalid_parameter", message, param="channel", limit=2, actual=num, hint=hint)
+        require_window(waveform)
+        return waveform
+
+    def tagged(self, event: ServerSentEvent, index: int) -> ServerSentEvent:
+        """Add the index of its answer to an event, and its channel where each is asked."""
+        assert not isinstance(event.data, str)
+        channel = {"channel": self.runs[index].waveform.channel} if len(self.channels) > 1 else {}
+        return ServerSentEvent({"index": index, **channel, **event.data}, event.name)
 
     async def answer(self, emit: Emit) -> QaListReply:
         """Answer all questions, and emit the events of each with its index."""
@@ -81,13 +110,13 @@ class AudioQaList:
             async def emit_on_wire(event: Event) -> None:
                 found = replies.wire_event(event, shows_reasoning=self.shows_reasoning)
                 if found is not None:
-                    await emit(indexed(found, index))
+                    await emit(self.tagged(found, index))
 
             async with places:
                 result = await run.run(emit_on_wire)
             reply = replies.build(run, result, shows_reasoning=self.shows_reasoning)
-            await emit(indexed(ServerSentEvent(reply.answer.model_dump(mode="json"), "answer.done"), index))
-            await emit(indexed(ServerSentEvent(reply.usage.model_dump(mode="json"), "usage"), index))
+            await emit(self.tagged(ServerSentEvent(reply.answer.model_dump(mode="json"), "answer.done"), index))
+            await emit(self.tagged(ServerSentEvent(reply.usage.model_dump(mode="json"), "usage"), index))
             self.answers[index] = reply
 
         tasks = [asyncio.create_task(answer_one(index, run)) for index, run in enumerate(self.runs)]
@@ -149,12 +178,6 @@ def questions_of(options: QaOptions, limit: int) -> list[Asked]:
         actual = len(options.questions)
         raise RequestError("invalid_parameter", message, param="questions", limit=limit, actual=actual)
     return [asked_of(options, item.question, item.choices) for item in options.questions]
-
-
-def indexed(event: ServerSentEvent, index: int) -> ServerSentEvent:
-    """Add the index of its question to an event."""
-    assert not isinstance(event.data, str)
-    return ServerSentEvent({"index": index, **event.data}, event.name)
 
 
 def total(usages: Iterable[Usage]) -> Usage:

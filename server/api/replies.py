@@ -8,7 +8,6 @@ from typing import Any
 from hyper_model.answering import AnswerDelta, AnswerResult, Event, changed_answer
 from hyper_model.audio import SAMPLE_RATE_HZ, Quality, Waveform
 from hyper_model.audio_warnings import AudioWarning
-from hyper_model.silence import FittedClip
 from hyper_model.trace import Section, Termination, Trace, environment_labels
 from hyper_model.trace_parser import ParsedTrace, PauseSeen, SectionDelta, SectionEnd, SectionStart
 from server.answering import AnswerRun
@@ -69,14 +68,17 @@ def build(run: AnswerRun, result: AnswerResult, *, shows_reasoning: bool) -> QaR
             ],
             lowest_group_confidence=rounded(result.report.lowest),
         ),
-        audio=[audio_reply(waveform, run.fitted)],
+        audio=[audio_reply(run)],
         usage=Usage(
             prompt_tokens=stats.prompt_tokens,
             audio_tokens=stats.audio_tokens,
             cached_tokens=stats.cached_tokens,
-            completion_tokens=result.num_completion_tokens,
+            completion_tokens=result.num_completion_tokens + stats.num_piece_tokens,
             pause_tokens=result.num_pause_tokens,
-            total_tokens=stats.prompt_tokens + result.num_completion_tokens + result.num_pause_tokens,
+            total_tokens=stats.prompt_tokens
+            + result.num_completion_tokens
+            + stats.num_piece_tokens
+            + result.num_pause_tokens,
         ),
         timings_ms=timings(stats, context),
         warnings=warnings(result, waveform),
@@ -160,11 +162,12 @@ def trace_reply(result: ParsedTrace, *, shows_reasoning: bool) -> TraceReply:
     )
 
 
-def audio_reply(waveform: Waveform, fitted: FittedClip) -> AudioReply:
+def audio_reply(run: AnswerRun) -> AudioReply:
     """Describe the clip and the parts of it that the model received."""
+    waveform, fitted = run.waveform, run.fitted
     parts = [(start / SAMPLE_RATE_HZ, end / SAMPLE_RATE_HZ) for start, end in fitted.parts]
     reply = describe_audio(waveform, waveform.duration_s, waveform.quality, parts)
-    found = [*waveform.warnings, *fitting_warnings(waveform, fitted)]
+    found = [*waveform.warnings, *fitting_warnings(run)]
     return reply.model_copy(
         update={"padded_s": round(fitted.padded_s, 4), "warnings": [clip_warning(each) for each in found]}
     )
@@ -195,6 +198,7 @@ def describe_audio(
         missing_s=round(waveform.missing_s, 3),
         num_tracks=waveform.num_tracks,
         track=waveform.track,
+        channel=waveform.channel,
         warnings=[clip_warning(warning) for warning in waveform.warnings],
         windows=num_windows,
         sample_rate_hz=waveform.source_sample_rate_hz,
@@ -213,8 +217,9 @@ def clip_warning(warning: AudioWarning) -> ClipWarning:
     return ClipWarning(code=warning.code, message=warning.message, seconds=warning.seconds)
 
 
-def fitting_warnings(waveform: Waveform, fitted: FittedClip) -> Iterator[AudioWarning]:
-    """Yield a warning for silence that the model did not receive, and for quiet that it received in addition."""
+def fitting_warnings(run: AnswerRun) -> Iterator[AudioWarning]:
+    """Yield a warning for each difference between the clip and the sound that the model received."""
+    waveform, fitted = run.waveform, run.fitted
     trimmed_s = waveform.duration_s - fitted.used_s
     if trimmed_s > 0:
         message = f"{trimmed_s:.2f} s of silence were left out for the model; `parts` names the parts that it received."
@@ -222,6 +227,14 @@ def fitting_warnings(waveform: Waveform, fitted: FittedClip) -> Iterator[AudioWa
     if fitted.padded_s > 0:
         message = "The clip is shorter than the model's training clips; quiet was added around it for the model."
         yield AudioWarning("quiet_added", message, round(fitted.padded_s, 3))
+    if not run.has_words:
+        message = f"{fitted.sound_s:.2f} s of sound are too short for words; the transcript is empty."
+        yield AudioWarning("too_short_for_words", message, round(fitted.sound_s, 3))
+    if len(run.pieces) > 1:
+        message = (
+            f"The words come from {len(run.pieces)} pieces of the clip, cut at quiet places; the answer from all of it."
+        )
+        yield AudioWarning("heard_in_pieces", message)
 
 
 def timings(stats: GenerationStats, context: RequestContext) -> Timings:

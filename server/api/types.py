@@ -57,8 +57,9 @@ class QaOptions(Wire):
         le=MAX_TRACK,
         description="Audio track of the file, from 1; by default the file's default track, or one with sound.",
     )
-    channel: Literal["mix", "left", "right"] = Field(
-        default="mix", description="Channel of a stereo clip; `mix` is the mean of all channels."
+    channel: Literal["mix", "left", "right", "each"] = Field(
+        default="mix",
+        description="Channel of a stereo clip; `mix` is the mean of all; `each` asks left and right apart.",
     )
     max_tokens: int | None = Field(default=None, ge=1, description="Maximum number of visible trace tokens.")
     temperature: float = Field(default=0.0, ge=0, le=2)
@@ -240,6 +241,7 @@ class AudioReply(Wire):
     missing_s: float = 0.0
     num_tracks: int = 1
     track: int = 1
+    channel: Literal["mix", "left", "right"] = "mix"
     warnings: list[ClipWarning] = []
     windows: int
     start_s: float = Field(default=0.0, description="Start of the used window, with `long_audio=window`.")

@@ -22,6 +22,7 @@ from hyper_model.trace_parser import ParsedTrace, TraceFormat, parse_text
 from training.data.hard_sets import SNR_LEVELS_DB
 from training.data.truth import Truth
 from training.evaluation.statistics import Difference, Statistic, Sums, compare, figure, mean_average_precision, ratio
+from training.evaluation.suites.around_speech import PARTS, SHORT_MS
 from training.evaluation.suites.item import Item
 from training.recipes import REWARD_WEIGHTS, LengthRange
 from training.rl.rewards import is_right, reward
@@ -301,6 +302,24 @@ FIGURES: tuple[Figure, ...] = (
                 f"wer_snr_{level}", _errors("word"), part=f"snr_{level}", meaning=f"environment accuracy at {level} dB"
             ),
         )
+    ),
+    *(
+        figure
+        for part in PARTS
+        for figure in (
+            Figure(f"wer_{part}", _errors("word"), part=part, meaning="word error rate of the same words"),
+            Figure(f"accuracy_{part}", lambda _, j: j.is_right, part=part, meaning="choice accuracy"),
+            Figure(f"speaker_count_accuracy_{part}", lambda _, j: j.count_is_right, part=part, meaning="speaker count"),
+        )
+    ),
+    *(
+        Figure(
+            f"invented_speech_rate_short_{milliseconds}",
+            lambda _, j: j.invents_speech,
+            part=f"short_{milliseconds}",
+            meaning=f"clips of {milliseconds} ms: any transcribed word",
+        )
+        for milliseconds in SHORT_MS
     ),
 )
 """All figures except the mean average precision, in display order; each is a ratio of sums."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -9,13 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from server import api_keys as keys
 from server.api.qa_list import MAX_PARALLEL
 from server.engines.protocol import GenerationRequest, ScriptedEngine, TokenChunk
 from server.engines.scripted import scripted_checkpoint
-from tests.serving import Live, assert_error, json_question, parse_events, post_json, running, scripted, slow_down, tone
+from tests.serving import (
+    Live,
+    assert_error,
+    json_question,
+    parse_events,
+    post_json,
+    running,
+    scripted,
+    slow_down,
+    tone,
+    wav,
+)
 
 QUESTIONS: list[Any] = ["What is heard?", {"question": "How long is it?", "choices": ["short", "long"]}, "Is it loud?"]
 
@@ -145,3 +158,60 @@ def test_a_deadline_keeps_the_answers_that_are_complete() -> None:
         assert reply.json()["partial"]["answers"] == []
         assert reply.json()["partial"]["trace"]["raw"]
         service.wait_until_idle()
+
+
+def call() -> bytes:
+    """Write a stereo clip: a second of tone on the left, then a quieter one on the right."""
+    times_S = np.arange(16_000) / 16_000
+    tone_S, silence_S = 0.5 * np.sin(2765 * times_S), np.zeros(16_000)
+    channels_SC = np.stack([np.concatenate([tone_S, silence_S]), np.concatenate([silence_S, 0.1 * tone_S])], axis=1)
+    return wav(channels_SC)
+
+
+def test_each_channel_is_asked_apart(live: Live) -> None:
+    reply = live.ask(call(), channel="each")
+    assert reply.status_code == 200, reply.text
+    body = reply.json()
+    assert body["object"] == "audio.qa.list" and len(body["data"]) == 2
+    assert [each["audio"][0]["channel"] for each in body["data"]] == ["left", "right"]
+    for channel, each in zip(("left", "right"), body["data"], strict=True):
+        alone = live.ask(call(), channel=channel).json()
+        assert (each["answer"], each["audio"]) == (alone["answer"], alone["audio"])
+    answers = [each["answer"]["text"] for each in body["data"]]
+    assert answers == ["1.3 s of loud sound", "1.3 s of quiet sound"]
+    assert body["usage"]["total_tokens"] == sum(each["usage"]["total_tokens"] for each in body["data"])
+
+
+def test_several_questions_are_asked_about_each_channel(live: Live) -> None:
+    fields = json_question(audio={"data": base64.b64encode(call()).decode()}, channel="each")
+    del fields["question"]
+    body = post_json(live, fields | {"questions": ["Who?", "What?"]}).json()
+    assert [each["audio"][0]["channel"] for each in body["data"]] == ["left", "left", "right", "right"]
+
+
+def test_events_of_each_channel_name_it(live: Live) -> None:
+    events = live.events(call(), channel="each")
+    tagged = [(data["index"], data["channel"]) for name, data in events if name != "done"]
+    assert set(tagged) == {(0, "left"), (1, "right")}
+    done = next(data for name, data in events if name == "done")
+    for index, each in enumerate(done["data"]):
+        deltas = [data["text"] for name, data in events if name == "answer.delta" and data["index"] == index]
+        assert "".join(deltas) == each["answer"]["text"]
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_each_channel_needs_two(live: Live, num_channels: int) -> None:
+    data = wav(np.full((16_000, num_channels), 0.1))
+    error = assert_error(live.ask(data, channel="each"), 400, "invalid_parameter", "channel")
+    assert (error["limit"], error["actual"]) == (2, num_channels) and "two channels" in error["message"]
+
+
+def test_both_channels_count_against_the_quotas_of_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    key = keys.add(path, name="anna", audio_s_per_day=9)
+    with running(scripted(key_file=path)) as service:
+        service.client.headers["authorization"] = f"Bearer {key}"
+        # Two channels of 2 s each.
+        assert service.ask(call(), channel="each").status_code == 200
+        assert service.ask(call(), channel="each").status_code == 200
+        assert_error(service.ask(call(), channel="each"), 429, "audio_quota_exceeded")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from training.evaluation.suites import data_file, human, long, open_questions, scenes, wordings
+from training.evaluation.suites import around_speech, data_file, human, long, open_questions, scenes, wordings
 from training.evaluation.suites.item import Suite
 
 SUITES: Mapping[str, Suite] = {
@@ -16,6 +16,7 @@ SUITES: Mapping[str, Suite] = {
     "open": open_questions.SUITE,
     "human": human.SUITE,
     "long": long.SUITE,
+    "around-speech": around_speech.SUITE,
     **data_file.SUITES,
 }
 """Every suite by its name."""
