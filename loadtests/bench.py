@@ -157,8 +157,8 @@ class Bench:
     def service(self) -> Iterator[str]:
         """Start the service; yield its address."""
         # Like its peers: eager, with float weights. The part `cpu` measures compilation and int8.
-        modes = {"HYPER_COMPILE": "off", "HYPER_QUANTIZE": "off"}
-        with serving(self.log, HYPER_CHECKPOINT=str(self.checkpoint), **modes) as (_, url):
+        checkpoint = str(self.checkpoint)
+        with serving(self.log, HYPER_CHECKPOINT=checkpoint, HYPER_COMPILE="off", HYPER_QUANTIZE="off") as (_, url):
             self.say(f"{url} is ready")
             yield url
 
@@ -391,8 +391,13 @@ def measure_starts(bench: Bench) -> Figure:
 
         def start_s(mode: str) -> float:
             started_s = time.perf_counter()
-            fields = {"HYPER_CHECKPOINT": str(bench.checkpoint), "HYPER_COMPILE": mode, "VLLM_CACHE_ROOT": folder}
-            with serving(bench.log, HYPER_QUANTIZE="off", **fields):
+            with serving(
+                bench.log,
+                HYPER_CHECKPOINT=str(bench.checkpoint),
+                HYPER_COMPILE=mode,
+                HYPER_QUANTIZE="off",
+                VLLM_CACHE_ROOT=folder,
+            ):
                 return time.perf_counter() - started_s
 
         first_s = start_s("on")
