@@ -304,6 +304,6 @@ def _mean_row(rows: torch.Tensor) -> torch.Tensor:
     import torch
 
     total = torch.zeros(rows.shape[1])
-    for piece in rows.split(_ROWS_AT_ONCE):
-        total += piece.sum(dim=0, dtype=torch.float32)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        total += rows[start : start + _ROWS_AT_ONCE].sum(dim=0, dtype=torch.float32)
     return (total / len(rows)).to(rows.dtype)

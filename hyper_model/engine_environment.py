@@ -31,6 +31,8 @@ def prepare_environment(*, kv_cache_gib: int = 1, is_compiled: bool = False) -> 
         "TOKENIZERS_PARALLELISM": "false",
     }
     if is_cpu_build():
+        # On a busy CPU, loading 7B and its first step take longer than vLLM's ten minutes.
+        defaults["VLLM_ENGINE_READY_TIMEOUT_S"] = "3600"
         if not is_compiled:
             # Even with an eager model the CPU build compiles small pieces with g++. Without g++ the engine would die
             # at start, and these pieces alone gain nothing.

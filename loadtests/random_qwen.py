@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -140,7 +141,7 @@ def build_config(shapes: Shapes, layers: int, tokenizer: Tokenizer) -> Qwen2Audi
             "rms_norm_eps": 1e-5,
             "tie_word_embeddings": False,
         },
-        audio_token_index=tokenizer.token_to_id("<|AUDIO|>"),
+        audio_token_index=tokenizer.get_vocab()["<|AUDIO|>"],
         architectures=["Qwen2AudioForConditionalGeneration"],
         dtype="bfloat16",
     )
@@ -153,7 +154,8 @@ class RandomTensors:
         with torch.device("meta"):
             model = Qwen2AudioForConditionalGeneration(config)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
-        self.num_layers: int = config.text_config.num_hidden_layers  # pyright: ignore[reportAttributeAccessIssue]
+        text: Any = config.text_config
+        self.num_layers: int = text.num_hidden_layers
         self.planted_ids = planted_ids
 
     @property

@@ -53,7 +53,11 @@ PAUSE: Mapping[str, Any] = {
 SERVICE: Mapping[str, str] = {
     "HYPER_KV_CACHE_GIB": str(CACHE_GIB),
     "HYPER_MAX_NUM_SEQS": "2",
-    "HYPER_HANG_TIMEOUT_S": "900",
+    "HYPER_HANG_TIMEOUT_S": "1800",
+    "HYPER_LOG_LEVEL": "info",
+    # The plan is that of bfloat16 weights, and the first compilation takes longer than all answers.
+    "HYPER_COMPILE": "off",
+    "HYPER_QUANTIZE": "off",
     "HYPER_MAX_TIMEOUT_MS": str(1_000 * ANSWER_TIMEOUT_S),
 }
 QUESTIONS: Sequence[Mapping[str, Any]] = (
@@ -228,22 +232,29 @@ def run(setup: Rehearsal) -> dict[str, Any]:
 
 
 def make_checkpoint(setup: Rehearsal, layers: int) -> Path:
-    """Write a random model, adopt it, and give its gate a budget; return the checkpoint."""
-    source, adopted = setup.work / f"source-{layers}", setup.work / f"checkpoint-{layers}"
-    for folder in (source, adopted):
-        shutil.rmtree(folder, ignore_errors=True)
-    arguments = ["-m", "loadtests.random_qwen", str(source), "--layers", str(layers), "--scale", setup.scale]
-    if setup.vocabulary is not None:
-        arguments += ["--vocabulary", str(setup.vocabulary)]
-    step(setup, f"write {layers} decoder layers", arguments)
-    step(setup, "adopt them", [*HYPER, "checkpoint", "adopt", str(source), str(adopted), "--name", "rehearsal"])
-    shutil.rmtree(source)
+    """Return an adopted random model whose gate has a budget, the one of an earlier run if there is one."""
+    source, adopted = (setup.work / f"{kind}-{setup.scale}-{layers}" for kind in ("source", "checkpoint"))
+    if (adopted / "hyper.json").exists():
+        setup.say(f"{adopted} is reused")
+    else:
+        write_and_adopt(setup, layers, source, adopted)
     # An adopted model has no pauses. `hyper checkpoint calibrate` gives a trained one its budget and thresholds.
     manifest: dict[str, Any] = json.loads((adopted / "hyper.json").read_text(encoding="utf-8"))
     manifest["pause"] |= PAUSE
     manifest["max_model_len"] = MAX_MODEL_LEN
     (adopted / "hyper.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     return adopted
+
+
+def write_and_adopt(setup: Rehearsal, layers: int, source: Path, adopted: Path) -> None:
+    """Write a random model and adopt it."""
+    shutil.rmtree(source, ignore_errors=True)
+    arguments = ["-m", "loadtests.random_qwen", str(source), "--layers", str(layers), "--scale", setup.scale]
+    if setup.vocabulary is not None:
+        arguments += ["--vocabulary", str(setup.vocabulary)]
+    step(setup, f"write {layers} decoder layers", arguments)
+    step(setup, "adopt them", [*HYPER, "checkpoint", "adopt", str(source), str(adopted), "--name", "rehearsal"])
+    shutil.rmtree(source)
 
 
 HYPER = ("-m", "hyper_model.cli")

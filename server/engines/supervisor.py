@@ -216,12 +216,12 @@ class Supervisor:
         self.quarantine.renew()
         canary = asyncio.ensure_future(self.canary())
         watching = asyncio.ensure_future(self.watch())
+        # Whoever allows a longer silence has a slow model, and the first question fills a whole window.
+        timeout_s = max(CANARY_TIMEOUT_S, self.hang_timeout_s)
         try:
-            done, _ = await asyncio.wait(
-                {canary, watching}, timeout=CANARY_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait({canary, watching}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if canary not in done:
-                how = watching.result() if watching in done else f"took more than {CANARY_TIMEOUT_S:g} s"
+                how = watching.result() if watching in done else f"took more than {timeout_s:g} s"
                 raise EngineFailedError(f"the engine {how} before it had answered its first question")
             self.metrics.canary_seconds.set(canary.result())
         finally:

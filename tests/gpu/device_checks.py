@@ -113,8 +113,9 @@ def check_encoder(card: Card) -> dict[str, Any]:
         max_source_positions=shapes.num_positions,
     )
     torch.manual_seed(0)
-    exact = random_parameters(Qwen2AudioEncoder(config).eval(), 0.03).to(card.device)
-    rounded: Any = Qwen2AudioEncoder(config).eval().to(card.device, torch.bfloat16)
+    exact: Any = random_parameters(Qwen2AudioEncoder(config).eval(), 0.03)
+    rounded: Any = Qwen2AudioEncoder(config).eval()
+    exact, rounded = exact.to(card.device), rounded.to(card.device, torch.bfloat16)
     rounded.load_state_dict(exact.state_dict())
     # The same weights in both, so that only the arithmetic differs.
     exact.load_state_dict(rounded.state_dict())
