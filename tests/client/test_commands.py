@@ -46,6 +46,21 @@ def test_ask_offers_choices(live: Live, clip: Path) -> None:
     assert result.output.splitlines()[0].split("  (")[0] in ("a bell", "a dog") and "%)" in result.output
 
 
+def test_ask_prints_the_windows_of_a_recording(live: Live, tmp_path: Path) -> None:
+    path = tmp_path / "long.wav"
+    path.write_bytes(tone(50.0))
+    refused = run_ask(str(path), "What is heard?", "--url", live.url)
+    assert refused.exit_code == 1 and "long_audio=chunk" in refused.output
+    lines = run_ask(str(path), "What is heard?", "--timeline", "--url", live.url).output.splitlines()
+    windows = [line for line in lines if line.startswith("* ")]
+    assert len(windows) == 3 and windows[0].startswith("* 0:00.0 to 0:") and windows[1].endswith("loud sound")
+    assert any(line.startswith("  evidence:") for line in lines)
+    streamed = run_ask(str(path), "What is it?", "--stream", "--long-audio", "chunk", "--url", live.url).output
+    assert "window 3 of 3: done" in streamed
+    part = run_ask(str(path), "What?", "--long-audio", "window", "--start", "45", "--json", "--url", live.url)
+    assert json.loads(part.output)["audio"][0]["start_s"] == 45
+
+
 def test_ask_prints_json(live: Live, clip: Path) -> None:
     reply = json.loads(run_ask(str(clip), "What is heard?", "--json", "--url", live.url).output)
     assert reply["answer"]["text"] == "2.0 s of loud sound"
