@@ -108,6 +108,7 @@ class Talk:
         num_clips: Number of different talk clips before a repetition.
         answer_share: Share of the talk clips with an answer after the transcript.
         first_clip: Index of the first talk clip, for a run that continues from trained parts.
+        first_scene: As `first_clip`, for scenes.
         num_scenes: Number of different scenes before a repetition.
         scene_share: Share of scenes among the clips; a scene has a whole trace.
         foreign_share: Share of transcripts after a question and choices about another clip. The transcript then
@@ -117,6 +118,7 @@ class Talk:
     num_clips: int
     answer_share: float
     first_clip: int = 0
+    first_scene: int = 0
     num_scenes: int = 0
     scene_share: float = 0.0
     foreign_share: float = 0.0
@@ -195,6 +197,8 @@ class SftRecipe(Run):
         read_size: Additional sequences per step without audio (`training/data/text_scenes.py`): CAPTION is input, the
             following sections are targets. Requires explicit traces, since other styles have no CAPTION.
         talk: Aligns a pretrained decoder of a composed checkpoint on talk; None trains on scenes or a data set.
+        section_weights: Weight of the targets inside a section by its name; others have weight 1. A short section such
+            as ENV is otherwise a small part of the loss.
     """
 
     decoder: Decoder | None
@@ -208,6 +212,7 @@ class SftRecipe(Run):
     wrong_words: float = 0.0
     read_size: int = 0
     talk: Talk | None = None
+    section_weights: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -396,12 +401,15 @@ def small_traces() -> SftRecipe:
         wrong_words=0.05,
         talk=Talk(
             num_clips=20_000,
-            answer_share=0.1,
+            # A talk trace with an answer is not strict, and a run with such traces wrote them in a quarter of its
+            # replies (docs/LOG.md).
+            answer_share=0.0,
             first_clip=8_000,
             num_scenes=20_000,
-            scene_share=0.5,
+            scene_share=0.75,
             foreign_share=0.5,
         ),
+        section_weights={"ENV": 10.0, "SPEAKER": 1.5, "REASONING": 2.0, "SUMMARY": 2.0, "RESPONSE": 3.0},
     )
 
 

@@ -120,7 +120,7 @@ class TalkSequences:
         for i in range(num_scenes):
             assert self.scenes is not None
             place = window * num_scenes + i
-            index = place if place < talk.num_scenes else self.scene_order[place]
+            index = talk.first_scene + (place if place < talk.num_scenes else self.scene_order[place])
             held[_FIRST_SCENE + index] = self.scenes[index]
         return held
 
@@ -150,6 +150,7 @@ class TalkSequences:
                 spans=self.spans,
                 rng=rng,
                 is_read=True,
+                section_weights=self.recipe.section_weights,
             )
             return encoded, torch.zeros(1, self.stack * BASE_ENCODER_WIDTH, dtype=torch.bfloat16)
         scene, states_AD = self.held[key]
@@ -163,7 +164,9 @@ class TalkSequences:
             spans=self.spans,
             rng=rng,
             is_cut=is_cut,
+            targets_from=Section.ASR if is_cut else None,
             wrong_words=self.recipe.wrong_words,
+            section_weights=self.recipe.section_weights,
         )
         stacked_AD = stack_rows(states_AD, [len(states_AD)], self.stack)[0].clone()
         stacked_AD[torch.tensor([rng.random() < self.recipe.dropout_states for _ in range(len(stacked_AD))])] = 0.0

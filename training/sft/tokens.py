@@ -6,7 +6,7 @@ This module depends on no model; the tokenizer belongs to the checkpoint.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -32,11 +32,20 @@ class Encoded:
     """One training sequence; the clip's states still have to replace the single AUDIO id.
 
     `targets` is already shifted: `targets[t]` is the token to predict at position t.
+
+    Attributes:
+        weights: Weight of each target that is not ignored, in order; None gives each the weight 1.
     """
 
     token_ids: list[int]
     targets: list[int]
     audio_at: int
+    weights: list[float] | None = None
+
+    @property
+    def weight(self) -> float:
+        """Return the sum of the weights of the targets."""
+        return float(sum(target != IGNORED for target in self.targets)) if self.weights is None else sum(self.weights)
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,9 @@ def encode_sequence(
     rng: random.Random,
     is_cut: bool = False,
     is_read: bool = False,
+    targets_from: Section | None = None,
     wrong_words: float = 0.0,
+    section_weights: Mapping[str, float] | None = None,
 ) -> Encoded:
     """Encode prompt and completion with the end-of-turn token, and insert latent spans in a share of the sequences.
 
@@ -89,8 +100,11 @@ def encode_sequence(
 
     Args:
         is_cut: The trace is only a beginning; it gets no end-of-turn token and teaches no end.
+        targets_from: The first section with targets; its opening tag and everything before it are no targets. A trace
+            without its first sections then teaches no such form.
         is_read: The scene has no audio; the contents of CAPTION are input but no targets.
         wrong_words: Share of corrupted input words (`SftRecipe.wrong_words`); their targets stay correct.
+        section_weights: Weights of the targets (`SftRecipe.section_weights`).
     """
     prompt = build_prompt(tokenizer, question, choices)
     completion = tokenizer.encode_trace(trace) + ([] if is_cut else [tokenizer.im_end_id])
@@ -99,6 +113,10 @@ def encode_sequence(
     opened = set(_draw_places(tokenizer, completion, rng)) if rng.random() < spans.share else set()
     misheard = _misheard(tokenizer, completion, wrong_words, rng) if wrong_words else {}
     caption_open, caption_close = tokenizer.tag_ids[Section.CAPTION]
+    first_target = 0 if targets_from is None else completion.index(tokenizer.tag_ids[targets_from][0]) + 1
+    weight_of = section_weights or {}
+    weights: list[float] = []
+    sections = list(_sections(tokenizer, completion))
     is_inside = False
     for place, token_id in enumerate(completion):
         if place in opened:
@@ -106,9 +124,14 @@ def encode_sequence(
             token_ids += span
             targets += [IGNORED] * len(span)
         token_ids.append(misheard.get(place, token_id))
-        targets.append(IGNORED if is_read and is_inside else token_id)
+        is_ignored = place < first_target or (is_read and is_inside)
+        targets.append(IGNORED if is_ignored else token_id)
+        if not is_ignored:
+            section = sections[place]
+            weights.append(1.0 if section is None else weight_of.get(section.value, 1.0))
         is_inside = token_id == caption_open or (is_inside and token_id != caption_close)
-    return Encoded(token_ids, [*targets[1:], IGNORED], prompt.index(tokenizer.audio_id))
+    audio_at = prompt.index(tokenizer.audio_id)
+    return Encoded(token_ids, [*targets[1:], IGNORED], audio_at, weights if section_weights else None)
 
 
 def _sections(tokenizer: TraceTokenizer, completion: Sequence[int]) -> Iterator[Section | None]:

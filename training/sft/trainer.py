@@ -25,7 +25,7 @@ from training.data.questions import draw_example
 from training.data.sources.downloads import MissingDataError
 from training.data.text_scenes import SceneWriter
 from training.export import RunModel
-from training.policy import IGNORED, Row, pack
+from training.policy import Row, pack
 from training.recipes import SftRecipe
 from training.sft.tokens import Encoded, Spans, build_tokenizer, canonical_completion, encode_sequence, in_style
 from training.trainer import PolicyTrainer, TrainingError
@@ -229,8 +229,7 @@ class SftTrainer(PolicyTrainer):
 
     def micro_batches(self, prepared: list[tuple[Encoded, torch.Tensor]]) -> list[dict[str, Any]]:
         """Pack the sequences of a step into batches of `rows_at_once` rows."""
-        num_targets = sum(target != IGNORED for encoded, _ in prepared for target in encoded.targets)
-        share = 1.0 / self.sum_over_ranks(num_targets)
+        share = 1.0 / self.sum_over_ranks(sum(encoded.weight for encoded, _ in prepared))
         at_once = self.recipe.rows_at_once
         batches: list[dict[str, Any]] = []
         if self.sequences.is_encoded:
@@ -245,12 +244,18 @@ class SftTrainer(PolicyTrainer):
                 pad_id=self.run_model.tokenizer.end_of_text_id,
                 is_encoded=self.sequences.is_encoded,
             )
-            batches.append({"batch": batch, "share": share})
+            weights_N = None
+            if any(encoded.weights for encoded, _ in pairs):
+                weights_N = torch.tensor([weight for encoded, _ in pairs for weight in encoded.weights or ()])
+            batches.append({"batch": batch, "share": share, "weights_N": weights_N})
         return batches
 
     def micro_loss(self, model: Any, micro: dict[str, Any]) -> torch.Tensor:
-        """Return the cross entropy of a batch as a share of the step's mean."""
-        return -model(**micro["batch"]).logprobs_N.sum() * micro["share"]
+        """Return the weighted cross entropy of a batch as a share of the step's mean."""
+        logprobs_N = model(**micro["batch"]).logprobs_N
+        if micro["weights_N"] is not None:
+            logprobs_N = logprobs_N * micro["weights_N"].to(logprobs_N.device)
+        return -logprobs_N.sum() * micro["share"]
 
 
 def train_tokenizer_on(clips: Sequence[Clip], recipe: SftRecipe, file: Path, more: Iterable[str] = ()) -> None:
