@@ -34,7 +34,7 @@ from training.data.truth import Truth
 from training.evaluation.suites.long import KINDS, LongQuestion, LongRecording
 from training.text_metrics import words
 
-READY_TIMEOUT_S = 300.0
+READY_TIMEOUT_S = 900.0
 REQUEST_TIMEOUT_S = 1800.0
 NEAR_S = 2.0
 """Words within this time of a cut are near it."""
