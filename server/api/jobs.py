@@ -38,6 +38,7 @@ from server.api.lifecycle import decode_clip, respond, wait_for_disconnect
 from server.api.openapi import ANYWHERE, Responses, event_stream, form_and_json, responses_of, takes_body
 from server.api.qa_list import questions_of
 from server.api.questions import asked_of, check_bounds, plan, require_window, write_prompt
+from server.api.recordings import check_place
 from server.api.stream import Emit, EventStream, ServerSentEvent
 from server.errors import ERRORS, RequestError
 from server.jobs.address_guard import ForbiddenAddressError, check_url
@@ -331,11 +332,12 @@ def check_options(service: Service, options: JobOptions) -> None:
         RequestError: 400, with the field.
     """
     check_bounds(service, max_tokens=options.max_tokens, timeout_ms=options.timeout_ms, pause=options.pause)
+    check_place(options.long_audio, options.start_s)
     if options.stream:
         message = "A job has no stream; its events are at /v1/jobs/{id}/events."
         raise RequestError("invalid_parameter", message, param="stream")
     if options.long_audio != "error":
-        message = f"`long_audio={options.long_audio}` is not supported; only `error` is."
+        message = f"A job does not support `long_audio={options.long_audio}`; only `error`."
         raise RequestError("invalid_parameter", message, param="long_audio")
     limit_s = service.settings.jobs_keep_s
     if options.keep_s is not None and options.keep_s > limit_s:
