@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 WORK ?= build
 PROCESSES ?= 2
 
-.PHONY: help serve test check bench stress bench-train sbom venv lock bank scenes train calibrate grpo eval clean
+.PHONY: help serve test test-fleet check bench stress bench-train sbom venv lock bank scenes train calibrate grpo eval clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,10 @@ serve: ## Start the service with the embedded checkpoint (options: HYPER_PORT=90
 test: ## Run every test, the real engine included (ARGS="-k name" selects tests)
 	@$(INSTALL) train baseline dev load
 	@exec $(BIN)/python -m pytest $(ARGS)
+
+test-fleet: ## Test a fleet of two replicas on Ray Serve (installs the extra fleet; a minute on two quiet cores)
+	@$(INSTALL) train dev fleet
+	@exec $(BIN)/python -m pytest tests/server/test_fleet.py $(ARGS)
 
 check: ## Check lint, format, types and the Dockerfile
 	@$(INSTALL) train dev load

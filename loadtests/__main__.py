@@ -222,6 +222,8 @@ def stress(
     auth      every address and method without a key
     requests  requests generated from /openapi.json
     files     hostile files: broken files, bombs, wrong headers, traps that call a port or read a file
+    quotas    two replicas share a key's quota; their store is killed under load
+    fleet     one of two replicas is killed, and one taken away, with open streams
     overload  0.8 and 3 times the peak
     soak      11,000 requests at 0.7 of the peak
     chaos     disconnecting clients, a killed and a hung engine, SIGTERM with 50 in flight
@@ -338,6 +340,51 @@ def conformance(url: str, key: str | None, clip: Path | None, num_requests: int,
     )
     click.echo(json.dumps(result.as_json()))
     sys.exit(0 if result.is_met else 1)
+
+
+@main.command()
+@CLIPS_OPTION
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("build/fleet"),
+    show_default=True,
+    help="Folder of the results: fleet.json and fleet.png.",
+)
+@click.option(
+    "--requests", "num_requests", type=click.IntRange(20), default=200, show_default=True, help="Requests per load."
+)
+@click.option("--max-replicas", type=click.IntRange(1, 500), default=500, show_default=True, help="Largest fleet.")
+@SEED_OPTION
+@click.option("--json", "is_json", is_flag=True, help="Print all figures as one line of JSON.")
+def fleet(clips: Path, out: Path, num_requests: int, max_replicas: int, seed: int, is_json: bool) -> None:
+    """Measure two scripted replicas, and simulate fleets of up to 500 at their pace (eight minutes).
+
+    Compares simulation and real run at three loads first. Exits with 1 if they differ by more than 15 %, and with 3 if
+    the driver itself was too slow. The policies are random, two_choices, hash and bounded.
+    """
+    from loadtests.driver import DriverLateError
+    from loadtests.fleet import SIZES, draw, measure
+    from loadtests.workload import Clips
+
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = [size for size in SIZES if size <= max_replicas]
+    try:
+        held = Clips(clips)
+        result = measure(held, out / "service.log", sizes, num_requests, seed, lambda text: click.echo(text, err=True))
+    except FileNotFoundError as error:
+        raise click.UsageError(str(error)) from error
+    except DriverLateError as error:
+        click.echo(f"No result: {error}", err=True)
+        sys.exit(3)
+    (out / "fleet.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result["simulated"], out / "fleet.png")
+    if is_json:
+        click.echo(json.dumps(result))
+    else:
+        for row in result["agreement"] + result["simulated"]:
+            click.echo("  ".join(f"{name} {value}" for name, value in row.items()))
+    sys.exit(0 if result["is_believed"] else 1)
 
 
 @main.command()

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import secrets
+import signal
 import socket
 import statistics
 import subprocess
@@ -30,7 +31,7 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from loadtests import hostile
+from loadtests import hostile, replicas
 from loadtests import odd_files as odd
 from loadtests.bench import Bench
 from loadtests.client import QA_PATH
@@ -492,8 +493,28 @@ def carry_out(stress: StressRun, name: str, peak: float | None = None) -> Result
     return figures, {"settings": settings}
 
 
+def quotas(stress: StressRun) -> Result:
+    """Share a key's quota between two replicas, and kill the quota store under load."""
+    num_over, statuses = replicas.overrun(stress.log, stress.clips)
+    num_ours, num = replicas.outage(stress.log, stress.clips)
+    return [
+        Figure("quota_overrun", num_over, replicas.NUM_TRIES),
+        Figure("store_outage_5xx", num_ours, num),
+    ], {"statuses": statuses}
+
+
+def fleet(stress: StressRun) -> Result:
+    """Kill one of two replicas with open streams, then take one away by SIGTERM."""
+    others_lost, own_lost, num_own = replicas.end_replica(stress.log, stress.clips, signal.SIGKILL)
+    lost = replicas.end_replica(stress.log, stress.clips, signal.SIGTERM)
+    return [
+        Figure("replica_kill_other_streams_lost", others_lost, replicas.NUM_STREAMS - num_own),
+        Figure("scale_in_streams_lost", lost[0] + lost[1], replicas.NUM_STREAMS),
+    ], {"killed": {"streams": num_own, "lost": own_lost}, "taken_away": {"streams": lost[2]}}
+
+
 PARTS: Mapping[str, Callable[[StressRun], Result]] = {
-    each.__name__: each for each in (sandbox, odd_files, auth, requests, files, overload, soak, chaos)
+    each.__name__: each for each in (sandbox, odd_files, auth, requests, files, quotas, fleet, overload, soak, chaos)
 }
 
 

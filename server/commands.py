@@ -1,15 +1,19 @@
-"""The commands `hyper serve` and `hyper keys`; imports are inside the functions, for a fast `hyper --help`."""
+"""The commands `hyper serve`, `hyper fleet` and `hyper keys`; imports are inside them, for a fast `hyper --help`."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from server.settings import ENGINES
+
+if TYPE_CHECKING:
+    from server.settings import Settings
 
 
 @click.command()
@@ -28,9 +32,23 @@ def serve(**options: Any) -> None:
     requests in flight, with exit code 0. Exit code 70: the engine cannot be kept running. Exit code 78: the checkpoint
     cannot be served.
     """
+    from server.serving import run
+
+    settings, ignored = read_settings(options)
+    sys.exit(run(settings, ignored))
+
+
+def read_settings(options: Mapping[str, Any]) -> tuple[Settings, list[str]]:
+    """Read the settings from the environment and a command's options.
+
+    Returns:
+        The settings, and the ignored variables of Kubernetes or Docker.
+
+    Raises:
+        click.UsageError: If a variable is unknown or a value is invalid.
+    """
     from pydantic import ValidationError
 
-    from server.serving import run
     from server.settings import Settings, platform_variables, unknown_variables
 
     # Removed here once, so that neither the settings nor the engine's processes read them.
@@ -40,11 +58,54 @@ def serve(**options: Any) -> None:
     if unknown := unknown_variables(os.environ):
         raise click.UsageError("\n".join(unknown))
     try:
-        settings = Settings(**{name: value for name, value in options.items() if value is not None})
+        return Settings(**{name: value for name, value in options.items() if value is not None}), ignored
     except ValidationError as error:
         faults = [f"HYPER_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}" for fault in error.errors()]
         raise click.UsageError("\n".join(faults)) from None
-    sys.exit(run(settings, ignored))
+
+
+@click.command()
+@click.option("--replicas", type=click.IntRange(min=1), default=2, show_default=True, help="Number of replicas.")
+@click.option(
+    "--max-replicas", type=click.IntRange(min=1), help="Largest number, for autoscaling.  [default: --replicas]"
+)
+@click.option("--cpus", type=float, default=1.0, show_default=True, help="Cores reserved per replica.")
+@click.option("--gpus", type=float, default=0.0, show_default=True, help="GPUs reserved per replica.")
+@click.option("--address", help="Address of a running Ray cluster.  [default: start one on this machine]")
+@click.option("--scale-up-after", type=float, default=10.0, show_default=True, help="Seconds of waits above 2 s.")
+@click.option("--scale-down-after", type=float, default=600.0, show_default=True, help="Seconds without waits.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Checkpoint directory (HYPER_CHECKPOINT).")
+@click.option("--engine", type=click.Choice([*ENGINES]), help="Engine of every replica (HYPER_ENGINE).")
+@click.option("--host", help="Listening address (HYPER_HOST).")
+@click.option("--port", type=click.IntRange(1, 65535), help="Listening port (HYPER_PORT).")
+def fleet(
+    replicas: int,
+    max_replicas: int | None,
+    cpus: float,
+    gpus: float,
+    address: str | None,
+    scale_up_after: float,
+    scale_down_after: float,
+    **options: Any,
+) -> None:
+    """Answer questions with several replicas of the service on Ray Serve.
+
+    Needs the extra `fleet`. HYPER_* variables set all other options, as for `hyper serve`; docs/fleet.md explains
+    routing, quotas, scaling and the proxy in front. SIGTERM stops the fleet after the requests in flight.
+    """
+    from server.fleet import Fleet, run
+
+    settings, _ = read_settings(options)
+    size = Fleet(
+        num_replicas=replicas,
+        max_replicas=max(replicas, max_replicas or replicas),
+        num_cpus=cpus,
+        num_gpus=gpus,
+        address=address,
+        scale_up_after_s=scale_up_after,
+        scale_down_after_s=scale_down_after,
+    )
+    sys.exit(run(settings, size))
 
 
 @click.group()

@@ -43,8 +43,8 @@ VLLM_MODULES = {
 }
 """The only modules with imports of vLLM, because vLLM changes faster than our other dependencies."""
 
-MEASURED_WITHOUT_HTTP = {"loadtests.peers", "loadtests.random_qwen"}
-"""Modules of separate processes without HTTP: the benchmark's engines and models, and the rehearsal's model."""
+MEASURED_WITHOUT_HTTP = {"loadtests.peers", "loadtests.random_qwen", "loadtests.simulation"}
+"""Modules without HTTP: the benchmark's engines and models, the rehearsal's model, and the simulated fleet."""
 
 PURE_MODULES = (
     "hyper_model.errors",
@@ -75,6 +75,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "api",
         "app",
         "serving",
+        "fleet",
         "commands",
     ),
     "training": (

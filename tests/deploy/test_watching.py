@@ -210,7 +210,7 @@ def test_panels_say_what_they_show_and_stand_beside_each_other() -> None:
         assert not cells & taken and max(x for x, _ in cells) < 24, panel["title"]
         taken |= cells
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
-    assert len(rows) == 8
+    assert len(rows) == 9
     for panel in panels():
         assert panel["title"] and panel["description"].endswith("."), panel["title"]
         assert panel["datasource"]["uid"] == "${datasource}"
