@@ -276,7 +276,7 @@ def form_schema(form: type[BaseModel]) -> dict[str, Any]:
     clip: dict[str, Any] = {"type": "string", "format": "binary", "description": "Audio file in a format of /v1/info."}
     schema["properties"] = {"file": clip, **schema["properties"]}
     if "questions" in schema["properties"]:
-        schema.pop("$defs")
+        schema.pop("$defs", None)
         # A JSON object inside a field is text, too.
         schema["properties"]["questions"]["items"] = TEXT
         schema["properties"]["file_id"] |= {"anyOf": [{"type": "string", "minLength": 1}]}
