@@ -180,8 +180,8 @@ class RandomTensors:
         if is_embedding:
             tensor[self.planted_ids] = rows
         if name.endswith("lm_head.weight"):
-            # The row of a token points to the embedding of the token before it.
-            tensor[self.planted_ids[1:]] = rows[:-1] * (20 / math.sqrt(tensor.shape[1]))
+            # The row of a token points to the embedding of the token before it. A longer row would win elsewhere too.
+            tensor[self.planted_ids[1:]] = rows[:-1] * (40 / tensor.shape[1])
         return tensor
 
     def write(self, directory: Path) -> None:
