@@ -403,7 +403,8 @@ def check(
     hooks = {"response": [checker.check]}
     with (
         httpx.Client(timeout=TIMEOUT_S, event_hooks=hooks) as http,
-        OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0, http_client=http) as client,
+        # The client is annotated for httpx2 and takes httpx's too.
+        OpenAI(base_url=f"{url}/v1", api_key=key or "none", max_retries=0, http_client=http) as client,  # pyright: ignore[reportArgumentType]
     ):
         context = Context(client, clip or tone())
         for number, (name, call) in enumerate(CALLS.items(), 1):

@@ -208,7 +208,7 @@ def target_of(
             yield target
         return
     with (
-        serving(log, **settings) as (process, own_url),
+        serving(log, timeout_s=START_TIMEOUT_S, **settings) as (process, own_url),
         contextlib.closing(Target(own_url, key, metrics_url, process)) as target,
     ):
         yield target

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
+from hyper_model.audio import Channel
 from server.api.forms import read_clip_request
 from server.api.job_types import (
     DeliveryList,
@@ -270,9 +271,9 @@ class TakeJob:
         elif "question" not in options.model_fields_set:
             raise RequestError("missing_parameter", "`question` is required.", param="question")
         prompts = [await write_prompt(self.service, self.context, each) for each in asked]
-        waveform = await decode_clip(
-            self.service, self.context, self.data, track=options.track, channel=options.channel
-        )
+        # `check_options` has refused `each`.
+        channel: Channel = "mix" if options.channel == "each" else options.channel
+        waveform = await decode_clip(self.service, self.context, self.data, track=options.track, channel=channel)
         require_window(waveform)
         for each, prompt_token_ids in zip(asked, prompts, strict=True):
             plan(self.service.answerer, each, prompt_token_ids, waveform, deadline_s - time.monotonic())
@@ -339,6 +340,9 @@ def check_options(service: Service, options: JobOptions) -> None:
     if options.long_audio != "error":
         message = f"A job does not support `long_audio={options.long_audio}`; only `error`."
         raise RequestError("invalid_parameter", message, param="long_audio")
+    if options.channel == "each":
+        message = "A job does not support `channel=each`; use one job with `left` and one with `right`."
+        raise RequestError("invalid_parameter", message, param="channel")
     limit_s = service.settings.jobs_keep_s
     if options.keep_s is not None and options.keep_s > limit_s:
         message = f"`keep_s` exceeds the limit of {limit_s:g}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ INVENTED = 'S1 man: "no such words"</SPEAKER><ASR>no such words</ASR></CAPTION>'
 BEHIND = "<REASONING>so</REASONING><SUMMARY>it</SUMMARY></THINK><RESPONSE>a</RESPONSE><FINAL_ANSWER>a</FINAL_ANSWER>"
 
 
-def answer(heard: Heard | None, **fields: int) -> tuple[Answering, list[Generate]]:
+def answer(heard: Heard | None, **fields: Any) -> tuple[Answering, list[Generate]]:
     """Drive the procedure with a model that invents words."""
     tokenizer = CHECKPOINT.tokenizer
     prompt = tuple(build_prompt(tokenizer, "Who?", ()))

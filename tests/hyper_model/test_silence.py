@@ -106,9 +106,8 @@ def test_a_clip_of_one_kind_is_unchanged(samples_S: Samples) -> None:
 
 def test_what_is_quiet_beside_loud_speech_and_no_silence_is_kept() -> None:
     far_S = syllables(5, -58)
-    music_S = sum(
-        0.0012 * np.sin(2 * np.pi * f * times(5)) * np.exp(-4 * (times(5) % 0.5)) for f in (220, 277, 330)
-    ).astype(np.float32)
+    tones = [np.sin(2 * np.pi * f * times(5)) * np.exp(-4 * (times(5) % 0.5)) for f in (220, 277, 330)]
+    music_S = (0.0012 * np.sum(tones, axis=0)).astype(np.float32)
     for name, quiet_S in {
         "a distant speaker": far_S,
         "music": music_S,

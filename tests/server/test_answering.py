@@ -20,7 +20,7 @@ from hyper_model.trace import Trace as Written
 from server.answering import AnswerRun
 from server.api.qa import AudioQa
 from server.api.stream import ServerSentEvent
-from server.api.types import QaOptions, QaReply
+from server.api.types import QaOptions, QaReply, TraceReply
 from server.engines.protocol import ScriptedEngine
 from server.engines.scripted import scripted_checkpoint
 from server.request_context import RequestContext
@@ -89,9 +89,14 @@ def ask(
     return reply, events, service
 
 
+def trace_of(reply: QaReply) -> TraceReply:
+    assert reply.trace is not None
+    return reply.trace
+
+
 def test_a_strict_trace_fills_the_reply() -> None:
     reply, _, service = ask(render(WORDS))
-    assert reply.trace.format == "strict" and reply.termination == "complete" and reply.answer.text == "rain"
+    assert trace_of(reply).format == "strict" and reply.termination == "complete" and reply.answer.text == "rain"
     assert reply.perception and reply.perception.environment == ["rain", "a far engine"]
     assert reply.perception.transcript == "the train leaves at nine"
     assert reply.reasoning and reply.reasoning.reflection and reply.reasoning.reflection.changed_answer
@@ -137,7 +142,7 @@ def test_an_answer_has_changed_only_where_its_words_have(style: str) -> None:
 
 def test_the_answer_falls_back_to_the_response() -> None:
     reply, events, _ = ask("<THINK>hm</THINK><RESPONSE>rain and wind</RESPONSE>")
-    assert (reply.answer.text, reply.trace.format, reply.termination) == ("rain and wind", "weak", "complete")
+    assert (reply.answer.text, trace_of(reply).format, reply.termination) == ("rain and wind", "weak", "complete")
     assert ("answer.delta", {"text": "rain and wind"}) in events
 
 
@@ -147,9 +152,8 @@ def test_a_truncated_trace_is_closed_and_answered(choices: tuple[str, ...], max_
     reply, _, _ = ask(render(WORDS), choices, max_tokens=max_tokens)
     assert reply.termination == "truncated" and reply.answer.text in ("rain", "sun")
     assert reply.usage.completion_tokens <= max_tokens + ANSWER_TOKENS
-    assert (
-        reply.trace.raw and reply.trace.raw.endswith("</FINAL_ANSWER>") and reply.trace.raw.count("<FINAL_ANSWER>") == 1
-    )
+    raw = trace_of(reply).raw
+    assert raw and raw.endswith("</FINAL_ANSWER>") and raw.count("<FINAL_ANSWER>") == 1
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,7 @@ def test_pauses_stop_at_the_budget() -> None:
     edit = with_pauses(Section.ENV, Section.ASR, Section.REASONING)
     for max_pauses in (0, 1, 2):
         reply, _, service = ask(render(WORDS), max_pauses=max_pauses, edit=edit)
-        assert reply.pause.count == max_pauses and reply.answer.text == "rain" and reply.trace.format == "strict"
+        assert reply.pause.count == max_pauses and reply.answer.text == "rain" and trace_of(reply).format == "strict"
         spent = value(service.metrics.registry, "hyper_pause_budget_spent_total")
         assert spent == (max_pauses > 0)
 
@@ -236,13 +240,17 @@ def test_a_sampled_pause_is_hidden_and_bounded(num_hidden: int) -> None:
     assert reply.usage.pause_tokens == min(num_hidden, 8) + 2
     assert [data["latent_tokens"] for name, data in events if name == "pause"] == [min(num_hidden, 8)]
     if num_hidden < 8:
-        assert "h" * 3 not in (reply.trace.raw or "") and reply.answer.text == "rain" and reply.trace.format == "strict"
+        assert (
+            "h" * 3 not in (trace_of(reply).raw or "")
+            and reply.answer.text == "rain"
+            and trace_of(reply).format == "strict"
+        )
 
 
 def test_only_the_answer_is_shown_when_asked_for() -> None:
     reply, events, _ = ask(render(WORDS), shows_reasoning=False)
-    assert (reply.perception, reply.reasoning, reply.trace.raw) == (None, None, None)
-    assert reply.trace.format == "strict" and reply.answer.text == "rain"
+    assert (reply.perception, reply.reasoning, trace_of(reply).raw) == (None, None, None)
+    assert trace_of(reply).format == "strict" and reply.answer.text == "rain"
     assert {name for name, _ in events} == {"answer.delta", "answer.done", "usage", "done"}
 
 
@@ -261,7 +269,7 @@ def test_plain_text_tags_and_choices_by_their_words() -> None:
     checkpoint = text_style_checkpoint()
     reply, _, service = ask("", checkpoint=checkpoint, edit=spell_out)
     assert value(service.metrics.registry, "hyper_parse_failures_total", kind="trailing_text") == 0
-    assert (reply.answer.text, reply.trace.format, reply.termination) == ("rain", "strict", "complete")
+    assert (reply.answer.text, trace_of(reply).format, reply.termination) == ("rain", "strict", "complete")
     # Here the engine cannot detect the end of an answer, so a model may continue.
     _, _, service = ask(
         "", checkpoint=checkpoint, edit=lambda _, tokenizer: tokenizer.encode_text(render(WORDS) + " and more")
@@ -269,7 +277,7 @@ def test_plain_text_tags_and_choices_by_their_words() -> None:
     assert value(service.metrics.registry, "hyper_parse_failures_total", kind="trailing_text") == 1
     choices = ("the sound of rain", "sun")
     reply, _, _ = ask("", choices, checkpoint=checkpoint, edit=spell_out)
-    assert reply.answer.text in choices and reply.termination == "complete" and reply.trace.format == "strict"
+    assert reply.answer.text in choices and reply.termination == "complete" and trace_of(reply).format == "strict"
     assert reply.answer.scores and sum(reply.answer.scores) == pytest.approx(1)
 
 
@@ -282,14 +290,15 @@ def test_a_checkpoint_that_answers_in_words_has_the_words_written_into_its_trace
     assert reply.answer.choice_index is not None and reply.answer.choice == choices[reply.answer.choice_index]
     assert reply.answer.scores and sum(reply.answer.scores) == pytest.approx(1)
     words = " ".join(reply.answer.text.split())
-    assert reply.trace.raw is not None and reply.trace.raw.endswith(f"<FINAL_ANSWER>{words}</FINAL_ANSWER>")
-    assert reply.trace.format == "strict"
+    raw = trace_of(reply).raw
+    assert raw is not None and raw.endswith(f"<FINAL_ANSWER>{words}</FINAL_ANSWER>")
+    assert trace_of(reply).format == "strict"
 
 
 def test_choices_may_look_like_markup() -> None:
     choices = ("<THINK>", "</FINAL_ANSWER>")
     reply, _, _ = ask(render(WORDS), choices)
-    assert reply.answer.text in choices and reply.trace.format == "strict"
+    assert reply.answer.text in choices and trace_of(reply).format == "strict"
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float:

@@ -69,7 +69,7 @@ def deliveries_of(live: Live, address: str) -> list[dict[str, Any]]:
 def test_webhooks_are_signed_repeated_and_logged(settings: Settings, receiver: Receiver) -> None:
     with running(settings) as live:
         wait_until_up(live.client)
-        fields = {"webhook[url]": receiver.url}
+        fields: dict[str, Any] = {"webhook[url]": receiver.url}
         error = assert_error(post_job(live.client, **fields), 400, "invalid_parameter", "webhook")
         assert "/v1/webhooks/secrets" in error["hint"]
         old, new = (live.client.post("/v1/webhooks/secrets").json() for _ in range(2))
