@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from server.api.types import QaOptions, QaReply
 from server.errors import RequestError, to_request_error
 from server.jobs.records import Ending, Job, StepOutcome
 from server.quotas import Tenant
+from server.recordings.cutter import EARLIEST_CUT_S
 from server.request_context import RequestContext
 from server.service import Service
 
@@ -57,7 +59,7 @@ class JobSteps:
             )
             context.received_s = time.monotonic()
             try:
-                return {"reply": await self.answer(context, question_of(job, index), clip or b"")}
+                return {"reply": await self.answer(context, question_of(job, index), clip or b"", job.audio_s)}
             except Exception as error:
                 # The last-resort handler of a step, as `server.error_handlers` is of a request.
                 fault = to_request_error(error)
@@ -81,14 +83,21 @@ class JobSteps:
                 return Tenant(key.model_copy(update=unlimited))
         raise RequestError("invalid_api_key", "The API key of this job was revoked or has expired.")
 
-    async def answer(self, context: RequestContext, options: QaOptions, clip: bytes) -> dict[str, Any]:
-        """Answer one question, and return its reply as JSON.
+    async def answer(self, context: RequestContext, options: QaOptions, clip: bytes, audio_s: float) -> dict[str, Any]:
+        """Answer one question, and return its reply as JSON. The timeout of a recording grows with its windows.
+
+        Args:
+            audio_s: Length of the clip or recording.
 
         Raises:
             Exception: Each exception of a request; see `server.errors.to_request_error`.
         """
         handler = AudioQa(self.service, context, options, clip)
+        # A job takes any number of windows.
+        handler.max_windows = None
         timeout_s = (options.timeout_ms or self.service.settings.default_timeout_ms) / 1000
+        if options.long_audio == "chunk":
+            timeout_s *= max(1, math.ceil(audio_s / EARLIEST_CUT_S))
         async with self.service.admission.admit(context):
             try:
                 async with asyncio.timeout(timeout_s):

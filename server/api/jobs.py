@@ -39,7 +39,7 @@ from server.api.lifecycle import decode_clip, respond, wait_for_disconnect
 from server.api.openapi import ANYWHERE, Responses, event_stream, form_and_json, responses_of, takes_body
 from server.api.qa_list import questions_of
 from server.api.questions import asked_of, check_bounds, plan, require_window, write_prompt
-from server.api.recordings import check_place
+from server.api.recordings import check_place, open_recording, part_from
 from server.api.stream import Emit, EventStream, ServerSentEvent
 from server.errors import ERRORS, RequestError
 from server.jobs.address_guard import ForbiddenAddressError, check_url
@@ -271,6 +271,9 @@ class TakeJob:
         elif "question" not in options.model_fields_set:
             raise RequestError("missing_parameter", "`question` is required.", param="question")
         prompts = [await write_prompt(self.service, self.context, each) for each in asked]
+        if options.long_audio != "error":
+            await self.check_recording(options.start_s)
+            return
         # `check_options` has refused `each`.
         channel: Channel = "mix" if options.channel == "each" else options.channel
         waveform = await decode_clip(self.service, self.context, self.data, track=options.track, channel=channel)
@@ -278,6 +281,18 @@ class TakeJob:
         for each, prompt_token_ids in zip(asked, prompts, strict=True):
             plan(self.service.answerer, each, prompt_token_ids, waveform, deadline_s - time.monotonic())
         self.audio_s = waveform.duration_s
+
+    async def check_recording(self, start_s: float | None) -> None:
+        """Decode the recording, charge it and drop its samples."""
+        options = self.options
+        channel: Channel = "mix" if options.channel == "each" else options.channel
+        recording = await open_recording(self.service, self.context, self.data, track=options.track, channel=channel)
+        try:
+            self.audio_s = recording.duration_s
+            if options.long_audio == "window":
+                part_from(recording, start_s or 0.0, self.service.recording_limits.min_duration_s)
+        finally:
+            recording.close()
 
     async def answer(self, emit: Emit) -> Job:
         """Store the job, or return the one of an equal request before."""
@@ -337,9 +352,6 @@ def check_options(service: Service, options: JobOptions) -> None:
     if options.stream:
         message = "A job has no stream; its events are at /v1/jobs/{id}/events."
         raise RequestError("invalid_parameter", message, param="stream")
-    if options.long_audio != "error":
-        message = f"A job does not support `long_audio={options.long_audio}`; only `error`."
-        raise RequestError("invalid_parameter", message, param="long_audio")
     if options.channel == "each":
         message = "A job does not support `channel=each`; use one job with `left` and one with `right`."
         raise RequestError("invalid_parameter", message, param="channel")

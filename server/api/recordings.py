@@ -447,6 +447,25 @@ class RecordingRun:
         return found
 
 
+def part_from(recording: Recording, start_s: float, min_duration_s: float) -> tuple[int, int]:
+    """Return the first and the last sample, exclusive, of the window from a start.
+
+    Raises:
+        RequestError: 400, if less than the minimum is left.
+    """
+    start = round(start_s * SAMPLE_RATE_HZ)
+    end = min(recording.num_samples, start + round(WINDOW_S * SAMPLE_RATE_HZ))
+    if end - start < min_duration_s * SAMPLE_RATE_HZ:
+        raise RequestError(
+            "invalid_parameter",
+            f"`start_s` is {start_s:g}; the recording ends at {recording.duration_s:.2f} s.",
+            param="start_s",
+            limit=round(recording.duration_s, 4),
+            actual=start_s,
+        )
+    return start, end
+
+
 class RecordingHandler(ClipHandler):
     """Common part of the handlers that answer one question about a clip or a recording.
 
@@ -493,19 +512,10 @@ class RecordingHandler(ClipHandler):
             )
             await self.recording_run.prepare()
             return
-        start = round(self.start_s * SAMPLE_RATE_HZ)
-        end = min(recording.num_samples, start + round(WINDOW_S * SAMPLE_RATE_HZ))
-        if end - start < service.recording_limits.min_duration_s * SAMPLE_RATE_HZ:
+        try:
+            waveform = recording.waveform(*part_from(recording, self.start_s, service.recording_limits.min_duration_s))
+        finally:
             recording.close()
-            raise RequestError(
-                "invalid_parameter",
-                f"`start_s` is {self.start_s:g}; the recording ends at {recording.duration_s:.2f} s.",
-                param="start_s",
-                limit=round(recording.duration_s, 4),
-                actual=self.start_s,
-            )
-        waveform = recording.waveform(start, end)
-        recording.close()
         self.used_from_s = (self.start_s, recording)
         self.run = start_run(service.answerer, context, self.asked, token_ids, waveform, deadline_s)
 

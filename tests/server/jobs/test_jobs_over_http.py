@@ -165,3 +165,21 @@ def test_jobs_are_listed_by_page_and_status(shared: Live) -> None:
     assert [each["id"] for each in found] == ids
     assert live.client.get("/v1/jobs", params={"status": "expired"}).json()["data"] == []
     assert_error(live.client.get("/v1/jobs", params={"status": "odd"}), 400, "invalid_parameter", "status")
+
+
+def test_a_recording_beyond_the_limit_of_requests_is_answered_by_a_job(shared: Live) -> None:
+    live = shared
+    clip = tone(150.0)
+    refused = assert_error(live.ask(clip, long_audio="chunk"), 422, "audio_too_long", "long_audio")
+    assert "POST /v1/jobs" in refused["hint"] and refused["actual"] > refused["limit"]
+    questions = ["What is heard?", "Who speaks?"]
+    address = create(live.client, clip, long_audio="chunk", questions=questions)
+    ended = wait_for_end(live.client, address)
+    assert (ended["status"], ended["progress"]) == ("succeeded", {"done": 2, "of": 2})
+    replies = [each["reply"] for each in ended["result"]["data"]]
+    assert [len(reply["timeline"]) for reply in replies] == [refused["actual"]] * 2
+    assert replies[0]["audio"][0]["used_s"] == 150
+    # A window of the same recording.
+    address = create(live.client, clip, long_audio="window", start_s="120")
+    ended = wait_for_end(live.client, address)
+    assert ended["status"] == "succeeded" and ended["result"]["audio"][0]["used_s"] == 30
