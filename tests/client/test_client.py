@@ -78,8 +78,8 @@ def test_what_is_no_clip_is_refused_before_anything_is_sent(tmp_path: Path, ask:
     url = "http://127.0.0.1:9"
     with pytest.raises(FileNotFoundError):
         ask(url, tmp_path / "none.wav")
-    for clip in (io.StringIO("text"), 7, None):
-        with pytest.raises(TypeError, match=r"clip is"):
+    for clip, message in ((io.StringIO("text"), "clip is"), (7, "clip is"), (None, "needs a clip")):
+        with pytest.raises(TypeError, match=message):
             ask(url, clip)
     with pytest.raises(TypeError, match="list of texts"):
         ask(url, choices="ab")
@@ -329,13 +329,13 @@ def test_a_service_of_another_kind_is_reported(ask: Callable[..., QaReply]) -> N
 
 def test_newer_services_are_understood(live: Live, ask: Callable[..., QaReply]) -> None:
     reply = live.ask(CLIP.read_bytes()).json()
-    newer = {**reply, "timeline": [{"index": 0}], "usage": {**reply["usage"], "joules": 3}}
-    events = (("window.done", {"index": 0}), ("answer.delta", {"text": "a\u2028b\x85c"}), ("done", newer))
+    newer = {**reply, "echoes": [{"index": 0}], "usage": {**reply["usage"], "joules": 3}}
+    events = (("echo.done", {"index": 0}), ("answer.delta", {"text": "a\u2028b\x85c"}), ("done", newer))
     for stream, answer in ((False, stream_of(("done", newer))), (True, stream_of(*events))):
         canned = answer if stream else Canned(httpx.Response(200, json=newer).content)
         with replying(canned) as sent:
             found = ask(sent.url, stream=stream)
-        assert found.model_extra == {"timeline": [{"index": 0}]} and found.usage.model_extra == {"joules": 3}
+        assert found.model_extra == {"echoes": [{"index": 0}]} and found.usage.model_extra == {"joules": 3}
         assert dump(found) == newer
     with replying(stream_of(*events)) as sent, hyper.Client(sent.url) as client:
         assert hyper.AnswerDelta("a\u2028b\x85c") in list(client.ask(CLIP, QUESTION, stream=True))

@@ -36,6 +36,9 @@ def test_an_open_question_gets_the_whole_reply(live: Live) -> None:
         "choice": None,
         "confidence": None,
         "scores": None,
+        "answered_by": None,
+        "evidence": [],
+        "runners_up": [],
     }
     assert reply["perception"]["environment"] == ["loud sound"]
     assert reply["reasoning"]["summary"] == "The clip is 2.0 s of loud sound."

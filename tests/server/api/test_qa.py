@@ -64,7 +64,7 @@ def test_a_bad_clip_is_refused_quickly_and_the_next_is_answered(live: Live, name
 def test_a_long_clip_is_refused_with_the_window_and_the_ways_to_use_it(live: Live) -> None:
     error = assert_error(live.ask(tone(40.0)), 422, "audio_too_long", "file")
     assert (error["limit"], error["actual"]) == (30.0, 40.0)
-    assert "30 s" in error["message"] and "`window`" in error["hint"] and "`chunk`" in error["hint"]
+    assert "30 s" in error["message"] and "`window`" in error["hint"] and "`long_audio=chunk`" in error["hint"]
     assert live.ask(tone(30.0)).status_code == 200
 
 
@@ -448,7 +448,7 @@ def test_silence_is_left_out_and_the_reply_names_the_parts(live: Live) -> None:
     short = live.ask(tone(0.2)).json()
     (audio,) = short["audio"]
     assert (audio["duration_s"], audio["used_s"], audio["padded_s"]) == (0.2, 0.2, 1.8)
-    assert [each["code"] for each in audio["warnings"]] == ["quiet_added"]
+    assert [each["code"] for each in audio["warnings"]] == ["quiet_added", "too_short_for_words"]
     silent = live.ask(wav(np.zeros(160_000))).json()
     assert silent["audio"][0]["used_s"] == 10.0 and silent["audio"][0]["warnings"] == []
     assert [each["code"] for each in silent["warnings"]] == ["silent_audio"]
