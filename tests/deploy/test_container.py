@@ -115,8 +115,10 @@ def test_it_answers_drains_and_ends_with_0(container: Container) -> None:
         thread.join()
         assert found[0].status_code == 200, "what is in flight is answered"
         assert exit_code(process, 20) == 0
-    left = [path for place in (container.tmp, container.cache) for path in place.rglob("*") if path.is_file()]
-    assert left == [container.cache / "state/files.sqlite3"], "nothing else is left behind"
+    left = {path for place in (container.tmp, container.cache) for path in place.rglob("*") if path.is_file()}
+    state = container.cache / "state"
+    kept = {state / "files.sqlite3", state / "jobs/jobs.sqlite", state / "jobs/jobs-0.lock"}
+    assert left == kept, "nothing else is left behind"
 
 
 def test_a_service_that_is_killed_is_no_success(container: Container) -> None:
