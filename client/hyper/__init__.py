@@ -14,17 +14,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hyper import client, errors, events
+    from hyper import client, errors, events, jobs, webhooks
     from hyper.client import *  # noqa: F403
     from hyper.errors import *  # noqa: F403
     from hyper.events import *  # noqa: F403
+    from hyper.jobs import *  # noqa: F403
+    from hyper.webhooks import *  # noqa: F403
 
     __all__: list[str] = []
     __all__ += client.__all__
     __all__ += errors.__all__
     __all__ += events.__all__
+    __all__ += jobs.__all__
+    __all__ += webhooks.__all__
 
-_MODULES = ("errors", "events", "client")
+_MODULES = ("errors", "events", "jobs", "webhooks", "client")
 
 
 def __getattr__(name: str) -> Any:

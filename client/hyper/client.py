@@ -14,10 +14,10 @@ from hyper.clips import Clip, load_clip
 from hyper.errors import Error
 from hyper.events import AsyncEventStream, EventStream
 from hyper.files import AsyncFiles, Files
+from hyper.jobs import AsyncJobs, Jobs
 from hyper.protocol import (
     DEFAULT_TIMEOUT_S,
     INFO_PATH,
-    QA_PATH,
     AskOptions,
     Options,
     Question,
@@ -29,6 +29,7 @@ from hyper.protocol import (
     require_usable_proxy,
     retry_delay_s,
 )
+from hyper.webhooks import AsyncWebhooks, Webhooks
 from hyper_model.proxies import is_local
 from server.api.types import FileDeleted, FileList, FileObject, InfoReply, QaListReply, QaReply
 
@@ -76,6 +77,8 @@ class Client:
         trust_env = not is_local(self._options.url)
         self._http = httpx.Client(headers=self._options.headers, trust_env=trust_env)
         self.files = Files(self._call, self._options.url)
+        self.jobs = Jobs(self._call, self._open, self._submit, self._options)
+        self.webhooks = Webhooks(self._call, self._options.url)
 
     @overload
     def ask(
@@ -141,7 +144,7 @@ class Client:
         loaded = None if clip is None else load_clip(clip)
         require_one_stream(questions, stream=stream)
         sent = Question.build(loaded, question, choices, file_id=file_id, questions=questions, stream=stream, **options)
-        response = self._answered(lambda: self._post(sent))
+        response = self._submit(sent)
         if stream:
             return EventStream(response, self._options.url)
         kind = QaListReply if questions else QaReply
@@ -173,7 +176,7 @@ class Client:
         with question.parts() as parts:
             request = self._http.build_request(
                 "POST",
-                self._options.url + QA_PATH,
+                self._options.url + question.path,
                 headers=question.headers,
                 timeout=self._options.timeout(question.timeout_ms),
                 **parts,
@@ -189,10 +192,18 @@ class Client:
 
     def _call(self, method: str, path: str, **parts: Any) -> httpx.Response:
         """Send a request until it succeeds, and read the reply."""
-        return self._read(self._answered(lambda: self._send(method, path, **parts)))
+        return self._read(self._open(method, path, **parts))
 
-    def _answered(self, send: Callable[[], httpx.Response]) -> httpx.Response:
-        """Send a request until it succeeds, and return the reply unread."""
+    def _open(self, method: str, path: str, *, once: bool = False, **parts: Any) -> httpx.Response:
+        """Send a request until it succeeds, or once, and return the reply unread."""
+        return self._answered(lambda: self._send(method, path, **parts), once=once)
+
+    def _submit(self, question: Question) -> httpx.Response:
+        """Send a question until it succeeds, and return the reply unread."""
+        return self._answered(lambda: self._post(question))
+
+    def _answered(self, send: Callable[[], httpx.Response], *, once: bool = False) -> httpx.Response:
+        """Send a request until it succeeds, or once, and return the reply unread."""
         num_tries = 0
         while True:
             num_tries += 1
@@ -206,7 +217,7 @@ class Client:
                 error = error_of(response, self._options.url)
             except httpx.HTTPError as failure:
                 error = connection_error(failure, self._options.url)
-            delay_s = retry_delay_s(self._options, num_tries, error, response)
+            delay_s = None if once else retry_delay_s(self._options, num_tries, error, response)
             if delay_s is None:
                 raise error
             time.sleep(delay_s)
@@ -236,6 +247,8 @@ class AsyncClient:
         trust_env = not is_local(self._options.url)
         self._http = httpx.AsyncClient(headers=self._options.headers, trust_env=trust_env)
         self.files = AsyncFiles(self._call, self._options.url)
+        self.jobs = AsyncJobs(self._call, self._open, self._submit, self._options)
+        self.webhooks = AsyncWebhooks(self._call, self._options.url)
 
     @overload
     async def ask(
@@ -286,7 +299,7 @@ class AsyncClient:
         loaded = None if clip is None else await asyncio.to_thread(load_clip, clip)
         require_one_stream(questions, stream=stream)
         sent = Question.build(loaded, question, choices, file_id=file_id, questions=questions, stream=stream, **options)
-        response = await self._answered(lambda: self._post(sent))
+        response = await self._submit(sent)
         if stream:
             return AsyncEventStream(response, self._options.url)
         kind = QaListReply if questions else QaReply
@@ -313,7 +326,7 @@ class AsyncClient:
         with question.parts() as parts:
             request = self._http.build_request(
                 "POST",
-                self._options.url + QA_PATH,
+                self._options.url + question.path,
                 headers=question.headers,
                 timeout=self._options.timeout(question.timeout_ms),
                 **parts,
@@ -329,10 +342,18 @@ class AsyncClient:
 
     async def _call(self, method: str, path: str, **parts: Any) -> httpx.Response:
         """Send a request until it succeeds, and read the reply."""
-        return await self._read(await self._answered(lambda: self._send(method, path, **parts)))
+        return await self._read(await self._open(method, path, **parts))
 
-    async def _answered(self, send: Callable[[], Awaitable[httpx.Response]]) -> httpx.Response:
-        """Send a request until it succeeds, and return the reply unread."""
+    async def _open(self, method: str, path: str, *, once: bool = False, **parts: Any) -> httpx.Response:
+        """Send a request until it succeeds, or once, and return the reply unread."""
+        return await self._answered(lambda: self._send(method, path, **parts), once=once)
+
+    async def _submit(self, question: Question) -> httpx.Response:
+        """Send a question until it succeeds, and return the reply unread."""
+        return await self._answered(lambda: self._post(question))
+
+    async def _answered(self, send: Callable[[], Awaitable[httpx.Response]], *, once: bool = False) -> httpx.Response:
+        """Send a request until it succeeds, or once, and return the reply unread."""
         num_tries = 0
         while True:
             num_tries += 1
@@ -346,7 +367,7 @@ class AsyncClient:
                 error = error_of(response, self._options.url)
             except httpx.HTTPError as failure:
                 error = connection_error(failure, self._options.url)
-            delay_s = retry_delay_s(self._options, num_tries, error, response)
+            delay_s = None if once else retry_delay_s(self._options, num_tries, error, response)
             if delay_s is None:
                 raise error
             await asyncio.sleep(delay_s)

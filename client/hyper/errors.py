@@ -4,6 +4,8 @@
     ├── ConnectionFailedError        no reply: the service, the network or a proxy is not reachable
     │   └── ReplyTimeoutError        the service sent nothing for `timeout_s`
     ├── UnexpectedReplyError         the reply is not one of a HyPeR service
+    ├── WaitTimeoutError             a job did not end in time
+    ├── WebhookVerificationError     a delivery is not signed with the secret, or is too old
     └── ServiceError                 the service refused or ended the request
         ├── InvalidRequestError          type invalid_request_error
         │   └── AudioError                   the clip cannot be used
@@ -84,6 +86,8 @@ __all__ = [
     "UnsupportedMediaTypeError",
     "UnsupportedParameterError",
     "UploadTimeoutError",
+    "WaitTimeoutError",
+    "WebhookVerificationError",
 ]
 
 
@@ -101,6 +105,14 @@ class ReplyTimeoutError(ConnectionFailedError):
 
 class UnexpectedReplyError(Error):
     """The reply is not one of a HyPeR service, or a stream ended before its last event."""
+
+
+class WaitTimeoutError(Error, TimeoutError):
+    """A job did not end within the `timeout_s` of `wait`. The job continues."""
+
+
+class WebhookVerificationError(Error):
+    """A delivery is not signed with the secret, or its time is outside the tolerance."""
 
 
 class ServiceError(Error):

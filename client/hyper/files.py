@@ -12,7 +12,7 @@ from urllib.parse import quote
 import httpx
 
 from hyper.clips import Clip, LoadedClip, load_clip
-from hyper.protocol import FILES_PATH, read_reply
+from hyper.protocol import FILES_PATH, query, read_reply
 from server.api.types import FileDeleted, FileList, FileObject
 
 Purpose = Literal["user_data", "assistants", "batch"]
@@ -120,11 +120,6 @@ def upload_parts(
     if lifetime_s is not None:
         fields |= {"expires_after[anchor]": "created_at", "expires_after[seconds]": str(lifetime_s)}
     return {"data": fields, "files": {"file": (name, content)}}
-
-
-def query(**fields: str | int | None) -> dict[str, str]:
-    """Return the query parameters that are given."""
-    return {name: str(value) for name, value in fields.items() if value is not None}
 
 
 def path_of(file_id: str) -> str:

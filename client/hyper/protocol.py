@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import random
+import re
+import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, Unpack, cast
@@ -24,6 +26,8 @@ from server.api.types import ErrorReply
 QA_PATH = "/v1/audio/qa"
 INFO_PATH = "/v1/info"
 FILES_PATH = "/v1/files"
+JOBS_PATH = "/v1/jobs"
+SECRETS_PATH = "/v1/webhooks/secrets"
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 10.0
@@ -36,6 +40,8 @@ MAX_BACKOFF_S = 8.0
 HEADERS = {"priority": "x-hyper-priority", "request_id": "x-request-id"}
 NEVER_RETRIED = frozenset({"deadline_exceeded"})
 """Retryable in principle, but a retry would use the engine for the same time again."""
+
+IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 
 Reply = TypeVar("Reply", bound=BaseModel)
 
@@ -135,6 +141,7 @@ class Question:
     fields: Mapping[str, Any]
     headers: Mapping[str, str]
     timeout_ms: int | None
+    path: str = QA_PATH
 
     @classmethod
     def build(
@@ -146,24 +153,25 @@ class Question:
         file_id: str | None = None,
         questions: Sequence[QuestionItem] = (),
         stream: bool = False,
+        caller: str = "ask()",
         **options: Unpack[AskOptions],
     ) -> Question:
-        """Write the form fields and headers.
+        """Write the form fields and headers; error messages name the caller.
 
         Raises:
             TypeError: A list is one text, an option is unknown, or a clip or question is absent or given twice.
             ValueError: A text is not valid Unicode.
         """
         if (clip is None) == (file_id is None):
-            raise TypeError("ask() needs a clip or a file_id, not both")
+            raise TypeError(f"{caller} needs a clip or a file_id, not both")
         if (question is None) == (not questions):
-            raise TypeError("ask() needs a question or questions, not both")
+            raise TypeError(f"{caller} needs a question or questions, not both")
         if isinstance(questions, str):
             raise TypeError("questions is a list, not one text")
         if isinstance(choices, str):
             raise TypeError("choices is a list of texts, not one text")
         if unknown := options.keys() - AskOptions.__annotations__.keys():
-            raise TypeError(f"ask() has no option {', '.join(sorted(unknown))}")
+            raise TypeError(f"{caller} has no option {', '.join(sorted(unknown))}")
         sent = [item if isinstance(item, str) else json.dumps(dict(item)) for item in questions]
         for text in (question or "", *choices, *sent):
             _require_unicode(text)
@@ -175,6 +183,21 @@ class Question:
         # Requests about one clip reach the replica whose cache has it.
         key = file_id if clip is None else clip.sha256
         return cls(clip, fields, {"x-hyper-clip": str(key), **headers}, options.get("timeout_ms"))
+
+    def as_job(self, webhook_url: str | None, keep_s: float | None, idempotency_key: str | None) -> Question:
+        """Return the same request as a job; without a key it has a new one, so that a retry stores no second job.
+
+        Raises:
+            ValueError: The key has characters outside visible ASCII.
+        """
+        key = str(uuid.uuid4()) if idempotency_key is None else idempotency_key
+        if not IDEMPOTENCY_KEY.fullmatch(key):
+            raise ValueError(f"{key!a} is not an idempotency_key: it needs 1 to 255 visible ASCII characters.")
+        fields = dict(self.fields)
+        fields |= {} if webhook_url is None else {"webhook[url]": webhook_url}
+        fields |= {} if keep_s is None else {"keep_s": keep_s}
+        headers = {**self.headers, "idempotency-key": key}
+        return Question(self.clip, fields, headers, self.timeout_ms, JOBS_PATH)
 
     @contextlib.contextmanager
     def parts(self) -> Generator[dict[str, Any]]:
@@ -200,6 +223,11 @@ def require_one_stream(questions: Sequence[QuestionItem], *, stream: bool) -> No
     """
     if stream and questions:
         raise TypeError("ask(stream=True) is for one question")
+
+
+def query(**fields: str | int | None) -> dict[str, str]:
+    """Return the query parameters that are given."""
+    return {name: str(value) for name, value in fields.items() if value is not None}
 
 
 def _require_unicode(text: str) -> None:

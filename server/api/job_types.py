@@ -122,6 +122,24 @@ class DeliveryList(Wire):
     data: list[DeliveryReply]
 
 
+class WebhookJob(Wire):
+    """The job of a delivery."""
+
+    id: str
+    status: JobStatus
+
+
+class WebhookEvent(Wire):
+    """Body of a delivery; it contains no part of the answer."""
+
+    id: str
+    object: Literal["event"] = "event"
+    type: str = Field(description="`job.` and the status of the job.")
+    created_at: int
+    timestamp: str
+    data: WebhookJob
+
+
 class SecretReply(Wire):
     """A webhook secret; `secret` is shown once, when it is created."""
 
