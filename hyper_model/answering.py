@@ -30,12 +30,14 @@ The module imports neither torch nor vLLM and is independent of HTTP, clips as s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from hyper_model.answer_tokens import AnswerToken, AnswerTokens
 from hyper_model.manifest import Manifest
 from hyper_model.pause import GateReport, GateSettings
 from hyper_model.trace import (
@@ -112,6 +114,7 @@ class Question:
         temperature: 0 takes the likeliest token.
         seed: Seed of sampling; None leaves it to the engine.
         heard: Content of SPEAKER and ASR, if it is known; None lets the model write them.
+        wants_logprobs: Whether `AnswerDelta` holds the tokens of the answer with their log-probabilities.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -121,6 +124,7 @@ class Question:
     temperature: float = 0.0
     seed: int | None = None
     heard: Heard | None = None
+    wants_logprobs: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +137,7 @@ class Generate:
         stop_token_ids: The continuation ends with the first of these tokens.
         banned_token_ids: Tokens never written.
         gate: Gate of the continuation, or None.
+        wants_logprobs: Whether the procedure needs the log-probability of each token.
     """
 
     prompt_token_ids: Sequence[int]
@@ -142,6 +147,7 @@ class Generate:
     stop_token_ids: tuple[int, ...] = ()
     banned_token_ids: tuple[int, ...] = ()
     gate: GateSettings | None = None
+    wants_logprobs: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +160,15 @@ class Score:
 
 @dataclass(frozen=True)
 class AnswerDelta:
-    """New text of the answer; joined, the deltas are `AnswerResult.text`."""
+    """New text of the answer; joined, the deltas are `AnswerResult.text`.
+
+    Attributes:
+        text: The text.
+        tokens: Its tokens, if the question wants them. A choice is one token, with the logarithm of its score.
+    """
 
     text: str
+    tokens: tuple[AnswerToken, ...] = ()
 
 
 Event = TraceEvent | AnswerDelta
@@ -221,6 +233,7 @@ class Answering:
         self._ends = frozenset(tokenizer.stop_ids)
         self._is_in_trace = True
         self._heard = question.heard
+        self._answer_tokens = AnswerTokens(tokenizer) if question.wants_logprobs else None
         self._hint = Termination.COMPLETE
         self._num_steps = 0
         self._num_completion_tokens = 0
@@ -253,6 +266,7 @@ class Answering:
         *,
         span: Sequence[int] = (),
         report: GateReport | None = None,
+        logprobs: Sequence[float] = (),
     ) -> list[Event]:
         """Process the next tokens of the continuation requested by `next_step`, and return the completed events.
 
@@ -262,6 +276,7 @@ class Answering:
                 the engine aborted it.
             span: Hidden tokens of a pause before `token_ids`.
             report: The gate's measurements, at the end of a continuation with a gate.
+            logprobs: The log-probability of each visible token, for a step with `wants_logprobs`; else empty.
         """
         events: list[Event] = []
         if span:
@@ -271,10 +286,12 @@ class Answering:
         if report is not None:
             self._report = report
         if self._is_in_trace:
-            self._receive_trace(token_ids, finish_reason, events)
+            self._receive_trace(token_ids, finish_reason, events, logprobs)
         else:
             self._num_completion_tokens += len(token_ids)
-            self._feed((token_id for token_id in token_ids if token_id not in self._ends), events)
+            for place, token_id in enumerate(token_ids):
+                if token_id not in self._ends:
+                    self._feed((token_id,), events, logprobs[place : place + 1])
             if finish_reason is not None:
                 self._finish(events)
         return events
@@ -288,7 +305,8 @@ class Answering:
         index = int(np.argmax(scores))
         words = render_choice(index, choices) if self._by_letter else " ".join(choices[index].split())
         self._feed([*tokenizer.encode_text(escape_markup(words)), *tokenizer.close_ids(Section.FINAL_ANSWER)], events)
-        events.append(AnswerDelta(choices[index]))
+        chosen = AnswerToken(choices[index].encode(), math.log(scores[index]))
+        events.append(AnswerDelta(choices[index], (chosen,) if self.question.wants_logprobs else ()))
         self._finish(events, index, tuple(scores))
         return events
 
@@ -302,13 +320,19 @@ class Answering:
         gate = question.gate if not self.token_ids else None
         self._generate(max(1, self._num_tokens_left()), stops, gate)
 
-    def _receive_trace(self, token_ids: Sequence[int], finish_reason: FinishReason | None, events: list[Event]) -> None:
-        for token_id in token_ids:
+    def _receive_trace(
+        self,
+        token_ids: Sequence[int],
+        finish_reason: FinishReason | None,
+        events: list[Event],
+        logprobs: Sequence[float],
+    ) -> None:
+        for place, token_id in enumerate(token_ids):
             self._num_completion_tokens += 1
             if token_id in self._ends:
                 self._end_trace("stop", events)
                 return
-            self._feed((token_id,), events)
+            self._feed((token_id,), events, logprobs[place : place + 1])
             if self._heard is not None and Section.SPEAKER in self._parser.open_sections:
                 self._write_heard(self._heard, events)
                 return
@@ -356,13 +380,16 @@ class Answering:
 
     def _finish(self, events: list[Event], choice_index: int | None = None, scores: tuple[float, ...] = ()) -> None:
         self.next_step = None
-        self._add_events(self._parser.finish(self._hint), events)
+        found = self._parser.finish(self._hint)
+        if self._answer_tokens is not None:
+            self._answer_tokens.finish(found)
+        self._add_events(found, events)
         parsed = self._parser.result
         if choice_index is None:
             text = parsed.answer_text or ""
             if not parsed.texts.get(Section.FINAL_ANSWER):
                 # The answer was in no delta yet: it is the text of RESPONSE, or empty.
-                events.append(AnswerDelta(text))
+                events.append(AnswerDelta(text, self._new_tokens(Section.RESPONSE)))
         else:
             text = self.question.choices[choice_index]
         self._result = AnswerResult(
@@ -388,6 +415,8 @@ class Answering:
             stop_token_ids=tuple(sorted(self._ends | stop)),
             banned_token_ids=tuple(sorted(self._tokenizer.pause_ids)) if gate is None else (),
             gate=gate,
+            # A choice has the log-probability of its score.
+            wants_logprobs=question.wants_logprobs and not question.choices,
         )
         self._num_steps += 1
 
@@ -399,17 +428,27 @@ class Answering:
         tag_ids = self._tokenizer.tag_ids.get(Section.FINAL_ANSWER)
         return (frozenset(), frozenset()) if tag_ids is None else (frozenset(tag_ids[:1]), frozenset(tag_ids[1:]))
 
-    def _feed(self, token_ids: Iterable[int], events: list[Event]) -> None:
-        for token_id in token_ids:
+    def _feed(self, token_ids: Iterable[int], events: list[Event], logprobs: Sequence[float] = ()) -> None:
+        for place, token_id in enumerate(token_ids):
             self.token_ids.append(token_id)
-            self._add_events(self._parser.feed(token_id), events)
+            if self._answer_tokens is None:
+                self._add_events(self._parser.feed(token_id), events)
+                continue
+            section = next(reversed(self._parser.open_sections), None)
+            found = self._parser.feed(token_id)
+            self._answer_tokens.add(token_id, logprobs[place] if logprobs else None, section, found)
+            self._add_events(found, events)
+
+    def _new_tokens(self, section: Section) -> tuple[AnswerToken, ...]:
+        """Return the tokens of a section's text since the last call."""
+        return () if self._answer_tokens is None else self._answer_tokens.take(section)
 
     def _add_events(self, found: Iterable[TraceEvent], events: list[Event]) -> None:
         for event in found:
             if not isinstance(event, SectionDelta) or event.section is not Section.FINAL_ANSWER:
                 events.append(event)
             elif not self.question.choices:
-                events.append(AnswerDelta(event.text))
+                events.append(AnswerDelta(event.text, self._new_tokens(Section.FINAL_ANSWER)))
 
 
 _TERMINATIONS = {"length": Termination.TRUNCATED, "abort": Termination.ABORTED}

@@ -255,6 +255,14 @@ def _scores(context: Context) -> None:
     require(len(answer["scores"]) == 3 and answer["choice"] == found.choices[0].message.content, "scores no choice")
 
 
+def _logprobs(context: Context) -> None:
+    choice = context.chat(logprobs=True).choices[0]
+    found = (choice.logprobs.content if choice.logprobs else None) or []
+    data = b"".join(bytes(token.bytes or ()) for token in found)
+    require(bool(found) and all(token.logprob <= 0 for token in found), "no log-probabilities")
+    require(data.decode().strip() == choice.message.content, "the tokens are not the answer")
+
+
 def _late(context: Context) -> None:
     call = refused(
         openai.InternalServerError, lambda c: c.chat(extra_body={"hyper": {"timeout_ms": 1}}), code="deadline_exceeded"
@@ -296,6 +304,7 @@ CALLS: Mapping[str, Call] = {
     "chat: temperature and seed": completion(temperature=0.7, seed=5),
     "chat: neutral penalties": completion(frequency_penalty=0, presence_penalty=0),
     "chat: logprobs=false": completion(logprobs=False),
+    "chat: logprobs=true": _logprobs,
     "chat: service_tier": completion(service_tier="auto"),
     "chat: prompt_cache_key": completion(prompt_cache_key="a"),
     "chat: safety_identifier": completion(safety_identifier="a"),
@@ -313,7 +322,7 @@ CALLS: Mapping[str, Call] = {
     "chat refused: n=2": bad_chat("n", n=2),
     "chat refused: tools": bad_chat("tools", tools=[_TOOL]),
     "chat refused: audio output": bad_chat("modalities", modalities=["text", "audio"]),
-    "chat refused: logprobs": bad_chat("logprobs", logprobs=True),
+    "chat refused: top_logprobs": bad_chat("top_logprobs", logprobs=True, top_logprobs=2),
     "chat refused: json_object": bad_chat("response_format", response_format={"type": "json_object"}),
     "chat refused: json_schema": bad_chat("response_format", response_format=_SCHEMA),
     "chat refused: penalty": bad_chat("frequency_penalty", frequency_penalty=1.5),

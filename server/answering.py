@@ -239,7 +239,9 @@ class AnswerRun:
         checkpoint = self.answerer.checkpoint
         start, end = self.pieces[number]
         max_tokens = PIECE_TOKENS + round((end - start) / SAMPLE_RATE_HZ * PIECE_TOKENS_PER_S)
-        question = replace(self.question, choices=(), max_tokens=min(max_tokens, self.question.max_tokens))
+        question = replace(
+            self.question, choices=(), max_tokens=min(max_tokens, self.question.max_tokens), wants_logprobs=False
+        )
         answering = Answering(question, checkpoint.tokenizer, checkpoint.manifest)
         step = answering.next_step
         assert isinstance(step, Generate)
@@ -264,7 +266,7 @@ class AnswerRun:
             self.context.phase = "generate"
         started_s = time.perf_counter()
         events = self.answering.receive_tokens(
-            chunk.token_ids, chunk.finish_reason, span=chunk.span, report=chunk.report
+            chunk.token_ids, chunk.finish_reason, span=chunk.span, report=chunk.report, logprobs=chunk.logprobs
         )
         self.stats.parse_s += time.perf_counter() - started_s
         return events
@@ -287,6 +289,7 @@ class AnswerRun:
             stop_token_ids=step.stop_token_ids,
             banned_token_ids=step.banned_token_ids,
             gate=step.gate,
+            wants_logprobs=step.wants_logprobs,
             cache_salt=self.cache_salt,
             clip_keys=self.clip_keys,
         )

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from hyper_model.answer_tokens import AnswerToken
 from hyper_model.answering import AnswerDelta, Event
 from hyper_model.trace import Section
 from hyper_model.trace_parser import SectionDelta
@@ -26,6 +27,7 @@ from server.api.openai_types import (
     ChatCompletion,
     ChatMessage,
     ChatUsage,
+    ChoiceLogprobs,
     CompletionTokensDetails,
     FilePart,
     FileReference,
@@ -33,6 +35,7 @@ from server.api.openai_types import (
     Message,
     PromptTokensDetails,
     TextPart,
+    TokenLogprob,
     drop_neutral,
 )
 from server.api.openapi import ANYWHERE, event_stream_responses, json_only, takes_body
@@ -73,6 +76,7 @@ class Chat(RecordingHandler):
             max_tokens=body.max_completion_tokens or body.max_tokens,
             temperature=body.temperature or 0.0,
             seed=body.seed,
+            wants_logprobs=bool(body.logprobs),
         )
         super().__init__(
             service,
@@ -89,6 +93,7 @@ class Chat(RecordingHandler):
         self.includes_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.warnings = warnings
         self.reasoning = ReasoningText()
+        self.logprobs: list[TokenLogprob] = []
 
     @classmethod
     async def read(cls, request: Request, service: Service, context: RequestContext) -> Chat:
@@ -110,12 +115,15 @@ class Chat(RecordingHandler):
 
         async def emit_delta(event: Event) -> None:
             delta: dict[str, str] = {}
+            logprobs: list[TokenLogprob] = []
             if isinstance(event, AnswerDelta):
                 delta["content"] = event.text
+                logprobs = [token_logprob(token) for token in event.tokens]
+                self.logprobs += logprobs
             elif text := self.reasoning.add(event):
                 delta |= {"reasoning": text, "reasoning_content": text}
             if delta and self.is_stream:
-                await emit(self.chunk(delta))
+                await emit(self.chunk(delta, logprobs=self.choice_logprobs(logprobs)))
 
         async def emit_window(done: WindowDone) -> None:
             if self.is_stream:
@@ -124,7 +132,16 @@ class Chat(RecordingHandler):
         if self.is_stream:
             await emit(self.chunk({"role": "assistant", "content": ""}))
         reply = await self.answer_any(emit_delta, emit_window)
-        return self.completion(reply.model_copy(update={"warnings": [*reply.warnings, *self.warnings]}))
+        warnings = [*reply.warnings, *self.warnings]
+        if self.asked.wants_logprobs and self.recording_run is not None:
+            text = "The answer about a recording is joined from its windows; `logprobs` is null."
+            warnings.append(WarningReply(code="no_logprobs", message=text))
+        return self.completion(reply.model_copy(update={"warnings": warnings}))
+
+    def choice_logprobs(self, tokens: list[TokenLogprob]) -> ChoiceLogprobs | None:
+        """Return tokens as `logprobs` of a choice; None if they were not requested, or the clip is a recording."""
+        is_wanted = self.asked.wants_logprobs and self.recording_run is None
+        return ChoiceLogprobs(content=tokens) if is_wanted else None
 
     def completion(self, reply: QaReply) -> ChatCompletion:
         """Write a reply of /v1/audio/qa as a chat completion."""
@@ -135,7 +152,11 @@ class Chat(RecordingHandler):
             id=self.completion_id,
             created=reply.created,
             model=self.model,
-            choices=[ChatChoice(finish_reason=finish_reason(reply), message=message)],
+            choices=[
+                ChatChoice(
+                    finish_reason=finish_reason(reply), logprobs=self.choice_logprobs(self.logprobs), message=message
+                )
+            ],
             usage=ChatUsage(
                 prompt_tokens=usage.prompt_tokens,
                 completion_tokens=usage.completion_tokens + usage.pause_tokens,
@@ -177,10 +198,17 @@ class Chat(RecordingHandler):
         yield ServerSentEvent("[DONE]")
 
     def chunk(
-        self, delta: Mapping[str, str], *, finish_reason: str | None = None, more: Mapping[str, Any] | None = None
+        self,
+        delta: Mapping[str, str],
+        *,
+        finish_reason: str | None = None,
+        logprobs: ChoiceLogprobs | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> ServerSentEvent:
         """Write a chunk with a change of the message."""
-        choice = {"index": 0, "delta": dict(delta), "finish_reason": finish_reason, "logprobs": None}
+        choice: dict[str, Any] = {"index": 0, "delta": dict(delta), "finish_reason": finish_reason, "logprobs": None}
+        if logprobs is not None and "content" in delta:
+            choice["logprobs"] = logprobs.model_dump(mode="json")
         return ServerSentEvent(self.chunk_data() | {"choices": [choice]} | dict(more or {}))
 
     def chunk_data(self) -> dict[str, Any]:
@@ -216,6 +244,13 @@ class ReasoningText:
 def finish_reason(reply: QaReply) -> Literal["stop", "length"]:
     """Return OpenAI's reason for the end of a completion; `hyper.termination` has the exact one."""
     return "length" if reply.termination == "truncated" else "stop"
+
+
+def token_logprob(token: AnswerToken) -> TokenLogprob:
+    """Write a token of the answer in OpenAI's format."""
+    return TokenLogprob(
+        token=token.data.decode("utf-8", errors="replace"), logprob=token.logprob, bytes=list(token.data)
+    )
 
 
 def read_chat(body: bytes) -> tuple[ChatBody, bytes | FileId]:

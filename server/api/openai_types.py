@@ -22,7 +22,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "function_call": (None, "none", "auto"),
     "audio": (None,),
     "modalities": (None, ["text"]),
-    "logprobs": (None, False),
     "top_logprobs": (None, 0),
     "logit_bias": (None, {}),
     "stop": (None, []),
@@ -158,6 +157,7 @@ class ChatBody(OpenAiBody):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    logprobs: bool | None = Field(default=None, description="Return the log-probability of each token of the answer.")
     hyper: HyperOptions = HyperOptions()
 
 
@@ -282,12 +282,30 @@ class ChatMessage(Wire):
     reasoning_content: str
 
 
+class TokenLogprob(Wire):
+    """One token of the answer; of `choices`, the whole chosen option."""
+
+    token: str = Field(description="Text of the token; U+FFFD stands for a part of a character.")
+    logprob: float = Field(
+        description="Natural logarithm of its probability before temperature and bans; of a choice, of its score."
+    )
+    bytes: list[int]
+    top_logprobs: list[Any] = Field(default=[], max_length=0, description="Always empty.")
+
+
+class ChoiceLogprobs(Wire):
+    """The tokens of the answer."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class ChatChoice(Wire):
     """The one choice of a completion; `length` where the trace reached its token limit."""
 
     index: Literal[0] = 0
     finish_reason: Literal["stop", "length"]
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     message: ChatMessage
 
 

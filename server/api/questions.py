@@ -35,6 +35,7 @@ class Asked:
     max_tokens: int | None = None
     temperature: float = 0.0
     seed: int | None = None
+    wants_logprobs: bool = False
 
 
 def asked_of(options: QaOptions, question: str, choices: Sequence[str]) -> Asked:
@@ -174,6 +175,7 @@ def plan(
         gate=gate,
         temperature=asked.temperature,
         seed=asked.seed,
+        wants_logprobs=asked.wants_logprobs,
     )
     return question, budget
 

@@ -181,7 +181,8 @@ class RecordingRun:
     ) -> None:
         self.service = service
         self.context = context
-        self.asked = asked
+        # The answer combines several windows or is computed, so their log-probabilities are not used.
+        self.asked = dataclasses.replace(asked, wants_logprobs=False)
         self.recording = recording
         self.deadline_s = deadline_s
         self.shows_reasoning = shows_reasoning

@@ -28,6 +28,9 @@ Script = Callable[[Sequence[Clip], TraceTokenizer], list[int]]
 SCRIPTED_CONFIDENCE = 1.0
 """Confidence of every scripted token; pauses come from the script."""
 
+SCRIPTED_LOGPROB = 0.0
+"""Log-probability of every scripted token: the script is certain."""
+
 
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
@@ -45,6 +48,7 @@ class GenerationRequest:
         gate: Settings of the pause gate: it inserts pauses up to its budget and may abort the completion.
         cache_salt: Cached prefixes are shared only between requests with the same salt.
         clip_keys: An unguessable unique cache key per clip. None lets the engine choose keys.
+        wants_logprobs: Whether chunks have the log-probability of each visible token.
     """
 
     request_id: str
@@ -58,6 +62,7 @@ class GenerationRequest:
     gate: GateSettings | None = None
     cache_salt: str | None = None
     clip_keys: tuple[str, ...] | None = None
+    wants_logprobs: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class TokenChunk:
         queue_s: Seconds in the engine's queue, once known.
         prefill_s: Seconds from the queue to the first token, once known.
         features_s: Seconds to compute the clips' features, before the queue; in the first chunk.
+        logprobs: Natural log-probability of each of `token_ids` by the model, before temperature, bans and the gate;
+            empty unless requested.
     """
 
     token_ids: tuple[int, ...]
@@ -85,6 +92,7 @@ class TokenChunk:
     queue_s: float | None = None
     prefill_s: float | None = None
     features_s: float | None = None
+    logprobs: tuple[float, ...] = ()
 
 
 class Engine(Protocol):
@@ -239,6 +247,7 @@ class ScriptedEngine:
                     queue_s=0.0,
                     prefill_s=0.0,
                     features_s=0.0,
+                    logprobs=(SCRIPTED_LOGPROB,) if request.wants_logprobs else (),
                 )
                 if finish_reason:
                     return

@@ -225,7 +225,7 @@ class VllmEngine:
 
     async def generate_plain(self, request: GenerationRequest) -> AsyncGenerator[TokenChunk, None]:
         """Yield a completion without pauses."""
-        params = sampling_params(request, request.max_tokens)
+        params = sampling_params(request, request.max_tokens, logprobs=0 if request.wants_logprobs else None)
         started_s = time.monotonic()
         async with self.arrivals.first_use(request.clip_keys) as has_arrived:
             engine_input = await self.render(request, request.prompt_token_ids)
@@ -234,7 +234,7 @@ class VllmEngine:
                 async for output in outputs:
                     if features_s is not None:
                         has_arrived()
-                    yield chunk_from(output, features_s)
+                    yield chunk_from(output, features_s, wants_logprobs=request.wants_logprobs)
                     features_s = None
 
     async def generate_pausing(
@@ -493,10 +493,12 @@ class Session:
             stop = (*stop, settings.open_id, settings.close_id)
         else:
             num_left += (settings.max_pauses - gate.num_pauses) * settings.span_tokens + 1
+        # The gate's copy needs the likeliest token; 0 returns the sampled token alone.
+        logprobs = 1 if self.is_following else 0 if request.wants_logprobs else None
         return sampling_params(
             replace(request, stop_token_ids=stop),
             num_left,
-            logprobs=1 if self.is_following else None,
+            logprobs=logprobs,
             extra_args=arguments(gate, request.request_id),
         )
 
@@ -528,22 +530,25 @@ class Session:
             return None
         self.unread.append((token_ids, completion.logprobs))
         self.num_visible = num_visible
-        return chunk_from(output, features_s)
+        return chunk_from(output, features_s, wants_logprobs=self.request.wants_logprobs)
 
     def read(self, output: RequestOutput, features_s: float | None = None) -> list[TokenChunk]:
         """Split new tokens into visible ones and spans."""
-        completion, chunk = output.outputs[0], chunk_from(output, features_s)
+        completion = output.outputs[0]
+        chunk = chunk_from(output, features_s, wants_logprobs=self.request.wants_logprobs)
         token_ids = chunk.token_ids
         self.unread.append((token_ids, completion.logprobs))
         settings, visible, chunks = self.gate.settings, list[int](), list[TokenChunk]()
+        logprobs = list[float]()
         finish_reason = None if settings.is_fed and chunk.finish_reason == "stop" else chunk.finish_reason
 
         def flush(reason: FinishReason | None = None) -> None:
             if visible or reason is not None:
-                chunks.append(replace(chunk, token_ids=tuple(visible), finish_reason=reason))
+                chunks.append(replace(chunk, token_ids=tuple(visible), finish_reason=reason, logprobs=tuple(logprobs)))
                 visible.clear()
+                logprobs.clear()
 
-        for token_id in token_ids:
+        for place, token_id in enumerate(token_ids):
             if self.span or token_id == settings.open_id:
                 self.span.append(token_id)
                 self.is_waiting = settings.is_fed
@@ -554,13 +559,14 @@ class Session:
                 if is_over:
                     flush()
                     span = settings.span_ids if self.is_waiting else tuple(self.span)
-                    chunks.append(replace(chunk, token_ids=(), finish_reason=None, span=span))
+                    chunks.append(replace(chunk, token_ids=(), finish_reason=None, span=span, logprobs=()))
                     self.span.clear()
                 continue
             if token_id == settings.close_id:
                 finish_reason = "abort"
                 break
             visible.append(token_id)
+            logprobs += chunk.logprobs[place : place + 1]
             self.num_visible += 1
             if token_id in self.request.stop_token_ids:
                 finish_reason = "stop"
@@ -661,9 +667,16 @@ def sampling_params(request: GenerationRequest, max_tokens: int, **fields: Any) 
     )
 
 
-def chunk_from(output: RequestOutput, features_s: float | None = None) -> TokenChunk:
+def chunk_from(output: RequestOutput, features_s: float | None = None, *, wants_logprobs: bool = False) -> TokenChunk:
     """Convert one of vLLM's outputs."""
     completion, stats = output.outputs[0], output.metrics
+    logprobs = ()
+    if wants_logprobs:
+        positions = cast("list[dict[int, Any]]", completion.logprobs)
+        logprobs = tuple(
+            float(position[token_id].logprob)
+            for token_id, position in zip(completion.token_ids, positions, strict=True)
+        )
     queue_s = prefill_s = None
     if stats is not None and stats.first_token_ts:
         queue_s = stats.scheduled_ts - stats.queued_ts
@@ -676,6 +689,7 @@ def chunk_from(output: RequestOutput, features_s: float | None = None) -> TokenC
         queue_s=queue_s,
         prefill_s=prefill_s,
         features_s=features_s,
+        logprobs=logprobs,
     )
 
 

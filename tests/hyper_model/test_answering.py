@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from hyper_model.answering import (
 )
 from hyper_model.manifest import Manifest
 from hyper_model.pause import GateReport, GateSettings
-from hyper_model.trace import Section, Termination, Trace, build_prompt, render
+from hyper_model.trace import Section, TagStyle, Termination, Trace, TraceTokenizer, build_prompt, render
 from hyper_model.trace_parser import SectionDelta, TraceFormat
 from server.engines.scripted import scripted_checkpoint
 from server.settings import Settings
@@ -210,3 +211,79 @@ def test_scores_are_shares_whatever_the_engine_says() -> None:
         shares = softmax(logprobs)
         assert sum(shares) == pytest.approx(1) and min(shares) >= 0
     assert softmax([0.0, float("-inf")]) == [1.0, 0.0]
+
+
+def with_logprobs(
+    written: Sequence[tuple[Sequence[int], FinishReason]], logprobs: Sequence[Sequence[float]], chunk_size: int = 3
+) -> tuple[list[AnswerDelta], str]:
+    """Answer an open question from tokens with log-probabilities; return the deltas and the answer."""
+    answering = Answering(question(wants_logprobs=True), TOKENIZER, MANIFEST)
+    deltas: list[AnswerDelta] = []
+    for (token_ids, reason), values in zip(written, logprobs, strict=True):
+        step = answering.next_step
+        assert isinstance(step, Generate) and step.wants_logprobs
+        for start in range(0, len(token_ids), chunk_size):
+            end = start + chunk_size
+            last = reason if end >= len(token_ids) else None
+            events = answering.receive_tokens(token_ids[start:end], last, logprobs=values[start:end])
+            deltas += [event for event in events if isinstance(event, AnswerDelta)]
+    return deltas, answering.result.text
+
+
+def counted(token_ids: Sequence[int]) -> list[float]:
+    return [-float(place) for place in range(len(token_ids))]
+
+
+@pytest.mark.parametrize("answer", ["rain", "Grüße, 雨", "a < b <FINAL", "  rain \n"])
+def test_each_token_of_the_answer_has_its_own_log_probability(answer: str) -> None:
+    opening, closing = TOKENIZER.open_ids(Section.FINAL_ANSWER), TOKENIZER.close_ids(Section.FINAL_ANSWER)
+    before = [*tokens(render(WORDS).partition("<FINAL_ANSWER>")[0]), *opening]
+    written = [*before, *TOKENIZER.encode_text(answer), *closing]
+    deltas, text = with_logprobs([(written, "stop")], [counted(written)])
+    found = [token for delta in deltas for token in delta.tokens]
+    assert text == answer.strip()
+    assert b"".join(token.data for token in found).decode() == answer.rstrip()
+    assert [token.logprob for token in found] == [-float(len(before) + place) for place in range(len(found))]
+    for delta in deltas:
+        assert b"".join(token.data for token in delta.tokens).decode().strip() == delta.text.strip()
+
+
+def test_an_answer_from_response_has_the_log_probabilities_of_response() -> None:
+    start = tokens(render(WORDS).partition("<FINAL_ANSWER>")[0])
+    deltas, text = with_logprobs([(start, "length")], [counted(start)])
+    found = [token for delta in deltas for token in delta.tokens]
+    assert text == "sun" and b"".join(token.data for token in found) == b"sun"
+    place = len(tokens(render(WORDS).partition("sun</RESPONSE>")[0]))
+    assert [token.logprob for token in found] == [-float(place + more) for more in range(3)]
+
+
+def test_an_answer_after_an_incomplete_trace_has_the_log_probabilities_of_its_own_step() -> None:
+    start = tokens(render(WORDS).partition("<REASONING>")[0])
+    rest = [*tokens("hail"), *TOKENIZER.close_ids(Section.FINAL_ANSWER)]
+    deltas, text = with_logprobs([(start, "length"), (rest, "stop")], [[-9.0] * len(start), counted(rest)])
+    assert text == "hail"
+    assert [token.logprob for delta in deltas for token in delta.tokens] == [0.0, -1.0, -2.0, -3.0]
+
+
+def test_a_scored_choice_has_the_logarithm_of_its_score() -> None:
+    written = tokens(render(WORDS))
+    steps, events, result = drive(
+        Answering(question(CHOICES, wants_logprobs=True), TOKENIZER, MANIFEST), [(written, "stop")]
+    )
+    (token,) = [token for event in events if isinstance(event, AnswerDelta) for token in event.tokens]
+    assert not any(step.wants_logprobs for step in steps if isinstance(step, Generate)), (
+        "the engine needs to do nothing"
+    )
+    assert token.data == b"two" and math.exp(token.logprob) == pytest.approx(result.confidence)
+
+
+def test_tags_of_plain_text_are_no_tokens_of_the_answer() -> None:
+    tokenizer = TraceTokenizer(TOKENIZER.tokenizer, TagStyle.TEXT)
+    text = render(WORDS)
+    written = tokenizer.encode_text(text)
+    answering = Answering(question(wants_logprobs=True), tokenizer, MANIFEST)
+    events = answering.receive_tokens(written, "stop", logprobs=counted(written))
+    found = [token for event in events if isinstance(event, AnswerDelta) for token in event.tokens]
+    place = text.encode().index(b"rain</FINAL_ANSWER>")
+    assert b"".join(token.data for token in found) == b"rain"
+    assert [token.logprob for token in found] == [-float(place + more) for more in range(4)]

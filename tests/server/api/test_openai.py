@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from openai import OpenAI
 
+from hyper_model.audio import SAMPLE_RATE_HZ
 from server.api.transcriptions import Segment, srt, vtt
 from tests.paths import CLIPS
-from tests.serving import Live
+from tests.serving import Live, wav
 
 CLIP = CLIPS / "one-voice.mp3"
 FORMATS = ["json", "text", "verbose_json", "srt", "vtt", "diarized_json"]
@@ -58,6 +61,51 @@ def test_a_streamed_completion_says_the_same(client: OpenAI) -> None:
     assert len({(chunk.id, chunk.created) for chunk in chunks}) == 1
 
 
+def test_log_probabilities_cover_the_answer(client: OpenAI) -> None:
+    whole = client.chat.completions.create(model="hyper", messages=messages(), logprobs=True, top_logprobs=0)
+    found = whole.choices[0].logprobs
+    assert found and found.content and found.refusal is None
+    text = b"".join(bytes(token.bytes or ()) for token in found.content).decode()
+    assert text == whole.choices[0].message.content
+    # The script is certain of each token.
+    assert {(token.logprob, len(token.top_logprobs)) for token in found.content} == {(0.0, 0)}
+    assert all(token.token == bytes(token.bytes or ()).decode(errors="replace") for token in found.content)
+
+    stream = client.chat.completions.create(model="hyper", messages=messages(), logprobs=True, stream=True)
+    chunks = [chunk.choices[0] for chunk in stream]
+    for chunk in chunks:
+        assert (chunk.logprobs is not None) == bool(chunk.delta.content)
+    streamed = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.content or ()]
+    assert streamed == found.content
+
+
+@pytest.mark.parametrize("fields", [{}, {"logprobs": False}, {"top_logprobs": 0}])
+def test_log_probabilities_come_on_request_alone(client: OpenAI, fields: dict[str, Any]) -> None:
+    completion = client.chat.completions.create(model="hyper", messages=messages(), extra_body=fields)
+    assert completion.choices[0].logprobs is None
+
+
+def test_the_log_probability_of_a_choice_is_that_of_its_score(client: OpenAI) -> None:
+    completion: Any = client.chat.completions.create(
+        model="hyper", messages=messages(), logprobs=True, extra_body={"hyper": {"choices": ["one", "zwölf"]}}
+    )
+    answer = completion.hyper["answer"]
+    (token,) = completion.choices[0].logprobs.content
+    assert token.token == bytes(token.bytes).decode() == answer["choice"]
+    assert math.exp(token.logprob) == pytest.approx(answer["confidence"], abs=1e-3)
+
+
+def test_the_answer_about_a_recording_has_no_log_probabilities(client: OpenAI) -> None:
+    data = base64.b64encode(wav(np.zeros(40 * SAMPLE_RATE_HZ))).decode()
+    turns = messages()
+    turns[0]["content"][0]["input_audio"] = {"data": data, "format": "wav"}
+    completion: Any = client.chat.completions.create(
+        model="hyper", messages=turns, logprobs=True, extra_body={"hyper": {"long_audio": "chunk"}}
+    )
+    assert completion.choices[0].logprobs is None
+    assert "no_logprobs" in {warning["code"] for warning in completion.hyper["warnings"]}
+
+
 def test_choices_are_scored(client: OpenAI) -> None:
     completion: Any = client.chat.completions.create(
         model="hyper", messages=messages(), extra_body={"hyper": {"choices": ["one", "two", "three"]}}
@@ -80,7 +128,8 @@ def test_texts_without_effect_are_named(client: OpenAI) -> None:
         ({"n": 2}, "n"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}, "modalities"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"frequency_penalty": 1.5}, "frequency_penalty"),
         ({"temperature": 3}, "temperature"),

@@ -128,6 +128,32 @@ def test_the_first_chunk_tells_how_long_it_waited(host: Live) -> None:
     assert first.prefill_s is not None and first.prefill_s >= 0
 
 
+def logprobs_of(chunks: list[TokenChunk]) -> list[float]:
+    return [logprob for chunk in chunks for logprob in chunk.logprobs]
+
+
+def test_log_probabilities_are_those_of_the_written_tokens(host: Live) -> None:
+    request = ask(host)
+    plain, chunks = collect(host, request), collect(host, ask(host, wants_logprobs=True))
+    written, found = tokens(chunks), logprobs_of(chunks)
+    assert written == tokens(plain) and logprobs_of(plain) == []
+    assert len(found) == len(written) and all(math.isfinite(each) and each <= 0 for each in found)
+    if host.service.settings.engine == "scripted":
+        return
+    for place in (0, 5, 20):
+        prompt = [*request.prompt_token_ids, *written[:place]]
+        (expected,) = score(host, ask(host, prompt_token_ids=prompt), [[written[place]]])
+        assert found[place] == pytest.approx(expected, abs=1e-3)
+
+
+def test_log_probabilities_are_those_before_temperature_and_bans(host: Live) -> None:
+    first = tokens(collect(host, ask(host, 1)))
+    fields = {"temperature": 0.7, "seed": 3, "banned_token_ids": (*first,), "wants_logprobs": True}
+    chunks = collect(host, ask(host, 1, **fields))
+    if host.service.settings.engine == "vllm":
+        assert logprobs_of(chunks) == pytest.approx(score(host, ask(host), [tokens(chunks)]), abs=1e-3)
+
+
 def test_scores_of_single_tokens_are_log_probabilities(host: Live) -> None:
     label_ids = host.service.checkpoint.tokenizer.label_ids(26)
     scores = score(host, ask(host), [[label_id] for label_id in label_ids])
@@ -235,6 +261,16 @@ def test_a_pause_is_a_span_of_its_own_and_never_among_the_visible_tokens(pausing
     assert report is not None and report.lowest is not None and 0 < report.lowest <= 1
     assert len(report.confidences) == len(spans(chunks)) and all(0 < each <= 1 for each in report.confidences if each)
     assert chunks[-1].finish_reason == "stop" and tokens(chunks)[-1] in pausing.service.checkpoint.tokenizer.stop_ids
+
+
+def test_log_probabilities_leave_pauses_out_and_change_nothing(pausing: Live) -> None:
+    plain = collect(pausing, ask_pausing(pausing))
+    chunks = collect(pausing, ask_pausing(pausing, wants_logprobs=True))
+    assert tokens(chunks) == tokens(plain) and spans(chunks) == spans(plain) != []
+    assert all(len(chunk.logprobs) == len(chunk.token_ids) for chunk in chunks)
+    assert all(math.isfinite(each) and each <= 0 for each in logprobs_of(chunks))
+    assert chunks[-1].report is not None and plain[-1].report is not None
+    assert chunks[-1].report.confidences == pytest.approx(plain[-1].report.confidences, abs=1e-4)
 
 
 def test_a_budget_is_kept(pausing: Live) -> None:
