@@ -12,7 +12,7 @@ import httpx
 
 from hyper.clips import Clip, load_clip
 from hyper.errors import Error
-from hyper.events import AsyncEventStream, EventStream
+from hyper.events import AsyncEventStream, AsyncListEventStream, EventStream, ListEventStream
 from hyper.files import AsyncFiles, Files
 from hyper.jobs import AsyncJobs, Jobs
 from hyper.protocol import (
@@ -25,7 +25,6 @@ from hyper.protocol import (
     connection_error,
     error_of,
     read_reply,
-    require_one_stream,
     require_usable_proxy,
     retry_delay_s,
 )
@@ -111,8 +110,20 @@ class Client:
         *,
         file_id: str | None = None,
         questions: Sequence[QuestionItem],
+        stream: Literal[False] = False,
         **options: Unpack[AskOptions],
     ) -> QaListReply: ...
+
+    @overload
+    def ask(
+        self,
+        clip: Clip | None = None,
+        *,
+        file_id: str | None = None,
+        questions: Sequence[QuestionItem],
+        stream: Literal[True],
+        **options: Unpack[AskOptions],
+    ) -> ListEventStream: ...
 
     def ask(
         self,
@@ -124,7 +135,7 @@ class Client:
         choices: Sequence[str] = (),
         stream: bool = False,
         **options: Unpack[AskOptions],
-    ) -> QaReply | QaListReply | EventStream:
+    ) -> QaReply | QaListReply | EventStream | ListEventStream:
         """Ask a question about a clip, or several.
 
         Args:
@@ -132,7 +143,7 @@ class Client:
             file_id: Id of a stored file, in place of the clip; see `files`.
             questions: Several questions in place of `question`, each a text or a mapping with `question` and `choices`.
             choices: None, or 2 to 26 different texts.
-            stream: Return the events of the answer instead of the reply; for one question.
+            stream: Return the events of the answer, or of all answers, instead of the reply.
             options: See `AskOptions`.
 
         Raises:
@@ -142,11 +153,11 @@ class Client:
             OSError: The file cannot be read.
         """
         loaded = None if clip is None else load_clip(clip)
-        require_one_stream(questions, stream=stream)
         sent = Question.build(loaded, question, choices, file_id=file_id, questions=questions, stream=stream, **options)
         response = self._submit(sent)
         if stream:
-            return EventStream(response, self._options.url)
+            streamed = ListEventStream if questions else EventStream
+            return streamed(response, self._options.url)
         kind = QaListReply if questions else QaReply
         return read_reply(self._read(response), kind, self._options.url)
 
@@ -281,8 +292,20 @@ class AsyncClient:
         *,
         file_id: str | None = None,
         questions: Sequence[QuestionItem],
+        stream: Literal[False] = False,
         **options: Unpack[AskOptions],
     ) -> QaListReply: ...
+
+    @overload
+    async def ask(
+        self,
+        clip: Clip | None = None,
+        *,
+        file_id: str | None = None,
+        questions: Sequence[QuestionItem],
+        stream: Literal[True],
+        **options: Unpack[AskOptions],
+    ) -> AsyncListEventStream: ...
 
     async def ask(
         self,
@@ -294,14 +317,14 @@ class AsyncClient:
         choices: Sequence[str] = (),
         stream: bool = False,
         **options: Unpack[AskOptions],
-    ) -> QaReply | QaListReply | AsyncEventStream:
+    ) -> QaReply | QaListReply | AsyncEventStream | AsyncListEventStream:
         """Ask a question about a clip; see `Client.ask`. The file is read in another thread."""
         loaded = None if clip is None else await asyncio.to_thread(load_clip, clip)
-        require_one_stream(questions, stream=stream)
         sent = Question.build(loaded, question, choices, file_id=file_id, questions=questions, stream=stream, **options)
         response = await self._submit(sent)
         if stream:
-            return AsyncEventStream(response, self._options.url)
+            streamed = AsyncListEventStream if questions else AsyncEventStream
+            return streamed(response, self._options.url)
         kind = QaListReply if questions else QaReply
         return read_reply(await self._read(response), kind, self._options.url)
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar
 
 import httpx
 
 from hyper.errors import UnexpectedReplyError
 from hyper.protocol import connection_error, not_ours, parse, parse_json, service_error
 from hyper_model.sse import read_events, read_events_async
-from server.api.types import Answer, QaReply, Usage
+from server.api.types import Answer, QaListReply, QaReply, Usage
 
 __all__ = [
     "AnswerDelta",
     "AnswerDone",
     "AsyncEventStream",
+    "AsyncListEventStream",
     "Done",
     "Event",
     "EventStream",
+    "ListDone",
+    "ListEvent",
+    "ListEventStream",
     "Pause",
+    "QuestionEvent",
     "SectionDelta",
     "SectionEnd",
     "SectionStart",
@@ -111,6 +116,33 @@ Event: TypeAlias = (
     SectionStart | SectionDelta | SectionEnd | Pause | WindowDone | AnswerDelta | AnswerDone | UsageReport | Done
 )
 
+
+@dataclass(frozen=True)
+class QuestionEvent:
+    """An event of one of several questions; `index` is the place of the question."""
+
+    index: int
+    event: Event
+
+    @property
+    def name(self) -> str:
+        """Name of the event, for example `answer.done`."""
+        return self.event.name
+
+
+@dataclass(frozen=True)
+class ListDone:
+    """The last event of several questions: all replies."""
+
+    name: ClassVar[str] = "done"
+    reply: QaListReply
+
+
+ListEvent: TypeAlias = QuestionEvent | ListDone
+
+EventT = TypeVar("EventT")
+ReplyT = TypeVar("ReplyT", QaReply, QaListReply)
+
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Event]] = {
     "section.start": lambda data: SectionStart(str(data["section"])),
     "section.delta": lambda data: SectionDelta(str(data["section"]), str(data["text"])),
@@ -142,16 +174,37 @@ def read_event(name: str, text: str) -> Event | None:
         raise UnexpectedReplyError(f"The event {name!r} of the stream has an unknown form.") from error
 
 
-class _Progress:
-    """What both streams keep: the name of the address, and the reply once it arrived."""
+def read_list_event(name: str, text: str) -> ListEvent | None:
+    """Return the typed event of several questions; None for a name that this release does not know.
+
+    Raises:
+        ServiceError: The event is an error.
+        UnexpectedReplyError: The event's data has another form.
+    """
+    if name == "done":
+        return ListDone(parse(QaListReply, parse_json(text)))
+    if name != "error" and name not in _READERS:
+        return None
+    data = parse_json(text)
+    if name == "error":
+        raise service_error(data)
+    try:
+        index = int(data.pop("index"))
+        return QuestionEvent(index, _READERS[name](data))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UnexpectedReplyError(f"The event {name!r} of the stream has an unknown form.") from error
+
+
+class _Progress(Generic[EventT, ReplyT]):
+    """What all streams keep: the name of the address, and the reply once it arrived."""
 
     def __init__(self, response: httpx.Response, url: str) -> None:
         self._response = response
         self._url = url
-        self._reply: QaReply | None = None
+        self._reply: ReplyT | None = None
 
     @property
-    def reply(self) -> QaReply:
+    def reply(self) -> ReplyT:
         """The whole reply, after the last event.
 
         Raises:
@@ -161,13 +214,16 @@ class _Progress:
             raise UnexpectedReplyError("the stream has no reply before its last event.")
         return self._reply
 
-    def _take(self, name: str, text: str) -> Event | None:
+    def _parse(self, name: str, text: str) -> tuple[EventT | None, ReplyT | None]:
+        """Return the typed event, and the reply of the last one."""
+        raise NotImplementedError
+
+    def _take(self, name: str, text: str) -> EventT | None:
         try:
-            event = read_event(name, text)
+            event, reply = self._parse(name, text)
         except UnexpectedReplyError as error:
             raise not_ours(self._url) from error
-        if isinstance(event, Done):
-            self._reply = event.reply
+        self._reply = self._reply if reply is None else reply
         return event
 
     def _require_end(self) -> None:
@@ -176,17 +232,26 @@ class _Progress:
             raise UnexpectedReplyError(f"the stream from {self._url} ended before its last event. {cause}")
 
 
-class EventStream(_Progress):
-    """Iterates over the events of one answer. Leaving the `with` block early cancels the question.
+class _OneAnswer(_Progress[Event, QaReply]):
+    def _parse(self, name: str, text: str) -> tuple[Event | None, QaReply | None]:
+        event = read_event(name, text)
+        return event, event.reply if isinstance(event, Done) else None
 
-    Errors of the service, also those in the middle of a stream, are raised as exceptions.
-    """
+
+class _Answers(_Progress[ListEvent, QaListReply]):
+    def _parse(self, name: str, text: str) -> tuple[ListEvent | None, QaListReply | None]:
+        event = read_list_event(name, text)
+        return event, event.reply if isinstance(event, ListDone) else None
+
+
+class _Stream(_Progress[EventT, ReplyT]):
+    """Iterates over events."""
 
     def __init__(self, response: httpx.Response, url: str) -> None:
         super().__init__(response, url)
         self._events = self._read()
 
-    def _read(self) -> Iterator[Event]:
+    def _read(self) -> Iterator[EventT]:
         try:
             for name, text in read_events(self._response.iter_bytes()):
                 event = self._take(name, text)
@@ -198,13 +263,13 @@ class EventStream(_Progress):
         finally:
             self.close()
 
-    def __iter__(self) -> Iterator[Event]:
+    def __iter__(self) -> Iterator[EventT]:
         return self._events
 
-    def __next__(self) -> Event:
+    def __next__(self) -> EventT:
         return next(self._events)
 
-    def until_done(self) -> QaReply:
+    def until_done(self) -> ReplyT:
         """Read the remaining events and return the whole reply."""
         for _ in self:
             pass
@@ -223,14 +288,14 @@ class EventStream(_Progress):
         self.close()
 
 
-class AsyncEventStream(_Progress):
-    """The same as `EventStream`, for `async for` and `async with`."""
+class _AsyncStream(_Progress[EventT, ReplyT]):
+    """Iterates over events, for asyncio."""
 
     def __init__(self, response: httpx.Response, url: str) -> None:
         super().__init__(response, url)
         self._events = self._read()
 
-    async def _read(self) -> AsyncIterator[Event]:
+    async def _read(self) -> AsyncIterator[EventT]:
         try:
             async for name, text in read_events_async(self._response.aiter_bytes()):
                 event = self._take(name, text)
@@ -242,13 +307,13 @@ class AsyncEventStream(_Progress):
         finally:
             await self.aclose()
 
-    def __aiter__(self) -> AsyncIterator[Event]:
+    def __aiter__(self) -> AsyncIterator[EventT]:
         return self._events
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> EventT:
         return await anext(self._events)
 
-    async def until_done(self) -> QaReply:
+    async def until_done(self) -> ReplyT:
         """Read the remaining events and return the whole reply."""
         async for _ in self:
             pass
@@ -265,3 +330,22 @@ class AsyncEventStream(_Progress):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+class EventStream(_OneAnswer, _Stream[Event, QaReply]):
+    """Iterates over the events of one answer. Leaving the `with` block early cancels the question.
+
+    Errors of the service, also those in the middle of a stream, are raised as exceptions.
+    """
+
+
+class AsyncEventStream(_OneAnswer, _AsyncStream[Event, QaReply]):
+    """The same as `EventStream`, for `async for` and `async with`."""
+
+
+class ListEventStream(_Answers, _Stream[ListEvent, QaListReply]):
+    """Iterates over the events of several answers, which arrive in any order; see `EventStream`."""
+
+
+class AsyncListEventStream(_Answers, _AsyncStream[ListEvent, QaListReply]):
+    """The same as `ListEventStream`, for `async for` and `async with`."""

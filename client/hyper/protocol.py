@@ -215,16 +215,6 @@ class Question:
                 yield name, str(each)
 
 
-def require_one_stream(questions: Sequence[QuestionItem], *, stream: bool) -> None:
-    """Refuse a stream of several questions.
-
-    Raises:
-        TypeError: `stream` and `questions` are both given.
-    """
-    if stream and questions:
-        raise TypeError("ask(stream=True) is for one question")
-
-
 def query(**fields: str | int | None) -> dict[str, str]:
     """Return the query parameters that are given."""
     return {name: str(value) for name, value in fields.items() if value is not None}

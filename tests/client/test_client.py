@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -195,6 +196,51 @@ def test_several_questions_have_a_reply_each(live: Live) -> None:
     assert [each.answer for each in asyncio.run(main()).data] == [each.answer for each in found.data]
 
 
+def stream_questions(url: str, questions: list[Any], *, is_async: bool) -> tuple[list[hyper.ListEvent], Any]:
+    """Return the events of several questions, and their replies."""
+
+    async def main() -> tuple[list[hyper.ListEvent], Any]:
+        async with (
+            hyper.AsyncClient(url) as client,
+            await client.ask(CLIP, questions=questions, stream=True) as events,
+        ):
+            return [each async for each in events], events.reply
+
+    if is_async:
+        return asyncio.run(main())
+    with hyper.Client(url) as client, client.ask(CLIP, questions=questions, stream=True) as events:
+        return list(events), events.reply
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_the_events_of_several_questions_have_the_place_of_their_question(live: Live, is_async: bool) -> None:
+    events, replies = stream_questions(live.url, [QUESTION, "How long?"], is_async=is_async)
+    assert isinstance(replies, hyper.QaListReply) and events[-1] == hyper.ListDone(replies)
+    for index, reply in enumerate(replies.data):
+        own = [each.event for each in events if isinstance(each, hyper.QuestionEvent) and each.index == index]
+        assert hyper.AnswerDone(reply.answer) in own and hyper.UsageReport(reply.usage) in own
+        texts = [each.text for each in own if isinstance(each, hyper.AnswerDelta)]
+        assert "".join(texts) == reply.answer.text
+    with hyper.Client(live.url) as client:
+        assert client.ask(CLIP, questions=["Who?"], stream=True).until_done().data[0].answer.text
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_stream_of_several_questions_needs_places_and_an_end(is_async: bool) -> None:
+    delta = {"text": "a"}
+    for event in (
+        ("answer.delta", delta),
+        ("answer.delta", [delta]),
+        ("done", {}),
+        ("answer.delta", {"index": 0, **delta}),
+    ):
+        with replying(stream_of(("news", {}), event)) as sent, pytest.raises(hyper.UnexpectedReplyError):
+            stream_questions(sent.url, ["Who?"], is_async=is_async)
+    error = ("error", json.loads(error_reply(503, "overloaded").body or b""))
+    with replying(stream_of(error)) as sent, pytest.raises(hyper.OverloadedError):
+        stream_questions(sent.url, ["Who?"], is_async=is_async)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -203,7 +249,6 @@ def test_several_questions_have_a_reply_each(live: Live) -> None:
         {"clip": CLIP, "file_id": "file-1", "question": "Who?"},
         {"clip": CLIP, "question": "Who?", "questions": ["Who?"]},
         {"clip": CLIP, "questions": "Who?"},
-        {"clip": CLIP, "questions": ["Who?"], "stream": True},
     ],
 )
 def test_a_call_without_one_clip_and_one_kind_of_question_is_refused(arguments: dict[str, Any]) -> None:
