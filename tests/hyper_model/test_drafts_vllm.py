@@ -183,7 +183,8 @@ class Loop:
         else:
             proposed = [[] if self.drafts is None else self.drafts(run, run.written) for run in self.rows]
         for run, draft in zip(self.rows, proposed, strict=True):
-            run.draft = draft
+            # vLLM's scheduler runs no draft beyond the limit.
+            run.draft = draft[: max(0, self.max_tokens - len(run.written) - 1)]
 
     def end_chunks(self) -> None:
         """End the completions at their stop token or limit, and start the next chunk behind a fed pause."""
