@@ -15,8 +15,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from hyper_model.checkpoint import Checkpoint
 from hyper_model.errors import HyperError
 from server import error_handlers
-from server.api import chat, files, health, info, jobs, models, page, qa, transcriptions, webhook_secrets
-from server.api.job_steps import JobSteps
+from server.api import batches, chat, files, health, info, jobs, models, page, qa, transcriptions, webhook_secrets
+from server.api.batch_steps import BatchSteps
 from server.api.openapi import document
 from server.api_keys import KeyRing
 from server.embedded import choose_checkpoint
@@ -78,6 +78,7 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.include_router(transcriptions.router)
     app.include_router(files.router)
     app.include_router(jobs.router)
+    app.include_router(batches.router)
     app.include_router(webhook_secrets.router)
     app.include_router(models.router)
     app.include_router(info.router)
@@ -107,7 +108,8 @@ async def start_jobs(app: FastAPI, service: Service) -> None:
     folder = service.settings.state_path / "jobs"
     try:
         module = await asyncio.to_thread(import_module, "server.jobs.job_service")
-        found = await asyncio.to_thread(module.JobService, service.settings, folder, service.metrics, JobSteps(service))
+        steps = BatchSteps(service)
+        found = await asyncio.to_thread(module.JobService, service.settings, folder, service.metrics, steps)
     except HyperError as error:
         if service.settings.state_dir is not None or service.settings.jobs_database_url is not None:
             service.fail(error)

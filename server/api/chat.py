@@ -98,7 +98,17 @@ class Chat(RecordingHandler):
     @classmethod
     async def read(cls, request: Request, service: Service, context: RequestContext) -> Chat:
         """Read and check the body."""
-        body, clip = await service.in_pool(read_chat, await request.body())
+        return await cls.of_json(service, context, await request.body())
+
+    @classmethod
+    async def of_json(cls, service: Service, context: RequestContext, content: bytes) -> Chat:
+        """Return the handler of a JSON body, such as the one in a line of a batch.
+
+        Raises:
+            RequestError: 400, 404 or 413.
+            ValidationError: A field has the wrong type or range.
+        """
+        body, clip = await service.in_pool(read_chat, content)
         require_model(service, body.model)
         check_bounds(
             service,

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 
 from hyper_model.answering import Event
 from server.api import replies
-from server.api.forms import read_clip_request
+from server.api.forms import load_clip, read_clip_request, read_json
 from server.api.lifecycle import Handler, respond
 from server.api.openapi import ANYWHERE, event_stream_responses, form_and_json, takes_body
 from server.api.qa_list import AudioQaList
@@ -49,6 +49,27 @@ async def audio_qa(request: Request) -> Response:
 async def read_qa(request: Request, service: Service, context: RequestContext) -> Handler[Any]:
     """Read and check the body: one question, or several."""
     options, data = await read_clip_request(request, service, form=QaForm, body=QaBody)
+    return handler_of(service, context, options, data)
+
+
+async def qa_of_json(service: Service, context: RequestContext, content: bytes) -> Handler[Any]:
+    """Return the handler of a JSON body, such as the one in a line of a batch.
+
+    Raises:
+        RequestError: 400, 404 or 413.
+        ValidationError: A field has the wrong type or range.
+    """
+    options, clip = await service.in_pool(read_json, content, QaBody)
+    data = clip if isinstance(clip, bytes) else await load_clip(service, context, clip)
+    return handler_of(service, context, options, data)
+
+
+def handler_of(service: Service, context: RequestContext, options: QaOptions, data: bytes) -> Handler[Any]:
+    """Check what the types cannot express, and return the handler of one question or several.
+
+    Raises:
+        RequestError: 400.
+    """
     check_bounds(service, max_tokens=options.max_tokens, timeout_ms=options.timeout_ms, pause=options.pause)
     check_place(options.long_audio, options.start_s)
     name = "questions" if options.questions else "channel=each" if options.channel == "each" else None

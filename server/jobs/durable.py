@@ -33,6 +33,9 @@ change if the order or the meaning of the steps changes."""
 QUEUES: dict[Procedure, str] = {"job": "hyper-jobs", "webhook": "hyper-webhooks"}
 POLLING_INTERVAL_S = 0.2
 WEBHOOKS_AT_ONCE = 8
+STEPS_AT_ONCE = 128
+"""Steps of one job that run or wait for a place of the runner."""
+
 MAX_RECOVERIES = 50
 """Restarts of a job before it fails: a job that ends its process each time must not do so forever."""
 
@@ -51,8 +54,8 @@ class Work(Protocol):
         """Do one step; errors are outcomes."""
         ...
 
-    async def record_progress(self, job_id: str, num_done: int) -> None:
-        """Report the number of finished steps, recorded ones included."""
+    async def record_progress(self, job_id: str, num_done: int, num_failed: int) -> None:
+        """Report the numbers of finished steps and of those with an error, recorded ones included."""
         ...
 
     async def finish(self, job_id: str, outcomes: Sequence[StepOutcome]) -> None:
@@ -226,13 +229,17 @@ class DurableRuntime:
             return
         # Step ids in the order of the steps, whatever the order in which they end.
         places = [DBOS.reserve_step() for _ in range(num_steps)]
-        num_done = 0
+        num_done = num_failed = 0
+        # A batch has up to 50,000 steps; each one past this gate has tasks and a place in a thread pool.
+        gate = asyncio.Semaphore(max(STEPS_AT_ONCE, self.concurrency))
 
         async def one(index: int) -> StepOutcome:
-            nonlocal num_done
-            outcome = await places[index].run_async({"name": "step", **STEP}, self._work.perform, job_id, index)
+            nonlocal num_done, num_failed
+            async with gate:
+                outcome = await places[index].run_async({"name": "step", **STEP}, self._work.perform, job_id, index)
             num_done += 1
-            await self._work.record_progress(job_id, num_done)
+            num_failed += "error" in outcome
+            await self._work.record_progress(job_id, num_done, num_failed)
             return outcome
 
         outcomes = await all_or_none([one(index) for index in range(num_steps)])

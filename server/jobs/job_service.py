@@ -25,9 +25,9 @@ from server.errors import RequestError
 from server.jobs import webhooks
 from server.jobs.clock import CautiousClock
 from server.jobs.durable import UNFINISHED, DurableRuntime, webhook_id
-from server.jobs.records import STATUSES, Delivery, Ending, Job, JobStatus, StepOutcome, WebhookSecret, new_id
+from server.jobs.records import STATUSES, Delivery, Ending, Job, JobKind, JobStatus, StepOutcome, WebhookSecret, new_id
 from server.jobs.runner_lock import AdvisoryLock, FileLock, RunnerLock
-from server.jobs.spool import Spool
+from server.jobs.spool import Spool, pack
 from server.jobs.store import JobStore, is_full, open_engine
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
@@ -56,8 +56,8 @@ class Steps(Protocol):
         """Do one step; every error is an outcome."""
         ...
 
-    def assemble(self, job: Job, outcomes: Sequence[StepOutcome]) -> Ending:
-        """Return the end of a job from the outcomes of all its steps; runs in a thread."""
+    async def assemble(self, job: Job, outcomes: Sequence[StepOutcome]) -> Ending:
+        """Return the end of a job from the outcomes of all its steps."""
         ...
 
     def failure(self) -> dict[str, Any]:
@@ -276,6 +276,14 @@ class JobService:
         """
         return await self.call(self.store_job, job, clip, idempotency_key)
 
+    async def take_parts(self, job: Job, parts: Sequence[bytes]) -> Job:
+        """Store and enqueue a batch, whose steps read one part each.
+
+        Raises:
+            RequestError: As `take`.
+        """
+        return await self.call(lambda: self.store_job(job, pack(parts), None))
+
     def store_job(self, job: Job, clip: bytes | None, idempotency_key: str | None) -> Job:
         """Store and enqueue a job in one transaction."""
         limit = self.settings.jobs_max_active
@@ -294,34 +302,41 @@ class JobService:
             raise
         return job
 
-    async def get(self, tenant: str, job_id: str) -> Job:
-        """Return a job of a tenant.
+    async def get(self, tenant: str, job_id: str, kind: JobKind = "qa") -> Job:
+        """Return a job of a tenant and a kind.
 
         Raises:
             RequestError: 404, also for jobs of others.
         """
         job = await self.call(self.store.get, job_id, tenant)
-        if job is None:
-            raise RequestError("not_found", "There is no such job.", hint="GET /v1/jobs lists the jobs.")
+        if job is None or job.kind != kind:
+            name, path = ("batch", "/v1/batches") if kind == "batch" else ("job", "/v1/jobs")
+            raise RequestError("not_found", f"There is no such {name}.", hint=f"GET {path} lists the caller's own.")
         return job
 
     async def list_jobs(
-        self, tenant: str, *, limit: int, after: str | None = None, statuses: Sequence[JobStatus] = ()
+        self,
+        tenant: str,
+        *,
+        limit: int,
+        after: str | None = None,
+        statuses: Sequence[JobStatus] = (),
+        kind: JobKind = "qa",
     ) -> list[Job]:
-        """Return a tenant's jobs, newest first, without results."""
-        return await self.call(self.store.list_jobs, tenant, limit=limit, after=after, statuses=statuses)
+        """Return a tenant's jobs, newest first; of questions without results."""
+        return await self.call(self.store.list_jobs, tenant, limit=limit, after=after, statuses=statuses, kind=kind)
 
-    async def cancel(self, tenant: str, job_id: str) -> Job:
+    async def cancel(self, tenant: str, job_id: str, kind: JobKind = "qa") -> Job:
         """Cancel a job; one that has ended stays as it is.
 
         Raises:
             RequestError: 404.
         """
-        job = await self.get(tenant, job_id)
+        job = await self.get(tenant, job_id, kind)
         if job.is_active:
             await self.call(self.cancel_now, job)
             self.stop_steps(job_id)
-        return await self.get(tenant, job_id)
+        return await self.get(tenant, job_id, kind)
 
     def cancel_now(self, job: Job) -> None:
         """End a job as cancelled, and its workflow."""
@@ -414,7 +429,7 @@ class JobService:
                 return {"error": self.steps.failure()}
             self.known[job_id] = job
             try:
-                clip = None if job.clip is None else await self.in_pool(self.spool.read, job.clip)
+                clip = await self.in_pool(self.read_clip, job, index)
             except OSError as error:
                 logger.error("a job's clip cannot be read", exc_info=error, extra={"job": job_id})
                 outcome: StepOutcome = {"error": self.steps.failure()}
@@ -424,19 +439,31 @@ class JobService:
         logger.info("job step", extra={"job": job_id, "step": index, "is_done": "error" not in outcome})
         return outcome
 
-    async def record_progress(self, job_id: str, num_done: int) -> None:
-        """Store the number of finished steps, a few times per second."""
+    def read_clip(self, job: Job, index: int) -> bytes | None:
+        """Return the clip of a job, or of a batch the line of a step.
+
+        Raises:
+            OSError: If it cannot be read.
+        """
+        if job.clip is None:
+            return None
+        return self.spool.read_part(job.clip, index) if job.kind == "batch" else self.spool.read(job.clip)
+
+    async def record_progress(self, job_id: str, num_done: int, num_failed: int) -> None:
+        """Store the numbers of finished and failed steps, a few times per second."""
         num_stored, at_s = self.progress.get(job_id, (0, 0.0))
         now_s = time.monotonic()
         if num_done > num_stored and now_s - at_s >= PROGRESS_INTERVAL_S:
             self.progress[job_id] = (num_done, now_s)
-            await self.patiently(self.store.record_progress, job_id, num_done)
+            await self.patiently(self.store.record_progress, job_id, num_done, num_failed)
 
     async def finish(self, job_id: str, outcomes: Sequence[StepOutcome]) -> None:
         """Store the result."""
         job = await self.patiently(self.store.get, job_id)
         if job is not None:
-            ending = await self.in_pool(self.steps.assemble, job, outcomes)
+            assert self.loop is not None
+            work = asyncio.run_coroutine_threadsafe(self.steps.assemble(job, outcomes), self.loop)
+            ending = await asyncio.wrap_future(work)
             await self.patiently(self.end, job, ending, len(outcomes))
         self.forget(job_id)
 

@@ -18,7 +18,9 @@ ACTIVE: tuple[JobStatus, ...] = ("queued", "running")
 """Statuses of jobs that still have work."""
 
 StepOutcome = dict[str, Any]
-"""Outcome of a step, as JSON: `{"reply": {...}}`, or `{"error": {...}}` with an error object."""
+"""Outcome of a step, as JSON: `{"reply": {...}}`, or `{"error": {...}}` with an error object.
+
+A step of a batch has `line`, its line of the result files; beside an error too."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,13 @@ class Job:
     Attributes:
         tenant: Name of the key that sent it; empty if the service is open to all.
         request: The checked fields of the request, as JSON.
-        clip: Name of the clip in the spool folder; None if the job has none.
+        clip: Name of the clip in the spool folder, or of the lines of a batch; None if the job has none.
         num_steps: Number of steps: questions, windows or lines.
         num_done: Number of finished steps.
         audio_s: Seconds of audio, charged when the job was taken.
         keep_s: Seconds to keep the job after its end.
         created_s, started_s, ended_s, expires_s: Seconds since 1970.
-        result, error: The outcome as JSON; both None before the end.
+        result, error: The outcome as JSON; both None before the end. A batch counts its failed lines in `result`.
     """
 
     id: str

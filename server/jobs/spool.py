@@ -5,12 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import struct
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 ORPHAN_AGE_S = 3600.0
 """Age of a file without a job before its deletion: its job may be about to be stored."""
+
+
+OFFSET = struct.Struct("<Q")
+
+
+def pack(parts: Sequence[bytes]) -> bytes:
+    """Return a file of parts: their offsets, the offset of the end, and the parts."""
+    begin = OFFSET.size * (len(parts) + 1)
+    offsets = accumulate((len(part) for part in parts), initial=begin)
+    return b"".join([*map(OFFSET.pack, offsets), *parts])
 
 
 class Spool:
@@ -51,6 +63,18 @@ class Spool:
             OSError: If it cannot be read.
         """
         return (self.folder / name).read_bytes()
+
+    def read_part(self, name: str, index: int) -> bytes:
+        """Return one part of a file of `pack`, without the others.
+
+        Raises:
+            OSError: If it cannot be read.
+        """
+        with open(self.folder / name, "rb") as file:
+            file.seek(index * OFFSET.size)
+            start, end = (OFFSET.unpack(file.read(OFFSET.size))[0] for _ in range(2))
+            file.seek(start)
+            return file.read(end - start)
 
     def delete(self, name: str | None) -> None:
         """Delete a clip, if it is there."""

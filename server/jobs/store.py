@@ -158,12 +158,12 @@ class JobStore:
     def list_jobs(
         self, tenant: str, *, limit: int, after: str | None = None, statuses: Sequence[JobStatus] = (), kind: str = "qa"
     ) -> list[Job]:
-        """Return a tenant's jobs, newest first, without their results.
+        """Return a tenant's jobs, newest first; of questions without their results, which are long.
 
         Args:
             after: Id of the last job of the page before.
         """
-        columns = [column for column in jobs.c if column.name != "result"]
+        columns = [column for column in jobs.c if column.name != "result" or kind == "batch"]
         query = sa.select(*columns).where(jobs.c.tenant == tenant, jobs.c.kind == kind)
         if statuses:
             query = query.where(jobs.c.status.in_(statuses))
@@ -209,13 +209,14 @@ class JobStore:
         job = self.get(job_id)
         return job if job is not None and job.is_active else None
 
-    def record_progress(self, job_id: str, num_done: int) -> None:
-        """Store the number of finished steps; it never decreases."""
+    def record_progress(self, job_id: str, num_done: int, num_failed: int) -> None:
+        """Store the number of finished steps, which never decreases; of a batch also the number of failed ones."""
+        counts = json.dumps({"num_failed": num_failed})
         with self.engine.begin() as connection:
             connection.execute(
                 sa.update(jobs)
                 .where(jobs.c.id == job_id, jobs.c.num_done < num_done, jobs.c.status.in_(ACTIVE))
-                .values(num_done=num_done)
+                .values(num_done=num_done, result=sa.case((jobs.c.kind == "batch", counts), else_=None))
             )
 
     def end(
