@@ -15,7 +15,7 @@ Axes: S samples, C channels.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -339,25 +339,15 @@ def _decode(
     weights_C: NDArray[np.float32] | None,
 ) -> Decoded:
     import av.error
-    from av.stream import Discard
 
-    stream = container.streams.audio[index]
-    for other in container.streams:
-        if other.index != stream.index:
-            other.discard = Discard.all
+    stream = _prepare_stream(container, demuxer, index)
     context = stream.codec_context
-    context.thread_count = 1
     is_exact = context.codec.canonical_name.startswith(("pcm_", "flac", "alac"))
     allowance.allow_padding(not is_exact)
-    if demuxer == "flac":
-        # Otherwise the library returns a damaged frame as noise.
-        context.options = {"err_detect": "crccheck+explode"}
     stated_s = _stated_s(container, stream, data, demuxer)
     if stated_s is not None:
         allowance.set_source(context.sample_rate, context.layout.nb_channels)
-        if allowance.is_too_long(stated_s - _PADDING_S):
-            # The header may be wrong; the packets' durations need no decoding.
-            allowance.require_duration(min(stated_s, _packets_s(data, demuxer, index)) - _PADDING_S)
+        _require_duration(allowance, stated_s, data, demuxer, index)
     gatherer = Gatherer(allowance, weights_C)
     is_mp3 = demuxer == "mp3"
     num_packets = num_errors = rate_hz = channels = 0
@@ -385,20 +375,9 @@ def _decode(
     # The first frames of an MP3 cut from a longer one refer to missing data.
     if num_errors > max(2, _MAX_MP3_ERROR_SHARE * num_packets):
         refuse_damaged()
-    warnings: list[AudioWarning] = []
-    if lost_s > 2 * _FRAME_PADDING_S:
-        message = f"{lost_s:.2f} s of the clip are damaged and were left out."
-        warnings.append(AudioWarning("damage_skipped", message, round(lost_s, 2)))
     samples_S = gatherer.finish()
-    num_samples = gatherer.num_samples
-    missing_s = 0.0
-    if stated_s is not None and demuxer == "mov":
-        excess = num_samples - round(stated_s * SAMPLE_RATE_HZ)
-        if 0 < excess <= _FRAME_PADDING_S * SAMPLE_RATE_HZ:
-            num_samples -= excess
-    decoded_s = num_samples / SAMPLE_RATE_HZ
-    if stated_s is not None and stated_s - decoded_s > max(_MIN_MISSING_S, 0.01 * stated_s):
-        missing_s = round(stated_s - decoded_s, 3)
+    num_samples = _without_padding(gatherer.num_samples, stated_s, demuxer)
+    missing_s = 0.0 if stated_s is None else stated_s - num_samples / SAMPLE_RATE_HZ
     # The caller refuses a stream without samples as too short; its properties come from the header.
     return Decoded(
         samples_S[:num_samples],
@@ -408,9 +387,45 @@ def _decode(
         channels or context.layout.nb_channels,
         gatherer.num_source_samples,
         gatherer,
-        missing_s=missing_s,
-        warnings=tuple(warnings),
+        missing_s=round(missing_s, 3) if missing_s > max(_MIN_MISSING_S, 0.01 * (stated_s or 0.0)) else 0.0,
+        warnings=tuple(_damage_warnings(lost_s)),
     )
+
+
+def _prepare_stream(container: Any, demuxer: str, index: int) -> Any:
+    """Return the stream with settings for its decoding; the packets of others are dropped."""
+    from av.stream import Discard
+
+    stream = container.streams.audio[index]
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = Discard.all
+    stream.codec_context.thread_count = 1
+    if demuxer == "flac":
+        # Otherwise the library returns a damaged frame as noise.
+        stream.codec_context.options = {"err_detect": "crccheck+explode"}
+    return stream
+
+
+def _require_duration(allowance: Allowance, stated_s: float, data: bytes, demuxer: str, index: int) -> None:
+    if allowance.is_too_long(stated_s - _PADDING_S):
+        # The header may be wrong; the packets' durations need no decoding.
+        allowance.require_duration(min(stated_s, _packets_s(data, demuxer, index)) - _PADDING_S)
+
+
+def _without_padding(num_samples: int, stated_s: float | None, demuxer: str) -> int:
+    """Return the number of samples without the padding of the last frame, if the container states the length."""
+    if stated_s is not None and demuxer == "mov":
+        excess = num_samples - round(stated_s * SAMPLE_RATE_HZ)
+        if 0 < excess <= _FRAME_PADDING_S * SAMPLE_RATE_HZ:
+            return num_samples - excess
+    return num_samples
+
+
+def _damage_warnings(lost_s: float) -> Iterator[AudioWarning]:
+    if lost_s > 2 * _FRAME_PADDING_S:
+        message = f"{lost_s:.2f} s of the clip are damaged and were left out."
+        yield AudioWarning("damage_skipped", message, round(lost_s, 2))
 
 
 def _stated_s(container: Any, stream: Any, data: bytes, demuxer: str) -> float | None:

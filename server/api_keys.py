@@ -152,7 +152,8 @@ def write(path: Path, file: KeyFile) -> None:
     """
     text = json.dumps(file.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(_unlink, temporary)
         with open(descriptor, "w", encoding="utf-8") as stream:
             with contextlib.suppress(FileNotFoundError):
                 old_status = path.stat()
@@ -163,10 +164,12 @@ def write(path: Path, file: KeyFile) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        undo.pop_all()
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def add(path: Path, **fields: object) -> str:

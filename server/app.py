@@ -34,6 +34,22 @@ DESCRIPTION = """Questions about audio clips. Each answer comes with background 
 reasoning. Every error is `{"error": {...}}` with a `code`; every reply has an `x-request-id`."""
 
 
+ROUTED = (
+    qa,
+    chat,
+    transcriptions,
+    files,
+    jobs,
+    batches,
+    webhook_secrets,
+    models,
+    info,
+    health,
+    page,
+)
+"""Modules with endpoints."""
+
+
 def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     """Build the application; its lifespan starts the engine, and the ports respond while it loads.
 
@@ -73,17 +89,8 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     app.state.service = service
     app.state.fallback_reason = chosen.fallback_reason
     app.state.jobs = None
-    app.include_router(qa.router)
-    app.include_router(chat.router)
-    app.include_router(transcriptions.router)
-    app.include_router(files.router)
-    app.include_router(jobs.router)
-    app.include_router(batches.router)
-    app.include_router(webhook_secrets.router)
-    app.include_router(models.router)
-    app.include_router(info.router)
-    app.include_router(health.router)
-    app.include_router(page.router)
+    for module in ROUTED:
+        app.include_router(module.router)
     max_pauses, asks_for_keys = service.answerer.max_pauses, service.keys is not None
     app.openapi = lambda: document(app, settings, max_pauses=max_pauses, asks_for_keys=asks_for_keys)
     error_handlers.install(app)

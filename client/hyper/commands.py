@@ -118,15 +118,14 @@ def ask_folder(
     def ask_one(path: Path) -> dict[str, Any]:
         return outcome_of(client, path, question, choices, options)
 
-    with ThreadPoolExecutor(parallel) as pool, progress(len(paths)) as advance:
-        try:
-            for path, outcome in zip(paths, pool.map(ask_one, paths), strict=True):
-                num_refused += "error" in outcome
-                click.echo(to_json({"clip": path.relative_to(folder).as_posix(), **outcome}))
-                advance()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with ThreadPoolExecutor(parallel) as pool, progress(len(paths)) as advance, contextlib.ExitStack() as undo:
+        # After an exception, clips in the queue are not asked.
+        undo.callback(pool.shutdown, wait=False, cancel_futures=True)
+        for path, outcome in zip(paths, pool.map(ask_one, paths), strict=True):
+            num_refused += "error" in outcome
+            click.echo(to_json({"clip": path.relative_to(folder).as_posix(), **outcome}))
+            advance()
+        undo.pop_all()
     if num_refused:
         refuse(f"{num_refused} of {len(paths)} clips have no answer.")
 

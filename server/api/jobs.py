@@ -7,6 +7,7 @@ keys do not exist for a caller.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import re
@@ -256,11 +257,10 @@ class TakeJob:
             self.earlier = await self.jobs.claim_key(self.context.tenant_name, self.idempotency_key, fingerprint)
             if self.earlier is not None:
                 return
-        try:
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(self.release_key)
             await self.check_questions(deadline_s)
-        except BaseException:
-            await self.release_key()
-            raise
+            undo.pop_all()
 
     async def check_questions(self, deadline_s: float) -> None:
         """Prepare each question as for an answer, and drop the result."""
@@ -309,11 +309,11 @@ class TakeJob:
             audio_s=self.audio_s,
             webhook_url=None if options.webhook is None else options.webhook.url,
         )
-        try:
-            return await self.jobs.take(job, self.data, self.idempotency_key)
-        except BaseException:
-            await self.release_key()
-            raise
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(self.release_key)
+            taken = await self.jobs.take(job, self.data, self.idempotency_key)
+            undo.pop_all()
+        return taken
 
     async def release_key(self) -> None:
         """Let the next request with this key store its job."""

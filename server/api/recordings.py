@@ -241,14 +241,22 @@ class RecordingRun:
         self.service.metrics.recording_windows.labels(window.status).inc()
         return WindowDone(window.span.index, window.status, len(self.windows), len(self.recording.spans))
 
-    async def _perceive_one(self, span: Span, places: asyncio.Semaphore) -> WindowPerception:
+    async def _try_to_ask(
+        self, span: Span, asked: Asked, token_ids: Sequence[int], priority: Priority
+    ) -> tuple[AnswerRun, AnswerResult] | str:
+        """Ask about a window, or return the code of its error; the other windows stay as they are."""
         try:
-            async with places:
-                # The pause gate is off: a second look costs more than it adds to a description.
-                asked = Asked(MAP_QUESTION, pause="off")
-                run, result = await self._ask(span, asked, self.map_token_ids, "batch")
+            return await self._ask(span, asked, token_ids, priority)
         except Exception as error:
-            return WindowPerception(span, "failed", error=self._record_error(error))
+            return self._record_error(error)
+
+    async def _perceive_one(self, span: Span, places: asyncio.Semaphore) -> WindowPerception:
+        async with places:
+            # The pause gate is off: a second look costs more than it adds to a description.
+            found = await self._try_to_ask(span, Asked(MAP_QUESTION, pause="off"), self.map_token_ids, "batch")
+        if isinstance(found, str):
+            return WindowPerception(span, "failed", error=found)
+        run, result = found
         termination = result.parsed.termination.value
         window = WindowPerception(
             span, "done", result.parsed.trace, counts=counts_of(run, result), termination=termination
@@ -314,12 +322,8 @@ class RecordingRun:
         return self._reply_by_windows(windows)
 
     async def _relisten(self, window: WindowPerception, weight: float, score: float) -> _Relistened | None:
-        try:
-            run, result = await self._ask(window.span, self.asked, self.token_ids, self.context.priority)
-        except Exception as error:
-            self._record_error(error)
-            return None
-        return _Relistened(window, weight, score, run, result)
+        found = await self._try_to_ask(window.span, self.asked, self.token_ids, self.context.priority)
+        return None if isinstance(found, str) else _Relistened(window, weight, score, *found)
 
     def _reply_by_windows(self, windows: Sequence[WindowPerception]) -> QaReply:
         """Combine the answers of the windows that were asked again."""

@@ -307,11 +307,11 @@ async def all_or_none(works: Sequence[Awaitable[Result]]) -> list[Result]:
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return list(await asyncio.gather(*tasks))
-    except BaseException:
+    finally:
+        # Finished tasks stay as they are.
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def configure_log() -> None:

@@ -293,13 +293,12 @@ class JobService:
             raise RequestError("too_many_jobs", message, limit=limit, actual=num_active, hint=hint)
         if clip is not None:
             job = dataclasses.replace(job, clip=self.spool.write(clip))
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.spool.delete, job.clip)
             with self.store.transaction() as connection:
                 self.store.insert(connection, job, idempotency_key)
                 self.durable.enqueue(connection, "job", job.id, job.id)
-        except BaseException:
-            self.spool.delete(job.clip)
-            raise
+            undo.pop_all()
         return job
 
     async def get(self, tenant: str, job_id: str, kind: JobKind = "qa") -> Job:

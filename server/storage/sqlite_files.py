@@ -174,7 +174,8 @@ class SqliteFileStore:
         connection = sqlite3.connect(
             self.folder / "files.sqlite3", timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(connection.close)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("BEGIN IMMEDIATE")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -188,9 +189,7 @@ class SqliteFileStore:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             connection.execute("COMMIT")
-        except BaseException:
-            connection.close()
-            raise
+            undo.pop_all()
         self.connection = connection
 
     @contextlib.contextmanager
@@ -233,22 +232,21 @@ class SqliteFileStore:
             self._require_quota(connection, tenant, stored)
         name = secrets.token_hex(16)
         path = self.contents / name
-        try:
-            write(path, content)
-            with self._transaction() as connection:
-                self._require_quota(connection, tenant, stored)
-                connection.execute(
-                    f"INSERT INTO files (tenant, content, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (tenant, name, stored.id, filename, purpose, num_bytes, now_s, stored.expires_at_s),
-                )
-        except OSError as error:
-            self._unlink(name)
-            # The system's message contains paths.
-            logger.error("a file cannot be stored", exc_info=error)
-            raise full() from None
-        except BaseException:
-            self._unlink(name)
-            raise
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._unlink, name)
+            try:
+                write(path, content)
+                with self._transaction() as connection:
+                    self._require_quota(connection, tenant, stored)
+                    connection.execute(
+                        f"INSERT INTO files (tenant, content, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                        (tenant, name, stored.id, filename, purpose, num_bytes, now_s, stored.expires_at_s),
+                    )
+            except OSError as error:
+                # The system's message contains paths.
+                logger.error("a file cannot be stored", exc_info=error)
+                raise full() from None
+            undo.pop_all()
         return stored
 
     def _require_quota(self, connection: sqlite3.Connection, tenant: str, stored: StoredFile) -> None:

@@ -17,6 +17,7 @@ RUN_DIR holds `stage-1/FORM/seed-N`, shared by all arms of one form, `ARM/seed-N
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -399,12 +400,11 @@ def run_step(step: Step) -> None:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(process.wait)
+            undo.callback(os.killpg, process.pid, signal.SIGTERM)
             _wait(process, step.log)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            raise
+            undo.pop_all()
         if process.returncode:
             raise HyperError(f"{step.title} ended with {process.returncode}: {_last_line(step.log)} (see {step.log})")
         if step.copied is not None:

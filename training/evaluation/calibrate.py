@@ -66,6 +66,7 @@ def calibrate(
         CheckpointError: The checkpoint cannot have a gate, or no threshold gives the wanted rates.
     """
     before = (checkpoint.path / MANIFEST_FILE).read_bytes()
+    calibration = None
     fields = dict(fields or {})
     if checkpoint.manifest.pause.calibration is not None:
         # Thresholds of an earlier calibration do not limit this one.
@@ -83,14 +84,15 @@ def calibrate(
         def complete(gate: GateSettings, is_armed: bool) -> list[Completion]:
             return backend.answer(prompts, gate=gate, is_armed=is_armed, use_tqdm=use_tqdm)
 
-        thresholds, calibration = find_thresholds(settings, complete, source=source, wanted=wanted)
-        return update_pause(checkpoint.path, thresholds), calibration
+        thresholds, found = find_thresholds(settings, complete, source=source, wanted=wanted)
+        checkpoint = update_pause(checkpoint.path, thresholds)
+        calibration = found
+        return checkpoint, calibration
     except CheckpointError as error:
-        (checkpoint.path / MANIFEST_FILE).write_bytes(before)
         raise CheckpointError(f"{checkpoint.path} cannot be calibrated: {error}") from error
-    except BaseException:
-        (checkpoint.path / MANIFEST_FILE).write_bytes(before)
-        raise
+    finally:
+        if calibration is None:
+            (checkpoint.path / MANIFEST_FILE).write_bytes(before)
 
 
 def find_thresholds(
