@@ -99,12 +99,15 @@ def test_a_job_that_cannot_succeed_is_refused(tmp_path: Path, fields: Any, code:
 def test_too_many_unfinished_jobs_are_refused(job_settings: dict[str, Any]) -> None:
     with running(scripted(**job_settings, jobs_max_active=2)) as live:
         wait_until_up(live.client)
-        slow_down(live, 0.05)
+        slow_down(live, 0.5)
         addresses = [create(live.client) for _ in range(2)]
         error = assert_error(post_job(live.client), 429, "too_many_jobs")
         assert (error["limit"], error["actual"]) == (2, 2)
         live.client.post(f"{addresses[0]}/cancel")
-        assert post_job(live.client).status_code == 202
+        third = create(live.client)
+        # DBOS reports an error if it stops while it takes a job from its queue.
+        live.client.post(f"{addresses[1]}/cancel")
+        wait_for(lambda: live.client.get(third).json()["status"] == "running", 90)
 
 
 def test_an_old_job_expires(job_settings: dict[str, Any]) -> None:
