@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -195,8 +196,8 @@ def read_list_event(name: str, text: str) -> ListEvent | None:
         raise UnexpectedReplyError(f"The event {name!r} of the stream has an unknown form.") from error
 
 
-class _Progress(Generic[EventT, ReplyT]):
-    """What all streams keep: the name of the address, and the reply once it arrived."""
+class _Progress(ABC, Generic[EventT, ReplyT]):
+    """Common part of all streams: the address, and the reply after its arrival."""
 
     def __init__(self, response: httpx.Response, url: str) -> None:
         self._response = response
@@ -214,9 +215,9 @@ class _Progress(Generic[EventT, ReplyT]):
             raise UnexpectedReplyError("the stream has no reply before its last event.")
         return self._reply
 
+    @abstractmethod
     def _parse(self, name: str, text: str) -> tuple[EventT | None, ReplyT | None]:
         """Return the typed event, and the reply of the last one."""
-        raise NotImplementedError
 
     def _take(self, name: str, text: str) -> EventT | None:
         try:

@@ -216,7 +216,7 @@ class Supervisor:
         self.quarantine.renew()
         canary = asyncio.ensure_future(self.canary())
         watching = asyncio.ensure_future(self.watch())
-        # Whoever allows a longer silence has a slow model, and the first question fills a whole window.
+        # A raised hang timeout means a slow model, and the first question fills a whole window.
         timeout_s = max(CANARY_TIMEOUT_S, self.hang_timeout_s)
         try:
             done, _ = await asyncio.wait({canary, watching}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
