@@ -179,8 +179,11 @@ class PeakMemory:
         return round(self.peak_bytes / GIBIBYTE, 2)
 
     def _sample(self) -> None:
-        while not self.stopped.wait(SAMPLE_S):
+        # The first sample is taken at once: a block can end within one interval.
+        while True:
             self.peak_bytes = max(self.peak_bytes, memory_of(self.pid))
+            if self.stopped.wait(SAMPLE_S):
+                return
 
 
 def memory_of(pid: int) -> int:

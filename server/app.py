@@ -61,9 +61,9 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         CheckpointError: If the checkpoint cannot be served.
         HyperError: If traces cannot be sent as configured.
     """
-    chosen = choose_checkpoint(settings)
-    # An engine that is given has its weights already.
-    checkpoint = chosen.checkpoint if engine is not None else choose_weights(settings, chosen.checkpoint)
+    checkpoint = choose_checkpoint(settings)
+    if engine is None:
+        checkpoint = choose_weights(settings, checkpoint)
     metrics = Metrics()
     engine = engine or build_engine(settings, checkpoint)
     service = Service(settings, checkpoint, engine, metrics, tracer_from(os.environ), key_ring(settings))
@@ -87,7 +87,6 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         title="HyPeR", version=version(), description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.service = service
-    app.state.fallback_reason = chosen.fallback_reason
     app.state.jobs = None
     for module in ROUTED:
         app.include_router(module.router)

@@ -38,7 +38,6 @@ async def info(request: Request) -> InfoReply:
             manifest_sha256=service.checkpoint.manifest_sha256,
             base_model=manifest.base_model,
             max_model_len=manifest.max_model_len,
-            fallback_reason=request.app.state.fallback_reason,
         ),
         compute=ComputeInfo.model_validate(
             {

@@ -448,9 +448,6 @@ class CheckpointInfo(Wire):
     manifest_sha256: str
     base_model: str
     max_model_len: int = Field(description="Maximum tokens of prompt, clip, trace and pauses together.")
-    fallback_reason: str | None = Field(
-        default=None, description="Reason for this checkpoint instead of the preferred one; null without a fallback."
-    )
 
 
 class ComputeInfo(Wire):
