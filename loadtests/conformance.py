@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import httpx
 import jsonschema
@@ -22,6 +22,7 @@ from openai import OpenAI
 from openai.types import FileObject, Model
 from openai.types.audio import Transcription, TranscriptionDiarized, TranscriptionVerbose
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 from loadtests.clips import SAMPLE_RATE_HZ, wav
 from loadtests.fuzz_http import bearer, describe, generate
@@ -263,6 +264,28 @@ def _logprobs(context: Context) -> None:
     require(data.decode().strip() == choice.message.content, "the tokens are not the answer")
 
 
+class _Sound(BaseModel):
+    """The type of a parsed answer."""
+
+    answer: Literal["a bell", "a dog", "a tone"]
+    confidence: float
+
+
+def _fits(found: ChatCompletion, response_format: Any) -> None:
+    schema = response_format["json_schema"]["schema"]
+    jsonschema.validate(json.loads(found.choices[0].message.content or ""), schema)
+
+
+def _parsed(context: Context) -> None:
+    content: Any = [context.audio(), {"type": "text", "text": "What is it?"}]
+    found: Any = context.client.chat.completions.parse(
+        model=MODEL, messages=[{"role": "user", "content": content}], response_format=_Sound
+    )
+    answer = found.choices[0].message.parsed
+    require(isinstance(answer, _Sound), f"is a {type(answer).__name__}")
+    require(answer.answer == found.hyper["answer"]["choice"], "is not the scored choice")
+
+
 def _late(context: Context) -> None:
     call = refused(
         openai.InternalServerError, lambda c: c.chat(extra_body={"hyper": {"timeout_ms": 1}}), code="deadline_exceeded"
@@ -278,12 +301,29 @@ def _raw(context: Context) -> None:
     require(raw.headers.get("x-request-id") and raw.parse().choices, "has no request id")
 
 
+def _schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
 def _text(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
 
 
 _TOOL = {"type": "function", "function": {"name": "look"}}
-_SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+_CHOICES = _schema({"type": "object", "properties": {"sound": {"enum": ["a bell", "a dog"]}}, "required": ["sound"]})
+_PARTS = _schema(
+    {
+        "type": "object",
+        "properties": {
+            "reasoning": {"type": "string"},
+            "answer": {"type": "boolean"},
+            "confidence": {"type": "number"},
+            "environment": {"type": "array", "items": {"type": "string"}},
+        },
+        "required": ["reasoning", "answer", "confidence", "environment"],
+        "additionalProperties": False,
+    }
+)
 _TURNS = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
 
 CALLS: Mapping[str, Call] = {
@@ -300,6 +340,9 @@ CALLS: Mapping[str, Call] = {
     "chat: max_completion_tokens": completion(max_completion_tokens=200),
     "chat: max_tokens": completion(max_tokens=200),
     "chat: response_format text": completion(response_format={"type": "text"}),
+    "chat: json_schema of choices": lambda c: _fits(c.chat(response_format=_CHOICES), _CHOICES),
+    "chat: json_schema of parts": lambda c: _fits(c.chat(response_format=_PARTS), _PARTS),
+    "chat: parsed answer": _parsed,
     "chat: top_p=1": completion(top_p=1),
     "chat: temperature and seed": completion(temperature=0.7, seed=5),
     "chat: neutral penalties": completion(frequency_penalty=0, presence_penalty=0),
@@ -324,7 +367,7 @@ CALLS: Mapping[str, Call] = {
     "chat refused: audio output": bad_chat("modalities", modalities=["text", "audio"]),
     "chat refused: top_logprobs": bad_chat("top_logprobs", logprobs=True, top_logprobs=2),
     "chat refused: json_object": bad_chat("response_format", response_format={"type": "json_object"}),
-    "chat refused: json_schema": bad_chat("response_format", response_format=_SCHEMA),
+    "chat refused: json_schema": bad_chat("response_format", response_format=_schema({"type": "object"})),
     "chat refused: penalty": bad_chat("frequency_penalty", frequency_penalty=1.5),
     "chat refused: stop": bad_chat("stop", stop=["."]),
     "chat refused: logit_bias": bad_chat("logit_bias", logit_bias={"5": 10}),

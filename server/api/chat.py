@@ -17,6 +17,9 @@ from hyper_model.answer_tokens import AnswerToken
 from hyper_model.answering import AnswerDelta, Event
 from hyper_model.trace import Section
 from hyper_model.trace_parser import SectionDelta
+from server.api.answer_schema import HINT as SCHEMA_HINT
+from server.api.answer_schema import PARAM as SCHEMA_PARAM
+from server.api.answer_schema import AnswerSchema, read_schema
 from server.api.forms import FileId, decode_base64, load_clip, parse_json, validate
 from server.api.lifecycle import respond
 from server.api.models import require_model
@@ -67,11 +70,16 @@ class Chat(RecordingHandler):
     """Answers a chat request; see `server.api.lifecycle.Handler`."""
 
     def __init__(
-        self, service: Service, context: RequestContext, body: ChatBody, data: bytes, warnings: list[WarningReply]
+        self,
+        service: Service,
+        context: RequestContext,
+        body: ChatBody,
+        schema: AnswerSchema | None,
+        data: bytes,
     ) -> None:
         asked = Asked(
             question=question_of(body.messages),
-            choices=tuple(body.hyper.choices),
+            choices=tuple(body.hyper.choices) or (schema.choices if schema else ()),
             pause=body.hyper.pause,
             max_tokens=body.max_completion_tokens or body.max_tokens,
             temperature=body.temperature or 0.0,
@@ -91,7 +99,8 @@ class Chat(RecordingHandler):
         )
         self.model = body.model
         self.includes_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self.warnings = warnings
+        self.schema = schema
+        self.warnings = warnings_of(body, schema)
         self.reasoning = ReasoningText()
         self.logprobs: list[TokenLogprob] = []
 
@@ -117,8 +126,9 @@ class Chat(RecordingHandler):
             pause=body.hyper.pause,
         )
         check_place(body.hyper.long_audio, body.hyper.start_s)
+        schema = await service.in_pool(schema_of, body)
         data = clip if isinstance(clip, bytes) else await load_clip(service, context, clip)
-        return cls(service, context, body, data, warnings_of(body.messages))
+        return cls(service, context, body, schema, data)
 
     async def answer(self, emit: Emit) -> ChatCompletion:
         """Answer, and emit chunks with the trace as reasoning and the answer as content."""
@@ -127,7 +137,8 @@ class Chat(RecordingHandler):
             delta: dict[str, str] = {}
             logprobs: list[TokenLogprob] = []
             if isinstance(event, AnswerDelta):
-                delta["content"] = event.text
+                if self.schema is None:
+                    delta["content"] = event.text
                 logprobs = [token_logprob(token) for token in event.tokens]
                 self.logprobs += logprobs
             elif text := self.reasoning.add(event):
@@ -142,6 +153,10 @@ class Chat(RecordingHandler):
         if self.is_stream:
             await emit(self.chunk({"role": "assistant", "content": ""}))
         reply = await self.answer_any(emit_delta, emit_window)
+        if self.schema is not None and self.is_stream:
+            # The whole JSON at once: its parts may come before the answer, and their values after it.
+            content = {"content": self.schema.content(reply)}
+            await emit(self.chunk(content, logprobs=self.choice_logprobs(self.logprobs)))
         warnings = [*reply.warnings, *self.warnings]
         if self.asked.wants_logprobs and self.recording_run is not None:
             text = "The answer about a recording is joined from its windows; `logprobs` is null."
@@ -157,7 +172,8 @@ class Chat(RecordingHandler):
         """Write a reply of /v1/audio/qa as a chat completion."""
         reasoning = self.reasoning.text
         usage = reply.usage
-        message = ChatMessage(content=reply.answer.text, reasoning=reasoning, reasoning_content=reasoning)
+        content = self.schema.content(reply) if self.schema else reply.answer.text
+        message = ChatMessage(content=content, reasoning=reasoning, reasoning_content=reasoning)
         return ChatCompletion(
             id=self.completion_id,
             created=reply.created,
@@ -355,9 +371,35 @@ def text_of(message: Message) -> str:
     return message.content or ""
 
 
-def warnings_of(messages: list[Message]) -> list[WarningReply]:
-    """Name the texts of a conversation that the model does not read."""
+def schema_of(body: ChatBody) -> AnswerSchema | None:
+    """Return the schema of the answer; None without one.
+
+    Raises:
+        RequestError: 400, if the service cannot fill the schema exactly for this request.
+    """
+    if body.response_format is None:
+        return None
+    schema = read_schema(body.response_format.json_schema.answer_schema)
+    message = ""
+    if schema.choices and body.hyper.choices:
+        message = "`response_format` and `hyper.choices` both list the choices. Send one of them."
+    elif schema.parts and body.hyper.long_audio == "chunk":
+        message = "With `long_audio=chunk`, the schema can hold only the answer and constants."
+    elif schema.needs_confidence and not (schema.choices or body.hyper.choices):
+        message = "An open answer has no `confidence`. List its values, or let `confidence` be null."
+    if message:
+        raise RequestError("invalid_parameter", message, param=SCHEMA_PARAM, hint=SCHEMA_HINT)
+    return schema
+
+
+def warnings_of(body: ChatBody, schema: AnswerSchema | None) -> list[WarningReply]:
+    """Name the texts of a request that the model does not read."""
+    messages = body.messages
     warnings: list[WarningReply] = []
+    described = body.response_format and body.response_format.json_schema.description
+    if described or (schema and schema.is_described):
+        text = "The model reads no descriptions of a JSON schema; they had no effect."
+        warnings.append(WarningReply(code="schema_description_ignored", message=text))
     if any(message.role in ("system", "developer") for message in messages):
         text = "The model reads no system or developer messages; they had no effect."
         warnings.append(WarningReply(code="system_message_ignored", message=text))

@@ -31,7 +31,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "prediction": (None,),
     "web_search_options": (None,),
     "moderation": (None,),
-    "response_format": (None, {"type": "text"}),
+    "response_format": (None, {"type": "text"}),  # json_schema is read, see `drop_neutral`
 }
 """Fields of a chat request that change its meaning, with the values that leave it as it is."""
 
@@ -131,6 +131,22 @@ class StreamOptions(OpenAiBody):
     include_obfuscation: bool = False
 
 
+class JsonSchemaFormat(OpenAiBody):
+    """Name and JSON schema of an answer; `strict` has no effect, because the answer always fits the schema."""
+
+    name: str = Field(pattern="^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    answer_schema: dict[str, Any] = Field(alias="schema", description="A supported schema; see docs/openai.md.")
+    strict: bool | None = None
+
+
+class JsonSchemaResponse(OpenAiBody):
+    """An answer as JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchemaFormat
+
+
 class HyperOptions(OpenAiBody):
     """What this service adds to a chat request."""
 
@@ -158,6 +174,9 @@ class ChatBody(OpenAiBody):
     temperature: float | None = Field(default=None, ge=0, le=2)
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     logprobs: bool | None = Field(default=None, description="Return the log-probability of each token of the answer.")
+    response_format: JsonSchemaResponse | None = Field(
+        default=None, description='JSON schema of the answer; `{"type": "text"}` is the same as none.'
+    )
     hyper: HyperOptions = HyperOptions()
 
 
@@ -347,7 +366,7 @@ def drop_neutral(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         if name in WITHOUT_EFFECT:
             continue
-        if name not in NEUTRAL_VALUES:
+        if name not in NEUTRAL_VALUES or (name == "response_format" and _is_json_schema(value)):
             kept[name] = value
         elif not _is_one_of(value, NEUTRAL_VALUES[name]):
             raise refused(name, value)
@@ -367,6 +386,10 @@ def refused(name: str, value: Any) -> RequestError:
         actual=actual,
         hint="docs/openai.md lists the differences from OpenAI's API.",
     )
+
+
+def _is_json_schema(value: Any) -> bool:
+    return isinstance(value, Mapping) and cast("Mapping[str, Any]", value).get("type") == "json_schema"
 
 
 def _spelled(value: Any) -> str:
