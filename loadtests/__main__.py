@@ -224,6 +224,7 @@ def stress(
     files     hostile files: broken files, bombs, wrong headers, traps that call a port or read a file
     quotas    two replicas share a key's quota; their store is killed under load
     fleet     one of two replicas is killed, and one taken away, with open streams
+    jobs      a service with jobs is killed 20 times; their webhooks' receiver comes and goes
     overload  0.8 and 3 times the peak
     soak      11,000 requests at 0.7 of the peak
     chaos     disconnecting clients, a killed and a hung engine, SIGTERM with 50 in flight

@@ -38,6 +38,7 @@ from loadtests.client import QA_PATH
 from loadtests.driver import DriverLateError
 from loadtests.experiment import Experiment, machine, write
 from loadtests.fuzz_http import Findings, generate, probe_without_key
+from loadtests.job_kills import kill_repeatedly
 from loadtests.report import percentile, table
 from loadtests.scenarios import SCENARIOS, Figure, Scenario, figures_json
 from loadtests.target import MEBIBYTE, Target, environment, target_of
@@ -59,6 +60,7 @@ KEPT = 50
 PACED = {"HYPER_ENGINE": "scripted", "HYPER_SCRIPTED_TOKEN_INTERVAL_S": "0.005"}
 SHORT_TRACES = {"HYPER_ENGINE": "scripted", "HYPER_DEFAULT_MAX_TOKENS": "8"}
 QUICK_SCALE = 0.1
+NUM_KILLS = 20
 SUMMED = frozenset({"unaccounted", "failures"})
 """Counts reported by several parts; the total is their sum."""
 
@@ -513,8 +515,20 @@ def fleet(stress: StressRun) -> Result:
     ], {"killed": {"streams": num_own, "lost": own_lost}, "taken_away": {"streams": lost[2]}}
 
 
+def jobs(stress: StressRun) -> Result:
+    """Kill a service with jobs at random times, while the receiver of their webhooks comes and goes."""
+    num_kills = 3 if stress.is_quick else NUM_KILLS
+    report = kill_repeatedly(stress.clips, stress.log, stress.seed, num_kills, stress.say)
+    return [
+        Figure("job_steps_lost", report.num_lost, report.num_steps),
+        Figure("job_steps_twice", report.num_twice, report.num_steps),
+        Figure("webhooks_delivered", round(report.delivered, 4), report.num_hooked),
+    ], {"kills": num_kills, **report.details}
+
+
 PARTS: Mapping[str, Callable[[StressRun], Result]] = {
-    each.__name__: each for each in (sandbox, odd_files, auth, requests, files, quotas, fleet, overload, soak, chaos)
+    each.__name__: each
+    for each in (sandbox, odd_files, auth, requests, files, quotas, fleet, jobs, overload, soak, chaos)
 }
 
 

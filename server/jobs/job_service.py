@@ -28,7 +28,7 @@ from server.jobs.durable import UNFINISHED, DurableRuntime, webhook_id
 from server.jobs.records import STATUSES, Delivery, Ending, Job, JobKind, JobStatus, StepOutcome, WebhookSecret, new_id
 from server.jobs.runner_lock import AdvisoryLock, FileLock, RunnerLock
 from server.jobs.spool import Spool, pack
-from server.jobs.store import JobStore, is_full, open_engine
+from server.jobs.store import JobStore, KeyTakenError, is_full, open_engine
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 
@@ -43,6 +43,9 @@ SWEEP_INTERVAL_S = 2.0
 CLEANING_INTERVAL_S = 60.0
 PROGRESS_INTERVAL_S = 0.2
 MAX_PATIENCE_S = 5.0
+STORING_S = 30.0
+"""Time to store a job, after the deadline of its request."""
+
 SECRET_OVERLAP_S = 24 * 3600.0
 """Time for receivers to change to a new secret; both are valid meanwhile."""
 
@@ -250,7 +253,8 @@ class JobService:
         Raises:
             RequestError: 422 for another request with this key, 409 while the first one is being stored.
         """
-        found = await self.call(self.store.claim_key, tenant, key, fingerprint, self.clock.now_s())
+        lease_s = self.settings.default_timeout_ms / 1000 + STORING_S
+        found = await self.call(self.store.claim_key, tenant, key, fingerprint, self.clock.now_s(), lease_s)
         if found is None:
             return None
         first, job_id = found
@@ -259,8 +263,7 @@ class JobService:
             raise RequestError("idempotency_mismatch", message, hint="Use a new key for each new request.")
         job = None if job_id is None else await self.call(self.store.get, job_id, tenant)
         if job is None:
-            message = "An equal request with this Idempotency-Key is in progress."
-            raise RequestError("idempotency_in_progress", message, hint=COME_BACK)
+            raise in_progress()
         return job
 
     async def release_key(self, tenant: str, key: str) -> None:
@@ -296,7 +299,10 @@ class JobService:
         with contextlib.ExitStack() as undo:
             undo.callback(self.spool.delete, job.clip)
             with self.store.transaction() as connection:
-                self.store.insert(connection, job, idempotency_key)
+                try:
+                    self.store.insert(connection, job, idempotency_key)
+                except KeyTakenError:
+                    raise in_progress() from None
                 self.durable.enqueue(connection, "job", job.id, job.id)
             undo.pop_all()
         return job
@@ -543,6 +549,12 @@ class JobService:
                 logger.warning("the runner waits for the database of jobs: %s", type(error).__name__)
                 await asyncio.sleep(delay_s)
                 delay_s = min(MAX_PATIENCE_S, delay_s * 2)
+
+
+def in_progress() -> RequestError:
+    """Return the error while another request with the same key stores its job."""
+    message = "An equal request with this Idempotency-Key is in progress."
+    return RequestError("idempotency_in_progress", message, hint=COME_BACK)
 
 
 def unavailable() -> RequestError:

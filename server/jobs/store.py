@@ -16,14 +16,18 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 
+from hyper_model.errors import HyperError
 from server.jobs.records import ACTIVE, Delivery, Job, JobStatus, WebhookSecret, new_id
 
 POOL_SIZE = 10
 SQLITE_BUSY_TIMEOUT_MS = 30_000
 CONNECT_TIMEOUT_S = 5
 IDEMPOTENCY_KEEP_S = 24 * 3600.0
-TAKING_LEASE_S = 600.0
-"""Time for a request to store its job, before another request with its key may do so: its process may have died."""
+
+
+class KeyTakenError(HyperError):
+    """Error if two requests claimed one idempotency key one after the other, and the other one stored its job."""
+
 
 metadata = sa.MetaData()
 jobs = sa.Table(
@@ -131,7 +135,11 @@ class JobStore:
         return self.engine.begin()
 
     def insert(self, connection: sa.Connection, job: Job, idempotency_key: str | None = None) -> None:
-        """Store a new job, and the job of an idempotency key that `claim_key` has returned."""
+        """Store a new job, and the job of an idempotency key that `claim_key` has returned.
+
+        Raises:
+            KeyTakenError: If the lease of the claim has ended, and another request has stored its job since.
+        """
         values = {
             **{column.name: getattr(job, column.name) for column in jobs.columns},
             "request": json.dumps(job.request),
@@ -140,11 +148,10 @@ class JobStore:
         }
         connection.execute(sa.insert(jobs).values(values))
         if idempotency_key is not None:
-            connection.execute(
-                sa.update(idempotency_keys)
-                .where(idempotency_keys.c.tenant == job.tenant, idempotency_keys.c.key == idempotency_key)
-                .values(job_id=job.id)
-            )
+            table = idempotency_keys
+            is_key = sa.and_(table.c.tenant == job.tenant, table.c.key == idempotency_key, table.c.job_id.is_(None))
+            if connection.execute(sa.update(table).where(is_key).values(job_id=job.id)).rowcount != 1:
+                raise KeyTakenError("Another request with this key has stored its job.")
 
     def get(self, job_id: str, tenant: str | None = None) -> Job | None:
         """Return a job, or None; with a tenant, only its own."""
@@ -259,8 +266,13 @@ class JobStore:
         with self.engine.connect() as connection:
             return list(connection.execute(query).scalars())
 
-    def claim_key(self, tenant: str, key: str, fingerprint: str, now_s: float) -> tuple[str, str | None] | None:
+    def claim_key(
+        self, tenant: str, key: str, fingerprint: str, now_s: float, lease_s: float
+    ) -> tuple[str, str | None] | None:
         """Claim an idempotency key for a new job.
+
+        Args:
+            lease_s: Time of the first request to store its job; afterwards its process must have died.
 
         Returns:
             None if the caller may store its job; else the fingerprint of the first request, and the id of its job, or
@@ -274,7 +286,7 @@ class JobStore:
                     is_key,
                     sa.or_(
                         table.c.created_s < now_s - IDEMPOTENCY_KEEP_S,
-                        sa.and_(table.c.job_id.is_(None), table.c.created_s < now_s - TAKING_LEASE_S),
+                        sa.and_(table.c.job_id.is_(None), table.c.created_s < now_s - lease_s),
                     ),
                 )
             )

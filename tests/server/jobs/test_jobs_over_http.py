@@ -6,6 +6,10 @@ import base64
 import contextlib
 from collections.abc import Iterator
 
+import pytest
+
+from server.jobs.records import Job, new_id
+from server.jobs.store import KeyTakenError
 from tests.jobs import create, job_events, post_job, wait_for_end
 from tests.serving import Live, assert_error, slow_down, tone, wait_for
 
@@ -76,14 +80,31 @@ def test_a_key_in_progress_is_a_conflict_until_its_lease_ends(shared: Live) -> N
     with store.engine.connect() as connection:
         (fingerprint,) = connection.exec_driver_sql("SELECT fingerprint FROM hyper_idempotency_keys").fetchone()
     # As after a crash between the claim and the job.
-    assert store.claim_key("", "slow", fingerprint, jobs.clock.now_s()) is None
+    now_s, lease_s = jobs.clock.now_s(), 150.0
+    assert store.claim_key("", "slow", fingerprint, now_s, lease_s) is None
     error = assert_error(post_job(live.client, headers={"idempotency-key": "slow"}), 409, "idempotency_in_progress")
     assert error["retryable"]
-    assert store.claim_key("", "slow", fingerprint, jobs.clock.now_s() + 601) is None
+    assert store.claim_key("", "slow", fingerprint, now_s + lease_s - 60, lease_s) == (fingerprint, None)
+    assert store.claim_key("", "slow", fingerprint, now_s + lease_s + 60, lease_s) is None
     # Keys are forgotten after a day.
     day_s = 24 * 3600 + 1
-    assert store.claim_key("", "probe", "other", jobs.clock.now_s()) == (fingerprint, taken.json()["id"])
-    assert store.claim_key("", "probe", "other", jobs.clock.now_s() + day_s) is None
+    assert store.claim_key("", "probe", "other", now_s, lease_s) == (fingerprint, taken.json()["id"])
+    assert store.claim_key("", "probe", "other", now_s + day_s, lease_s) is None
+
+
+def test_of_two_claims_of_one_key_one_stores_its_job(shared: Live) -> None:
+    jobs = shared.server.config.app.state.jobs  # type: ignore[union-attr]
+    store = jobs.store
+    # The first request overruns its lease, so the second one claims the key too.
+    assert store.claim_key("", "late", "one", jobs.clock.now_s(), 0.0) is None
+    assert store.claim_key("", "late", "one", jobs.clock.now_s() + 60, 0.0) is None
+    first, second = (Job(new_id("job"), "", "qa", {"question": "What?"}, 1, 60.0, status="expired") for _ in range(2))
+    with store.transaction() as connection:
+        store.insert(connection, first, "late")
+    with pytest.raises(KeyTakenError), store.transaction() as connection:
+        store.insert(connection, second, "late")
+    assert store.get(first.id) is not None and store.get(second.id) is None
+    store.delete([first.id])
 
 
 def test_a_job_is_cancelled_in_the_middle(shared: Live) -> None:
