@@ -8,6 +8,8 @@ Source of the frame tables: ISO 11172-3, 13818-3 and 13818-7.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +38,8 @@ FORMATS = tuple(DEMUXERS)
 
 MAX_JUNK_BYTES = 2**20
 """Number of bytes searched for the first frame or header."""
+
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 _MP4_BOXES = frozenset((b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot", b"styp", b"sidx", b"moof"))
 # Beginnings of files that contain, describe or merely resemble audio. They are not searched for audio inside.
@@ -148,6 +152,12 @@ def locate(data: bytes) -> tuple[str, int]:
         _refuse(f"This is a RIFF file of type {data[8:12].decode().strip()}, not audio that we decode.", "unknown")
     if all(data[place : place + 1] == b"\x47" for place in (0, 188, 376, 564)):
         _refuse("This is an MPEG transport stream, not audio that we decode.", "unknown")
+    if (encoding := _text_encoding(data)) is not None:
+        raise UnsupportedAudioError(
+            f"This is audio written as {encoding}; send the bytes themselves, not text.",
+            actual="text",
+            hint="Decode the text before you send the file.",
+        )
     if _looks_like_text(data[:_TEXT_HEAD_BYTES]) and _looks_like_text(data[:MAX_JUNK_BYTES]):
         _refuse("This is not audio that we decode.", "text")
     found = [place for search in (_find_header, _find_mpeg, _find_adts) if (place := search(data)) is not None]
@@ -156,6 +166,20 @@ def locate(data: bytes) -> tuple[str, int]:
     if is_tagged:
         return "mp3", start if start < len(data) else 0
     _refuse("This is not audio that we decode.", "text" if _looks_like_text(data[:_TEXT_HEAD_BYTES]) else "unknown")
+
+
+def _text_encoding(data: bytes) -> str | None:
+    """Name the encoding of a text that contains a file of a known format; None if it is no such text."""
+    text = data[:_TEXT_HEAD_BYTES].strip().removeprefix(b"b'").strip(b"\"'")
+    if text[:5].lower() == b"data:":
+        return "a data URL"
+    for name, decode in (("base64", base64.b64decode), ("hexadecimal digits", bytes.fromhex)):
+        head = b"".join(text.split())[:256]
+        with contextlib.suppress(ValueError):
+            begin = decode(head.translate(_URL_SAFE).decode("ascii"))
+            if _by_magic(begin, 0) is not None or begin[:3] == b"ID3":
+                return name
+    return None
 
 
 def _refuse(message: str, kind: str) -> NoReturn:

@@ -521,9 +521,13 @@ def check_question(question: str, choices: Sequence[str] = ()) -> None:
         raise PromptError("two choices are equal; make them different", param="choices")
 
 
+# Spaces, line ends, control characters and characters without width.
+_INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
+
+
 def _check_text(text: str, param: str, max_chars: int) -> None:
     name = "the question" if param == "question" else "a choice"
-    if not text.strip():
+    if not any(unicodedata.category(char) not in _INVISIBLE for char in text):
         raise PromptError(f"{name} is empty", param=param)
     if len(text) > max_chars:
         raise PromptError(f"{name} has {len(text)} characters; the limit is {max_chars}", param=param)

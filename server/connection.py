@@ -41,6 +41,12 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Read data; the head timer ends with a complete head."""
+        is_between = self.conn.their_state in (h11.IDLE, h11.DONE) and not self.conn.trailing_data[0]
+        if is_between and data[:1] in (b"\r", b"\n"):
+            # Old clients send a line break behind a body (RFC 9112, section 2.2).
+            data = data.lstrip(b"\r\n")
+            if not data:
+                return
         self.has_bytes = True
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
@@ -56,6 +62,9 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         """Prepare for the next request; its head has its own timer, from its first byte."""
         self.has_bytes = False
+        behind, _ = self.conn.trailing_data
+        if (num_breaks := len(behind) - len(behind.lstrip(b"\r\n"))) > 0:
+            self.conn._receive_buffer.maybe_extract_at_most(num_breaks)  # pyright: ignore[reportPrivateUsage]
         super().on_response_complete()
 
     def start_head_timer(self) -> None:

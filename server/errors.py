@@ -190,7 +190,9 @@ def to_request_error(error: BaseException) -> RequestError:
                 error.code, error.message, kind=kind, param="file", limit=limit, actual=actual, hint=hint
             )
         case PromptError():
-            return RequestError("invalid_prompt", error.message, param=error.param)
+            hint = "Repeat the form field `choices` once per option, or send a list in JSON."
+            is_single = error.param == "choices" and error.message.startswith("1 ")
+            return RequestError("invalid_prompt", error.message, param=error.param, hint=hint if is_single else None)
         case EngineUnavailableError():
             return RequestError("engine_unavailable", error.message, hint="Retry after the Retry-After time.")
         case PoisonedClipError():
@@ -230,6 +232,8 @@ def validation_error(error: ValidationError | RequestValidationError) -> Request
         case _ if param is None:
             # No field can have this name.
             return RequestError("invalid_parameter", "The request has an invalid field name; /docs lists all fields.")
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return RequestError("invalid_parameter", f"`{param}` must be a JSON object.", param=param)
         case "string_unicode":
             return RequestError("invalid_parameter", f"`{param}` is not valid Unicode text.", param=param)
         case _:
@@ -249,6 +253,7 @@ SYNONYMS: Mapping[str, str] = {
     **dict.fromkeys(("prompt", "query", "text", "message", "input"), "question"),
     **dict.fromkeys(("options", "answers", "candidates", "labels"), "choices"),
     **dict.fromkeys(("audio", "clip", "upload", "audio_file", "files", "media", "document", "attachment"), "file"),
+    **dict.fromkeys(("input_audio", "audio_data", "recording", "sound", "wav"), "file"),
     **dict.fromkeys(("max_new_tokens", "max_completion_tokens", "max_length"), "max_tokens"),
     **dict.fromkeys(("timeout", "timeout_s", "deadline"), "timeout_ms"),
     **dict.fromkeys(("audio_track", "stream_index", "track_index"), "track"),
@@ -272,10 +277,14 @@ def unknown_field(location: Sequence[str], known: Sequence[str]) -> RequestError
         return RequestError("unknown_parameter", message, hint=listed)
     bare = name.lower().replace("-", "_").split("[")[0].split(".")[-1]
     by_name = {each.rpartition(".")[2]: each for each in known}
+    synonym = SYNONYMS.get(bare, bare)
+    if synonym == "file" and "file" not in by_name:
+        # In JSON, the clip is an object.
+        synonym = "audio"
     if bare in by_name:
         nearest = by_name[bare]
-    elif SYNONYMS.get(bare) in by_name:
-        nearest = by_name[SYNONYMS[bare]]
+    elif synonym in by_name:
+        nearest = by_name[synonym]
     elif similar := get_close_matches(bare, list(by_name), n=1):
         nearest = by_name[similar[0]]
     path = ".".join([*location[:-1], name])

@@ -27,6 +27,8 @@ access_logger = logging.getLogger("hyper.access")
 logger = logging.getLogger("hyper.server")
 
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(:[0-9]{1,5})?")
+WHOLE_ADDRESS = re.compile(r"https?://[^/?#@]*", re.IGNORECASE)
+SLASHES = re.compile(r"/{2,}")
 CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 # If a server closes during an upload, the kernel discards the unread reply. So after a reply to a refused upload,
@@ -64,10 +66,7 @@ class RequestMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        # One address per endpoint, with and without a slash at its end: a redirect would lead to plain http behind a
-        # TLS proxy, and many clients send no body to where it points.
-        if scope["path"] != "/" and scope["path"].endswith("/"):
-            scope["path"] = scope["path"].rstrip("/") or "/"
+        scope["path"] = plain_path(scope["path"])
         context = RequestContext(
             request_id=request_id_from(headers),
             is_body_complete=headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers,
@@ -114,6 +113,9 @@ class RequestMiddleware:
             context.is_body_complete = False
             message = "The request has both Content-Length and Transfer-Encoding."
             raise RequestError("invalid_http", message, hint="Send one of the two headers.")
+        if headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            message = "The body is compressed (Content-Encoding); the service reads bodies as they are."
+            raise RequestError("unsupported_media_type", message, hint="Turn off the compression of request bodies.")
         path = scope["path"]
         _, port = scope.get("server") or (None, None)
         if port is not None and port == self.settings.metrics_port:
@@ -263,6 +265,19 @@ class Reply:
                         return
         except TimeoutError:
             return
+
+
+def plain_path(target: str) -> str:
+    """Return the path of a request's target: one address per endpoint.
+
+    A slash at the end, or two slashes where a base address and a path were joined, change nothing: a redirect would
+    lead to plain http behind a TLS proxy, and many clients send no body to its address. A client with a proxy sends
+    the whole address (RFC 9112, section 3.2.2).
+    """
+    if (whole := WHOLE_ADDRESS.match(target)) is not None:
+        target = target[whole.end() :]
+    path = SLASHES.sub("/", target)
+    return path.rstrip("/") or "/"
 
 
 def max_body_bytes(settings: Settings, path: str) -> int:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import contextlib
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any, NewType, Protocol, TypeVar, cast, get_args
 
@@ -24,7 +26,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from hyper_model.trace import MAX_CHOICES
 from server.admission import COME_AGAIN
 from server.api.types import AudioData
-from server.errors import PLAIN_NAME, RequestError, unknown_field
+from server.errors import MAX_EXACT, PLAIN_NAME, RequestError, unknown_field
 from server.request_context import RequestContext
 from server.service import Service
 from server.storage.protocol import ClipPurpose
@@ -60,6 +62,19 @@ CHARSETS = (b"utf-8", b"utf8")
 
 ASCII_WHITE_SPACE = b" \t\r\n\v\f"
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+# A space inside a line of base64; spaces beside a line break are indentation.
+INNER_SPACE = re.compile(r"[A-Za-z0-9+/=_-][ \t]+[A-Za-z0-9+/=_-]")
+
+# Charsets of a text part (RFC 7578, section 4.4) and their codecs; browsers read Latin-1 as Windows-1252.
+PART_CODECS: Mapping[str, str] = {
+    **dict.fromkeys(("", "utf-8", "utf8", "us-ascii", "ascii"), "utf-8"),
+    **dict.fromkeys(("iso-8859-1", "latin1", "latin-1", "windows-1252", "cp1252"), "cp1252"),
+    **dict.fromkeys(("utf-16", "utf-16le", "utf-16be"), "utf-16"),
+}
+
+# Transfer encodings that leave the bytes of a part unchanged.
+PLAIN_ENCODINGS = (b"", b"7bit", b"8bit", b"binary")
 
 # Array spellings of form libraries: choices[], choices[0], choices.0.
 ARRAY_NAME = re.compile(r"([a-z_]+)(?:\[\]|\[(\d{1,3})\]|\.(\d{1,3}))")
@@ -226,6 +241,9 @@ async def open_form(request: Request, kind: type[Options]) -> AsyncGenerator[tup
                 "invalid_multipart", "The multipart body ends inside a file.", hint="Send the whole body."
             )
         fields, files = sort_parts(form)
+        check_names(kind, fields, is_form=True)
+        if parser.fault is not None:
+            raise parser.fault
         options = validate(kind, fields, strict=False)
         yield options, files[0] if files else None
     finally:
@@ -246,31 +264,79 @@ def require_file(file: UploadFile | None) -> UploadFile:
 
 
 class ClipParser(MultiPartParser):
-    """Parser of Starlette that takes the part `file` as a file also without a file name.
+    """Parser of Starlette that takes the part `file` as a file also without a file name, and reads charsets of parts.
 
     RFC 7578 only recommends the name, and some libraries leave it out for bytes in memory. As a text field, a clip
-    would exceed the limit of fields.
+    would exceed the limit of fields. Starlette reads text that is not UTF-8 as Latin-1, whatever it is.
+
+    Attributes:
+        fault: Error for the first text field that cannot be decoded.
     """
 
+    fault: RequestError | None = None
+
     def on_headers_finished(self) -> None:
-        """Read the head of a part."""
+        """Read the head of a part.
+
+        Raises:
+            RequestError: The part has a transfer encoding, whose text would be taken for its content.
+        """
         part = self._current_part
+        encoding = dict(part.item_headers).get(b"content-transfer-encoding", b"").strip().lower()
+        if encoding not in PLAIN_ENCODINGS:
+            message = "A part of the form has a Content-Transfer-Encoding, which forms do not have (RFC 7578)."
+            raise RequestError("invalid_multipart", message, hint="Send the bytes of each part unchanged.")
         _, parameters = parse_options_header(part.content_disposition)
         if parameters.get(b"name") in FILE_NAMES and b"filename" not in parameters and part.content_disposition:
             part.content_disposition += f'; filename="{UNNAMED}"'.encode()
         super().on_headers_finished()
 
+    def on_part_end(self) -> None:
+        """Decode a text field in the charset of its part."""
+        part = self._current_part
+        if part.file is not None:
+            super().on_part_end()
+            return
+        try:
+            self.items.append((part.field_name, decode_part(dict(part.item_headers), bytes(part.data))))
+        except UnicodeError:
+            self.items.append((part.field_name, "\ufffd"))
+            name = plain_name(part.field_name)
+            shown = name if PLAIN_NAME.fullmatch(name) else None
+            message = f"{f'`{shown}`' if shown else 'A field'} is not text in UTF-8, or in the charset of its part."
+            hint = "Encode text fields in UTF-8."
+            self.fault = self.fault or RequestError("invalid_parameter", message, param=shown, hint=hint)
 
-def multipart_parser(request: Request, stream: Any) -> MultiPartParser:
+
+def decode_part(headers: Mapping[bytes, bytes], data: bytes) -> str:
+    """Decode a text field.
+
+    Raises:
+        UnicodeError: The text is in another charset than the part states, or in one that is not in `PART_CODECS`.
+    """
+    _, parameters = parse_options_header(headers.get(b"content-type"))
+    charset = parameters.get(b"charset", b"").decode("latin-1").strip().lower()
+    if charset not in PART_CODECS:
+        raise UnicodeError
+    codec = PART_CODECS[charset]
+    if codec == "utf-16" and charset != "utf-16" and data[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        codec = charset
+    return data.decode(codec).removeprefix("\ufeff")
+
+
+def multipart_parser(request: Request, stream: Any) -> ClipParser:
     """Return Starlette's parser with our limits.
 
     Raises:
-        RequestError: If the form is not in UTF-8.
+        RequestError: If the form is not in UTF-8, or its content type has no boundary.
     """
     # Starlette's own function, so that both get the same parameters.
     _, parameters = parse_options_header(request.headers.get("content-type"))
     if parameters.get(b"charset", b"utf-8").lower() not in CHARSETS:
         raise RequestError("invalid_multipart", "The multipart body must be in UTF-8.", hint="Leave `charset` out.")
+    if not parameters.get(b"boundary"):
+        hint = "Leave the header to the HTTP library, which knows the boundary of the body."
+        raise RequestError("invalid_multipart", "The content type multipart/form-data has no boundary.", hint=hint)
     return ClipParser(
         request.headers, stream, max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
     )
@@ -321,7 +387,10 @@ def sort_parts(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
         else:
             fields[name] = value
     for name, values in listed.items():
-        fields[name] = [value for _, value in sorted(values, key=lambda pair: pair[0])]
+        texts = [value for _, value in sorted(values, key=lambda pair: pair[0])]
+        if texts != [""]:
+            # An empty list leaves an empty field behind.
+            fields[name] = listed_in(texts[0]) if len(texts) == 1 else texts
     if len(files) > 1:
         raise RequestError(
             "invalid_parameter", "A question needs exactly one clip.", param="file", limit=1, actual=len(files)
@@ -329,15 +398,26 @@ def sort_parts(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
     return fields, files
 
 
+def listed_in(text: str) -> list[str]:
+    """Return the items of a list in one field: a JSON array of texts or objects; any other text is one item."""
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            items: list[Any] = json.loads(text)
+            if all(isinstance(item, (str, dict)) for item in items):
+                return [item if isinstance(item, str) else json.dumps(item) for item in items]
+    return [text]
+
+
 def plain_name(name: str) -> str:
     """Return a field's name without the brackets or the index that form libraries add to lists."""
+    name = name.replace("%5B", "[").replace("%5D", "]")
     match = ARRAY_NAME.fullmatch(name)
     return match[1] if match else name
 
 
 def index_of(name: str) -> int | None:
     """Return the index that a form library wrote into a field's name; None if there is none, or for `name[]`."""
-    match = ARRAY_NAME.fullmatch(name)
+    match = ARRAY_NAME.fullmatch(name.replace("%5B", "[").replace("%5D", "]"))
     digits = (match[2] or match[3]) if match else None
     return None if digits is None else int(digits)
 
@@ -364,15 +444,36 @@ def read_json(body: bytes, kind: type[Options]) -> tuple[Options, bytes | FileId
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse a JSON body by the standard: no NaN, no infinity, no deep nesting."""
+    """Parse a JSON body by the standard: no NaN, no infinity, no deep nesting, no name twice in one object."""
 
     def refuse(_: str) -> None:
         raise ValueError
 
     try:
-        return json.loads(body, parse_constant=refuse)
+        return json.loads(body, parse_constant=refuse, object_pairs_hook=unique_members)
+    except json.JSONDecodeError as error:
+        # The position alone: the text may be private.
+        message = f"The body is not valid JSON at line {error.lineno}, column {error.colno}."
+        raise RequestError("invalid_json", message) from None
+    except UnicodeDecodeError:
+        raise RequestError("invalid_json", "The body is not in UTF-8.", hint="Encode JSON in UTF-8.") from None
     except (ValueError, RecursionError):
         raise RequestError("invalid_json", "The body is not valid JSON.") from None
+
+
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        RequestError: A name appears twice; readers would take either value.
+    """
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        shown = name if PLAIN_NAME.fullmatch(name) else None
+        message = f"{f'`{shown}`' if shown else 'A name'} appears twice in one JSON object."
+        raise RequestError("invalid_json", message, param=shown)
+    return members
 
 
 def decode_base64(text: str, *, param: str = "audio.data") -> bytes:
@@ -388,6 +489,9 @@ def decode_base64(text: str, *, param: str = "audio.data") -> bytes:
             message = f"`{param}` is a data URL without `;base64`."
             raise RequestError("invalid_parameter", message, param=param, hint="Encode the clip as base64.")
         text = text[prefix.end() :]
+    if INNER_SPACE.search(text):
+        hint = "A space often stands for a `+` that was decoded as part of an address; send the text in a JSON body."
+        raise RequestError("invalid_parameter", f"`{param}` is base64 with spaces in it.", param=param, hint=hint)
     try:
         raw = text.encode("ascii").translate(URL_SAFE, ASCII_WHITE_SPACE)
         return base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
@@ -404,13 +508,30 @@ def validate(kind: type[Options], fields: Any, *, strict: bool) -> Options:
         raise RequestError("invalid_request", "The body must be a JSON object.")
     check_sizes(cast("Mapping[str, Any]", fields))
     check_names(kind, cast("Mapping[str, Any]", fields), is_form=not strict)
-    return kind.model_validate(fields, strict=strict)
+    return kind.model_validate(plain_values(cast("Mapping[str, Any]", fields)) if strict else fields, strict=strict)
+
+
+def plain_values(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a JSON object without its nulls, and whole numbers as integers.
+
+    Many libraries write null for a field that is not set. JSON has one kind of number: 256.0 is 256.
+    """
+    plain: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_EXACT:
+            plain[name] = int(value)
+        elif name == "audio" and isinstance(value, Mapping):
+            plain[name] = plain_values(cast("Mapping[str, Any]", value))
+        elif value is not None:
+            plain[name] = value
+    return plain
 
 
 def check_names(kind: type[BaseModel], fields: Mapping[str, Any], *, is_form: bool) -> None:
     """Refuse an unknown field by its name, and suggest the nearest known one."""
     names = [field.alias or name for name, field in kind.model_fields.items()]
-    known = [*(("file",) if is_form else ()), *names]
+    members = [f"audio.{each}" for each in AudioData.model_fields]
+    known = ["file", *names] if is_form else [*names, *(members if "audio" in names else ())]
     for name in fields:
         if name not in names:
             raise unknown_field([name], known)
@@ -418,7 +539,7 @@ def check_names(kind: type[BaseModel], fields: Mapping[str, Any], *, is_form: bo
     if not is_form and isinstance(audio, Mapping):
         for name in cast("Mapping[str, Any]", audio):
             if name not in AudioData.model_fields:
-                raise unknown_field(["audio", name], [f"audio.{each}" for each in AudioData.model_fields])
+                raise unknown_field(["audio", name], members)
 
 
 def check_sizes(fields: Mapping[str, Any]) -> None:

@@ -374,7 +374,7 @@ def test_the_clip_may_be_written_in_lines(live: Live) -> None:
 
 
 def test_a_field_of_two_kinds_is_told_both(live: Live) -> None:
-    for pause in (1.0, "often", True):
+    for pause in (1.5, "often", True):
         message = assert_error(post_json(live, json_question(pause=pause)), 400, "invalid_parameter", "pause")[
             "message"
         ]
