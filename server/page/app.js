@@ -10,7 +10,7 @@ const MIN_CHOICES = 2;
 const THEMES = ["system", "light", "dark"];
 const READY_EVERY_MS = 15_000;
 
-const view = new AnswerView();
+const view = new AnswerView((startS, endS) => player.play(startS, endS));
 const player = new Player({ frame: $("wave"), button: $("play"), time: $("play-time"), note: $("no-preview") });
 
 /** The limits of /v1/info, or what most services have until it is read. */
@@ -60,6 +60,8 @@ function showService(state, text) {
 
 // --- the clip --------------------------------------------------------------------------------------------------------
 
+const longAudio = () => document.querySelector("select[name=long_audio]");
+
 async function useClip(file, isRecorded = false) {
   notice("");
   leaveAnswer();
@@ -74,6 +76,7 @@ async function useClip(file, isRecorded = false) {
     Object.assign($("clip-save"), { href: URL.createObjectURL(file), download: file.name });
   }
   $("windows").hidden = true;
+  longAudio().value = "error";
   showHistory();
   showCode();
   $("live").textContent = `Clip ${file.name} is loaded.`;
@@ -81,7 +84,10 @@ async function useClip(file, isRecorded = false) {
   const durationS = await player.load(file);
   if (durationS !== null && clip?.file === file) {
     $("clip-size").textContent = `${durationS.toFixed(1)} s, ${size(file.size)}`;
-    if (durationS > limits.window_s) notice(`The clip has ${durationS.toFixed(1)} s; the service takes up to ${limits.window_s} s.`);
+    const isLong = durationS > limits.window_s;
+    longAudio().value = isLong ? "chunk" : "error";
+    if (isLong) notice(`The clip has ${durationS.toFixed(1)} s. The service asks about its windows of up to ${limits.window_s} s.`);
+    showCode();
   }
 }
 
@@ -307,7 +313,7 @@ async function start() {
       entry.events.push(event);
       if (event.name === "done") clearInterval(timer);
       if (isShown()) view.show(event);
-      if (event.name === "done") showWindows(event.data.timeline);
+      if (event.name === "done" && isShown()) showWindows(event.data);
     }
   } catch (error) {
     isCancelled = error.name === "AbortError";
@@ -337,7 +343,7 @@ function replay(entry) {
   view.begin(entry);
   for (const event of entry.events) view.show(event);
   if (entry.error) view.fail(entry.error);
-  showWindows(entry.events.at(-1)?.data.timeline);
+  showWindows(entry.events.at(-1)?.data);
   showHistory();
 }
 
@@ -356,15 +362,21 @@ function showHistory() {
   );
 }
 
-/** Lists the windows of a recording that the reply describes; a button plays its window. */
-function showWindows(timeline) {
-  $("windows").hidden = !timeline?.length;
-  player.mark(timeline ?? []);
+/** Lists the windows of a recording that the reply describes; a button plays its window, and evidence is marked. */
+function showWindows(reply) {
+  const timeline = reply?.timeline ?? [];
+  const cited = new Set((reply?.answer?.evidence ?? []).map(({ window }) => window));
+  $("windows").hidden = !timeline.length;
+  player.mark(timeline, cited);
   $("windows").replaceChildren(
-    ...(timeline ?? []).map((part) => {
+    ...timeline.map((part) => {
       const span = `${clock(part.start_s)} to ${clock(part.end_s)}`;
-      const heard = [...(part.environment ?? []), part.transcript].filter(Boolean).join(" · ") || part.status;
+      const heard = [...(part.environment ?? []), part.transcript].filter(Boolean).join(" · ") || part.error || part.status;
       const button = make("button", { type: "button" }, make("strong", {}, span), make("span", {}, heard));
+      if (cited.has(part.index)) {
+        button.classList.add("cited");
+        button.append(make("span", { className: "visually-hidden" }, "evidence"));
+      }
       button.addEventListener("click", () => player.play(part.start_s, part.end_s));
       return make("li", {}, button);
     }),

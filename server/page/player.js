@@ -67,11 +67,11 @@ export class Player {
     this.wave?.play(startS, endS);
   }
 
-  /** Marks parts of the clip, as [{start_s, end_s, index}]. */
-  mark(parts) {
+  /** Marks parts of the clip, as [{start_s, end_s, index}]; those in the set `cited` are marked as evidence. */
+  mark(parts, cited = new Set()) {
     this.regions?.clearRegions();
     for (const part of parts) {
-      const shade = part.index % 2 ? "--shade-a" : "--shade-b";
+      const shade = cited.has(part.index) ? "--shade-cited" : part.index % 2 ? "--shade-a" : "--shade-b";
       this.regions?.addRegion({ start: part.start_s, end: part.end_s, drag: false, resize: false, color: color(shade) });
     }
   }

@@ -1,4 +1,5 @@
 // Renders one question's events, its reply or its error.
+import { clock } from "./player.js";
 
 const TITLES = {
   PLANNING: "Plan",
@@ -34,8 +35,10 @@ const percent = (share) => `${(100 * share).toFixed(share > 0.0995 || share === 
 const seconds = (ms) => (ms === null ? "-" : ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(2)} s`);
 
 export class AnswerView {
-  constructor() {
-    const names = "answer-card empty asked stage stage-text answer-text scores failure warnings trace facts fact-list elapsed live";
+  /** @param {(startS: number, endS: number) => void} play plays a part of the clip */
+  constructor(play) {
+    this.play = play;
+    const names = "answer-card empty asked stage stage-text answer-text scores evidence failure warnings trace facts fact-list elapsed live";
     this.parts = Object.fromEntries(names.split(" ").map((name) => [name, document.getElementById(name)]));
   }
 
@@ -54,8 +57,8 @@ export class AnswerView {
     this.sections = new Map();
     this.pauses = [];
     this.answer = "";
-    for (const name of ["trace", "scores", "warnings", "fact-list"]) parts[name].replaceChildren();
-    for (const name of ["empty", "scores", "failure", "warnings", "trace", "facts", "answer-text"]) parts[name].hidden = true;
+    for (const name of ["trace", "scores", "evidence", "warnings", "fact-list"]) parts[name].replaceChildren();
+    for (const name of ["empty", "scores", "evidence", "failure", "warnings", "trace", "facts", "answer-text"]) parts[name].hidden = true;
     parts["answer-text"].textContent = "";
     parts.asked.textContent = choices.length ? `${question} (${choices.join(" / ")})` : question;
     parts.asked.hidden = false;
@@ -87,6 +90,9 @@ export class AnswerView {
         break;
       case "pause":
         this.#pause(data);
+        break;
+      case "window.done":
+        this.stage(`Windows: ${data.done} of ${data.of}`);
         break;
       case "answer.delta":
         this.answer += data.text;
@@ -130,6 +136,7 @@ export class AnswerView {
     this.#end("done");
     this.#say(parts["answer-text"], reply.answer.text || "No answer");
     this.#showScores(reply.answer);
+    this.#showEvidence(reply.answer);
     this.#showPerception(reply.perception);
     reply.pause.at.forEach(({ confidence }, i) => {
       if (confidence !== null && this.pauses[i]) this.pauses[i].append(`, confidence ${percent(confidence)}`);
@@ -184,6 +191,17 @@ export class AnswerView {
     this.parts.scores.hidden = false;
   }
 
+  /** Lists the windows of a recording that the answer rests on; a button plays its window. */
+  #showEvidence({ evidence }) {
+    for (const { start_s: startS, end_s: endS, quote } of evidence) {
+      const span = make("strong", {}, `${clock(startS)} to ${clock(endS)}`);
+      const button = make("button", { type: "button" }, span, make("span", {}, quote ?? "no words"));
+      button.addEventListener("click", () => this.play(startS, endS));
+      this.parts.evidence.append(make("li", {}, button));
+    }
+    this.parts.evidence.hidden = !evidence.length;
+  }
+
   /** Replaces the model's notation by labels and quotes, once they are parsed. */
   #showPerception(perception) {
     if (!perception) return;
@@ -214,7 +232,7 @@ export class AnswerView {
     const facts = [
       ["Model", reply.model],
       ["Clip", `${audio.duration_s.toFixed(1)} s, ${audio.codec}, ${audio.sample_rate_hz} Hz, ${audio.channels} channel(s)`],
-      ["Trace", `${reply.termination}, ${trace.format} format`],
+      ["Trace", trace ? `${reply.termination}, ${trace.format} format` : "none; code read the answer from the timeline"],
       ["Tokens", `${usage.prompt_tokens} prompt (${usage.audio_tokens} audio, ${usage.cached_tokens} cached), ${usage.completion_tokens} written`],
       ["Pauses", pause.mode === "off" ? "off" : `${pause.count} of ${pause.budget}, ${pause.latent_tokens} latent tokens`],
       ["First token", seconds(timings.first_token)],
@@ -222,7 +240,8 @@ export class AnswerView {
       ["Total", seconds(timings.total)],
       ["Reply", reply.id],
     ];
-    if (trace.missing_sections.length) facts.splice(3, 0, ["Missing sections", trace.missing_sections.join(", ")]);
+    if (audio.windows > 1) facts.splice(2, 0, ["Windows", audio.windows]);
+    if (trace?.missing_sections.length) facts.splice(-5, 0, ["Missing sections", trace.missing_sections.join(", ")]);
     for (const [name, value] of facts) this.parts["fact-list"].append(make("dt", {}, name), make("dd", {}, value));
     this.parts.facts.hidden = false;
   }

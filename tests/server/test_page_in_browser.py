@@ -17,7 +17,8 @@ from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwrig
 
 from server import api_keys
 from tests.paths import CLIPS, ROOT
-from tests.serving import Live, running, scripted, slow_down, tone
+from tests.recording_engine import WORDS, ToneEngine, recording
+from tests.serving import Live, running, scripted, slow_down, tone, wav
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's chromium is not installed")
@@ -212,6 +213,69 @@ def test_windows_of_a_recording_are_marked_and_played(visit: Any, live: Live) ->
     expect(page.locator("#play-time")).to_have_text(re.compile(r"^0:0([5-9]|4\.[5-9])"))
     page.get_by_role("slider", name="Position in the clip").press("Home")
     expect(page.locator("#play-time")).to_contain_text("0:00")
+
+
+def test_a_recording_is_asked_about_window_by_window(visit: Any) -> None:
+    words = [(4.0, "alpha"), (12.0, "bravo"), (33.0, "charlie"), (58.0, "alpha"), (80.0, "delta")]
+    clip = {"name": "long.wav", "mimeType": "audio/wav", "buffer": wav(recording(95, words))}
+    with running(scripted(max_queue_wait_s=1000, trim_silence=False), ToneEngine()) as service:
+        page = visit(service.url)
+        load(page, clip)
+        expect(page.locator("#clip-notice")).to_contain_text("The clip has 95.0 s.")
+        expect(page.locator("#code")).to_contain_text("long_audio=chunk")
+        ask(page, "Which word is said?", "bravo", "foxtrot")
+        assert answered(page) == "bravo"
+
+        # The timeline below the waveform has the words of each window.
+        windows = page.get_by_role("list", name="Windows of the recording").get_by_role("button")
+        texts = windows.all_inner_texts()
+        assert (
+            len(texts) >= 4 and texts[0].startswith("0:00.0 to ") and texts[-1].splitlines()[0].endswith(" to 1:35.0")
+        )
+        assert [word for _, word in words] == re.findall("|".join(WORDS), " ".join(texts))
+        # The waveform has a mark for each window, from its start to its end.
+        regions = page.locator("#wave [part~=region]")
+        expect(regions).to_have_count(len(texts))
+        edges = [[seconds(text) for text in line.splitlines()[0].split(" to ")] for line in texts]
+        frame = page.locator("#wave").bounding_box()
+        assert frame
+        for index, (start_s, end_s) in enumerate(edges):
+            box = regions.nth(index).bounding_box()
+            assert box and box["x"] - frame["x"] == pytest.approx(frame["width"] * start_s / 95, abs=3)
+            assert box["width"] == pytest.approx(frame["width"] * (end_s - start_s) / 95, abs=3)
+
+        # The evidence is the window with the word, and plays from there.
+        evidence = page.get_by_role("list", name="Evidence").get_by_role("button")
+        expect(evidence.first).to_contain_text("bravo")
+        expect(windows.locator(":scope.cited")).to_have_count(evidence.count())
+        assert evidence.first.inner_text().splitlines()[0] == texts[0].splitlines()[0]
+        page.get_by_role("slider", name="Position in the clip").press("End")
+        evidence.first.click()
+        expect(page.locator("#play-time")).to_have_text(re.compile(r"^0:[01]\d\."))
+        page.get_by_text("Details").click()
+        expect(page.locator("#fact-list")).to_contain_text(f"Windows{len(texts)}")
+        assert_accessible(page)
+
+        # Code answers a count from the timeline; that reply has no trace.
+        page.get_by_text("Open answer", exact=True).click()
+        ask(page, 'How many times is "alpha" said?')
+        assert answered(page) == "2"
+        expect(evidence).to_have_count(2)
+        expect(page.locator("#fact-list")).to_contain_text("code read the answer from the timeline")
+        expect(page.locator("#warnings")).to_contain_text("answered_from_timeline")
+        page.locator("#history button").filter(has_text="Which word is said?").click()
+        expect(evidence.first).to_contain_text("bravo")
+
+        # A clip of one window is asked about as before.
+        load(page)
+        expect(page.locator("#clip-notice")).to_be_hidden()
+        expect(page.locator("#code")).not_to_contain_text("long_audio")
+
+
+def seconds(text: str) -> float:
+    """Reads a time as the page writes it."""
+    minutes, _, rest = text.partition(":")
+    return 60 * int(minutes) + float(rest)
 
 
 def test_an_error_is_shown_with_code_message_and_hint(visit: Any, live: Live) -> None:
