@@ -16,10 +16,16 @@ mv "$wheels"/torch-*.whl "$wheels/torch-2.13.0+cpu-py3-none-any.whl"
 compile() { # name, extra, then more uv options
   name=$1 extra=$2
   shift 2
+  resolve "$name" pyproject.toml --extra "$extra" --override requirements/overrides.txt "$@"
+}
+
+resolve() { # name, then uv's source and options
+  name=$1
+  shift
   # shellcheck disable=SC2086  # UPGRADE is one word or none
-  "$bin/uv" pip compile pyproject.toml --extra "$extra" --output-file "requirements/$name.txt" --quiet \
+  "$bin/uv" pip compile --output-file "requirements/$name.txt" --quiet \
     --universal --python-version 3.11 --only-binary :all: --generate-hashes --no-annotate \
-    --override requirements/overrides.txt --custom-compile-command "make lock" ${UPGRADE:-} "$@"
+    --custom-compile-command "make lock" ${UPGRADE:-} "$@"
   # Every lock is for the one platform of [tool.uv] environments, so remove the markers of that platform.
   sed -i -E -e "/^[a-z]/s/ and (platform_machine == 'x86_64'|platform_python_implementation == 'CPython')//g" \
     -e "/^[a-z]/s/ and (sys_platform == 'linux'|implementation_name != '(PyPy|pypy)')//g" \
@@ -45,3 +51,6 @@ cpu="--override requirements/overrides-cpu.txt --find-links $wheels --no-emit-pa
     --constraint requirements/dev.txt --constraint requirements/load.txt
 }
 compile gpu gpu
+
+# The previous major of OpenAI's client; the environment of the tests has its other dependencies.
+resolve openai2 --group pyproject.toml:openai2 --no-deps
