@@ -4,7 +4,8 @@
 
 cyclonedx-py lists the packages. Wheels bring more than their own code: FFmpeg in av, libsndfile and what it is linked
 with in soundfile, OpenBLAS in numpy, crates of Rust. Some say so themselves (PEP 770); for the others this looks at the
-libraries they carry and at the versions written in those. What is linked in without such a mark stays unseen.
+libraries they carry and at the versions written in those. What is linked in without such a mark stays unseen. The web
+page brings JavaScript, with a list of its own.
 
 The result is the same for the same environment: no time, no random number. Runs in the image's build, so it needs
 cyclonedx-bom and the standard library alone; knows nothing of the service.
@@ -75,6 +76,9 @@ def main(arguments: list[str]) -> int:
         for each in (*declared(distribution), *bundled(distribution)):
             found.setdefault(each["bom-ref"], each)
             graph.setdefault(owner, set()).add(each["bom-ref"])
+    for each in vendored(options.python):
+        found[each["bom-ref"]] = each
+        graph.setdefault(bom["metadata"]["component"]["bom-ref"], set()).add(each["bom-ref"])
     for each in (interpreter(options.python), *(debian_packages() if options.debian else ())):
         found[each["bom-ref"]] = each
     bom["components"] = [found[ref] for ref in sorted(found)]
@@ -189,6 +193,39 @@ def bundled(distribution: metadata.Distribution) -> Iterator[Component]:
                 "hashes": [{"alg": "SHA-256", "content": hashlib.sha256(code).hexdigest()}],
                 "properties": [{"name": "hyper:path", "value": str(path)}],
             }
+
+
+def vendored(python: str) -> Iterator[Component]:
+    """Lists the JavaScript and style sheets that the web page brings, each package with its files.
+
+    Raises:
+        FileNotFoundError: If neither the environment nor the working copy has the page.
+        ValueError: If a file is another one than its list says.
+    """
+    places = [*map(Path, site_packages(python)), HERE.parent]
+    folders = [place / "server" / "page" / "vendor" for place in places]
+    folder = next((folder for folder in folders if (folder / "vendored.json").is_file()), None)
+    if folder is None:
+        raise FileNotFoundError(f"The page's vendored.json is in none of {', '.join(map(str, folders))}.")
+    for package in json.loads((folder / "vendored.json").read_text(encoding="utf-8")):
+        files: list[Component] = []
+        for name, facts in sorted(package["files"].items()):
+            digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            if digest != facts["sha256"]:
+                raise ValueError(f"{name} has the SHA-256 {digest}; vendored.json says {facts['sha256']}.")
+            path = f"server/page/vendor/{name}"
+            hashes = [{"alg": "SHA-256", "content": digest}]
+            files.append({"type": "file", "name": name, "bom-ref": f"file:{path}", "hashes": hashes})
+            files[-1]["properties"] = [{"name": "hyper:path", "value": path}]
+        yield {
+            "type": "library",
+            "name": package["name"],
+            "version": package["version"],
+            "purl": package["purl"],
+            "bom-ref": package["purl"],
+            "licenses": [{"license": {"id": package["licence"]}}],
+            "components": files,
+        }
 
 
 def interpreter(python: str) -> Component:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import av
 import pytest
 
+from server import page
 from tests.process import ROOT
 
 
@@ -41,6 +43,27 @@ def test_the_list_names_what_wheels_bring_along(contents: dict[str, Any]) -> Non
     for each in found.values():
         if each["type"] == "file":
             assert re.fullmatch(r"[0-9a-f]{64}", each["hashes"][0]["content"])
+
+
+def test_the_list_has_the_javascript_of_the_page(contents: dict[str, Any]) -> None:
+    components = {each["bom-ref"]: each for each in contents["components"]}
+    packages = json.loads((page.DIRECTORY / "vendor/vendored.json").read_text(encoding="utf-8"))
+    assert {package["name"] for package in packages} == {"wavesurfer.js", "swagger-ui-dist"}
+    for package in packages:
+        found = components[f"pkg:npm/{package['name']}@{package['version']}"]
+        assert found["licenses"] == [{"license": {"id": package["licence"]}}]
+        hashes = {each["name"]: each["hashes"][0]["content"] for each in found["components"]}
+        # Those of the files that the service sends.
+        assert hashes == {
+            name: hashlib.sha256((page.DIRECTORY / "vendor" / name).read_bytes()).hexdigest()
+            for name in package["files"]
+        }
+    (needs,) = (
+        each["dependsOn"]
+        for each in contents["dependencies"]
+        if each["ref"] == contents["metadata"]["component"]["bom-ref"]
+    )
+    assert {package["purl"] for package in packages} <= set(needs)
 
 
 def test_the_list_leaves_out_what_is_not_locked(contents: dict[str, Any]) -> None:
