@@ -22,7 +22,7 @@ from server.api.job_steps import MAX_WAIT_S, WAITING, JobSteps
 from server.api.lifecycle import Handler
 from server.api.qa import qa_of_json
 from server.errors import RequestError
-from server.jobs.records import Ending, Job, StepOutcome
+from server.jobs.records import Ending, Job, ReadClip, StepOutcome
 from server.quotas import Tenant
 from server.request_context import RequestContext
 
@@ -49,11 +49,15 @@ class ChargedTenant(Tenant):
 class BatchSteps(JobSteps):
     """Steps of jobs and of batches; see `server.jobs.job_service.Steps`."""
 
-    async def perform(self, job: Job, index: int, clip: bytes | None) -> StepOutcome:
-        """Do a question of a job, or a line of a batch; every error is an outcome."""
+    async def perform(self, job: Job, index: int, read_clip: ReadClip, earlier: Sequence[StepOutcome]) -> StepOutcome:
+        """Do a step of a job, or a line of a batch; every error of a request is an outcome.
+
+        Raises:
+            OSError: If the clip or the line cannot be read.
+        """
         if job.kind == "qa":
-            return await super().perform(job, index, clip)
-        return await self.perform_line(job, index, clip or b"")
+            return await super().perform(job, index, read_clip, earlier)
+        return await self.perform_line(job, index, await read_clip())
 
     async def perform_line(self, job: Job, index: int, text: bytes) -> StepOutcome:
         """Do one line of a batch."""

@@ -218,6 +218,7 @@ class TakeJob:
         self.idempotency_key: str | None = None
         self.earlier: Job | None = None
         self.audio_s = 0.0
+        self.num_windows = 0
 
     @classmethod
     async def read(cls, request: Request, service: Service, context: RequestContext) -> TakeJob:
@@ -289,6 +290,8 @@ class TakeJob:
         recording = await open_recording(self.service, self.context, self.data, track=options.track, channel=channel)
         try:
             self.audio_s = recording.duration_s
+            if options.long_audio == "chunk" and len(recording.spans) > 1:
+                self.num_windows = len(recording.spans)
             if options.long_audio == "window":
                 part_from(recording, start_s or 0.0, self.service.recording_limits.min_duration_s)
         finally:
@@ -304,7 +307,7 @@ class TakeJob:
             tenant=self.context.tenant_name,
             kind="qa",
             request=options.model_dump(mode="json", include={*JobOptions.model_fields}),
-            num_steps=len(options.questions) or 1,
+            num_steps=self.num_windows + (len(options.questions) or 1),
             keep_s=options.keep_s or self.service.settings.jobs_keep_s,
             audio_s=self.audio_s,
             webhook_url=None if options.webhook is None else options.webhook.url,

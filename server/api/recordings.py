@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from hyper_model.answering import AnswerDelta, AnswerResult, Event
 from hyper_model.audio import SAMPLE_RATE_HZ, WINDOW_S, AudioLimits, Channel
@@ -55,6 +55,8 @@ MAP_QUESTION = "What is said?"
 """Question to each window; the trace describes sounds, speakers and words whatever the question is."""
 
 LongAudio = Literal["error", "window", "chunk"]
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,9 @@ async def answer_recording(
 class RecordingRun:
     """One question about one recording.
 
+    Args:
+        known: Perceptions of windows that need not be asked, beside the stored ones.
+
     Attributes:
         id: Random name of the answer.
         windows: Perceptions so far, by the number of the window.
@@ -178,9 +183,11 @@ class RecordingRun:
         *,
         deadline_s: float,
         shows_reasoning: bool = True,
+        known: Iterable[WindowPerception] = (),
     ) -> None:
         self.service = service
         self.context = context
+        self.known = {window.span: window for window in known}
         # The answer combines several windows or is computed, so their log-probabilities are not used.
         self.asked = dataclasses.replace(asked, wants_logprobs=False)
         self.recording = recording
@@ -212,7 +219,7 @@ class RecordingRun:
             RequestError: If all asked windows fail, the error of the first.
         """
         spans = self.recording.spans
-        known = self.service.perceptions.find(self.recording_id)
+        known = {**self.service.perceptions.find(self.recording_id), **self.known}
         todo: list[Span] = []
         for span in spans:
             if span.is_silent or span in known:
@@ -241,22 +248,31 @@ class RecordingRun:
         self.service.metrics.recording_windows.labels(window.status).inc()
         return WindowDone(window.span.index, window.status, len(self.windows), len(self.recording.spans))
 
-    async def _try_to_ask(
-        self, span: Span, asked: Asked, token_ids: Sequence[int], priority: Priority
-    ) -> tuple[AnswerRun, AnswerResult] | str:
-        """Ask about a window, or return the code of its error; the other windows stay as they are."""
+    async def _attempt(self, work: Awaitable[Result]) -> Result | str:
+        """Return the result, or the code of its error; the other windows stay as they are."""
         try:
-            return await self._ask(span, asked, token_ids, priority)
+            return await work
         except Exception as error:
             return self._record_error(error)
 
     async def _perceive_one(self, span: Span, places: asyncio.Semaphore) -> WindowPerception:
         async with places:
-            # The pause gate is off: a second look costs more than it adds to a description.
-            found = await self._try_to_ask(span, Asked(MAP_QUESTION, pause="off"), self.map_token_ids, "batch")
-        if isinstance(found, str):
-            return WindowPerception(span, "failed", error=found)
-        run, result = found
+            found = await self._attempt(self.perceive_window(span))
+        return WindowPerception(span, "failed", error=found) if isinstance(found, str) else found
+
+    async def perceive_window(self, span: Span) -> WindowPerception:
+        """Ask one window and store its perception; a silent or stored one is not asked.
+
+        Raises:
+            Exception: Each exception of a question; see `server.errors.to_request_error`.
+        """
+        if span.is_silent:
+            return WindowPerception(span, "silent")
+        stored = self.service.perceptions.find(self.recording_id).get(span)
+        if stored is not None:
+            return stored
+        # The pause gate is off: a second look costs more than it adds to a description.
+        run, result = await self._ask(span, Asked(MAP_QUESTION, pause="off"), self.map_token_ids, "batch")
         termination = result.parsed.termination.value
         window = WindowPerception(
             span, "done", result.parsed.trace, counts=counts_of(run, result), termination=termination
@@ -322,7 +338,7 @@ class RecordingRun:
         return self._reply_by_windows(windows)
 
     async def _relisten(self, window: WindowPerception, weight: float, score: float) -> _Relistened | None:
-        found = await self._try_to_ask(window.span, self.asked, self.token_ids, self.context.priority)
+        found = await self._attempt(self._ask(window.span, self.asked, self.token_ids, self.context.priority))
         return None if isinstance(found, str) else _Relistened(window, weight, score, *found)
 
     def _reply_by_windows(self, windows: Sequence[WindowPerception]) -> QaReply:

@@ -1,7 +1,8 @@
 """Durable execution of jobs and webhook deliveries on DBOS; the only module that imports it.
 
-A job is a workflow with the job's id, in a queue of the database. Each of its steps is recorded when it is done. After
-a crash, a runner with the same id runs the workflow again: recorded steps return their record, and the others run.
+A job is a workflow with the job's id, in a queue of the database. Its steps form stages, one after the other. Each step
+is recorded when it is done. After a crash, a runner with the same id runs the workflow again: recorded steps return
+their record, and the others run.
 Webhook attempts are workflows too, enqueued with a delay. Arguments and records are JSON, never pickle.
 """
 
@@ -26,7 +27,7 @@ Result = TypeVar("Result")
 Procedure = Literal["job", "webhook"]
 
 APPLICATION = "hyper"
-APPLICATION_VERSION = "hyper-jobs-1"
+APPLICATION_VERSION = "hyper-jobs-2"
 """Version of the stored workflows. A runner resumes only those of its own version, so it outlives releases; it must
 change if the order or the meaning of the steps changes."""
 
@@ -46,12 +47,16 @@ STEP: dbos.StepOptions = {"preemptible": True}
 class Work(Protocol):
     """Steps of jobs and webhooks. They are called on the event loop of DBOS, not of the service."""
 
-    async def begin(self, job_id: str) -> int:
-        """Mark a job as running; return its number of steps, or 0 if it has ended."""
+    async def begin(self, job_id: str) -> Sequence[int]:
+        """Mark a job as running; return the number of steps of each stage, or none if it has ended."""
         ...
 
-    async def perform(self, job_id: str, index: int) -> StepOutcome:
-        """Do one step; errors are outcomes."""
+    async def perform(self, job_id: str, index: int, earlier: Sequence[StepOutcome]) -> StepOutcome:
+        """Do one step; errors are outcomes.
+
+        Args:
+            earlier: Outcomes of all steps of the stages before.
+        """
         ...
 
     async def record_progress(self, job_id: str, num_done: int, num_failed: int) -> None:
@@ -224,25 +229,28 @@ class DurableRuntime:
         await self._alive(job_id, self._job_steps(job_id), lambda: self._work.fail(job_id))
 
     async def _job_steps(self, job_id: str) -> None:
-        num_steps: int = await DBOS.run_step_async({"name": "begin"}, self._work.begin, job_id)
-        if not num_steps:
+        stages: Sequence[int] = await DBOS.run_step_async({"name": "begin"}, self._work.begin, job_id)
+        if not stages:
             return
-        # Step ids in the order of the steps, whatever the order in which they end.
-        places = [DBOS.reserve_step() for _ in range(num_steps)]
         num_done = num_failed = 0
+        outcomes: list[StepOutcome] = []
         # A batch has up to 50,000 steps; each one past this gate has tasks and a place in a thread pool.
         gate = asyncio.Semaphore(max(STEPS_AT_ONCE, self.concurrency))
 
-        async def one(index: int) -> StepOutcome:
+        async def one(index: int, place: Any, earlier: Sequence[StepOutcome]) -> StepOutcome:
             nonlocal num_done, num_failed
             async with gate:
-                outcome = await places[index].run_async({"name": "step", **STEP}, self._work.perform, job_id, index)
+                outcome = await place.run_async({"name": "step", **STEP}, self._work.perform, job_id, index, earlier)
             num_done += 1
             num_failed += "error" in outcome
             await self._work.record_progress(job_id, num_done, num_failed)
             return outcome
 
-        outcomes = await all_or_none([one(index) for index in range(num_steps)])
+        for num_steps in stages:
+            earlier, first = tuple(outcomes), len(outcomes)
+            # Step ids in the order of the steps, whatever the order in which they end.
+            places = [DBOS.reserve_step() for _ in range(num_steps)]
+            outcomes += await all_or_none([one(first + index, place, earlier) for index, place in enumerate(places)])
         await DBOS.run_step_async({"name": "finish"}, self._work.finish, job_id, outcomes)
 
     async def run_webhook(self, job_id: str, event_id: str, attempt: int) -> None:

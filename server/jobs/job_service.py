@@ -25,7 +25,18 @@ from server.errors import RequestError
 from server.jobs import webhooks
 from server.jobs.clock import CautiousClock
 from server.jobs.durable import UNFINISHED, DurableRuntime, webhook_id
-from server.jobs.records import STATUSES, Delivery, Ending, Job, JobKind, JobStatus, StepOutcome, WebhookSecret, new_id
+from server.jobs.records import (
+    STATUSES,
+    Delivery,
+    Ending,
+    Job,
+    JobKind,
+    JobStatus,
+    ReadClip,
+    StepOutcome,
+    WebhookSecret,
+    new_id,
+)
 from server.jobs.runner_lock import AdvisoryLock, FileLock, RunnerLock
 from server.jobs.spool import Spool, pack
 from server.jobs.store import JobStore, KeyTakenError, is_full, open_engine
@@ -55,8 +66,28 @@ COME_BACK = "Retry after the Retry-After time."
 class Steps(Protocol):
     """The work of jobs, given by the API's layer."""
 
-    async def perform(self, job: Job, index: int, clip: bytes | None) -> StepOutcome:
-        """Do one step; every error is an outcome."""
+    def stages(self, job: Job) -> Sequence[int]:
+        """Return the number of steps of each stage; the steps of one stage may run at the same time."""
+        ...
+
+    def places(self, job: Job, index: int) -> asyncio.Semaphore:
+        """Return the places that bound the steps of this kind at the same time."""
+        ...
+
+    async def perform(self, job: Job, index: int, read_clip: ReadClip, earlier: Sequence[StepOutcome]) -> StepOutcome:
+        """Do one step; every error of a request is an outcome.
+
+        Args:
+            read_clip: Reads the clip of the job, or the line of the step.
+            earlier: Outcomes of all steps of the stages before.
+
+        Raises:
+            OSError: If the clip cannot be read.
+        """
+        ...
+
+    def forget(self, job_id: str) -> None:
+        """Drop what is kept for later steps of a job that has ended."""
         ...
 
     async def assemble(self, job: Job, outcomes: Sequence[StepOutcome]) -> Ending:
@@ -109,7 +140,6 @@ class JobService:
         self.is_open = False
         self.is_runner = False
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.places = asyncio.Semaphore(settings.jobs_concurrency)
         self.keeper: asyncio.Task[None] | None = None
         self.known: dict[str, Job] = {}
         self.progress: dict[str, tuple[int, float]] = {}
@@ -396,20 +426,20 @@ class JobService:
 
     # Work of the runner, on the event loop of DBOS
 
-    async def begin(self, job_id: str) -> int:
-        """Mark a job as running; return its number of steps, or 0 if it has ended."""
+    async def begin(self, job_id: str) -> list[int]:
+        """Mark a job as running; return the number of steps of each stage, or none if it has ended."""
         job = await self.patiently(self.store.start, job_id)
-        return 0 if job is None else job.num_steps
+        return [] if job is None else list(self.steps.stages(job))
 
-    async def perform(self, job_id: str, index: int) -> StepOutcome:
+    async def perform(self, job_id: str, index: int, earlier: Sequence[StepOutcome]) -> StepOutcome:
         """Do one step on the service's event loop."""
         assert self.loop is not None
-        work = asyncio.run_coroutine_threadsafe(self.perform_here(job_id, index), self.loop)
+        work = asyncio.run_coroutine_threadsafe(self.perform_here(job_id, index, earlier), self.loop)
         return await asyncio.wrap_future(work)
 
-    async def perform_here(self, job_id: str, index: int) -> StepOutcome:
+    async def perform_here(self, job_id: str, index: int, earlier: Sequence[StepOutcome]) -> StepOutcome:
         """Do one step as a task that `stop_steps` can cancel."""
-        task = asyncio.create_task(self.perform_in_place(job_id, index))
+        task = asyncio.create_task(self.perform_in_place(job_id, index, earlier))
         tasks = self.tasks.setdefault(job_id, set())
         tasks.add(task)
         try:
@@ -424,34 +454,35 @@ class JobService:
         """Cancel the steps in progress of a job that has ended, on the service's event loop."""
         for task in self.tasks.get(job_id, ()):
             task.cancel()
+        self.steps.forget(job_id)
 
-    async def perform_in_place(self, job_id: str, index: int) -> StepOutcome:
+    async def perform_in_place(self, job_id: str, index: int, earlier: Sequence[StepOutcome]) -> StepOutcome:
         """Do one step when a place is free."""
-        async with self.places:
-            job = self.known.get(job_id) or await self.patiently(self.store.get, job_id)
-            if job is None:
-                # Deleted a moment ago; the workflow is cancelled too.
-                return {"error": self.steps.failure()}
-            self.known[job_id] = job
+        job = self.known.get(job_id) or await self.patiently(self.store.get, job_id)
+        if job is None:
+            # Deleted a moment ago; the workflow is cancelled too.
+            return {"error": self.steps.failure()}
+        self.known[job_id] = job
+        async with self.steps.places(job, index):
             try:
-                clip = await self.in_pool(self.read_clip, job, index)
+                outcome = await self.steps.perform(
+                    job, index, functools.partial(self.in_pool, self.read_clip, job, index), earlier
+                )
             except OSError as error:
                 logger.error("a job's clip cannot be read", exc_info=error, extra={"job": job_id})
                 outcome: StepOutcome = {"error": self.steps.failure()}
-            else:
-                outcome = await self.steps.perform(job, index, clip)
         self.metrics.job_steps.labels("failed" if "error" in outcome else "done").inc()
         logger.info("job step", extra={"job": job_id, "step": index, "is_done": "error" not in outcome})
         return outcome
 
-    def read_clip(self, job: Job, index: int) -> bytes | None:
+    def read_clip(self, job: Job, index: int) -> bytes:
         """Return the clip of a job, or of a batch the line of a step.
 
         Raises:
             OSError: If it cannot be read.
         """
         if job.clip is None:
-            return None
+            return b""
         return self.spool.read_part(job.clip, index) if job.kind == "batch" else self.spool.read(job.clip)
 
     async def record_progress(self, job_id: str, num_done: int, num_failed: int) -> None:
@@ -483,6 +514,8 @@ class JobService:
         """Drop the memory of a job."""
         self.known.pop(job_id, None)
         self.progress.pop(job_id, None)
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self.steps.forget, job_id)
 
     async def deliver(self, job_id: str, event_id: str, attempt: int) -> float | None:
         """Try to deliver a webhook; return the delay until the next attempt, or None if there is none."""

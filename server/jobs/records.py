@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -20,7 +21,11 @@ ACTIVE: tuple[JobStatus, ...] = ("queued", "running")
 StepOutcome = dict[str, Any]
 """Outcome of a step, as JSON: `{"reply": {...}}`, or `{"error": {...}}` with an error object.
 
-A step of a batch has `line`, its line of the result files; beside an error too."""
+A step of a batch has `line`, its line of the result files; beside an error too. That of a window has `window`, its
+perception."""
+
+ReadClip = Callable[[], Awaitable[bytes]]
+"""Reads the clip of a job, or the line of a batch's step."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Job:
         tenant: Name of the key that sent it; empty if the service is open to all.
         request: The checked fields of the request, as JSON.
         clip: Name of the clip in the spool folder, or of the lines of a batch; None if the job has none.
-        num_steps: Number of steps: questions, windows or lines.
+        num_steps: Number of steps: windows and questions, or lines.
         num_done: Number of finished steps.
         audio_s: Seconds of audio, charged when the job was taken.
         keep_s: Seconds to keep the job after its end.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from server.jobs.store import open_engine
 from tests.jobs import create, post_job, wait_for_end, wait_until_up
 from tests.postgres import Cluster, needs_postgres
 from tests.process import serve_process
-from tests.serving import assert_error, running, scripted, slow_down, wait_for
+from tests.serving import assert_error, running, scripted, slow_down, tone, wait_for
 
 NUM_QUESTIONS = 8
 
@@ -68,6 +70,50 @@ def test_a_killed_process_resumes_after_the_last_finished_step(job_settings: dic
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     steps = Counter(line["step"] for line in lines if line["message"] == "job step")
     assert set(steps) == set(range(NUM_QUESTIONS)) and sum(steps.values()) <= NUM_QUESTIONS + 2 * 2
+
+
+def test_a_killed_process_resumes_in_the_middle_of_a_recording(job_settings: dict[str, Any], tmp_path: Path) -> None:
+    environment = {
+        "HYPER_ENGINE": "scripted",
+        "HYPER_STATE_DIR": str(tmp_path),
+        "HYPER_SCRIPTED_TOKEN_INTERVAL_S": "0.01",
+        "HYPER_JOBS_CONCURRENCY": "2",
+        "HYPER_MAX_NUM_SEQS": "2",
+    }
+    if "jobs_database_url" in job_settings:
+        environment["HYPER_JOBS_DATABASE_URL"] = job_settings["jobs_database_url"]
+    url_of_jobs = job_settings.get("jobs_database_url") or f"sqlite:///{tmp_path / 'jobs/jobs.sqlite'}"
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+
+    @contextlib.contextmanager
+    def life(log: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+        with contextlib.ExitStack() as stack:
+            stderr = stack.enter_context(log.open("w"))
+            process, url = stack.enter_context(serve_process(environment, ready_timeout_s=120, stderr=stderr))
+            client = stack.enter_context(httpx.Client(base_url=url, timeout=60))
+            wait_until_up(client)
+            yield process, client
+
+    with life(logs[0]) as (process, client):
+        address = create(client, tone(150.0), long_audio="chunk", questions=["What is said?", "Who speaks?"])
+        wait_for(lambda: client.get(address).json()["progress"]["done"] > 1, 120)
+        process.kill()
+        process.wait(10)
+    job_id = address.rpartition("/")[2]
+    before = set(recorded_steps(url_of_jobs, job_id))
+    with life(logs[1]) as (_, client):
+        job = wait_for_end(client, address)
+        assert job["status"] == "succeeded"
+    num_windows = len(job["result"]["data"][0]["reply"]["timeline"])
+    assert job["progress"] == {"done": num_windows + 2, "of": num_windows + 2}
+    after = recorded_steps(url_of_jobs, job_id)
+    assert list(after.values()) == [1] * (num_windows + 2)
+    # The second process asks the windows without a record, and no other.
+    lines = [json.loads(line) for line in logs[1].read_text().splitlines() if line.startswith("{")]
+    steps = Counter(line["step"] for line in lines if line["message"] == "job step")
+    places = sorted(after)
+    assert 1 < len(before) < num_windows
+    assert steps == Counter(index for index, place in enumerate(places) if place not in before)
 
 
 @needs_postgres

@@ -199,8 +199,13 @@ def test_a_recording_beyond_the_limit_of_requests_is_answered_by_a_job(shared: L
     questions = ["What is heard?", "Who speaks?"]
     address = create(live.client, clip, long_audio="chunk", questions=questions)
     ended = wait_for_end(live.client, address)
-    assert (ended["status"], ended["progress"]) == ("succeeded", {"done": 2, "of": 2})
+    # Each window is a step, and each question.
+    num_steps = refused["actual"] + len(questions)
+    assert (ended["status"], ended["progress"]) == ("succeeded", {"done": num_steps, "of": num_steps})
     replies = [each["reply"] for each in ended["result"]["data"]]
+    # One question reports the tokens of the windows.
+    used = [sum(window["usage"]["completion_tokens"] for window in reply["timeline"]) for reply in replies]
+    assert used[0] > used[1]
     assert [len(reply["timeline"]) for reply in replies] == [refused["actual"]] * 2
     assert replies[0]["audio"][0]["used_s"] == 150
     # A window of the same recording.
