@@ -14,7 +14,7 @@ to the tower, T states (20 ms) and A audio tokens (40 ms) of all clips, D width 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, cast
 
@@ -31,7 +31,6 @@ __all__ = [
     "MAX_SAMPLES",
     "WINDOW",
     "LogMel",
-    "audio_stack",
     "encode",
     "num_audio_tokens",
     "num_states",
@@ -77,26 +76,12 @@ def num_audio_tokens(num_samples: int, stack: int = 1) -> int:
     """Return the number of audio tokens of a clip (`Qwen2AudioEncoder._get_feat_extract_output_lengths`).
 
     Args:
-        stack: Rows of the tower that one audio token joins (`audio_stack`).
+        stack: Rows of the tower that one audio token joins (`audio_rows.audio_stack`).
 
     Raises:
         ValueError: As in `num_states`.
     """
     return -(-(num_states(num_samples) // 2) // stack)
-
-
-def audio_stack(config: Any) -> int:
-    """Return the number of neighbouring rows (40 ms each) that one audio token joins, from a model's config.
-
-    Qwen2-Audio joins none: its audio tokens are 40 ms long. A checkpoint whose config.json says `"audio_stack": 2` has
-    tokens of 80 ms, half as many, and a projector of twice the width.
-
-    Args:
-        config: A config object of transformers, or `config.json` as a dictionary.
-    """
-    if isinstance(config, Mapping):
-        return int(cast("Mapping[str, Any]", config).get("audio_stack", 1))
-    return int(getattr(config, "audio_stack", 1))
 
 
 def num_states_of_mel(num_columns: int) -> int:
@@ -159,7 +144,9 @@ def _framed(samples_S: NDArray[np.float32], num_frames: int) -> NDArray[np.float
     return framed
 
 
-def encode(tower: Any, mels_MW: Sequence[torch.Tensor], stack: int = 1) -> tuple[torch.Tensor, list[int]]:
+def encode(
+    tower: Any, mels_MW: Sequence[torch.Tensor], stack: int = 1, layers: Sequence[int] = ()
+) -> tuple[torch.Tensor, list[int]]:
     """Run the tower once on all clips of a step, packed end to end without padding or mask.
 
     The result differs from the padded pass by rounding only. On real recordings the difference is 1e-5 to 2e-4 in
@@ -170,15 +157,23 @@ def encode(tower: Any, mels_MW: Sequence[torch.Tensor], stack: int = 1) -> tuple
         tower: transformers' `Qwen2AudioEncoder`, in any dtype, on any device.
         mels_MW: One mel per clip, as made by `LogMel`.
         stack: Rows that one audio token joins.
+        layers: Layers with states joined behind those of the last one (`audio_rows.audio_layers`), pooled and normed.
 
     Returns:
-        The rows [A, stack * D] of all clips in order, in the tower's dtype, and the number of rows per clip.
+        The rows [A, stack * (1 + L) * D] of all clips in order, with L `layers`, in the tower's dtype, and the number
+        of rows per clip.
     """
     lengths = [num_states_of_mel(mel_MW.shape[1]) for mel_MW in mels_MW]
     hidden_TD = _convolve(tower, mels_MW, lengths)
-    for layer in tower.layers:
+    kept: dict[int, torch.Tensor] = {}
+    for number, layer in enumerate(tower.layers, 1):
         hidden_TD = _run_layer(layer, hidden_TD, lengths)
-    return stack_rows(tower.layer_norm(_pool(hidden_TD, lengths)), [length // 2 for length in lengths], stack)
+        if number in layers:
+            pooled_AD = _pool(hidden_TD, lengths)
+            kept[number] = F.layer_norm(pooled_AD, pooled_AD.shape[-1:])
+    last_AD = tower.layer_norm(_pool(hidden_TD, lengths))
+    rows = torch.cat([last_AD, *(kept[number] for number in layers)], -1) if layers else last_AD
+    return stack_rows(rows, [length // 2 for length in lengths], stack)
 
 
 def stack_rows(rows_AD: torch.Tensor, lengths: Sequence[int], stack: int) -> tuple[torch.Tensor, list[int]]:

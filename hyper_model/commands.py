@@ -202,7 +202,20 @@ def quantize(source: Path, destination: Path, overwrite: bool) -> None:
     show_default=True,
     help="Encoder rows of 40 ms per audio token, with --untrained.",
 )
-def compose(parts: Path | None, destination: Path | None, overwrite: bool, untrained: bool, audio_stack: int) -> None:
+@click.option(
+    "--audio-layers",
+    default="1",
+    show_default=True,
+    help="Encoder layers joined to the last one, with commas between; empty joins none. With --untrained.",
+)
+def compose(
+    parts: Path | None,
+    destination: Path | None,
+    overwrite: bool,
+    untrained: bool,
+    audio_stack: int,
+    audio_layers: str,
+) -> None:
     """Compose hyper-small from pinned packages and the trained parts in PARTS.
 
     The packages of `requirements/small.txt` hold Whisper base and SmolLM2-135M-Instruct. Their files are checked by
@@ -214,7 +227,16 @@ def compose(parts: Path | None, destination: Path | None, overwrite: bool, untra
         raise click.UsageError("give either PARTS or --untrained")
     if untrained and destination is None:
         raise click.UsageError("--untrained needs --to")
-    found = composing.read_parts(parts) if parts is not None else composing.untrained("hyper-small-base", audio_stack)
+    try:
+        layers = [int(number) for number in audio_layers.split(",") if number.strip()]
+    except ValueError:
+        raise click.BadParameter(
+            f"{audio_layers!r}: numbers with commas are wanted", param_hint="--audio-layers"
+        ) from None
+    if parts is not None:
+        found = composing.read_parts(parts)
+    else:
+        found = composing.untrained("hyper-small-base", audio_stack, layers)
     if destination is None:
         made = composing.compose_once(found, report=click.echo)
     else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hyper_model.audio_rows import row_width
 from hyper_model.checkpoint import Checkpoint, export, open_checkpoint
 from hyper_model.ctranslate2_file import audio_config, read_variables, tower_tensors
 from hyper_model.errors import CheckpointError
@@ -81,7 +82,8 @@ class PartsFields(BaseModel):
 
     Attributes:
         name: The composed checkpoint's name.
-        audio_stack: Rows of the audio tower joined into one audio token (`audio_encoder.audio_stack`).
+        audio_stack: Rows of the audio tower joined into one audio token (`audio_rows.audio_stack`).
+        audio_layers: Layers of the audio tower joined to the last one (`audio_rows.audio_layers`).
         lora_scale: Factor of the adapters' product: alpha / rank.
         sha256: Digest of parts.safetensors.
         recipe: Training recipe of the parts, as JSON.
@@ -92,6 +94,7 @@ class PartsFields(BaseModel):
 
     name: str
     audio_stack: int = Field(ge=1, le=8)
+    audio_layers: tuple[int, ...] = ()
     lora_scale: float = Field(gt=0)
     sha256: str
     recipe: str = ""
@@ -237,19 +240,24 @@ def write_composed(
     import torch
 
     fields, text = parts.fields, decoder.text_config()
-    width = audio["d_model"] * fields.audio_stack
+    config: dict[str, Any] = {"audio_config": dict(audio), "text_config": text, "audio_stack": fields.audio_stack}
+    num_layers = audio["encoder_layers"]
+    if not all(1 <= number < num_layers for number in fields.audio_layers):
+        raise CheckpointError(f"audio_layers are {list(fields.audio_layers)}, and 1 to {num_layers - 1} exist")
+    if fields.audio_layers:
+        config["audio_layers"] = list(fields.audio_layers)
     projector = {name: tensor for name, tensor in parts.tensors.items() if name.startswith(_PROJECTOR)}
     if not parts.tensors:
         random = torch.Generator().manual_seed(0)
         projector = {
-            f"{_PROJECTOR}weight": torch.randn(text["hidden_size"], width, generator=random) * 0.02,
+            f"{_PROJECTOR}weight": torch.randn(text["hidden_size"], row_width(config), generator=random) * 0.02,
             f"{_PROJECTOR}bias": torch.zeros(text["hidden_size"]),
         }
     report(f"writing {destination}")
     return export(
         destination,
         state_dict=tensors | projector,
-        config={"audio_config": dict(audio), "text_config": text, "audio_stack": fields.audio_stack},
+        config=config,
         tokenizer_json=decoder.tokenizer.to_str(),
         manifest_fields={
             "name": fields.name,
@@ -267,9 +275,15 @@ def write_composed(
     )
 
 
-def untrained(name: str, stack: int) -> Parts:
+def untrained(name: str, stack: int, layers: Sequence[int] = ()) -> Parts:
     """Return parts without weights; composed, they are the base for training."""
-    fields = PartsFields(name=name, audio_stack=stack, lora_scale=1.0, sha256=hashlib.sha256(b"").hexdigest())
+    fields = PartsFields(
+        name=name,
+        audio_stack=stack,
+        audio_layers=tuple(layers),
+        lora_scale=1.0,
+        sha256=hashlib.sha256(b"").hexdigest(),
+    )
     return Parts(fields, {})
 
 

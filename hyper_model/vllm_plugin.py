@@ -39,8 +39,9 @@ from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import MultiModalDataItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
-from hyper_model.audio_encoder import HOP, MAX_SAMPLES, WINDOW, LogMel, audio_stack, encode, num_states_of_mel
+from hyper_model.audio_encoder import HOP, MAX_SAMPLES, WINDOW, LogMel, encode, num_states_of_mel
 from hyper_model.audio_limits import SAMPLE_RATE_HZ
+from hyper_model.audio_rows import audio_layers, audio_stack, row_width
 
 ARCHITECTURE = "Qwen2AudioForConditionalGeneration"
 PARENT_WATCH = "hyper-parent-watch"
@@ -162,14 +163,15 @@ def _num_audio_tokens(item: Mapping[str, Any], stack: int) -> int:
 class UnpaddedQwen2Audio(Qwen2AudioForConditionalGeneration):
     """Qwen2-Audio model with a tower run once per step, on all clips packed without padding.
 
-    The projector reads `audio_stack` rows of the tower at once; config.json sets the number.
+    The projector reads `audio_stack` rows of the tower at once, and the states of `audio_layers` beside those of the
+    last layer; config.json sets both.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.stack = audio_stack(self.config)
-        if self.stack > 1:
-            width = self.config.audio_config.d_model * self.stack
+        self.stack, self.layers = audio_stack(self.config), audio_layers(self.config)
+        width = row_width(self.config)
+        if width != self.config.audio_config.d_model:
             self.multi_modal_projector = Qwen2AudioMultiModalProjector(width, self.config.text_config.hidden_size)
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
@@ -182,5 +184,5 @@ class UnpaddedQwen2Audio(Qwen2AudioForConditionalGeneration):
         mels = cast("Sequence[torch.Tensor] | torch.Tensor | None", kwargs.get("input_features"))
         if mels is None:
             return super().embed_multimodal(**kwargs)
-        states_AD, num_tokens = encode(self.audio_tower, list(mels), self.stack)
+        states_AD, num_tokens = encode(self.audio_tower, list(mels), self.stack, self.layers)
         return self.multi_modal_projector(states_AD).split(num_tokens)

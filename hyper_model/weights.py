@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hyper_model import int8
+from hyper_model.audio_rows import row_width
 from hyper_model.errors import CheckpointError
 from hyper_model.int8 import EMBEDDING, LM_HEAD
 
@@ -106,8 +107,8 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         CheckpointError: If the config lacks a dimension.
     """
     try:
-        stack = int(config.get("audio_stack", 1))
-        return _text_shapes(config["text_config"]) | _audio_shapes(config["audio_config"], config["text_config"], stack)
+        width = row_width(config)
+        return _text_shapes(config["text_config"]) | _audio_shapes(config["audio_config"], config["text_config"], width)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"config.json does not describe a Qwen2-Audio model (at {error})") from error
 
@@ -139,7 +140,7 @@ def _text_shapes(text: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _audio_shapes(audio: Mapping[str, Any], text: Mapping[str, Any], stack: int) -> dict[str, tuple[int, ...]]:
+def _audio_shapes(audio: Mapping[str, Any], text: Mapping[str, Any], row_width: int) -> dict[str, tuple[int, ...]]:
     width, inner = audio["d_model"], audio["encoder_ffn_dim"]
     shapes: dict[str, tuple[int, ...]] = {
         "audio_tower.conv1.weight": (width, audio["num_mel_bins"], 3),
@@ -149,7 +150,7 @@ def _audio_shapes(audio: Mapping[str, Any], text: Mapping[str, Any], stack: int)
         "audio_tower.embed_positions.weight": (audio["max_source_positions"], width),
         "audio_tower.layer_norm.weight": (width,),
         "audio_tower.layer_norm.bias": (width,),
-        "multi_modal_projector.linear.weight": (text["hidden_size"], stack * width),
+        "multi_modal_projector.linear.weight": (text["hidden_size"], row_width),
         "multi_modal_projector.linear.bias": (text["hidden_size"],),
     }
     for layer in range(audio["encoder_layers"]):

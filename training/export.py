@@ -93,6 +93,8 @@ class RunModel:
     def load_parts(self, parts: Parts) -> None:
         """Put trained parts of hyper-small into the adapters and the projector.
 
+        The projector of parts without `audio_layers` gets zeros for the states of these layers.
+
         Raises:
             CheckpointError: The parts do not fit the adapters of this policy.
         """
@@ -102,6 +104,8 @@ class RunModel:
         own = {name.replace(".default.", "."): p.shape for name, p in self.policy.named_parameters()}
         for name, tensor in tensors.items():
             place = name.replace("projector.linear.", "projector.modules_to_save.linear.")
+            if name.endswith("projector.linear.weight") and not parts.fields.audio_layers:
+                tensor = tensors[name] = _widened(tensor, self.core.stack, len(self.core.layers))
             if own.get(place) != tensor.shape:
                 raise CheckpointError(
                     f"the parts hold {name} {tuple(tensor.shape)}; the adapters of this run have {own.get(place)} there"
@@ -142,6 +146,12 @@ class RunModel:
             dtype=dtype,
             overwrite=overwrite,
         )
+
+
+def _widened(weight_HD: torch.Tensor, stack: int, num_layers: int) -> torch.Tensor:
+    """Return a projector's weight with zeros for the states of further layers: [H, (1 + num_layers) * D]."""
+    rows = weight_HD.reshape(len(weight_HD), stack, -1)
+    return nn.functional.pad(rows, (0, num_layers * rows.shape[2])).flatten(1)
 
 
 def model_of_checkpoint(directory: Path, *, dtype: torch.dtype, lora: Lora | None = None) -> RunModel:

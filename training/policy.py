@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen2Config
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
-from hyper_model.audio_encoder import audio_stack, encode, num_states_of_mel
+from hyper_model.audio_encoder import encode, num_states_of_mel
+from hyper_model.audio_rows import audio_layers, audio_stack, row_width
 from hyper_model.checkpoint import Checkpoint, require_float_weights
 from hyper_model.errors import CheckpointError
 from hyper_model.weights import StoredTensors, canonical_name, read_entries, weight_files
@@ -80,7 +81,7 @@ def pack(
     Args:
         clips: Per clip, the encoder's states [A, D] or its log-mel [M, W] (`audio_encoder.LogMel`).
         is_encoded: True for encoder states.
-        stack: Rows of the tower that one audio token joins (`audio_encoder.audio_stack`); states come joined already.
+        stack: Rows of the tower that one audio token joins (`audio_rows.audio_stack`); states come joined already.
     """
     lengths = [len(clip) if is_encoded else -(-(num_states_of_mel(clip.shape[1]) // 2) // stack) for clip in clips]
     starts = [sum(lengths[:c]) for c in range(len(clips))]
@@ -141,16 +142,20 @@ class Scores(NamedTuple):
 class HyperPolicy(Qwen2AudioForConditionalGeneration):
     """Qwen2-Audio for training; its parameters and their names are the library's.
 
-    If the config has an `audio_stack`, the projector reads this number of rows of the tower at once.
+    With `audio_stack` or `audio_layers` in the config, the projector is wider (`audio_rows.row_width`).
     """
 
     def __init__(self, config: Qwen2AudioConfig) -> None:
         super().__init__(config)
-        self.stack = audio_stack(config)
-        if self.stack > 1:
+        self.stack, self.layers = audio_stack(config), audio_layers(config)
+        if is_widened(config):
             projector: Any = self.model.multi_modal_projector
-            audio, text = cast(Any, config.audio_config), cast(Any, config.text_config)
-            projector.linear = nn.Linear(audio.d_model * self.stack, text.hidden_size)
+            projector.linear = nn.Linear(row_width(config), cast(Any, config.text_config).hidden_size)
+
+    def encode(self, mels_MW: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+        """Return the projector's input rows of all clips, and the number of rows per clip."""
+        tower: Any = self.model.audio_tower
+        return encode(tower, mels_MW, self.stack, self.layers)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -200,7 +205,7 @@ class HyperPolicy(Qwen2AudioForConditionalGeneration):
         embedded_BTH = model.language_model.get_input_embeddings()(token_ids_BT)
         if states_AD is None:
             assert mels_MW is not None
-            states_AD, _ = encode(model.audio_tower, mels_MW, self.stack)
+            states_AD, _ = self.encode(mels_MW)
         projected_AH = model.multi_modal_projector(states_AD.to(embedded_BTH.dtype))
         embedded_BTH = embedded_BTH.masked_scatter(is_audio_BT[..., None], projected_AH[audio_rows])
         output = model.language_model(
@@ -234,6 +239,11 @@ class HyperPolicy(Qwen2AudioForConditionalGeneration):
         return Scores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
+def is_widened(config: Any) -> bool:
+    """Return whether the projector of a config is wider than transformers'."""
+    return row_width(config) != cast(Any, config.audio_config).d_model
+
+
 def open_policy(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> HyperPolicy:
     """Load the weights of a checkpoint.
 
@@ -244,7 +254,7 @@ def open_policy(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -
     require_float_weights(checkpoint)
     library: Any = Qwen2AudioForConditionalGeneration
     config: Any = Qwen2AudioConfig.from_pretrained(str(checkpoint.path))
-    if audio_stack(config) > 1:
+    if is_widened(config):
         policy = HyperPolicy(config)
         if policy.config.tie_word_embeddings:
             tie(policy)
@@ -256,7 +266,7 @@ def open_policy(checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -
         raise CheckpointError(f"{checkpoint.path}: the weights do not fit: {wrong}")
     # The library finds the names on disk by its own class; ours only adds methods.
     policy.__class__ = HyperPolicy
-    policy.stack = 1
+    policy.stack, policy.layers = 1, ()
     if policy.config.tie_word_embeddings:
         tie(policy)
     return policy.train()

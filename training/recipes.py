@@ -91,6 +91,8 @@ class Spelling:
     Attributes:
         freezes_embedding: True keeps the embedding unchanged, for a pretrained decoder.
         dropout_states: Share of audio tokens blanked.
+        sound_weight: Weight of a second loss beside CTC, in nats per clip: the mean of a clip's rows points at the name
+            of its background class, and at "woman" and "man" if they speak. 0 leaves it out.
     """
 
     num_steps: int
@@ -98,6 +100,7 @@ class Spelling:
     learning_rate: float
     freezes_embedding: bool = False
     dropout_states: float = 0.0
+    sound_weight: float = 0.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -397,7 +400,14 @@ def small_traces() -> SftRecipe:
         learning_rate=4e-4,
         min_learning_rate=3e-5,
         warmup_steps=30,
-        spelling=None,
+        spelling=Spelling(
+            num_steps=1_000,
+            batch_size=48,
+            learning_rate=1e-3,
+            freezes_embedding=True,
+            dropout_states=0.05,
+            sound_weight=2.0,
+        ),
         wrong_words=0.05,
         talk=Talk(
             num_clips=20_000,

@@ -113,14 +113,20 @@ def _load(directory: Path, run_dir: Path | None, *, is_projector: bool) -> tuple
 @click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("destination", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--name", default="hyper-small", show_default=True, help="The composed checkpoint's name.")
-@click.option("--audio-stack", type=click.IntRange(1, 8), default=2, show_default=True, help="As in the run's base.")
-def parts(run_dir: Path, destination: Path, name: str, audio_stack: int) -> None:
+@click.option(
+    "--base",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    required=True,
+    help="The checkpoint that the run began from.",
+)
+def parts(run_dir: Path, destination: Path, name: str, base: Path) -> None:
     """Write the trained parts of the run in RUN_DIR to DESTINATION, from its last whole checkpoint.
 
     `hyper checkpoint compose` makes a checkpoint of them, and `hyper train small_sft --parts` goes on from them.
     """
     from safetensors.torch import load_file
 
+    from hyper_model.audio_rows import audio_layers, audio_stack
     from hyper_model.compose import parts_of_adapter, write_parts
     from training.export import ADAPTER
     from training.trainer import last_checkpoint, read_recipe
@@ -129,13 +135,15 @@ def parts(run_dir: Path, destination: Path, name: str, audio_stack: int) -> None
     if saved is None:
         raise click.ClickException(f"{run_dir} holds no whole checkpoint")
     recipe = read_recipe(run_dir)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     adapter = load_file(saved / ADAPTER / "adapter_model.safetensors")
     recipe["trained_steps"] = int(saved.name.rpartition("-")[2])
     made = write_parts(
         destination,
         parts_of_adapter(adapter),
         name=name,
-        audio_stack=audio_stack,
+        audio_stack=audio_stack(config),
+        audio_layers=audio_layers(config),
         lora_scale=recipe["lora"]["alpha"] / recipe["lora"]["rank"],
         recipe=json.dumps(recipe, sort_keys=True),
         data_card="README.md",

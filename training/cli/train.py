@@ -41,7 +41,8 @@ _NUM_READ_TEXTS = 20_000
 @click.option(
     "--parts",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Trained parts of hyper-small to continue from, with a fresh optimizer; small_sft then skips the CTC stage.",
+    help="Trained parts of hyper-small to continue from, with a fresh optimizer. The CTC stage is then skipped, unless "
+    "--base reads other layers of the audio tower.",
 )
 @click.option(
     "--data",
@@ -144,8 +145,9 @@ def train(
                 f"{recipe} has no trained parts to go on from: --parts is for small_sft and small_traces"
             )
         origin["parts"] = sha256_of(parts / "parts.safetensors")
-        # The parts hold an aligned projector.
-        chosen = dataclasses.replace(chosen, spelling=None)
+        if base is not None and _fit_the_base(parts, base):
+            # The parts hold an aligned projector.
+            chosen = dataclasses.replace(chosen, spelling=None)
     checkpoint = last_checkpoint(run_dir)
     if export_only:
         if checkpoint is None:
@@ -222,11 +224,7 @@ def _fit(
         if isinstance(chosen, GrpoRecipe):
             trainer = _grpo(chosen, run_dir, base, examples, work)
         else:
-            trainer = _sft(chosen, run_dir, base, examples, work, loader_workers)
-        if parts is not None:
-            from hyper_model.compose import read_parts
-
-            trainer.run_model.load_parts(read_parts(parts))
+            trainer = _sft(chosen, run_dir, base, parts, examples, work, loader_workers)
     except BaseException:
         if is_writer and not is_resumed:
             leave_run_dir(run_dir)
@@ -401,8 +399,25 @@ def _ranks() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def _fit_the_base(parts: Path, base: Path) -> bool:
+    """Return whether trained parts project the same layers of the audio tower as a base checkpoint."""
+    import json
+
+    from hyper_model.audio_rows import audio_layers
+    from hyper_model.compose import read_parts
+
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return read_parts(parts).fields.audio_layers == audio_layers(config)
+
+
 def _sft(
-    recipe: SftRecipe, run_dir: Path, base: Path | None, examples: list[Example] | None, work: Path, num_workers: int
+    recipe: SftRecipe,
+    run_dir: Path,
+    base: Path | None,
+    parts: Path | None,
+    examples: list[Example] | None,
+    work: Path,
+    num_workers: int,
 ) -> PolicyTrainer:
     from hyper_model.audio_encoder import LogMel
     from hyper_model.trace import PauseMode
@@ -444,7 +459,11 @@ def _sft(
         sequences: Any = ClipSequences(scenes, speech, model.tokenizer, recipe, writer)
     elif recipe.talk is not None:
         model = _model(recipe, run_dir, base, work)
-        sequences = _talk(recipe, run_dir, model, work)
+        if parts is not None:
+            from hyper_model.compose import read_parts
+
+            model.load_parts(read_parts(parts))
+        sequences = _talk(recipe, run_dir, model, work, is_trained=parts is not None)
     else:
         if examples is None:
             raise click.UsageError(f"{recipe.name} needs a data set: set --data")
@@ -462,13 +481,17 @@ def _sft(
     return SftTrainer(model, recipe, run_dir, sequences, num_workers=num_workers)
 
 
-def _talk(recipe: SftRecipe, run_dir: Path, model: RunModel, work: Path) -> Any:
-    """Align the projector by CTC, and return the sequences of the alignment."""
+def _talk(recipe: SftRecipe, run_dir: Path, model: RunModel, work: Path, *, is_trained: bool) -> Any:
+    """Align the projector by CTC, and return the sequences of the alignment.
+
+    Args:
+        is_trained: The decoder is trained already.
+    """
     import random
 
     import torch
 
-    from training.data.clips import BASE_ENCODER_WIDTH, open_clips
+    from training.data.clips import BASE_ENCODER_WIDTH, BASE_LAYERS, open_clips
     from training.data.encoder import ClipEncoder, load_base_encoder
     from training.data.reading import Reader
     from training.data.scenes import SceneBuilder
@@ -483,11 +506,22 @@ def _talk(recipe: SftRecipe, run_dir: Path, model: RunModel, work: Path) -> Any:
     assets, folder = work / "assets", work / "clips/train"
     if recipe.spelling is not None:
         clips = [*open_clips(folder, BASE_ENCODER_WIDTH, kind="talk")]
+        if recipe.spelling.sound_weight:
+            clips += open_clips(folder, BASE_ENCODER_WIDTH, kind="base-scene")
         with _ranks().main_process_first():
-            file = run_dir / "spelling.safetensors"
-            spelled = teach_spelling(model.core, model.tokenizer, clips, recipe.spelling, file, seed=recipe.seed)
+            spelled = teach_spelling(
+                model.core,
+                model.tokenizer,
+                clips,
+                recipe.spelling,
+                run_dir / "spelling.safetensors",
+                seed=recipe.seed,
+                keeps_scale=is_trained,
+            )
         if spelled is not None:
             click.echo(f"the projector alone spells {spelled.num_clips} clips with word error {spelled.word_error:.3f}")
+            if spelled.sound_accuracy is not None:
+                click.echo(f"it names the background of {spelled.sound_accuracy:.3f} of them")
     if not torch.cuda.is_available():
         # On CPU the fused attention's backward pass takes three times as long as plain products (docs/LOG.md). No row
         # of these sequences has branches, whose mask plain attention would not take.
@@ -495,7 +529,7 @@ def _talk(recipe: SftRecipe, run_dir: Path, model: RunModel, work: Path) -> Any:
         core.model.language_model.set_attn_implementation("eager")
     rng = random.Random(f"{recipe.seed}/texts")
     open_texts = [draw_text(rng, "train", assets / TEXTS_FOLDER) for _ in range(_NUM_READ_TEXTS)]
-    encode = ClipEncoder(load_base_encoder(), getattr(torch, recipe.dtype))
+    encode = ClipEncoder(load_base_encoder(), getattr(torch, recipe.dtype), BASE_LAYERS)
     bank = Bank(work / "bank") if any((work / "bank").glob("*.json")) else None
     scenes = None
     if recipe.talk is not None and recipe.talk.scene_share:

@@ -38,8 +38,10 @@ from training.data.talk import TalkBuilder
 ClipKind = Literal["speech", "scene", "noise", "talk", "base-scene"]
 
 CLIPS_PER_SHARD = 500
-BASE_ENCODER_WIDTH = 512
-"""Width of the states of `talk` and `base-scene`: Whisper base's."""
+BASE_LAYERS = (1,)
+"""Layers of Whisper base joined to its last one, for the background."""
+BASE_ENCODER_WIDTH = 512 * (1 + len(BASE_LAYERS))
+"""Width of the states of `talk` and `base-scene`: Whisper base's last layer and `BASE_LAYERS`."""
 SEED_STRIDE = {"train": 0, "validation": 10_000_000, "test": 20_000_000}
 """First scene seed of each split; no two splits share a seed."""
 _KIND_STRIDE: dict[ClipKind, int] = {
@@ -159,7 +161,7 @@ def build_base_clips(
 ) -> None:
     """Build the missing shards of talk or scenes with Whisper base's states.
 
-    Whisper base is frozen and training reads each clip several times, so its states are stored: 25 kB per second.
+    Whisper base is frozen and training reads each clip several times, so its states are stored: 51 kB per second.
 
     Args:
         assets: Folder of the fetched texts, recordings and voices.
@@ -178,7 +180,7 @@ def build_base_clips(
         raise MissingDataError("scenes need the voices of a bank: build it first (make bank)")
     else:
         draw = SceneBuilder(bank, assets / SOUNDS_FOLDER, split).draw
-    encode = ClipEncoder(load_base_encoder(), getattr(torch, native_dtype()))
+    encode = ClipEncoder(load_base_encoder(), getattr(torch, native_dtype()), BASE_LAYERS)
     for shard in tqdm(shards, desc=f"{split} {kind}", unit="shard"):
         if not (folder / f"{_stem(kind, shard)}.jsonl").exists():
             write_shard(folder, kind, split, shard, draw, encode, num_clips=clips_per_shard)

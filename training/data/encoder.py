@@ -6,6 +6,7 @@ Whisper's encoder with a pooler before the last layer norm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,26 @@ def _build(data: bytes) -> Qwen2AudioEncoder:
 
 
 class ClipEncoder:
-    """Encoder from clips to audio token states, with the code of the serving model."""
+    """Encoder from clips to audio token states, with the code of the serving model.
 
-    def __init__(self, encoder: Qwen2AudioEncoder, dtype: torch.dtype = torch.float32) -> None:
+    Args:
+        layers: Layers with states joined behind those of the last one (`audio_rows.audio_layers`).
+    """
+
+    def __init__(
+        self, encoder: Qwen2AudioEncoder, dtype: torch.dtype = torch.float32, layers: Sequence[int] = ()
+    ) -> None:
         tower: Any = encoder  # The library types `to` for whole models only.
         self.encoder: Any = tower.to(dtype)
         self.log_mel = LogMel(encoder.config.num_mel_bins)
+        self.layers = tuple(layers)
 
     @torch.inference_mode()
     def __call__(self, samples_S: np.ndarray) -> torch.Tensor:
-        """Encode one clip: [A, D] in the dtype of this encoder.
+        """Encode one clip: [A, (1 + L) * D] in the dtype of this encoder, with L `layers`.
 
         Raises:
             ValueError: the clip is longer than 30 s or shorter than one audio token.
         """
-        states_AD, _ = encode(self.encoder, [self.log_mel(samples_S)])
+        states_AD, _ = encode(self.encoder, [self.log_mel(samples_S)], layers=self.layers)
         return states_AD

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from hyper_model.audio import SAMPLE_RATE_HZ
-from hyper_model.audio_encoder import LogMel, encode
+from hyper_model.audio_encoder import LogMel
 from hyper_model.trace import Section, Speaker, Trace, TraceTokenizer, build_prompt, render
 from training.data.reading import Reader, is_held_out, wordings
 from training.data.sources.downloads import TEXTS_FOLDER
@@ -205,9 +205,7 @@ class AlignmentProbe:
     @torch.inference_mode()
     def states(self, samples_S: np.ndarray) -> torch.Tensor:
         """Return the projector's input for a clip: [A, stack * D]."""
-        model: Any = self.core.model
-        mel_MW = self.log_mel(samples_S).to(model.audio_tower.conv1.weight.dtype)
-        return encode(model.audio_tower, [mel_MW], self.core.stack)[0]
+        return self.core.encode([self.log_mel(samples_S).to(self.core.dtype)])[0]
 
     @torch.inference_mode()
     def transcribe(self, samples_S: np.ndarray) -> str:

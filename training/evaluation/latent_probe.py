@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hyper_model.audio_encoder import LogMel, encode
+from hyper_model.audio_encoder import LogMel
 from hyper_model.checkpoint import Checkpoint, require_float_weights
 from hyper_model.trace import PauseMode, Section
 from training.evaluation.statistics import figure, shares
+from training.policy import open_policy
 from training.rl.rollout import Completion, Prompt
 
 MAX_PAUSES = 3
@@ -67,12 +68,11 @@ class Prober:
     """The checkpoint's model in transformers."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from transformers import Qwen2AudioForConditionalGeneration
 
         require_float_weights(checkpoint)
         self.checkpoint = checkpoint
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = Qwen2AudioForConditionalGeneration.from_pretrained(checkpoint.path, dtype=torch.float32)
+        model: Any = open_policy(checkpoint)
         self.model: Any = model.eval().to(self.device)
         self.log_mel = LogMel(self.model.config.audio_config.num_mel_bins)
 
@@ -81,7 +81,7 @@ class Prober:
         """Return the last layer's state at each token of a completion: float32 [T, H]."""
         inner = self.model.model
         at = prompt.token_ids.index(self.checkpoint.tokenizer.audio_id)
-        rows_AD, _ = encode(inner.audio_tower, [self.log_mel(prompt.samples_S).to(self.device)])
+        rows_AD, _ = self.model.encode([self.log_mel(prompt.samples_S).to(self.device)])
         embed = self.model.get_input_embeddings()
 
         def embedded(ids: Sequence[int]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, Qwen2ForCausalLM
 
-from hyper_model.audio_encoder import LogMel, encode
+from hyper_model.audio_encoder import LogMel
 from hyper_model.pause import Gate, GateSettings
 from training.export import RunModel
 from training.rl.rollout import Prompt, Rollout, banned_ids, follow, num_kept
@@ -103,7 +103,7 @@ class TransformersBackend:
         for prompt in prompts:
             key = id(prompt.samples_S)
             if key not in projected:
-                states_AD, _ = encode(core.model.audio_tower, [self.log_mel(prompt.samples_S).to(core.device)])
+                states_AD, _ = core.encode([self.log_mel(prompt.samples_S).to(core.device)])
                 projected[key] = core.model.multi_modal_projector(states_AD)
             ids = torch.tensor(prompt.token_ids, device=core.device)
             at = prompt.token_ids.index(audio_id)

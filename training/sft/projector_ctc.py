@@ -6,6 +6,9 @@ as classifier, starting from its current values. It needs only the order of the 
 
 The embedding of a pretrained language model stays as it is: its rows, centred and of length 1, are the classifier.
 
+CTC alone removes a third of what the encoder holds of the background (docs/LOG.md). A second loss keeps it: the mean of
+a clip's rows points at the name of the background class, and at "woman" and "man" if they speak.
+
 Axes: B clips, A audio tokens, D encoder width, H hidden width, V vocabulary. This module depends on no question or
 trace.
 """
@@ -34,6 +37,7 @@ from training.text_metrics import edit_distance, words
 
 _BLANK = 0
 _MAX_CHECKED = 200
+_VOICES = ("woman", "man")
 _NUM_OTHERS = 512
 _OWN = ("bias_V", "blank_H", "blank_bias", "scale")
 """Parameters of the classifier, absent from the policy."""
@@ -48,9 +52,11 @@ class Spelled:
 
     Attributes:
         word_error: Word error rate without a language model.
+        sound_accuracy: Share of right background classes; None without the loss for sounds.
     """
 
     word_error: float
+    sound_accuracy: float | None
     num_clips: int
 
 
@@ -60,9 +66,10 @@ class _Speller(nn.Module):
     Args:
         policy: Owner of the projector and the embedding; it stays unchanged.
         is_frozen: True keeps the embedding unchanged.
+        names: Tokens of the names of sounds; empty without the loss for sounds.
     """
 
-    def __init__(self, policy: HyperPolicy, *, is_frozen: bool) -> None:
+    def __init__(self, policy: HyperPolicy, *, is_frozen: bool, names: Sequence[Sequence[int]] = ()) -> None:
         super().__init__()
         linear = _projector(policy)
         weight_VH = policy.get_input_embeddings().weight.detach().float()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
@@ -77,6 +84,18 @@ class _Speller(nn.Module):
         # Most states are silence or the middle of a word.
         self.blank_bias = nn.Parameter(torch.tensor([2.0]))
         self.scale = nn.Parameter(torch.tensor(_FROZEN_SCALE if is_frozen else 1.0))
+        self.names = [torch.tensor(ids) for ids in names]
+        self.sound_scale = nn.Parameter(torch.tensor(_FROZEN_SCALE))
+        self.sound_bias_C = nn.Parameter(torch.zeros(len(names)))
+
+    def sounds(self, states_BAD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """Return the logits [B, C] of the named sounds, from the mean of each clip's rows."""
+        hidden_BAH = self.projector(states_BAD)
+        hidden_BAH = F.rms_norm(hidden_BAH, hidden_BAH.shape[-1:])
+        is_state_BA = torch.arange(states_BAD.shape[1]) < lengths_B[:, None]
+        mean_BH = (hidden_BAH * is_state_BA[..., None]).sum(1) / lengths_B[:, None]
+        names_CH = F.normalize(torch.stack([self.embedding_VH[ids].mean(0) for ids in self.names]), dim=-1)
+        return F.linear(mean_BH * self.sound_scale, names_CH, self.sound_bias_C)
 
     def forward(self, states_BAD: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Return log-probabilities [A, B, 1 + V], the blank's first.
@@ -128,17 +147,23 @@ def _encode(tokenizer: TraceTokenizer, transcript: str) -> list[int]:
     return tokenizer.encode_text(f" {transcript}") if transcript else []
 
 
-def _batch(clips: Sequence[Clip], tokenizer: TraceTokenizer, width: int, stack: int) -> dict[str, torch.Tensor]:
+def _batch(
+    clips: Sequence[Clip], tokenizer: TraceTokenizer, width: int, stack: int, classes: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
     """Collect clips of one batch.
 
     Args:
+        classes: Background classes, if the loss for sounds needs them.
         width: Width of the projector's input, `stack` states of the encoder.
     """
     states = [stack_rows(clip.states(width // stack).float(), [clip.num_tokens], stack)[0] for clip in clips]
     lengths = [len(states_AD) for states_AD in states]
     states_BAD = nn.utils.rnn.pad_sequence(states, batch_first=True)
     transcripts = [_encode(tokenizer, clip.scene.transcript) for clip in clips]
+    sexes = [{speaker.sex for speaker in clip.scene.speakers} for clip in clips]
     return {
+        "classes_B": torch.tensor([classes.index(clip.scene.environment) for clip in clips] if classes else []),
+        "is_heard_B2": torch.tensor([[sex in found for sex in _VOICES] for found in sexes], dtype=torch.float32),
         "states_BAD": states_BAD,
         "lengths_B": torch.tensor(lengths),
         "ids": torch.tensor([token_id for ids in transcripts for token_id in ids], dtype=torch.long),
@@ -172,6 +197,14 @@ def _loss(
     return total / batch["target_lengths_B"].sum().clamp(min=1)
 
 
+def _sound_loss(speller: _Speller, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the cross entropy of background class and voices in nats per clip."""
+    logits_BC = speller.sounds(batch["states_BAD"], batch["lengths_B"])
+    num_classes = logits_BC.shape[1] - len(_VOICES)
+    of_class = F.cross_entropy(logits_BC[:, :num_classes], batch["classes_B"])
+    return of_class + F.binary_cross_entropy_with_logits(logits_BC[:, num_classes:], batch["is_heard_B2"])
+
+
 def load_speller(policy: HyperPolicy, saved: Mapping[str, torch.Tensor]) -> _Speller:
     """Return the saved classifier of `teach_spelling`, over the embedding of the policy."""
     speller = _Speller(policy, is_frozen="embedding" not in saved)
@@ -183,7 +216,14 @@ def load_speller(policy: HyperPolicy, saved: Mapping[str, torch.Tensor]) -> _Spe
 
 
 def teach_spelling(
-    policy: HyperPolicy, tokenizer: TraceTokenizer, clips: Sequence[Clip], spelling: Spelling, file: Path, *, seed: int
+    policy: HyperPolicy,
+    tokenizer: TraceTokenizer,
+    clips: Sequence[Clip],
+    spelling: Spelling,
+    file: Path,
+    *,
+    seed: int,
+    keeps_scale: bool = False,
 ) -> Spelled | None:
     """Train projector and embedding of a policy, or restore the result of an earlier call from `file`.
 
@@ -191,13 +231,14 @@ def teach_spelling(
 
     Args:
         clips: Clips of one width; a few are held back for the check.
+        keeps_scale: Keep the size of the projector's output. A decoder trained behind this projector expects it.
 
     Returns:
         The accuracy on the held-back clips; None if `file` existed.
     """
     spelled = None
     if not file.exists():
-        spelled = _teach(policy, tokenizer, clips, spelling, file, seed)
+        spelled = _teach(policy, tokenizer, clips, spelling, file, seed, keeps_scale)
     saved = load_file(file)
     projector = _projector(policy)
     embedding: Any = policy.get_input_embeddings()
@@ -210,13 +251,23 @@ def teach_spelling(
 
 
 def _teach(
-    policy: HyperPolicy, tokenizer: TraceTokenizer, clips: Sequence[Clip], spelling: Spelling, file: Path, seed: int
+    policy: HyperPolicy,
+    tokenizer: TraceTokenizer,
+    clips: Sequence[Clip],
+    spelling: Spelling,
+    file: Path,
+    seed: int,
+    keeps_scale: bool,
 ) -> Spelled:
     rng = random.Random(f"{seed}/spelling")
     clips = rng.sample(clips, len(clips))
     num_checked = min(_MAX_CHECKED, len(clips) // 10)
     checked, taught = clips[:num_checked], clips[num_checked:]
-    speller = _Speller(policy, is_frozen=spelling.freezes_embedding)
+    classes: list[str] = []
+    if spelling.sound_weight:
+        classes = sorted({clip.scene.environment for clip in clips})
+    names = [tokenizer.encode_text(f" {name}") for name in (*classes, *_VOICES)] if classes else []
+    speller = _Speller(policy, is_frozen=spelling.freezes_embedding, names=names)
     width, stack = speller.projector.in_features, policy.stack
     vocabulary: Sequence[int] = range(len(speller.embedding_VH))
     if spelling.freezes_embedding:
@@ -237,11 +288,13 @@ def _teach(
             drawn.sort(key=lambda clip: clip.num_tokens)
             waiting = [drawn[i : i + size] for i in range(0, len(drawn), size)]
             rng.shuffle(waiting)
-        batch = _batch(waiting.pop(), tokenizer, width, stack)
+        batch = _batch(waiting.pop(), tokenizer, width, stack, classes)
         if spelling.dropout_states:
             kept_BA = torch.rand(batch["states_BAD"].shape[:2]) > spelling.dropout_states
             batch["states_BAD"] *= kept_BA[..., None]
         loss = _loss(speller, batch, rng, vocabulary)
+        if classes:
+            loss = loss + spelling.sound_weight * _sound_loss(speller, batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -257,10 +310,13 @@ def _teach(
         )
     ]
     num_errors, num_words = word_errors(transcripts, found)
-    spelled = Spelled(num_errors / max(1, num_words), len(checked))
+    sounds = _sound_accuracy(speller, checked, tokenizer, width, stack, classes) if classes else None
+    spelled = Spelled(num_errors / max(1, num_words), sounds, len(checked))
     saved = {"weight": speller.projector.weight.detach(), "bias": speller.projector.bias.detach()}
     if spelling.freezes_embedding:
-        scale = speller.rms / _output_rms(speller.projector, _batch(checked, tokenizer, width, stack))
+        batch = _batch(checked, tokenizer, width, stack)
+        wanted = _output_rms(_projector(policy), batch) if keeps_scale else speller.rms
+        scale = wanted / _output_rms(speller.projector, batch)
         saved = {name: tensor * scale for name, tensor in saved.items()}
     else:
         saved["embedding"] = speller.embedding_VH.detach()
@@ -268,6 +324,19 @@ def _teach(
     with replacing(file) as partial:
         save_file(saved, partial)
     return spelled
+
+
+@torch.no_grad()
+def _sound_accuracy(
+    speller: _Speller, clips: Sequence[Clip], tokenizer: TraceTokenizer, width: int, stack: int, classes: Sequence[str]
+) -> float:
+    """Return the share of clips with the right background class."""
+    num_right = 0
+    for clip in clips:
+        batch = _batch([clip], tokenizer, width, stack, classes)
+        logits_BC = speller.sounds(batch["states_BAD"], batch["lengths_B"])[:, : len(classes)]
+        num_right += int(logits_BC.argmax(1) == batch["classes_B"])
+    return num_right / max(1, len(clips))
 
 
 def word_errors(references: Sequence[str], found: Sequence[str]) -> tuple[int, int]:
