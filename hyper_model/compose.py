@@ -242,8 +242,8 @@ def write_composed(
     fields, text = parts.fields, decoder.text_config()
     config: dict[str, Any] = {"audio_config": dict(audio), "text_config": text, "audio_stack": fields.audio_stack}
     num_layers = audio["encoder_layers"]
-    if not all(1 <= number < num_layers for number in fields.audio_layers):
-        raise CheckpointError(f"audio_layers are {list(fields.audio_layers)}, and 1 to {num_layers - 1} exist")
+    if not all(1 <= number <= num_layers for number in fields.audio_layers):
+        raise CheckpointError(f"audio_layers are {list(fields.audio_layers)}, and 1 to {num_layers} exist")
     if fields.audio_layers:
         config["audio_layers"] = list(fields.audio_layers)
     projector = {name: tensor for name, tensor in parts.tensors.items() if name.startswith(_PROJECTOR)}

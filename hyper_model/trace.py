@@ -104,6 +104,7 @@ _ESCAPABLE = re.compile(rf"<(\\*(?:{_MARKUP_BODIES}))")
 MAX_QUESTION_CHARS = 2000
 MAX_CHOICE_CHARS = 500
 MAX_CHOICES = 26
+MAX_CONTEXT_CHARS = 2000
 
 
 class TagStyle(StrEnum):
@@ -478,24 +479,29 @@ _BYTE_OF_CHAR = _byte_level_alphabet()
 
 
 def build_prompt(
-    tokenizer: TraceTokenizer, question: str, choices: Sequence[str] = (), num_clips: int = 1
+    tokenizer: TraceTokenizer, question: str, choices: Sequence[str] = (), num_clips: int = 1, context: str = ""
 ) -> list[int]:
-    """Write the prompt for serving and training: the clips, then the question, then the choices.
+    """Write the prompt for serving and training: the clips, then the context, the question and the choices.
 
     One AUDIO id stands for each clip; the engine or the trainer's processor repeats it to the clip's length.
 
+    Args:
+        context: A text that may help with the words of the clip, such as names or another recogniser's transcript. Its
+            whitespace becomes single spaces, so it is one line.
+
     Raises:
-        PromptError: If the question or the choices are invalid.
+        PromptError: If the question, the choices or the context are invalid.
     """
     if num_clips < 1:
         raise ValueError(f"a prompt asks about at least one clip, not {num_clips}")
-    check_question(question, choices)
+    check_question(question, choices, context)
     ids = [tokenizer.im_start_id, *tokenizer.encode_text("user\n")]
     for number in range(1, num_clips + 1):
         ids += tokenizer.encode_text(f"Audio {number}: ")
         ids += [tokenizer.audio_bos_id, tokenizer.audio_id, tokenizer.audio_eos_id]
         ids += tokenizer.encode_text("\n")
-    lines = [question.strip(), *(render_choice(index, choices) for index in range(len(choices)))]
+    hint = [f"Context: {' '.join(context.split())}"] if context.strip() else []
+    lines = [*hint, question.strip(), *(render_choice(index, choices) for index in range(len(choices)))]
     ids += tokenizer.encode_text("".join(f"{line}\n" for line in lines))
     return [
         *ids,
@@ -506,13 +512,15 @@ def build_prompt(
     ]
 
 
-def check_question(question: str, choices: Sequence[str] = ()) -> None:
-    """Check a question and its choices before any costly work.
+def check_question(question: str, choices: Sequence[str] = (), context: str = "") -> None:
+    """Check a question, its choices and its context before any costly work.
 
     Raises:
-        PromptError: With `param` "question" or "choices".
+        PromptError: With `param` "question", "choices" or "context".
     """
     _check_text(question, "question", MAX_QUESTION_CHARS)
+    if context.strip():
+        _check_text(context, "context", MAX_CONTEXT_CHARS)
     if choices and not 2 <= len(choices) <= MAX_CHOICES:
         raise PromptError(f"{len(choices)} choices given; the number must be 0 or 2 to {MAX_CHOICES}", param="choices")
     for choice in choices:
@@ -526,7 +534,7 @@ _INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 
 
 def _check_text(text: str, param: str, max_chars: int) -> None:
-    name = "the question" if param == "question" else "a choice"
+    name = {"question": "the question", "context": "the context"}.get(param, "a choice")
     if not any(unicodedata.category(char) not in _INVISIBLE for char in text):
         raise PromptError(f"{name} is empty", param=param)
     if len(text) > max_chars:

@@ -116,6 +116,7 @@ class Talk:
         scene_share: Share of scenes among the clips; a scene has a whole trace.
         foreign_share: Share of transcripts after a question and choices about another clip. The transcript then
             depends less on the question.
+        hint_share: Share of clips with a context in the prompt, right or wrong (`training/data/hints.py`).
     """
 
     num_clips: int
@@ -125,6 +126,7 @@ class Talk:
     num_scenes: int = 0
     scene_share: float = 0.0
     foreign_share: float = 0.0
+    hint_share: float = 0.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -418,6 +420,7 @@ def small_traces() -> SftRecipe:
             num_scenes=20_000,
             scene_share=0.75,
             foreign_share=0.5,
+            hint_share=0.5,
         ),
         section_weights={"ENV": 10.0, "SPEAKER": 1.5, "REASONING": 2.0, "SUMMARY": 2.0, "RESPONSE": 3.0},
     )

@@ -269,6 +269,7 @@ def _teach(
     names = [tokenizer.encode_text(f" {name}") for name in (*classes, *_VOICES)] if classes else []
     speller = _Speller(policy, is_frozen=spelling.freezes_embedding, names=names)
     width, stack = speller.projector.in_features, policy.stack
+    rms = _output_rms(speller.projector, _batch(checked, tokenizer, width, stack)) if keeps_scale else speller.rms
     vocabulary: Sequence[int] = range(len(speller.embedding_VH))
     if spelling.freezes_embedding:
         # Most tokens of a language model are in no transcript; separating them would cost steps without any gain.
@@ -314,9 +315,7 @@ def _teach(
     spelled = Spelled(num_errors / max(1, num_words), sounds, len(checked))
     saved = {"weight": speller.projector.weight.detach(), "bias": speller.projector.bias.detach()}
     if spelling.freezes_embedding:
-        batch = _batch(checked, tokenizer, width, stack)
-        wanted = _output_rms(_projector(policy), batch) if keeps_scale else speller.rms
-        scale = wanted / _output_rms(speller.projector, batch)
+        scale = rms / _output_rms(speller.projector, _batch(checked, tokenizer, width, stack))
         saved = {name: tensor * scale for name, tensor in saved.items()}
     else:
         saved["embedding"] = speller.embedding_VH.detach()

@@ -21,6 +21,7 @@ from hyper_model.trace import PauseMode, Section, Trace, TraceTokenizer, render
 from training.data.clips import BASE_ENCODER_WIDTH, CLIPS_PER_SHARD, Clip, ClipKind, first_seed, open_clips
 from training.data.encoder import ClipEncoder
 from training.data.examples import Order
+from training.data.hints import draw_hint
 from training.data.reading import Reader, ask, wordings
 from training.data.scenes import Scene
 from training.recipes import SftRecipe
@@ -167,10 +168,17 @@ class TalkSequences:
             targets_from=Section.ASR if is_cut else None,
             wrong_words=self.recipe.wrong_words,
             section_weights=self.recipe.section_weights,
+            context=self._hint(scene, rng),
         )
         stacked_AD = stack_rows(states_AD, [len(states_AD)], self.stack)[0].clone()
         stacked_AD[torch.tensor([rng.random() < self.recipe.dropout_states for _ in range(len(stacked_AD))])] = 0.0
         return encoded, stacked_AD
+
+    def _hint(self, scene: Scene, rng: random.Random) -> str:
+        """Draw a context for a share of the clips; its wrong words come from another clip of the window."""
+        if rng.random() >= self.talk.hint_share:
+            return ""
+        return draw_hint(scene.transcript, self.held[rng.choice(sorted(self.held))][0].transcript, rng)
 
     def _ask_scene(self, scene: Scene, rng: random.Random) -> tuple[str, tuple[str, ...], str, bool]:
         """Draw (question, choices, completion, is_cut) for a scene: any question, and the whole trace."""

@@ -91,6 +91,7 @@ def encode_sequence(
     targets_from: Section | None = None,
     wrong_words: float = 0.0,
     section_weights: Mapping[str, float] | None = None,
+    context: str = "",
 ) -> Encoded:
     """Encode prompt and completion with the end-of-turn token, and insert latent spans in a share of the sequences.
 
@@ -105,8 +106,9 @@ def encode_sequence(
         is_read: The scene has no audio; the contents of CAPTION are input but no targets.
         wrong_words: Share of corrupted input words (`SftRecipe.wrong_words`); their targets stay correct.
         section_weights: Weights of the targets (`SftRecipe.section_weights`).
+        context: Context in the prompt (`trace.build_prompt`).
     """
-    prompt = build_prompt(tokenizer, question, choices)
+    prompt = build_prompt(tokenizer, question, choices, context=context)
     completion = tokenizer.encode_trace(trace) + ([] if is_cut else [tokenizer.im_end_id])
     words = [token_id for token_id in prompt if token_id not in tokenizer.special_ids]
     token_ids, targets = [*prompt], [IGNORED] * len(prompt)

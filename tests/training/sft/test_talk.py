@@ -217,3 +217,43 @@ def test_scenes_have_whole_traces_and_their_share(work: Path, tmp_path: Path) ->
                 assert env & set(heavy) and encoded.weight > len(targets)
     assert num_whole == 8
     trainer.train()
+
+
+def test_parts_without_early_layers_fit_a_base_with_them(work: Path, tmp_path: Path) -> None:
+    made = compose_tiny(untrained("wide", 2, (1,)), tmp_path, width=BASE_ENCODER_WIDTH // 2)
+    model = model_of_checkpoint(made.path, dtype=torch.float32, lora=recipe().lora)
+    core: Any = model.core
+    linear = core.model.multi_modal_projector.modules_to_save["default"].linear
+    assert linear.in_features == 2 * BASE_ENCODER_WIDTH
+    half = BASE_ENCODER_WIDTH // 2
+    narrow = {
+        "multi_modal_projector.linear.weight": torch.randn(linear.out_features, 2 * half),
+        "multi_modal_projector.linear.bias": torch.zeros(linear.out_features),
+    }
+    write_parts(tmp_path / "narrow", narrow, name="narrow", audio_stack=2, lora_scale=1.0)
+    model.load_parts(read_parts(tmp_path / "narrow"))
+    states_AD = torch.randn(3, 2, 2, half)
+    with torch.no_grad():
+        projected_AH = linear(states_AD.flatten(1))
+    # Each row is the last layer's states, then those of the first layer.
+    wanted_AH = states_AD[:, :, 0].flatten(1) @ narrow["multi_modal_projector.linear.weight"].T
+    assert torch.allclose(projected_AH, wanted_AH, atol=1e-4)
+
+
+def test_the_projector_learns_to_name_sounds(work: Path, tmp_path: Path) -> None:
+    model = model_of_checkpoint(work / "made", dtype=torch.bfloat16, lora=recipe().lora)
+    scene = ClipsByIndex(work, "talk")[0][0]
+    torch.manual_seed(0)
+    sounds = {name: torch.randn(BASE_ENCODER_WIDTH) for name in ("rain", "music")}
+    clips: list[Clip] = []
+    with (tmp_path / "talk-0000.bf16").open("wb") as file:
+        for name, direction_D in 20 * list(sounds.items()):
+            states_AD = (torch.randn(40, BASE_ENCODER_WIDTH) + direction_D).bfloat16()
+            clips.append(
+                Clip(dataclasses.replace(scene, environment=name), tmp_path / "talk-0000.bf16", file.tell(), 40)
+            )
+            file.write(states_AD.view(torch.int16).numpy().tobytes())
+    spelling = Spelling(num_steps=40, batch_size=16, learning_rate=1e-2, freezes_embedding=True, sound_weight=5.0)
+    file = tmp_path / "spelling.safetensors"
+    found = teach_spelling(model.core, model.tokenizer, clips, spelling, file, seed=0, keeps_scale=True)
+    assert found is not None and found.num_clips == 4 and found.sound_accuracy == 1.0
