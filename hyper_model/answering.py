@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Literal
 
 import numpy as np
@@ -79,12 +80,46 @@ class Heard:
 NOTHING_HEARD = Heard()
 
 
-def join_heard(pieces: Sequence[Heard]) -> Heard:
+SAME_LINE = 0.6
+"""Two transcripts of one line have at least this similarity (`difflib.SequenceMatcher.ratio`)."""
+
+
+def join_heard(pieces: Sequence[Heard], people: Sequence[Speaker] = ()) -> Heard:
     """Join the speakers and words of consecutive pieces of a clip.
 
-    The model numbers the speakers of each piece anew. Speakers of one description are the same person, unless one
-    piece has several of them.
+    The model numbers the speakers of each piece anew.
+
+    Args:
+        pieces: Speakers and words of each piece, in order.
+        people: Speakers of the whole clip. A line of a piece belongs to the person with the most similar line, else to
+            the first person of its speaker's description, else to a further one. Without people, speakers of one
+            description are the same person, unless one piece has several of them.
     """
+    transcript = ". ".join(piece.transcript for piece in pieces if piece.transcript)
+    return Heard(_join_speakers(pieces, people) if people else _join_by_description(pieces), transcript)
+
+
+def _join_speakers(pieces: Sequence[Heard], people: Sequence[Speaker]) -> tuple[Speaker, ...]:
+    descriptions = [person.description for person in people]
+    quotes: list[list[str]] = [[] for _ in people]
+    lines = [(line.lower(), place) for place, person in enumerate(people) for line in person.quotes]
+    for speaker in (speaker for piece in pieces for speaker in piece.speakers):
+        for quote in speaker.quotes:
+            likeness = [(SequenceMatcher(None, quote.lower(), line).ratio(), -place) for line, place in lines]
+            best, place = max(likeness, default=(0.0, 0))
+            if best >= SAME_LINE:
+                quotes[-place].append(quote)
+                continue
+            if speaker.description not in descriptions:
+                descriptions.append(speaker.description)
+                quotes.append([])
+            quotes[descriptions.index(speaker.description)].append(quote)
+    return tuple(
+        Speaker(f"S{place + 1}", description, tuple(quotes[place])) for place, description in enumerate(descriptions)
+    )
+
+
+def _join_by_description(pieces: Sequence[Heard]) -> tuple[Speaker, ...]:
     names: dict[tuple[str, int], int] = {}
     quotes: list[list[str]] = []
     for piece in pieces:
@@ -96,10 +131,9 @@ def join_heard(pieces: Sequence[Heard]) -> Heard:
             if place == len(quotes):
                 quotes.append([])
             quotes[place] += speaker.quotes
-    speakers = [
+    return tuple(
         Speaker(f"S{place + 1}", description, tuple(quotes[place])) for (description, _), place in names.items()
-    ]
-    return Heard(tuple(speakers), ". ".join(piece.transcript for piece in pieces if piece.transcript))
+    )
 
 
 @dataclass(frozen=True)

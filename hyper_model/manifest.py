@@ -150,12 +150,18 @@ class PauseFields(_Frozen):
 
 
 class AudioFields(_Frozen):
-    """Audio format required by the model."""
+    """Audio format required by the model.
+
+    Attributes:
+        single_pass_s: Longest clip that the model transcribes well at once; the words of a longer one are recognised in
+            pieces. None, and not written to hyper.json, for a model that transcribes a whole window.
+    """
 
     sample_rate_hz: Literal[16_000] = 16_000
     window_s: float = Field(default=30.0, gt=0, le=30)
     min_duration_s: float = Field(default=0.1, ge=0)
     tokens_per_s: float = Field(default=TOKENS_PER_S, gt=0)
+    single_pass_s: float | None = Field(default=None, ge=2, le=30, exclude_if=_is_none)
 
 
 class Manifest(_Frozen):

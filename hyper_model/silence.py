@@ -36,10 +36,8 @@ MIN_LENGTH_S = 1.0
 MIN_SPOKEN_S = 0.35
 """A clip with less sound than this has no words: the model would invent them."""
 
-PIECES_ABOVE_S = 20.0
-"""A longer clip is beyond the training clips; its words are recognised in pieces."""
-
-_PIECE_S = (5.0, 12.0)
+_PIECE_SHARES = (0.3, 0.9)
+"""Shortest and longest piece, as shares of the longest clip of a single pass."""
 
 PADDED_LENGTH_S = 2.0
 """Length of such a clip with the quiet around it."""
@@ -49,6 +47,7 @@ FRAME_SAMPLES = SAMPLE_RATE_HZ // 50
 # Ten frames: the level of the loudest 0.2 s, which a click does not reach.
 _NUM_LOUD_FRAMES = 10
 _BELOW_LOUD_DB = 25.0
+_SHORT_BELOW_DB = 30.0
 # What is further below the loudest sound is inaudible.
 _INAUDIBLE_DB = 60.0
 # Frames of steady noise differ by less; syllables and notes rise by more.
@@ -136,20 +135,21 @@ def fit(samples_S: NDArray[np.float32]) -> FittedClip:
     return FittedClip(np.clip(padded_S, -1.0, 1.0), parts, num_before, num_padding, sound_s)
 
 
-def cut_pieces(samples_S: NDArray[np.float32]) -> list[tuple[int, int]]:
-    """Cut a long clip into pieces of 5 to 12 s at its longest silences, else at its quietest places.
+def cut_pieces(samples_S: NDArray[np.float32], single_pass_s: float | None) -> list[tuple[int, int]]:
+    """Cut a long clip into pieces at its longest silences, else at its quietest places.
 
     Args:
         samples_S: float32 [S].
+        single_pass_s: Longest clip that needs no pieces (`AudioFields.single_pass_s`); None for no such limit.
 
     Returns:
-        The pieces as (first, end) in samples; one piece for a clip of at most `PIECES_ABOVE_S`.
+        The pieces as (first, end) in samples, each with 0.3 to 0.9 of `single_pass_s`; or the whole clip.
     """
-    if len(samples_S) <= PIECES_ABOVE_S * SAMPLE_RATE_HZ:
+    if single_pass_s is None or len(samples_S) <= single_pass_s * SAMPLE_RATE_HZ:
         return [(0, len(samples_S))]
     levels_F = frame_levels_db(samples_S)
     is_sound_F = sound_frames(levels_F)
-    shortest, longest = (round(seconds * SAMPLE_RATE_HZ / FRAME_SAMPLES) for seconds in _PIECE_S)
+    shortest, longest = (round(share * single_pass_s * SAMPLE_RATE_HZ / FRAME_SAMPLES) for share in _PIECE_SHARES)
     cuts = [0]
     while len(levels_F) - cuts[-1] > longest:
         first = cuts[-1] + shortest
@@ -198,7 +198,9 @@ def sound_frames(levels_F: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _loud_level_db(levels_F: NDArray[np.float64]) -> float:
-    return float(np.sort(levels_F)[-min(_NUM_LOUD_FRAMES, len(levels_F))])
+    """Return the level of the loudest 0.2 s; a shorter sound in deep silence counts 30 dB less."""
+    sorted_F = np.sort(levels_F)
+    return max(float(sorted_F[-min(_NUM_LOUD_FRAMES, len(levels_F))]), float(sorted_F[-1]) - _SHORT_BELOW_DB)
 
 
 def _kept_parts(is_sound_F: NDArray[np.bool_], num_samples: int) -> tuple[tuple[int, int], ...]:

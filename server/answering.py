@@ -156,7 +156,8 @@ class AnswerRun:
         self.waveform = waveform
         self.fitted = answerer.fit(waveform)
         self.has_words = not answerer.settings.trim_silence or self.fitted.sound_s >= MIN_SPOKEN_S
-        self.pieces = cut_pieces(self.fitted.samples_S) if answerer.settings.trim_silence else []
+        single_pass_s = checkpoint.manifest.audio.single_pass_s if answerer.settings.trim_silence else None
+        self.pieces = cut_pieces(self.fitted.samples_S, single_pass_s) if self.has_words else []
         if not self.has_words:
             self.question = question = replace(question, heard=NOTHING_HEARD)
         self.lowered_by: LoweredBy | None = lowered_by
@@ -203,12 +204,15 @@ class AnswerRun:
         """Drive the procedure without waiting for a slot."""
         self.stats.asked_s = time.monotonic()
         if len(self.pieces) > 1:
-            heard = [await self.hear(number) for number in range(len(self.pieces))]
+            heard = [await self.hear(start, end, Section.ASR) for start, end in self.pieces]
             if not all(heard):
                 # Words of a piece are missing; the trace of the whole clip is better than part of its words.
                 self.pieces = []
             else:
-                question = replace(self.question, heard=join_heard([piece for piece in heard if piece]))
+                # A voice of one piece is told from that of another by the whole clip alone.
+                whole_clip = await self.hear(0, len(self.fitted.samples_S), Section.SPEAKER)
+                people = whole_clip.speakers if whole_clip else ()
+                question = replace(self.question, heard=join_heard([piece for piece in heard if piece], people))
                 checkpoint = self.answerer.checkpoint
                 self.answering = Answering(question, checkpoint.tokenizer, checkpoint.manifest)
         answering, engine = self.answering, self.answerer.engine
@@ -230,14 +234,18 @@ class AnswerRun:
         self.context.phase = "done"
         return answering.result
 
-    async def hear(self, number: int) -> Heard | None:
-        """Recognise the speakers and words of one piece of the clip: the beginning of a trace of its own.
+    async def hear(self, start: int, end: int, last: Section) -> Heard | None:
+        """Recognise the speakers and words of a piece of the clip: the beginning of a trace of its own.
+
+        Args:
+            start: First sample of the piece in the fitted clip.
+            end: Its end.
+            last: The trace ends behind this section.
 
         Returns:
-            None if the trace ends before its words do.
+            None if the trace ends before this section does.
         """
         checkpoint = self.answerer.checkpoint
-        start, end = self.pieces[number]
         max_tokens = PIECE_TOKENS + round((end - start) / SAMPLE_RATE_HZ * PIECE_TOKENS_PER_S)
         question = replace(
             self.question, choices=(), max_tokens=min(max_tokens, self.question.max_tokens), wants_logprobs=False
@@ -245,16 +253,15 @@ class AnswerRun:
         answering = Answering(question, checkpoint.tokenizer, checkpoint.manifest)
         step = answering.next_step
         assert isinstance(step, Generate)
-        request = replace(
-            self.generation_request(step),
-            clips=(self.fitted.samples_S[start:end],),
-            clip_keys=(hashlib.sha256(f"{self.clip_keys[0]} {start} {end}".encode()).hexdigest(),),
-        )
+        request = self.generation_request(step)
+        if end - start < len(self.fitted.samples_S):
+            key = hashlib.sha256(f"{self.clip_keys[0]} {start} {end}".encode()).hexdigest()
+            request = replace(request, clips=(self.fitted.samples_S[start:end],), clip_keys=(key,))
         async with aclosing(self.answerer.engine.generate(request)) as chunks:
             async for chunk in chunks:
                 self.stats.num_piece_tokens += len(chunk.token_ids)
                 events = answering.receive_tokens(chunk.token_ids, span=chunk.span)
-                if any(isinstance(event, SectionEnd) and event.section is Section.ASR for event in events):
+                if any(isinstance(event, SectionEnd) and event.section is last for event in events):
                     trace = answering.parsed.trace
                     return Heard(trace.speakers, trace.transcript or "")
         return None

@@ -7,11 +7,14 @@ program or by editing bytes.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import struct
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +29,12 @@ from hyper_model.audio import (
     require_single_window,
 )
 from hyper_model.errors import AudioError, AudioTooLongError, InvalidAudioError, UnsupportedAudioError
+from hyper_model.trace import Speaker, Trace, TraceTokenizer, render
 from server.decoding.pool import DecoderPool
+from server.engines.protocol import Clip
 from server.telemetry.labels import WorkerFailure
+from tests.recording_engine import ToneEngine, recording, words_of
+from tests.serving import Live, running, scripted
 
 CLIPS = Path(__file__).parent / "assets/clips"
 VOICE = "aevalsrc=0.4*sin(2*PI*220*t)*(0.6+0.4*sin(2*PI*3*t)):s=16000:d={}"
@@ -614,3 +621,174 @@ def test_an_error_names_the_true_cause() -> None:
         with pytest.raises(AudioError) as caught:
             decode(data)
         assert caught.value.code == code and words in caught.value.message, caught.value.message
+
+
+# --- Sound around speech: a model with the faults of a small one gets clips that it can transcribe -------------------
+
+SINGLE_PASS_S = 10.0
+
+
+def forgetful_script(clips: Sequence[Clip], tokenizer: TraceTokenizer) -> list[int]:
+    """Write the words of a clip with the faults that small models have.
+
+    Silence in front of speech costs the transcript, silence behind it and very short clips add words, and the words
+    after the fourth of a long clip are repetitions.
+    """
+    samples_S = np.concatenate(clips)
+    words = words_of(samples_S)
+    loud_S = np.flatnonzero(np.abs(samples_S) > 0.1)
+    if len(loud_S):
+        is_late = loud_S[0] > 2 * SAMPLE_RATE_HZ
+        is_early = len(samples_S) - loud_S[-1] > 2 * SAMPLE_RATE_HZ
+        if len(samples_S) > SINGLE_PASS_S * SAMPLE_RATE_HZ:
+            words = [*words[:4], *words[3:4] * 4]
+        words = [] if is_late else [*words, *(["invented"] if is_early else [])]
+    if len(loud_S) < 0.3 * SAMPLE_RATE_HZ:
+        words = [*words, "invented", "words"]
+    text = " ".join(words)
+    trace = Trace("p", "quiet", (Speaker("S1", "voice", (text,)),) if text else (), text, "r", text, text, text)
+    return [*tokenizer.encode_trace(render(trace)), tokenizer.im_end_id]
+
+
+@pytest.fixture(scope="module")
+def forgetful() -> Iterator[Live]:
+    """Run a service whose model has these faults."""
+    engine = ToneEngine()
+    engine.script = forgetful_script
+    with running(scripted(), engine) as live:
+        checkpoint = live.service.answerer.checkpoint
+        audio = checkpoint.manifest.audio.model_copy(update={"single_pass_s": SINGLE_PASS_S})
+        manifest = checkpoint.manifest.model_copy(update={"audio": audio})
+        live.service.answerer.checkpoint = dataclasses.replace(checkpoint, manifest=manifest)
+        yield live
+
+
+def spoken(*words: str, gap_s: float = 0.4) -> NDArray[np.float32]:
+    """Return a clip of words, each a tone of half a second, with gaps between and around them."""
+    places = [(gap_s + number * (gap_s + 0.5), word) for number, word in enumerate(words)]
+    return recording(gap_s + len(words) * (gap_s + 0.5), places)
+
+
+def quiet(kind: str, seconds: float) -> NDArray[np.float32]:
+    """Return silence as devices record it."""
+    num_samples = round(seconds * SAMPLE_RATE_HZ)
+    times_S = np.arange(num_samples) / SAMPLE_RATE_HZ
+    noise_S = np.random.default_rng(3).normal(0, 1, num_samples)
+    match kind:
+        case "noise at -60 dBFS":
+            return (1e-3 * noise_S).astype(np.float32)
+        case "noise at -85 dBFS":
+            return (5e-5 * noise_S).astype(np.float32)
+        case "hum":
+            return (0.01 * np.sin(2 * np.pi * 50 * times_S)).astype(np.float32)
+        case "an offset":
+            return np.full(num_samples, 0.03, np.float32)
+        case "zeros, then noise":
+            return np.where(times_S < seconds / 2, 0, 1e-3 * noise_S).astype(np.float32)
+        case _:
+            return np.zeros(num_samples, np.float32)
+
+
+QUIET_KINDS = ("zeros", "noise at -60 dBFS", "noise at -85 dBFS", "hum", "an offset", "zeros, then noise")
+PLACES: dict[str, tuple[float, float, float]] = {
+    "2 s before": (2, 0, 0),
+    "5 s before": (5, 0, 0),
+    "10 s before": (10, 0, 0),
+    "15 s before": (15, 0, 0),
+    "4 s between": (0, 4, 0),
+    "12 s between": (0, 12, 0),
+    "5 s behind": (0, 0, 5),
+    "15 s behind": (0, 0, 15),
+    "everywhere": (6, 6, 6),
+}
+
+
+def transcript(reply: dict[str, Any]) -> str:
+    """Return the words without the marks between pieces."""
+    return reply["perception"]["transcript"].replace(".", "")
+
+
+def clip_codes(reply: dict[str, Any]) -> list[str]:
+    return [warning["code"] for warning in reply["audio"][0]["warnings"]]
+
+
+@pytest.mark.parametrize("kind", QUIET_KINDS)
+@pytest.mark.parametrize("where", PLACES)
+def test_silence_around_speech_changes_neither_words_nor_answer(forgetful: Live, where: str, kind: str) -> None:
+    first_S, second_S = spoken("alpha", "bravo"), spoken("charlie", "delta")
+    plain = forgetful.ask(wav(np.concatenate([first_S, second_S])[:, None])).json()
+    assert transcript(plain) == "alpha bravo charlie delta" and clip_codes(plain) == []
+    before_s, between_s, behind_s = PLACES[where]
+    parts = [quiet(kind, before_s), first_S, quiet(kind, between_s), second_S, quiet(kind, behind_s)]
+    reply = forgetful.ask(wav(np.concatenate(parts)[:, None])).json()
+    assert (transcript(reply), reply["answer"]["text"]) == (transcript(plain), plain["answer"]["text"])
+    audio = reply["audio"][0]
+    assert clip_codes(reply) == ["silence_trimmed"]
+    assert audio["used_s"] + audio["warnings"][0]["seconds"] == pytest.approx(audio["duration_s"], abs=0.01)
+    # The parts are places of the clip as it was sent.
+    for word_s in (before_s + 0.5, before_s + len(first_S) / SAMPLE_RATE_HZ + between_s + 0.5):
+        assert any(part["start_s"] <= word_s < part["end_s"] for part in audio["parts"]), audio["parts"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-f", "mp3"),
+        ("-c:a", "libopus", "-f", "ogg"),
+        ("-ar", "44100", "-ac", "2", "-c:a", "aac", "-f", "ipod"),
+        ("-ar", "8000", "-c:a", "libopencore_amrnb", "-f", "amr"),
+        ("-c:a", "pcm_u8", "-f", "wav"),
+    ],
+    ids=["mp3", "opus", "aac", "amr", "8 bits"],
+)
+def test_silence_is_left_out_in_every_codec(forgetful: Live, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """A codec adds noise to silence, and 8 bits round it."""
+    source_path = tmp_path / "source.wav"
+    source_path.write_bytes(wav(np.concatenate([quiet("zeros", 10), spoken("alpha", "bravo")])[:, None]))
+    reply = forgetful.ask(encode("-i", str(source_path), *arguments)).json()
+    assert transcript(reply) == "alpha bravo" and "silence_trimmed" in clip_codes(reply)
+
+
+def test_a_very_short_clip_has_no_words(forgetful: Live) -> None:
+    word_S = spoken("alpha", gap_s=0.01)
+    stereo_SC = np.stack([word_S[:3200], word_S[:3200]], axis=1)
+    for name, samples_SC in {
+        **{f"{seconds} s": word_S[: int(seconds * SAMPLE_RATE_HZ), None] for seconds in (0.1, 0.15, 0.2, 0.25, 0.3)},
+        "0.2 s in 8 s of silence": np.concatenate([quiet("zeros", 4), word_S[:3200], quiet("zeros", 4)])[:, None],
+        "0.2 s in a room": np.concatenate([quiet(QUIET_KINDS[1], 5), word_S[:3200], quiet(QUIET_KINDS[1], 5)])[:, None],
+        "0.2 s of stereo": stereo_SC,
+        "0.1 s in 8 s of silence": np.concatenate([quiet("zeros", 4), word_S[:1600], quiet("zeros", 4)])[:, None],
+        "a click": np.pad(np.full(40, 0.8, np.float32), (8000, 8000))[:, None],
+    }.items():
+        reply = forgetful.ask(wav(samples_SC)).json()
+        assert transcript(reply) == "" and "too_short_for_words" in clip_codes(reply), name
+        assert reply["perception"]["speakers"] == [], name
+    whole = forgetful.ask(wav(np.concatenate([word_S, word_S, word_S])[:, None])).json()
+    assert transcript(whole).startswith("alpha")
+
+
+@pytest.mark.parametrize("num_clips", [2, 3, 4])
+@pytest.mark.parametrize("silence_s", [0.0, 0.3, 0.9, 2.0])
+def test_joined_clips_are_transcribed_as_each_alone(forgetful: Live, num_clips: int, silence_s: float) -> None:
+    clips = [
+        spoken("alpha", "bravo", "charlie", "delta", "echo", "foxtrot"),
+        spoken("foxtrot", "echo", "delta", "bravo"),
+    ]
+    clips = [clips[number % 2] for number in range(num_clips)]
+    if num_clips == 2:
+        clips.append(spoken("charlie", "alpha"))
+    alone = " ".join(transcript(forgetful.ask(wav(clip_S[:, None])).json()) for clip_S in clips)
+    joined_S = np.concatenate([part for clip_S in clips for part in (clip_S, quiet("zeros", silence_s))])
+    reply = forgetful.ask(wav(joined_S[:, None])).json()
+    assert transcript(reply) == alone
+    assert "heard_in_pieces" in clip_codes(reply)
+    assert [speaker["id"] for speaker in reply["perception"]["speakers"]] == ["S1"]
+
+
+def test_a_model_without_this_limit_and_a_clip_within_it_are_asked_once(forgetful: Live) -> None:
+    words = ("alpha", "bravo", "charlie", "delta") * 3
+    with running(scripted(), ToneEngine()) as live:
+        reply = live.ask(wav(spoken(*words)[:, None])).json()
+        assert transcript(reply) == " ".join(words) and clip_codes(reply) == []
+    short = forgetful.ask(wav(spoken(*words[:8])[:, None])).json()
+    assert "heard_in_pieces" not in clip_codes(short)

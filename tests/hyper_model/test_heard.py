@@ -9,7 +9,7 @@ import numpy as np
 
 from hyper_model.answering import NOTHING_HEARD, Answering, Generate, Heard, Question, join_heard
 from hyper_model.audio import SAMPLE_RATE_HZ
-from hyper_model.silence import PIECES_ABOVE_S, cut_pieces
+from hyper_model.silence import cut_pieces
 from hyper_model.trace import Section, Speaker, Termination, build_prompt
 from server.engines.scripted import scripted_checkpoint
 
@@ -72,18 +72,40 @@ def test_speakers_of_pieces_are_joined_by_their_descriptions() -> None:
     )
 
 
+def test_lines_of_pieces_belong_to_the_speakers_of_the_whole_clip() -> None:
+    first = Heard((Speaker("S1", "woman", ("the train leaves at nine",)),), "the train leaves at nine")
+    second = Heard((Speaker("S1", "woman", ("my father is a pilot", "it will rain")),), "my father is a pilot")
+    third = Heard((Speaker("S1", "man", ("nobody came",)),), "nobody came")
+    people = (
+        Speaker("S1", "woman", ("the train leaves it nine",)),
+        Speaker("S2", "woman", ("my farther is a pilot", "something else")),
+        Speaker("S3", "child", ("not in any piece",)),
+    )
+    assert join_heard([first, second, third], people).speakers == (
+        Speaker("S1", "woman", ("the train leaves at nine", "it will rain")),
+        Speaker("S2", "woman", ("my father is a pilot",)),
+        Speaker("S3", "child", ()),
+        Speaker("S4", "man", ("nobody came",)),
+    )
+
+
 def test_a_long_clip_is_cut_in_its_silences_and_a_short_one_is_not() -> None:
     rng = np.random.default_rng(0)
     sound_S = rng.normal(0, 0.1, 29 * SAMPLE_RATE_HZ).astype(np.float32)
     for start_s in (8.5, 17.2):
         sound_S[round(start_s * SAMPLE_RATE_HZ) : round((start_s + 0.5) * SAMPLE_RATE_HZ)] = 0
-    pieces = cut_pieces(sound_S)
+    pieces = cut_pieces(sound_S, 10.0)
+    assert len(pieces) == 4
     for (_, end), middle_s in zip(pieces, (8.75, 17.45), strict=False):
         assert abs(end / SAMPLE_RATE_HZ - middle_s) < 0.1
     assert pieces[0][0] == 0 and pieces[-1][1] == len(sound_S)
     assert all(end == start for (_, end), (start, _) in itertools.pairwise(pieces))
-    for num_samples in (0, 160_000, round(PIECES_ABOVE_S * SAMPLE_RATE_HZ)):
-        assert cut_pieces(sound_S[:num_samples]) == [(0, num_samples)]
-    for seconds in np.arange(20.1, 30, 0.7):
-        lengths_s = [(end - start) / SAMPLE_RATE_HZ for start, end in cut_pieces(sound_S[: int(seconds * 16_000)])]
-        assert all(4.9 <= length <= 12.1 for length in lengths_s), (seconds, lengths_s)
+    for num_samples in (0, 80_000, 160_000):
+        assert cut_pieces(sound_S[:num_samples], 10.0) == [(0, num_samples)]
+    assert cut_pieces(sound_S, None) == cut_pieces(sound_S, 30.0) == [(0, len(sound_S))]
+    for single_pass_s in (2.0, 10.0, 20.0):
+        for seconds in np.arange(single_pass_s + 0.1, 30, 0.7):
+            pieces = cut_pieces(sound_S[: int(seconds * 16_000)], single_pass_s)
+            lengths_s = [(end - start) / SAMPLE_RATE_HZ for start, end in pieces]
+            assert len(pieces) > 1 and min(lengths_s) >= 0.3 * single_pass_s - 0.1, (seconds, lengths_s)
+            assert max(lengths_s) <= 0.9 * single_pass_s + 0.1, (seconds, lengths_s)
