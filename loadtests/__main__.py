@@ -140,7 +140,7 @@ def echo_figures(figures: Sequence[Figure]) -> None:
 @click.option(
     "--part",
     "parts",
-    type=click.Choice(["engine", "throughput", "drafts", "cpu"]),
+    type=click.Choice(["engine", "throughput", "chat", "drafts", "cpu"]),
     multiple=True,
     help="Measure only this part. Repeatable; cpu compares int8, compilation and llama.cpp.  [default: all]",
 )
@@ -156,7 +156,15 @@ def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], lo
 
     The systems alternate in one run; every figure is a ratio within it. The last line is JSON.
     """
-    from loadtests.bench import Bench, measure_cpu, measure_drafts, measure_engine, measure_throughput, table
+    from loadtests.bench import (
+        Bench,
+        measure_chat,
+        measure_cpu,
+        measure_drafts,
+        measure_engine,
+        measure_throughput,
+        table,
+    )
     from loadtests.bench import Figure as Ratio
 
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +173,7 @@ def bench(checkpoint: Path, clips: Path, rounds: int, parts: tuple[str, ...], lo
     measures = {
         "engine": measure_engine,
         "throughput": measure_throughput,
+        "chat": measure_chat,
         "drafts": measure_drafts,
         "cpu": measure_cpu,
     }

@@ -36,6 +36,7 @@ CLIENTS = 16
 MAX_TOKENS = 300
 VISIBLE_TOKENS = 200
 MAX_CLIPS_PER_ROUND = 20
+CHAT_CLIPS = 8
 DRAFT_CLIPS = 8
 STEP_BATCH = 32
 STEP_TOKENS = 160
@@ -408,6 +409,51 @@ def measure_starts(bench: Bench) -> Figure:
     return rounds.figure("second_start_s_ratio", "<= 1.3")
 
 
+def measure_chat(bench: Bench) -> list[Figure]:
+    """Measure a question by /v1/chat/completions beside the same one by /v1/audio/qa, one request at a time.
+
+    Each clip is asked once before, so the engine's cache is equally warm for both. Without the time of the encoder, the
+    ratio is the harder one.
+    """
+    fresh, rounds = FreshClips(bench.clips), Rounds()
+    with bench.service() as url:
+        for number in range(-1, bench.rounds):
+            # The first round is not counted, see `measure_throughput`.
+            seeds = range(500_000 + CHAT_CLIPS * number, 500_000 + CHAT_CLIPS * (number + 1))
+            clips = [wav(fresh.make(seed)) for seed in seeds]
+            pairs = asyncio.run(time_chat(url, clips))
+            if number >= 0:
+                # Pairs, because the machine's speed changes within a round.
+                for chat_s, qa_s in pairs:
+                    rounds.add(chat_s, qa_s)
+            bench.say(f"questions {max(0, number + 1) * CHAT_CLIPS}/{bench.rounds * CHAT_CLIPS}")
+    bench.say(f"chat and qa: {rounds.medians_ms()}")
+    return [rounds.figure("chat_cost_ratio", "<= 1.05")]
+
+
+async def time_chat(url: str, clips: Sequence[bytes]) -> list[tuple[float, float]]:
+    """Return the seconds of each question by chat and by form, in turns.
+
+    Raises:
+        click.ClickException: If the two answers about a clip differ in length.
+    """
+    pairs: list[tuple[float, float]] = []
+    async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+        for index, clip in enumerate(clips):
+            seconds: dict[Any, float] = {}
+            bodies = {ask_openai: openai_body(clip, model="hyper", hyper={"pause": "off"}), ask_ours: clip}
+            await ask_ours(client, clip)
+            num_tokens: set[int] = set()
+            for ask in (ask_ours, ask_openai) if index % 2 else (ask_openai, ask_ours):
+                started_s = time.perf_counter()
+                num_tokens.add(await ask(client, bodies[ask]))
+                seconds[ask] = time.perf_counter() - started_s
+            if len(num_tokens) > 1:
+                raise click.ClickException(f"The answers about clip {index} have {num_tokens} tokens.")
+            pairs.append((seconds[ask_openai], seconds[ask_ours]))
+    return pairs
+
+
 def rate(measured: Sequence[float], num_answers: int) -> tuple[float, float]:
     """Return answers per second and tokens per answer, from total seconds and tokens."""
     seconds, num_tokens = measured
@@ -441,18 +487,19 @@ async def ask_ours(client: httpx.AsyncClient, clip: bytes) -> int:
 
 
 async def ask_openai(client: httpx.AsyncClient, body: bytes) -> int:
-    """Send a question to vLLM's own server; return the written tokens."""
+    """Send a question to a server of OpenAI's chat API; return the written tokens."""
     response = await client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     response.raise_for_status()
     return response.json()["usage"]["completion_tokens"]
 
 
-def openai_body(clip: bytes) -> bytes:
-    """Return the request body for vLLM's own server."""
+def openai_body(clip: bytes, **fields: Any) -> bytes:
+    """Return the request body for vLLM's own server, or with other fields for another one."""
     audio = {"data": base64.b64encode(clip).decode(), "format": "wav"}
     content = [{"type": "input_audio", "input_audio": audio}, {"type": "text", "text": QUESTION}]
     message = {"role": "user", "content": content}
-    return json.dumps({"model": "stock", "messages": [message], "temperature": 0, "max_tokens": MAX_TOKENS}).encode()
+    body = {"model": "stock", "messages": [message], "temperature": 0, "max_tokens": MAX_TOKENS, **fields}
+    return json.dumps(body).encode()
 
 
 # Built before the measurement, since the clients share the cores with the measured processes.

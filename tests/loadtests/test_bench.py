@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,14 @@ import soundfile
 
 from hyper_model.audio import decode
 from hyper_model.manifest import GATED_SECTIONS
-from loadtests.bench import GATE, Figure, Rounds, table
+from loadtests.bench import GATE, Figure, Rounds, table, time_chat
+from loadtests.client import QA_PATH
 from loadtests.clips import SAMPLE_RATE_HZ, FreshClips, wav
 from loadtests.target import environment
 from tests.paths import CLIPS
+from tests.serving import Live, tone
+
+CHAT_PATH = "/v1/chat/completions"
 
 
 def test_each_seed_is_a_clip_of_its_own_and_the_same_every_time() -> None:
@@ -40,6 +45,15 @@ def test_a_figure_is_the_ratio_of_medians_beside_those_of_single_rounds() -> Non
     figure = rounds.figure("some_ratio", "<= 1")
     assert figure == Figure("some_ratio", 0.5, 0.25, 1.5, "<= 1")
     assert table([figure]).splitlines()[1].split() == ["some_ratio", "0.5", "0.25", "to", "1.5", "<=", "1"]
+
+
+def test_the_same_questions_are_asked_by_chat_and_by_form(live: Live) -> None:
+    before = {path: live.metric("hyper_requests_total", endpoint=path) for path in (QA_PATH, CHAT_PATH)}
+    pairs = asyncio.run(time_chat(live.url, [tone(), tone(2.0)]))
+    assert len(pairs) == 2 and min(min(pair) for pair in pairs) > 0
+    asked = {path: live.metric("hyper_requests_total", endpoint=path) - before[path] for path in before}
+    # One more by form, which fills the cache.
+    assert asked == {QA_PATH: 4, CHAT_PATH: 2}
 
 
 def test_the_gate_that_is_measured_works_in_every_section_that_may_pause() -> None:
