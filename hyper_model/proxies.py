@@ -19,7 +19,7 @@ _USABLE_SCHEMES = ("http", "https")
 
 def is_local(url: str) -> bool:
     """Return whether an address is on this machine: localhost, its own name, or a loopback address."""
-    host = _host(url)
+    host = _host(url).rstrip(".")
     if host in ("localhost", socket.gethostname().lower()) or host.endswith(".localhost"):
         return True
     try:

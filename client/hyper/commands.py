@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from server.api.types import Answer, QaReply
 
 EXIT_REFUSED = 1
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT)
+MAX_PIPE_BYTES = 512 * 2**20
+"""A pipe without an end, such as /dev/zero, would fill the memory."""
+
 DEFAULT_URL = "http://127.0.0.1:8000"
 STANDARD_INPUT = Path("-")
 FOLDER_RETRIES = 5
@@ -83,7 +88,13 @@ def ask(
             else:
                 reply = client.ask(source, question, choices=choices, **options)
                 show_reply(reply, as_json=as_json, shows_timeline=timeline)
+    except BrokenPipeError:
+        # The reader of our output has seen enough.
+        sys.stdout = None
+        sys.exit(EXIT_REFUSED)
     except OSError as error:
+        if error.errno in UNWRITABLE:
+            refuse(f"the output cannot be written: {error.strerror}.")
         refuse(f"{clip} cannot be read: {error.strerror or error}.")
     except (Error, ValueError) as error:
         refuse(str(error))
@@ -96,9 +107,15 @@ def read_pipe(path: Path) -> bytes:
         OSError: It cannot be read.
     """
     is_standard_input = path == STANDARD_INPUT
-    data = sys.stdin.buffer.read() if is_standard_input else path.read_bytes()
+    name = "standard input" if is_standard_input else str(path)
+    if is_standard_input and sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]
+        refuse("standard input is closed.")
+    with contextlib.nullcontext(sys.stdin.buffer) if is_standard_input else path.open("rb") as file:
+        data = file.read(MAX_PIPE_BYTES + 1)
     if not data:
-        refuse("standard input is empty." if is_standard_input else f"{path} is empty.")
+        refuse(f"{name} is empty.")
+    if len(data) > MAX_PIPE_BYTES:
+        refuse(f"{name} does not end within {MAX_PIPE_BYTES // 2**20} MiB.")
     return data
 
 
@@ -110,7 +127,12 @@ def ask_folder(
 
     from hyper_model.sse import to_json
 
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not is_hidden(path.relative_to(folder)))
+    # A link to nothing is named in the output, like any file that cannot be read.
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if (path.is_file() or (path.is_symlink() and not path.exists())) and not is_hidden(path.relative_to(folder))
+    )
     if not paths:
         refuse(f"{folder} has no files.")
     num_refused = 0

@@ -99,7 +99,8 @@ class Options:
         Raises:
             ValueError: The address is not an http or https URL, or the key is not ASCII.
         """
-        address = base_url if base_url is not None else os.environ.get("HYPER_URL") or DEFAULT_URL
+        # Files of secrets and settings often end in a line break.
+        address = (base_url if base_url is not None else os.environ.get("HYPER_URL") or DEFAULT_URL).strip()
         try:
             url = httpx.URL(address)
         except httpx.InvalidURL as error:
@@ -107,10 +108,11 @@ class Options:
         if url.scheme not in ("http", "https") or not url.host or "%" in url.host or (url.port or 0) > MAX_PORT:
             needs = f"http:// or https://, a host, and a port up to {MAX_PORT}"
             raise ValueError(f"{address!r} is not a valid address: it needs {needs}.")
-        key = api_key if api_key is not None else os.environ.get("HYPER_API_KEY") or None
+        key = (api_key if api_key is not None else os.environ.get("HYPER_API_KEY") or "").strip() or None
         if key is not None and not (key.isascii() and key.isprintable()):
             raise ValueError("the API key has characters outside ASCII.")
-        return cls(str(url).rstrip("/"), key, timeout_s, max_retries, max_retry_after_s)
+        # OpenAI's clients have the version in the base address.
+        return cls(str(url).rstrip("/").removesuffix("/v1"), key, timeout_s, max_retries, max_retry_after_s)
 
     @property
     def headers(self) -> dict[str, str]:

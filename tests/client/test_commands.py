@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hyper.commands import ask
+from hyper_model.proxies import proxy_for
 from server import api_keys
 from tests.client.replies import Canned, replying
 from tests.paths import CLIPS
@@ -158,6 +159,8 @@ def test_ask_bypasses_every_proxy_for_a_local_address(
     result = run_ask(str(clip), "What is heard?", "--url", live.url)
     assert result.exit_code == 0, result.output
     assert run_ask(str(clip), "?", "--url", live.url.replace("127.0.0.1", "localhost")).exit_code == 0
+    for host in ("localhost.", "hyper.localhost", "127.9.9.9", "[::1]", "0.0.0.0"):
+        assert proxy_for(f"http://{host}:8000") is None, host
 
 
 @pytest.mark.parametrize(
@@ -179,6 +182,58 @@ def test_ask_names_a_proxy_that_cannot_be_used(
         assert_one_line(result, words)
         assert variable in result.output and "NO_PROXY=hyper.example" in result.output and "secret" not in result.output
         monkeypatch.delenv(variable)
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/", "\n", " "])
+def test_an_address_may_end_as_other_programs_write_it(live: Live, clip: Path, end: str) -> None:
+    assert run_ask(str(clip), "What?", env={"HYPER_URL": live.url + end}).exit_code == 0
+    assert run_ask(str(clip), "What?", "--url", live.url + end).exit_code == 0
+
+
+@pytest.mark.parametrize("key", ["hyp_1\n", " hyp_1", "hyp_1 \r\n", "\thyp_1"])
+def test_white_space_around_a_key_is_no_part_of_it(clip: Path, key: str) -> None:
+    with replying(Canned(b"{}")) as sent:
+        run_ask(str(clip), "What?", "--url", sent.url, env={"HYPER_API_KEY": key})
+        run_ask(str(clip), "What?", "--url", sent.url, "--key", key)
+    assert [headers["authorization"] for headers in sent.headers] == ["Bearer hyp_1"] * 2
+
+
+@pytest.mark.parametrize(
+    ("redirection", "words"),
+    [
+        ("<&-", "standard input is closed"),
+        ("< /dev/null", "standard input is empty"),
+        ("< {clip} > /dev/full", "output cannot be written"),
+    ],
+)
+def test_the_true_side_of_a_failed_pipe_is_named(live: Live, clip: Path, redirection: str, words: str) -> None:
+    command = f"{shlex.join(COMMAND)} - 'What?' --url {live.url} {redirection.format(clip=clip)}"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1 and words in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_message(live: Live, clip: Path) -> None:
+    for options in ("--stream", "--json"):
+        command = f"{shlex.join(COMMAND)} {clip} 'What?' --url {live.url} {options} | true"
+        ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert ran.stderr == "", ran.stderr
+
+
+def test_a_pipe_without_an_end_is_refused(live: Live, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyper.commands.MAX_PIPE_BYTES", 2**20)
+    assert_one_line(run_ask("/dev/zero", "What?", "--url", live.url), "does not end within 1 MiB")
+
+
+def test_a_link_to_nothing_in_a_folder_is_a_line_with_the_error(live: Live, clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / "a.wav").write_bytes(clip.read_bytes())
+    (folder / "b.wav").symlink_to("/nowhere/b.wav")
+    (folder / "c.wav").symlink_to("c.wav")
+    result = run_ask(str(folder), "What?", "--url", live.url)
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [line["clip"] for line in lines] == ["a.wav", "b.wav", "c.wav"] and result.exit_code == 1
+    assert [line["error"]["code"] for line in lines[1:]] == ["unreadable_file"] * 2
 
 
 def test_the_key_comes_from_either_variable(clip: Path) -> None:
