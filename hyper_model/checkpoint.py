@@ -336,9 +336,21 @@ def update_pause(directory: str | Path, fields: Mapping[str, Any]) -> Checkpoint
         CheckpointError: If the checkpoint cannot be opened or the fields are invalid. The old manifest is then kept.
     """
     checkpoint = open_checkpoint(directory, verify=False)
-    document = checkpoint.manifest.model_dump(mode="json")
-    document["pause"] |= fields
-    manifest = make_manifest(document)
+    return update_manifest(directory, {"pause": checkpoint.manifest.pause.model_dump(mode="json") | dict(fields)})
+
+
+def update_manifest(directory: str | Path, fields: Mapping[str, Any]) -> Checkpoint:
+    """Change whole fields of a checkpoint's manifest and leave all other files untouched.
+
+    Args:
+        directory: An exported checkpoint.
+        fields: Fields of the manifest, in JSON form.
+
+    Raises:
+        CheckpointError: As in `update_pause`.
+    """
+    checkpoint = open_checkpoint(directory, verify=False)
+    manifest = make_manifest(checkpoint.manifest.model_dump(mode="json") | dict(fields))
     path = checkpoint.path.resolve() / MANIFEST_FILE
     # Write beside the checkpoint, because a stray file inside it would be refused. The rename is atomic.
     partial = path.parent.with_name(f".{path.parent.name}.{uuid.uuid4().hex}.json")

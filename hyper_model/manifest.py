@@ -36,6 +36,10 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+def _is_zero(value: object) -> bool:
+    return value == 0
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,11 +75,13 @@ class CalibrationPoint(_Frozen):
         tau: Threshold for a window's confidence; the gate acts at or below it.
         pauses: Pauses per completion with `tau` as tau_pause.
         abort_rate: Share of aborted completions with `tau` as tau_abort.
+        wrong: Share of wrong answers among these, without a pause; None without a known answer.
     """
 
     tau: float
     pauses: float
     abort_rate: float
+    wrong: float | None = Field(default=None, exclude_if=_is_none)
 
 
 class Calibration(_Frozen):
@@ -86,6 +92,8 @@ class Calibration(_Frozen):
         num_completions: Size of the calibration set.
         wanted_pauses: Target range of pauses per completion, as minimum and maximum.
         wanted_abort_rate: Largest accepted share of aborted completions.
+        wanted_wrong: Least share of wrong answers, without a pause, among the completions that tau_abort aborts; None
+            for thresholds from a rate alone.
         pauses, abort_rate: Values measured in the real engine with the manifest's thresholds.
         curve: Effect of other thresholds, computed from completions without a pause.
     """
@@ -94,9 +102,60 @@ class Calibration(_Frozen):
     num_completions: int = Field(gt=0)
     wanted_pauses: tuple[float, float]
     wanted_abort_rate: float
+    wanted_wrong: float | None = Field(default=None, exclude_if=_is_none)
     pauses: float
     abort_rate: float
     curve: tuple[CalibrationPoint, ...]
+
+
+class ReliabilityBin(_Frozen):
+    """Answers of the calibration set whose confidence is in one tenth of 0 to 1.
+
+    Attributes:
+        confidence: Their mean confidence.
+        accuracy: Share of right ones.
+        count: Their number.
+    """
+
+    confidence: float = Field(ge=0, le=1)
+    accuracy: float = Field(ge=0, le=1)
+    count: int = Field(gt=0)
+
+
+class AnswerKind(_Frozen):
+    """Calibrated confidence of the questions with choices, or of the open ones.
+
+    Attributes:
+        temperature: Divisor of the log-odds of the alternatives; 1 keeps the model's own probability.
+        num_answers: Number of answers that the temperature was fitted to.
+        ece_before, ece_after: Expected calibration error at temperature 1, and with the temperatures of other folds.
+        curve_before, curve: Reliability of the same confidences, in ascending order; empty tenths are left out.
+    """
+
+    temperature: float = Field(gt=0)
+    num_answers: int = Field(gt=0)
+    ece_before: float = Field(ge=0, le=1)
+    ece_after: float = Field(ge=0, le=1)
+    curve_before: tuple[ReliabilityBin, ...]
+    curve: tuple[ReliabilityBin, ...]
+
+
+class ConfidenceFields(_Frozen):
+    """Calibration of the probability that an answer is right (`hyper checkpoint calibrate`).
+
+    Attributes:
+        source: Description of the calibration set.
+        choices, open: Calibration of questions with and without choices; None if the set has too few of them.
+    """
+
+    source: str
+    choices: AnswerKind | None = None
+    open: AnswerKind | None = None
+
+    def temperature(self, *, has_choices: bool) -> float | None:
+        """Return the temperature of a question, or None if its kind is not calibrated."""
+        kind = self.choices if has_choices else self.open
+        return None if kind is None else kind.temperature
 
 
 class PauseFields(_Frozen):
@@ -106,7 +165,9 @@ class PauseFields(_Frozen):
         latent_tokens: Length of a parallel span, or the most hidden tokens between the tags of a sampled span.
         position_ids: Token ids of a parallel span with one embedding per position; the first is `open_id`. None, and
             not written to hyper.json, if the span repeats `open_id`.
-        loop_tokens: A completion is aborted when its last `loop_tokens` tokens repeat one phrase.
+        loop_tokens: A completion is in a loop when its last `loop_tokens` tokens repeat one phrase.
+        max_closed_loops: Loops per completion that only end their section, at its closing tag; a further loop aborts
+            the completion. Not written to hyper.json if it is 0.
         calibration: Origin of the thresholds; None for default thresholds.
     """
 
@@ -126,6 +187,7 @@ class PauseFields(_Frozen):
     sections: tuple[Section, ...] = GATED_SECTIONS
     acoustic_bias: float = Field(default=0.0, ge=0)
     loop_tokens: int = Field(default=64, ge=16)
+    max_closed_loops: int = Field(default=0, ge=0, le=16, exclude_if=_is_zero)
     calibration: Calibration | None = None
 
     @model_validator(mode="after")
@@ -173,6 +235,7 @@ class Manifest(_Frozen):
         max_model_len: Maximum length of prompt and completion together, in tokens, audio tokens included.
         quantization: Form of the decoder's weights (`hyper_model.int8`); None, and not written to hyper.json, if they
             are floats.
+        confidence: Calibration of the answers' confidence; None, and not written to hyper.json, without one.
         files: The sha256 of every other file.
     """
 
@@ -187,6 +250,7 @@ class Manifest(_Frozen):
     environment_labels: tuple[str, ...] = ()
     max_model_len: int = Field(gt=0)
     quantization: Literal["w8a8"] | None = Field(default=None, exclude_if=_is_none)
+    confidence: ConfidenceFields | None = Field(default=None, exclude_if=_is_none)
     files: dict[str, str]
 
     @field_validator("files")

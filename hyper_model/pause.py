@@ -59,6 +59,15 @@ def innermost(open_sections: int) -> Section | None:
     return max(sections, key=_DEPTH.__getitem__, default=None)
 
 
+def has_loop(token_ids: Sequence[int], loop_tokens: int) -> bool:
+    """Return whether the last tokens repeat one phrase, as `Gate.is_looping` after these tokens."""
+    end = len(token_ids)
+    return any(
+        token_ids[end - loop_tokens :] == token_ids[end - loop_tokens - period : end - period]
+        for period in range(1, min(LOOP_PERIOD_TOKENS, end - loop_tokens) + 1)
+    )
+
+
 class TagEffect(NamedTuple):
     """Effect of a tag on the set of open sections: `(open & keeps) | adds`, if `needs` is already open.
 
@@ -110,7 +119,9 @@ class GateSettings:
         end_ids: Tokens at the end of a completion, or of its part with pauses; banned inside a span.
         acoustic_bias: Addend to the logit of the pause token while a keyword is recent; 0 turns the prior off.
         keyword_ids: The keywords as token ids.
-        loop_tokens: A completion is aborted when its last `loop_tokens` sampled tokens repeat one phrase.
+        loop_tokens: A completion is in a loop when its last `loop_tokens` sampled tokens repeat one phrase.
+        max_closed_loops: Loops that only end their section; a further one aborts the completion.
+        loop_closing_ids: For each set of open sections whose innermost one a loop may end, its closing tag.
         position_ids: Tokens of a parallel span; empty for copies of the pause token.
         is_fed: Whether the reader of the completion feeds the span of a parallel pause to the engine. The completion
             then ends on the pause token. Otherwise the gate forces the span token by token.
@@ -133,6 +144,8 @@ class GateSettings:
     acoustic_bias: float = 0.0
     keyword_ids: tuple[tuple[int, ...], ...] = ()
     loop_tokens: int = 64
+    max_closed_loops: int = 0
+    loop_closing_ids: Mapping[int, int] = field(default_factory=dict[int, int])
     position_ids: tuple[int, ...] = ()
     is_fed: bool = False
 
@@ -169,6 +182,13 @@ class GateSettings:
             acoustic_bias=pause.acoustic_bias,
             keyword_ids=_encode_keywords(tokenizer) if pause.acoustic_bias else (),
             loop_tokens=pause.loop_tokens,
+            max_closed_loops=pause.max_closed_loops,
+            # The end of the answer would leave nothing to the model.
+            loop_closing_ids={
+                mask: tokenizer.tag_ids[section][1]
+                for mask in range(NUM_OPEN_SETS)
+                if (section := innermost(mask)) not in (None, Section.FINAL_ANSWER)
+            },
             position_ids=pause.position_ids or (),
         )
 
@@ -258,6 +278,7 @@ class Gate:
         recent: The last sampled tokens, as many as the loop guard and the keywords need.
         repeats: For each distance p from 1, the length of the latest run of tokens equal to the one p places before.
         keyword_age: Sampled tokens since the last keyword; None without a recent one.
+        num_closed_loops: Loops ended by the closing tag of their section.
         is_aborted: Whether the gate aborted the completion.
         forced: Remaining forced tokens after an abort, if the gate closes the sections itself.
     """
@@ -275,6 +296,7 @@ class Gate:
     recent: list[int] = field(default_factory=list[int])
     repeats: list[int] = field(default_factory=lambda: [*_NO_REPEATS])
     keyword_age: int | None = None
+    num_closed_loops: int = 0
     is_aborted: bool = False
     forced: list[int] = field(default_factory=list[int])
 
@@ -295,8 +317,9 @@ class Gate:
             return decisions["close" if self.num_in_span > settings.latent_tokens else "hidden"]
         if self.is_aborted:
             return decisions["plain"]
-        if max(self.repeats) >= settings.loop_tokens:
-            return decisions["abort"]
+        if self.is_looping:
+            closing_id = self.loop_closing_id
+            return decisions["abort"] if closing_id is None else Decision(Verdict.CONTINUE, closing_id)
         if self.open_sections not in settings.gated:
             return decisions["plain"]
         mean = self.window_confidence(confidence)
@@ -308,6 +331,23 @@ class Gate:
             return decisions["pause"]
         is_biased = settings.acoustic_bias > 0 and self.keyword_age is not None
         return decisions["biased" if is_biased else "free"]
+
+    @property
+    def is_looping(self) -> bool:
+        """Return whether the last tokens repeat one phrase."""
+        return max(self.repeats) >= self.settings.loop_tokens
+
+    @property
+    def loop_closing_id(self) -> int | None:
+        """Return the tag that ends a loop here, or None if a loop aborts the completion."""
+        settings = self.settings
+        if self.num_closed_loops >= settings.max_closed_loops:
+            return None
+        return settings.loop_closing_ids.get(self.open_sections)
+
+    def closes_loop(self, token_id: int) -> bool:
+        """Return whether the gate forces this token next to end a loop."""
+        return self.is_looping and not self.is_aborted and token_id == self.loop_closing_id
 
     def window_confidence(self, confidence: float) -> float | None:
         """Return the mean of the window ending with this confidence, or None if it is not full."""
@@ -335,6 +375,10 @@ class Gate:
             self._begin_span(confidence)
         elif token_id == settings.close_id:
             self._abort()
+        elif self.closes_loop(token_id):
+            # A forced token has no confidence.
+            self.num_closed_loops += 1
+            self._note_sampled(token_id, None)
         else:
             self._note_sampled(token_id, confidence)
 
@@ -504,6 +548,7 @@ _STATE_FIELDS: Mapping[str, Any] = {
     "seen_sections": int,
     "num_in_span": int,
     "keyword_age": int | None,
+    "num_closed_loops": int,
     "is_aborted": bool,
 }
 _STATE_LISTS: Mapping[str, Any] = {"window": float | int, "recent": int, "repeats": int, "forced": int}

@@ -403,6 +403,9 @@ class GateReports:
 _NUM_FORCED = len(Section) + 1
 """Maximum number of tags forced by an abort: every section's closing tag, and the answer's."""
 
+_NUM_INTS = 15
+"""Number of single integers in a row, before its lists."""
+
 
 class _Rows:
     """Named columns of `PauseV2`'s state rows; an in-place change of a column changes its tensor.
@@ -424,9 +427,9 @@ class _Rows:
         self.is_armed, self.is_fed, self.max_pauses, self.num_seen, self.has_confidence = ints[:, :5].unbind(1)
         self.num_window, self.num_pauses, self.num_resting, self.open_sections = ints[:, 5:9].unbind(1)
         self.seen_sections, self.num_in_span, self.keyword_age, self.is_aborted = ints[:, 9:13].unbind(1)
-        self.num_forced = ints[:, 13]
-        end_recent, end_repeats = 14 + LOOP_PERIOD_TOKENS, 14 + 2 * LOOP_PERIOD_TOKENS
-        self.recent, self.repeats = ints[:, 14:end_recent], ints[:, end_recent:end_repeats]
+        self.num_forced, self.num_closed_loops = ints[:, 13:_NUM_INTS].unbind(1)
+        end_recent, end_repeats = _NUM_INTS + LOOP_PERIOD_TOKENS, _NUM_INTS + 2 * LOOP_PERIOD_TOKENS
+        self.recent, self.repeats = ints[:, _NUM_INTS:end_recent], ints[:, end_recent:end_repeats]
         self.forced = ints[:, end_repeats:]
         self.tau_pause, self.tau_abort, self.confidence, self.total, self.lowest = floats[:, :5].unbind(1)
         self.window = floats[:, 5:]
@@ -435,12 +438,13 @@ class _Rows:
     def encode(gate: Gate | None, window_tokens: int) -> tuple[list[int], list[float]]:
         """Return the row of a gate before its first token, or of no gate."""
         if gate is None:
-            return [0] * (14 + 2 * LOOP_PERIOD_TOKENS + _NUM_FORCED), [0.0] * (5 + window_tokens)
+            return [0] * (_NUM_INTS + 2 * LOOP_PERIOD_TOKENS + _NUM_FORCED), [0.0] * (5 + window_tokens)
         window, settings = gate.window[-window_tokens:], gate.settings
         age = -1 if gate.keyword_age is None else gate.keyword_age
         ints = [1, int(settings.is_fed), settings.max_pauses, 0, 0]
         ints += [len(window), gate.num_pauses, gate.num_resting, gate.open_sections]
         ints += [gate.seen_sections, gate.num_in_span, age, int(gate.is_aborted), len(gate.forced)]
+        ints += [gate.num_closed_loops]
         ints += _padded(gate.recent[::-1], LOOP_PERIOD_TOKENS, -1) + gate.repeats
         ints += _padded(gate.forced, _NUM_FORCED, 0)
         lowest = math.inf if gate.lowest is None else gate.lowest
@@ -526,6 +530,8 @@ class PauseV2(LogitsProcessorV2):
         ]
         self.closings = torch.tensor([[_padded(ids, _NUM_FORCED, 0) for ids in each] for each in closings]).to(device)
         self.num_closing = torch.tensor([len(ids) for ids in closings[0]], device=device)
+        loop_closings = [settings.loop_closing_ids.get(mask, -1) for mask in range(NUM_OPEN_SETS)]
+        self.loop_closings = torch.tensor(loop_closings, device=device)
         self.answer_place = tuple(Section).index(Section.FINAL_ANSWER)
         # A keyword longer than the memory never matches in `Gate` either.
         keywords = [ids[::-1] for ids in settings.keyword_ids if 0 < len(ids) <= LOOP_PERIOD_TOKENS]
@@ -690,14 +696,16 @@ class PauseV2(LogitsProcessorV2):
         is_queued = rows.num_forced > 0
         is_in_span = ~is_queued & (rows.num_in_span > 0)
         is_free = rows.is_armed.bool() & ~is_queued & ~is_in_span & (rows.is_aborted == 0)
-        is_loop = is_free & (rows.repeats.amax(dim=1) >= settings.loop_tokens)
+        is_loop, closing_ids = self._loops(rows)
+        is_loop &= is_free
+        is_ended = is_loop & (closing_ids >= 0)
         is_gated = is_free & ~is_loop & self.gated[rows.open_sections]
         mean, is_full, _ = self._window_mean(rows, settings.window_tokens)
         is_hopeless = is_gated & is_full & (mean <= rows.tau_abort)
         may_pause = is_gated & ~is_hopeless & (rows.num_resting == 0) & (rows.num_pauses < rows.max_pauses)
         is_pause = may_pause & is_full & (mean <= rows.tau_pause)
         # An unarmed slot has only zeros, so it has no forced tokens and no span.
-        is_closed, is_opened = is_loop | is_hopeless, is_queued | is_pause
+        is_closed, is_opened = is_loop & ~is_ended | is_hopeless, is_queued | is_pause | is_ended
         if settings.mode is PauseMode.PARALLEL:
             is_opened |= is_in_span
             is_hidden = None
@@ -709,7 +717,16 @@ class PauseV2(LogitsProcessorV2):
         latent_ids = self.span_ids[rows.num_in_span.clamp(max=settings.latent_tokens - 1)]
         forced_ids = torch.where(is_closed, settings.close_id, latent_ids)
         _put(forced_ids, is_queued, rows.forced[:, 0])
+        _put(forced_ids, is_ended, closing_ids)
         return is_closed | is_opened, forced_ids, may_pause & ~is_pause, is_hidden
+
+    def _loops(self, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `Gate.is_looping` and `Gate.loop_closing_id`, -1 for None."""
+        assert self.settings is not None
+        closing_ids = self.loop_closings[rows.open_sections]
+        is_spent = rows.num_closed_loops >= self.settings.max_closed_loops
+        is_loop = rows.repeats.amax(dim=1) >= self.settings.loop_tokens
+        return is_loop, closing_ids.masked_fill(is_spent, -1)
 
     def _catch_up(self, rows: _Rows, slots: torch.Tensor, num_output: torch.Tensor) -> None:
         """Push the next unread token of each row, if it has one."""
@@ -734,6 +751,11 @@ class PauseV2(LogitsProcessorV2):
 
         _put(rows.forced, is_queued[:, None], rows.forced.roll(-1, dims=1))
         rows.num_forced -= is_queued.long()
+        is_loop, closing_ids = self._loops(rows)
+        is_ended = is_sampled & is_loop & (rows.is_aborted == 0) & (token_ids == closing_ids)
+        rows.num_closed_loops += is_ended
+        # A forced token has no confidence.
+        rows.has_confidence *= ~is_ended
         self._note_sampled(rows, token_ids, is_sampled)
 
         rows.num_in_span += is_latent | is_begin

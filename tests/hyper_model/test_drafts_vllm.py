@@ -257,6 +257,7 @@ GATES = st.fixed_dictionaries(
         "latent_tokens": st.integers(1, 6),
         "acoustic_bias": st.sampled_from([0.0, 5.0]),
         "loop_tokens": st.sampled_from([6, 64]),
+        "max_closed_loops": st.integers(0, 2),
     }
 )
 

@@ -18,6 +18,7 @@ from hyper_model.pause import (
     Gate,
     GateSettings,
     Verdict,
+    has_loop,
     innermost,
     replay,
 )
@@ -179,6 +180,7 @@ def any_settings(draw: st.DrawFn, **fixed: Any) -> GateSettings:
         "tau_pause": draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
         "tau_abort": draw(st.sampled_from([0.0, 0.0, 0.05])),
         "acoustic_bias": draw(st.sampled_from([0.0, 5.0])),
+        "max_closed_loops": draw(st.integers(0, 2)),
         "sections": draw(
             st.sampled_from([CHECKPOINT.manifest.pause.sections, (Section.REASONING,), (Section.ENV, Section.THINK)])
         ),
@@ -250,7 +252,7 @@ def test_a_sampled_span_is_closed_by_force_once_its_tokens_are_spent(draws: Draw
 def test_forced_tokens_leave_window_rest_and_loop_guard_as_they_were(found: GateSettings, draws: Draws) -> None:
     run = write(found, draws)
     for step in run.steps:
-        if step.is_forced:
+        if step.is_forced and step.after["num_closed_loops"] == step.before["num_closed_loops"]:
             kept = ["window", "total", "lowest", "recent", "repeats", "keyword_age"]
             if step.token_id != OPEN:
                 kept += ["num_resting", "num_pauses"]
@@ -472,6 +474,73 @@ def test_the_loop_guard_sees_runs_and_phrases(period: int) -> None:
         assert gate.decide(1.0).verdict is Verdict.CONTINUE
         gate.push(phrase[place % period], 1.0)
     assert gate.decide(1.0) == Decision(Verdict.ABORT, CLOSE)
+
+
+ENDABLE = [section for section in Section if section is not Section.FINAL_ANSWER]
+
+
+def looping(section: Section, **fields: Any) -> Gate:
+    """Return a gate inside a section whose last tokens are equal, at the step of the guard."""
+    gate = Gate(gate_settings(**fields))
+    for token_id in (*(TOKENIZER.tag_ids[each][0] for each in ancestors(section)), TOKENIZER.tag_ids[section][0]):
+        gate.push(token_id, 1.0)
+    repeat(gate)
+    return gate
+
+
+def ancestors(section: Section) -> list[Section]:
+    parent = PARENTS[section]
+    return [] if parent is None else [*ancestors(parent), parent]
+
+
+def repeat(gate: Gate) -> None:
+    while gate.decide(1.0).forced_id is None:
+        gate.push(WORDS[0], 1.0)
+
+
+@pytest.mark.parametrize("section", ENDABLE)
+def test_a_loop_ends_its_section_and_the_completion_goes_on(section: Section) -> None:
+    gate = looping(section, max_closed_loops=1)
+    closing_id = TOKENIZER.tag_ids[section][1]
+    window = gate.window.copy()
+    assert gate.decide(1.0) == Decision(Verdict.CONTINUE, closing_id) and gate.closes_loop(closing_id)
+    gate.push(closing_id, 0.0)
+    parent = PARENTS[section]
+    assert innermost(gate.open_sections) is parent and not gate.is_aborted and not gate.is_looping
+    assert gate.window == window, "a forced token has no confidence"
+    assert gate.decide(1.0).forced_id is None
+
+
+def test_loops_beyond_the_limit_abort() -> None:
+    gate = looping(Section.ASR, max_closed_loops=2)
+    for section in (Section.ASR, Section.REASONING):
+        gate.push(TOKENIZER.tag_ids[section][1], 1.0)
+        following = Section.REASONING if section is Section.ASR else Section.SUMMARY
+        gate.push(TOKENIZER.tag_ids[following][0], 1.0)
+        repeat(gate)
+    assert gate.num_closed_loops == 2 and gate.decide(1.0) == Decision(Verdict.ABORT, CLOSE)
+
+
+def test_a_loop_in_the_answer_or_outside_of_any_section_aborts() -> None:
+    assert looping(Section.FINAL_ANSWER, max_closed_loops=9).decide(1.0).verdict is Verdict.ABORT
+    gate = Gate(gate_settings(max_closed_loops=9))
+    repeat(gate)
+    assert gate.decide(1.0).verdict is Verdict.ABORT
+
+
+@given(st.lists(st.sampled_from(WORDS[:2]), max_size=60))
+def test_a_loop_of_tokens_is_that_of_the_gate(token_ids: list[int]) -> None:
+    gate = Gate(gate_settings(loop_tokens=6))
+    for place, token_id in enumerate(token_ids):
+        gate.push(token_id, None)
+        assert has_loop(token_ids[: place + 1], 6) == gate.is_looping
+
+
+def test_a_closing_tag_of_the_models_own_ends_no_loop() -> None:
+    gate = in_reasoning(gate_settings(max_closed_loops=1))
+    gate.push(WORDS[0], 1.0)
+    gate.push(TOKENIZER.tag_ids[Section.REASONING][1], 1.0)
+    assert gate.num_closed_loops == 0
 
 
 def test_the_loop_guard_works_in_the_answer_and_then_ends_the_completion() -> None:

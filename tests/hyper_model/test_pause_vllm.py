@@ -138,6 +138,7 @@ def state_of(processor: PauseV2, row: int) -> dict[str, Any]:
         "seen_sections": rows.seen_sections.item(),
         "num_in_span": rows.num_in_span.item(),
         "keyword_age": None if age < 0 else age,
+        "num_closed_loops": rows.num_closed_loops.item(),
         "is_aborted": bool(rows.is_aborted.item()),
         "window": [window[place % size] for place in range(max(0, num - size), num)],
         "recent": [each for each in reversed(rows.recent[0].tolist()) if each >= 0],
@@ -401,6 +402,7 @@ class Engine:
         self.seen.add(decision.verdict.value)
         self.seen |= {"biased"} if decision.is_biased else set()
         self.seen |= {"queue"} if gate.forced else set()
+        self.seen |= {"closed"} if gate.num_closed_loops else set()
         self.seen |= {"span"} if gate.num_in_span else set()
 
     def sample(self, request: Request, raw: torch.Tensor, masked: torch.Tensor, choice: int | None) -> None:
@@ -446,7 +448,8 @@ MODES = pytest.mark.parametrize(
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_happens_both_are_the_pure_gate_row_for_row(mode: str, is_fed: bool, bias: float, seed: int) -> None:
     # The manifest never defines whether spans are fed: each request does.
-    found = gate_settings(mode=mode, tau_pause=0.5, tau_abort=0.02 if seed % 2 else 0.0, acoustic_bias=bias)
+    loops = {"loop_tokens": 3, "max_closed_loops": 2} if seed >= 2 else {}
+    found = gate_settings(mode=mode, tau_pause=0.5, tau_abort=0.02 if seed % 2 else 0.0, acoustic_bias=bias, **loops)
     # In place of words like "tone", absent from a random text.
     found = replace(found, keyword_ids=((WORDS[1], WORDS[2]), (WORDS[3],)) if bias else ())
     engine, chance = Engine(found, seed), random.Random(seed)
@@ -496,6 +499,22 @@ def test_whatever_happens_both_are_the_pure_gate_row_for_row(mode: str, is_fed: 
         engine.step()
     assert {"continue", "pause"} <= engine.seen
     assert ("biased" in engine.seen) == bool(bias)
+    assert ("closed" in engine.seen) == bool(loops)
+
+
+def test_both_end_the_section_of_a_loop_and_abort_the_next_one() -> None:
+    gate = Gate(gate_settings(tau_pause=0.0, tau_abort=0.0, max_closed_loops=1))
+    engine = Engine(gate.settings)
+    request = engine.make(gate)
+    engine.start(request)
+    write(engine, request, REASONING)
+    write(engine, request, [WORDS[0]] * (1 + gate.settings.loop_tokens))
+    # The model goes on with the word; the gate forces the tag.
+    engine.step({request.key: WORDS[0]}, {request.key: row_with(0.9)})
+    assert request.output[-1] == TAGS[Section.REASONING][1]
+    write(engine, request, [TAGS[Section.SUMMARY][0], *[WORDS[1]] * (1 + gate.settings.loop_tokens)])
+    engine.step({request.key: WORDS[1]}, {request.key: row_with(0.9)})
+    assert request.output[-1] == CLOSE and gate.is_aborted
 
 
 def test_the_comparison_sees_aborts_spans_and_queues() -> None:
