@@ -75,7 +75,7 @@ train: ## Train Stage I of the embedded checkpoint, or resume it, and export to 
 calibrate: ## Calibrate the pause gate of CHECKPOINT (default WORK/hyper-mini) like the embedded checkpoint's
 	@$(INSTALL) train data
 	@exec $(BIN)/hyper checkpoint calibrate $(or $(CHECKPOINT),$(WORK)/hyper-mini) --work $(WORK) --max-pauses 3 --window-tokens 1 --rest-tokens 8 \
-	  --section ENV --wanted-aborts 0.04
+	  --section ENV
 
 grpo: ## Train Stage II on the calibrated WORK/hyper-mini and export to WORK/hyper-mini-grpo
 	@$(INSTALL) train

@@ -20,7 +20,8 @@ measure and serve the same answer.
 Steps of the procedure:
   1. The model writes its trace; known content of SPEAKER and ASR (`Question.heard`) is written for it. With choices,
      generation ends at the opening tag of FINAL_ANSWER, because choices are scored. Without choices it ends at the
-     closing tag.
+     closing tag. If the manifest calibrates open questions, a second continuation writes the answer, with the
+     log-probabilities that its confidence needs.
   2. An incomplete trace (token limit, gate, end of turn without an answer) is closed with the missing tags.
   3. With choices, each is scored as the continuation of the trace, and the likeliest is written into it. Without
      choices, the model gets `ANSWER_TOKENS` more to answer after an incomplete trace.
@@ -40,7 +41,7 @@ import numpy as np
 
 from hyper_model.answer_tokens import AnswerToken, AnswerTokens
 from hyper_model.manifest import Manifest
-from hyper_model.pause import GateReport, GateSettings
+from hyper_model.pause import GateReport, GateSettings, has_loop
 from hyper_model.trace import (
     PauseMode,
     Section,
@@ -198,7 +199,8 @@ class AnswerDelta:
 
     Attributes:
         text: The text.
-        tokens: Its tokens, if the question wants them. A choice is one token, with the logarithm of its score.
+        tokens: Its tokens, if the question wants them. A choice is one token, with the logarithm of its share of the
+            choices before calibration.
     """
 
     text: str
@@ -215,12 +217,14 @@ class AnswerResult:
     Attributes:
         text: The answer: the chosen option in the caller's words, else the text of FINAL_ANSWER or RESPONSE.
         choice_index: Index of the chosen option; None for an open question.
-        scores: One probability per option, of sum 1; empty for an open question.
+        scores: One probability per option, of sum 1, at the temperature of the manifest; empty for an open question.
         parsed: The trace, including the written choice.
         token_ids: The whole completion, with pauses and closing tags and without the token at the end of a turn.
         num_completion_tokens: Visible tokens written by the model, stop tokens included.
         num_pauses: Number of pauses; `num_pause_tokens` counts their hidden tokens.
         report: The gate's measurements.
+        text_confidence: Probability of the text of an open question, at the temperature of the manifest; None without a
+            temperature, or without a FINAL_ANSWER of the model.
     """
 
     text: str
@@ -232,11 +236,12 @@ class AnswerResult:
     num_pauses: int
     num_pause_tokens: int
     report: GateReport
+    text_confidence: float | None = None
 
     @property
     def confidence(self) -> float | None:
-        """Return the probability of the chosen option; None for an open question."""
-        return None if self.choice_index is None else self.scores[self.choice_index]
+        """Return the probability of the chosen option, or of the text of an open question; None if unknown."""
+        return self.text_confidence if self.choice_index is None else self.scores[self.choice_index]
 
     @property
     def pause_confidences(self) -> tuple[float | None, ...]:
@@ -267,6 +272,11 @@ class Answering:
         self._ends = frozenset(tokenizer.stop_ids)
         self._is_in_trace = True
         self._heard = question.heard
+        confidence = manifest.confidence
+        self._temperature = None if confidence is None else confidence.temperature(has_choices=bool(question.choices))
+        self._rates_text = self._temperature is not None and not question.choices
+        self._answer_ids: list[int] = []
+        self._answer_logprob = 0.0
         self._answer_tokens = AnswerTokens(tokenizer) if question.wants_logprobs else None
         self._hint = Termination.COMPLETE
         self._num_steps = 0
@@ -322,12 +332,7 @@ class Answering:
         if self._is_in_trace:
             self._receive_trace(token_ids, finish_reason, events, logprobs)
         else:
-            self._num_completion_tokens += len(token_ids)
-            for place, token_id in enumerate(token_ids):
-                if token_id not in self._ends:
-                    self._feed((token_id,), events, logprobs[place : place + 1])
-            if finish_reason is not None:
-                self._finish(events)
+            self._receive_answer(token_ids, finish_reason, events, logprobs)
         return events
 
     def receive_scores(self, logprobs: Sequence[float]) -> list[Event]:
@@ -335,19 +340,21 @@ class Answering:
         events: list[Event] = []
         tokenizer, choices = self._tokenizer, self.question.choices
         # Sums over whole candidates, not means: the model has read the choices and is about to copy one of them.
-        scores = softmax(logprobs)
-        index = int(np.argmax(scores))
+        shares = softmax(logprobs)
+        # From the model's own shares: a temperature rounds very unequal ones to equal numbers.
+        index = int(np.argmax(shares))
         words = render_choice(index, choices) if self._by_letter else " ".join(choices[index].split())
         self._feed([*tokenizer.encode_text(escape_markup(words)), *tokenizer.close_ids(Section.FINAL_ANSWER)], events)
-        chosen = AnswerToken(choices[index].encode(), math.log(scores[index]))
+        chosen = AnswerToken(choices[index].encode(), math.log(shares[index]))
         events.append(AnswerDelta(choices[index], (chosen,) if self.question.wants_logprobs else ()))
+        scores = shares if self._temperature is None else softmax(logprobs, self._temperature)
         self._finish(events, index, tuple(scores))
         return events
 
     def _ask_for_trace(self) -> None:
         question = self.question
         opens_answer, closes_answer = self._answer_tags()
-        stops = opens_answer if question.choices else closes_answer
+        stops = opens_answer if question.choices or self._rates_text else closes_answer
         if self._heard is not None:
             stops |= frozenset(self._tokenizer.tag_ids.get(Section.SPEAKER, ())[:1])
         # The gate follows a trace from its beginning, so a continuation has none.
@@ -371,11 +378,36 @@ class Answering:
                 self._write_heard(self._heard, events)
                 return
             # With plain-text tags no single token opens the answer; only the parser detects it, not the engine.
-            if self.question.choices and Section.FINAL_ANSWER in self._parser.open_sections:
+            is_scored = bool(self.question.choices) or self._rates_text
+            if is_scored and Section.FINAL_ANSWER in self._parser.open_sections:
                 self._end_trace("answer", events)
                 return
         if finish_reason is not None:
             self._end_trace(finish_reason, events)
+
+    def _receive_answer(
+        self,
+        token_ids: Sequence[int],
+        finish_reason: FinishReason | None,
+        events: list[Event],
+        logprobs: Sequence[float],
+    ) -> None:
+        """Process tokens of a continuation that writes the answer to an open question."""
+        gate = self.question.gate
+        for place, token_id in enumerate(token_ids):
+            self._num_completion_tokens += 1
+            self._answer_ids.append(token_id)
+            self._answer_logprob += sum(logprobs[place : place + 1])
+            if token_id not in self._ends:
+                self._feed((token_id,), events, logprobs[place : place + 1])
+            # The gate in the engine follows the trace alone.
+            if gate is not None and has_loop(self._answer_ids, gate.loop_tokens):
+                finish_reason = "abort"
+                break
+        if finish_reason is not None:
+            if self._hint is Termination.COMPLETE:
+                self._hint = _TERMINATIONS.get(finish_reason, Termination.COMPLETE)
+            self._finish(events)
 
     def _write_heard(self, heard: Heard, events: list[Event]) -> None:
         """Write SPEAKER and ASR into the trace, and request the rest of it."""
@@ -400,7 +432,7 @@ class Answering:
         has_answer = reason == "answer" or self._parser.result.answer_text is not None
         if self._hint is Termination.COMPLETE and not has_answer:
             self._hint = Termination.MALFORMED
-        if not self.question.choices and has_answer:
+        if not self.question.choices and has_answer and not (self._rates_text and reason == "answer"):
             self._finish(events)
             return
         self._feed(self._parser.ids_to_final_answer(), events)
@@ -410,7 +442,8 @@ class Answering:
             self.next_step = Score(self._prompt(), candidates)
         else:
             _, closes_answer = self._answer_tags()
-            self._generate(ANSWER_TOKENS, closes_answer, None)
+            num_tokens = max(ANSWER_TOKENS, self._num_tokens_left()) if reason == "answer" else ANSWER_TOKENS
+            self._generate(num_tokens, closes_answer, None)
 
     def _finish(self, events: list[Event], choice_index: int | None = None, scores: tuple[float, ...] = ()) -> None:
         self.next_step = None
@@ -436,7 +469,13 @@ class Answering:
             num_pauses=self._num_pauses,
             num_pause_tokens=self._num_pause_tokens,
             report=self._report,
+            text_confidence=self._text_confidence(text) if choice_index is None else None,
         )
+
+    def _text_confidence(self, text: str) -> float | None:
+        if self._temperature is None or not self._answer_ids or not text:
+            return None
+        return tempered(math.exp(min(self._answer_logprob, 0.0)), self._temperature)
 
     def _generate(self, max_tokens: int, stop: frozenset[int], gate: GateSettings | None) -> None:
         question = self.question
@@ -450,7 +489,8 @@ class Answering:
             banned_token_ids=tuple(sorted(self._tokenizer.pause_ids)) if gate is None else (),
             gate=gate,
             # A choice has the log-probability of its score.
-            wants_logprobs=question.wants_logprobs and not question.choices,
+            wants_logprobs=(question.wants_logprobs or (self._rates_text and not self._is_in_trace))
+            and not question.choices,
         )
         self._num_steps += 1
 
@@ -534,8 +574,25 @@ def _folded(text: str | None) -> str:
     return " ".join((text or "").casefold().split())
 
 
-def softmax(logprobs: Sequence[float]) -> list[float]:
-    """Convert log-probabilities of alternatives to shares of 1, for any values (NaN and infinities included)."""
+def softmax(logprobs: Sequence[float], temperature: float = 1.0) -> list[float]:
+    """Convert log-probabilities of alternatives to shares of 1, for any values (NaN and infinities included).
+
+    Args:
+        logprobs: One per alternative.
+        temperature: Divisor of the log-probabilities. A higher one makes the shares more equal; their order stays.
+    """
     values = np.nan_to_num(np.asarray(logprobs, dtype=np.float64), nan=-1e9, neginf=-1e9)
-    shares = np.exp(values - values.max())
+    shares = np.exp((values - values.max()) / temperature)
     return (shares / shares.sum()).tolist()
+
+
+def tempered(probability: float, temperature: float) -> float:
+    """Return the probability of an event after division of its log-odds by a temperature.
+
+    This is `softmax` over the event and its complement.
+    """
+    if not 0 < probability < 1:
+        return probability
+    log_odds = math.log(probability) - math.log1p(-probability)
+    # The logistic function, without its overflow.
+    return 0.5 * (1 + math.tanh(log_odds / temperature / 2))

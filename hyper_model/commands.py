@@ -62,6 +62,15 @@ def info(directory: Path, as_json: bool) -> None:
         pauses += ", each position with a token of its own"
     gate = f"pauses at {pause.tau_pause:g}, gives up at {pause.tau_abort:g} over {pause.window_tokens} tokens"
     calibration = pause.calibration
+    if pause.max_closed_loops:
+        gate += f", ends {pause.max_closed_loops} repetitions"
+    confidence = manifest.confidence
+    kinds = {"choices": confidence.choices, "open": confidence.open} if confidence else {}
+    temperatures = ", ".join(
+        f"temperature {kind.temperature:g} ({name}, calibration error {kind.ece_after:.3f})"
+        for name, kind in kinds.items()
+        if kind is not None
+    )
     measured = (
         f"{calibration.pauses:g} pauses a completion, {calibration.abort_rate:.1%} given up, on {calibration.source}"
         if calibration
@@ -79,6 +88,7 @@ def info(directory: Path, as_json: bool) -> None:
         ("pauses", pauses),
         ("gate", gate),
         ("calibrated", measured),
+        ("confidence", temperatures or "the model's own (hyper checkpoint calibrate)"),
         ("longest sequence", f"{manifest.max_model_len} tokens"),
         ("window", f"{manifest.audio.window_s:g} s"),
         ("environment", ", ".join(manifest.environment_labels) or "open vocabulary"),

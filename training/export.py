@@ -171,6 +171,7 @@ def model_of_checkpoint(directory: Path, *, dtype: torch.dtype, lora: Lora | Non
     fields = checkpoint.manifest.model_dump(mode="json", exclude={"files", "format_version", "recipe"})
     # Thresholds are valid only for their own weights, so a trained checkpoint is calibrated anew.
     fields["pause"].pop("calibration", None)
+    fields.pop("confidence", None)
     fields["trace"]["tags"] = {
         name: {"open": tag["open"], "close": tag["close"]} for name, tag in fields["trace"]["tags"].items()
     }

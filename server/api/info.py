@@ -7,11 +7,14 @@ from typing import cast
 from fastapi import APIRouter, Request
 
 from hyper_model.audio import FORMATS
+from hyper_model.manifest import AnswerKind, ConfidenceFields
 from hyper_model.trace import MAX_CHOICE_CHARS, MAX_CHOICES, MAX_QUESTION_CHARS, Section
 from server.api.openapi import ANYWHERE
 from server.api.types import (
+    AnswerKindInfo,
     CheckpointInfo,
     ComputeInfo,
+    ConfidenceInfo,
     DecodingInfo,
     DraftMode,
     InfoReply,
@@ -61,6 +64,7 @@ async def info(request: Request) -> InfoReply:
             sections=list(pause.sections),
             is_calibrated=pause.calibration is not None,
         ),
+        confidence=confidence_info(manifest.confidence),
         long_audio=["error", "window", "chunk"],
         limits=LimitsInfo(
             window_s=manifest.audio.window_s,
@@ -82,3 +86,16 @@ async def info(request: Request) -> InfoReply:
             max_queue_wait_s=settings.max_queue_wait_s,
         ),
     )
+
+
+def confidence_info(fields: ConfidenceFields | None) -> ConfidenceInfo:
+    """Describe the calibration of the confidence of answers."""
+    if fields is None:
+        return ConfidenceInfo(source=None)
+    return ConfidenceInfo(source=fields.source, choices=_kind_info(fields.choices), open=_kind_info(fields.open))
+
+
+def _kind_info(kind: AnswerKind | None) -> AnswerKindInfo | None:
+    if kind is None:
+        return None
+    return AnswerKindInfo.model_validate(kind.model_dump(include=set(AnswerKindInfo.model_fields)))

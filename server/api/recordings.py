@@ -86,8 +86,13 @@ class _Relistened:
     result: AnswerResult
 
     @property
+    def rank(self) -> float:
+        """Return its weight among windows of an open question: the lowest group confidence of its trace."""
+        return self.result.report.lowest or 0.0
+
+    @property
     def confidence(self) -> float | None:
-        """Return the probability of its choice; for an open question, the lowest group confidence of its trace."""
+        """Return the probability of its answer, or without one the lowest group confidence of its trace."""
         return self.result.report.lowest if self.result.confidence is None else self.result.confidence
 
 
@@ -368,7 +373,7 @@ class RecordingRun:
             ]
         else:
             fitting = [each for each in asked if each.score > 0] or asked[:1]
-            main = max(fitting, key=lambda each: each.confidence or 0.0)
+            main = max(fitting, key=lambda each: each.rank)
             others = [
                 RunnerUp(window=each.window.span.index, text=each.result.text, confidence=rounded(each.confidence))
                 for each in asked

@@ -88,7 +88,7 @@ def build(run: AnswerRun, result: AnswerResult, *, shows_reasoning: bool) -> QaR
 def answer_reply(result: AnswerResult, choices: Sequence[str]) -> Answer:
     """Return the answer, with a score per choice if there are choices."""
     if result.choice_index is None:
-        return Answer(text=result.text)
+        return Answer(text=result.text, confidence=result.confidence)
     return Answer(
         text=result.text,
         choice_index=result.choice_index,

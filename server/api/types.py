@@ -129,6 +129,9 @@ class RunnerUp(Wire):
 class Answer(Wire):
     """The answer; `scores` has one probability per choice and sums to 1.
 
+    `confidence` is the probability that the answer is right, if the checkpoint is calibrated (`confidence` of
+    `/v1/info`). Otherwise it is the model's own share of the chosen option, and null for an open question.
+
     For a recording of several windows, `answered_by` is `windows` (the model, from the windows in `evidence`) or
     `timeline` (code, from the timeline).
     """
@@ -481,6 +484,32 @@ class PauseInfo(Wire):
     is_calibrated: bool = Field(description="Whether the thresholds were measured on this checkpoint.")
 
 
+class ReliabilityInfo(Wire):
+    """Answers of the calibration set with a confidence in one tenth of 0 to 1."""
+
+    confidence: float = Field(description="Their mean confidence.")
+    accuracy: float = Field(description="Share of right ones.")
+    count: int
+
+
+class AnswerKindInfo(Wire):
+    """Calibration of the confidence of questions with choices, or of open ones."""
+
+    temperature: float = Field(description="Divisor of the log-odds of the alternatives.")
+    num_answers: int = Field(description="Answers that the temperature was fitted to.")
+    ece_before: float = Field(description="Expected calibration error of the model's own probabilities.")
+    ece_after: float = Field(description="The same of calibrated probabilities, on answers left out of the fit.")
+    curve: list[ReliabilityInfo] = Field(description="Reliability of the calibrated probabilities.")
+
+
+class ConfidenceInfo(Wire):
+    """Calibration of `answer.confidence`; null for a kind of question with uncalibrated confidence."""
+
+    source: str | None = Field(description="The calibration set.")
+    choices: AnswerKindInfo | None = None
+    open: AnswerKindInfo | None = None
+
+
 class LimitsInfo(Wire):
     """Limits of a request."""
 
@@ -523,5 +552,6 @@ class InfoReply(Wire):
         description="Background labels of the checkpoint; empty for an open vocabulary."
     )
     pause: PauseInfo
+    confidence: ConfidenceInfo
     long_audio: list[str] = Field(description="Supported values of `long_audio`.")
     limits: LimitsInfo

@@ -157,7 +157,7 @@ class Metrics:
             "reflections", "Traces with a REFLECT section, by whether the answer changed", "changed"
         )
         self.traces = self._counter("traces", "Traces by format and termination", "format", "termination")
-        self.answer_confidence = self._histogram("answer_confidence", "Probability of the chosen option", SHARES)
+        self.answer_confidence = self._histogram("answer_confidence", "Probability of the answer, if known", SHARES)
         self.answer_empty = self._counter("answer_empty", "Replies with an empty answer")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, audio included")
         self.audio_tokens = self._counter("audio_tokens", "Prompt tokens that encode audio")

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hyper_model.answering import (
     ANSWER_TOKENS,
@@ -21,8 +23,9 @@ from hyper_model.answering import (
     Score,
     max_trace_tokens,
     softmax,
+    tempered,
 )
-from hyper_model.manifest import Manifest
+from hyper_model.manifest import AnswerKind, ConfidenceFields, Manifest
 from hyper_model.pause import GateReport, GateSettings
 from hyper_model.trace import Section, TagStyle, Termination, Trace, TraceTokenizer, build_prompt, render
 from hyper_model.trace_parser import SectionDelta, TraceFormat
@@ -211,6 +214,109 @@ def test_scores_are_shares_whatever_the_engine_says() -> None:
         shares = softmax(logprobs)
         assert sum(shares) == pytest.approx(1) and min(shares) >= 0
     assert softmax([0.0, float("-inf")]) == [1.0, 0.0]
+
+
+LOGPROBS = st.lists(st.floats(-60, 0), min_size=2, max_size=26)
+TEMPERATURES = st.floats(0.05, 50)
+
+
+@given(LOGPROBS)
+def test_temperature_1_keeps_the_models_own_probabilities(logprobs: list[float]) -> None:
+    assert softmax(logprobs, 1.0) == softmax(logprobs)
+    for share in softmax(logprobs):
+        assert tempered(share, 1.0) == pytest.approx(share)
+
+
+@given(LOGPROBS, TEMPERATURES)
+def test_a_temperature_keeps_the_order_of_the_choices_and_the_sum_of_1(
+    logprobs: list[float], temperature: float
+) -> None:
+    own, calibrated = softmax(logprobs), softmax(logprobs, temperature)
+    assert sum(calibrated) == pytest.approx(1) and min(calibrated) >= 0
+    order = sorted(range(len(own)), key=logprobs.__getitem__)
+    assert [calibrated[place] for place in order] == sorted(calibrated)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), TEMPERATURES)
+def test_the_confidence_of_a_text_rises_with_its_probability(one: float, other: float, temperature: float) -> None:
+    low, high = sorted((one, other))
+    assert 0 <= tempered(low, temperature) <= tempered(high, temperature) <= 1
+    if 1e-6 < low < 1 - 1e-6:
+        pair = softmax([math.log(low), math.log1p(-low)], temperature)
+        assert tempered(low, temperature) == pytest.approx(pair[0])
+
+
+def calibrated_manifest(temperature: float) -> Manifest:
+    kind = AnswerKind(temperature=temperature, num_answers=9, ece_before=0, ece_after=0, curve_before=(), curve=())
+    return MANIFEST.model_copy(update={"confidence": ConfidenceFields(source="made up", choices=kind, open=kind)})
+
+
+def test_a_calibrated_checkpoint_chooses_the_same_with_other_scores() -> None:
+    written, logprobs = tokens(render(WORDS)), (-4.0, -1.0)
+    _, events, own = drive(Answering(question(CHOICES), TOKENIZER, MANIFEST), [(written, "stop")], logprobs)
+    asked = question(CHOICES, wants_logprobs=True)
+    _, events, result = drive(Answering(asked, TOKENIZER, calibrated_manifest(3.0)), [(written, "stop")], logprobs)
+    assert result.choice_index == own.choice_index == 1 and result.token_ids == own.token_ids
+    assert result.confidence == pytest.approx(1 / (1 + math.exp(-1))) and sum(result.scores) == pytest.approx(1)
+    (token,) = [token for event in events if isinstance(event, AnswerDelta) for token in event.tokens]
+    assert math.exp(token.logprob) == pytest.approx(own.confidence), "log-probabilities stay the model's own"
+
+
+def test_a_calibrated_open_question_has_the_probability_of_its_text_in_a_step_of_its_own() -> None:
+    manifest = calibrated_manifest(2.0)
+    opening, closing = TOKENIZER.open_ids(Section.FINAL_ANSWER), TOKENIZER.close_ids(Section.FINAL_ANSWER)
+    start = [*tokens(render(WORDS).partition("<FINAL_ANSWER>")[0]), *opening]
+    rest = [*TOKENIZER.encode_text("rain"), *closing]
+    answering = Answering(question(), TOKENIZER, manifest)
+    first = answering.next_step
+    assert isinstance(first, Generate) and not first.wants_logprobs and set(opening) <= set(first.stop_token_ids)
+    events = answering.receive_tokens(start, "stop")
+    second = answering.next_step
+    assert isinstance(second, Generate) and second.wants_logprobs
+    assert list(second.prompt_token_ids) == [*question().prompt_token_ids, *start]
+    assert second.max_tokens == first.max_tokens - len(start)
+    events += answering.receive_tokens(rest[:2], logprobs=(-0.1, -0.2))
+    events += answering.receive_tokens(rest[2:], "stop", logprobs=[-0.3] * len(rest[2:]))
+    result = answering.result
+    _, own_events, own = drive(Answering(question(), TOKENIZER, MANIFEST), [([*start, *rest], "stop")])
+    assert own.confidence is None and replace(result, text_confidence=None) == own
+    assert text_of(events) == text_of(own_events) == "rain"
+    assert result.confidence == pytest.approx(tempered(math.exp(-0.3 - 0.3 * len(rest[2:])), 2.0))
+
+
+def test_a_calibrated_answer_of_one_long_chunk_is_written_once() -> None:
+    """A chunk that runs past the opening tag is cut there, as for choices."""
+    start = [*tokens(render(WORDS).partition("<FINAL_ANSWER>")[0]), *TOKENIZER.open_ids(Section.FINAL_ANSWER)]
+    rest = [*TOKENIZER.encode_text("rain"), *TOKENIZER.close_ids(Section.FINAL_ANSWER)]
+    answering = Answering(question(), TOKENIZER, calibrated_manifest(2.0))
+    answering.receive_tokens([*start, *rest], "stop")
+    answering.receive_tokens(rest, "stop", logprobs=[-0.1] * len(rest))
+    assert answering.result.text == "rain" and list(answering.result.token_ids) == [*start, *rest]
+
+
+def test_an_answer_cut_at_its_own_limit_is_truncated_and_one_from_response_has_no_confidence() -> None:
+    manifest = calibrated_manifest(2.0)
+    start = tokens(render(WORDS).partition("<FINAL_ANSWER>")[0])
+    _, _, cut = drive(
+        Answering(question(), TOKENIZER, manifest),
+        [([*start, *TOKENIZER.open_ids(Section.FINAL_ANSWER)], "stop"), (tokens("rai"), "length")],
+    )
+    assert cut.text == "rai" and cut.parsed.termination is Termination.TRUNCATED
+    _, _, early = drive(Answering(question(), TOKENIZER, manifest), [(start, "stop")])
+    assert early.text == "sun" and early.confidence is None
+
+
+def test_a_calibrated_answer_that_repeats_itself_is_aborted_as_without_calibration() -> None:
+    assert GATE is not None
+    start = [*tokens(render(WORDS).partition("<FINAL_ANSWER>")[0]), *TOKENIZER.open_ids(Section.FINAL_ANSWER)]
+    answering = Answering(question(gate=GATE), TOKENIZER, calibrated_manifest(2.0))
+    answering.receive_tokens(start, "stop")
+    step, given = answering.next_step, 0
+    while answering.next_step is step:
+        answering.receive_tokens(tokens("a"), logprobs=(-0.1,))
+        given += 1
+    assert given == GATE.loop_tokens + 1
+    assert answering.result.parsed.termination is Termination.ABORTED and answering.result.text == "a" * given
 
 
 def with_logprobs(

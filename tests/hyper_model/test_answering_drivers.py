@@ -18,6 +18,7 @@ import pytest
 from hyper_model.answering import AnswerResult, Question
 from hyper_model.audio import Waveform, decode
 from hyper_model.checkpoint import Checkpoint, open_checkpoint
+from hyper_model.manifest import AnswerKind, ConfidenceFields
 from hyper_model.pause import GateSettings
 from hyper_model.trace import Termination, build_prompt
 from server.answering import Answerer, AnswerRun, discard
@@ -42,6 +43,7 @@ class Case:
     max_tokens: int
     gate: str
     style: str = "text"
+    temperature: float | None = None
 
 
 CASES = [
@@ -54,13 +56,28 @@ CASES = [
     *(Case(2, True, max_tokens, "on", "letter") for max_tokens in (WHOLE, BROKEN_OFF)),
     Case(3, True, WHOLE, "gives up", "letter"),
     Case(3, False, WHOLE, "gives up"),
+    *(
+        Case(4, has_choices, max_tokens, "on", temperature=3.0)
+        for has_choices in (True, False)
+        for max_tokens in (WHOLE, BROKEN_OFF)
+    ),
 ]
 
 
-def styled(checkpoint: Checkpoint, style: str) -> Checkpoint:
-    """The same checkpoint, as if it answered with letters or with words."""
+def styled(checkpoint: Checkpoint, style: str, temperature: float | None) -> Checkpoint:
+    """The same checkpoint, as if it answered with letters or with words, with a confidence of this temperature."""
     trace = checkpoint.manifest.trace.model_copy(update={"answer_style": style})
-    return replace(checkpoint, manifest=checkpoint.manifest.model_copy(update={"trace": trace}))
+    confidence = None
+    if temperature is not None:
+        kind = AnswerKind(temperature=temperature, num_answers=9, ece_before=0, ece_after=0, curve_before=(), curve=())
+        confidence = ConfidenceFields(source="made up", choices=kind, open=kind)
+    changes = {"trace": trace, "confidence": confidence}
+    return replace(checkpoint, manifest=checkpoint.manifest.model_copy(update=changes))
+
+
+def group_of(case: Case) -> tuple[int, str, str, float]:
+    """The settings that one batch shares; a temperature of 0 stands for none."""
+    return case.max_tokens, case.gate, case.style, case.temperature or 0.0
 
 
 def gate_of(checkpoint: Checkpoint, name: str) -> GateSettings | None:
@@ -85,10 +102,10 @@ def answer_in_batches(directory: Path) -> list[AnswerResult]:
     checkpoint = open_checkpoint(directory, verify=False)
     backend = VllmBackend(checkpoint, dtype="float32")
     found: dict[Case, AnswerResult] = {}
-    for group in sorted({(case.max_tokens, case.gate, case.style) for case in CASES}):
-        max_tokens, gate, style = group
-        cases = [case for case in CASES if (case.max_tokens, case.gate, case.style) == group]
-        backend.checkpoint = styled(checkpoint, style)
+    for group in sorted({group_of(case) for case in CASES}):
+        max_tokens, gate, style, temperature = group
+        cases = [case for case in CASES if group_of(case) == group]
+        backend.checkpoint = styled(checkpoint, style, temperature or None)
         prompts = [
             Prompt(
                 build_prompt(checkpoint.tokenizer, TRUTH[case.clip]["question"], choices_of(case)),
@@ -111,7 +128,7 @@ async def answer_as_served(answerer: Answerer) -> list[AnswerResult]:
     """Answer every case by the service's driver, one after the other."""
     found: list[AnswerResult] = []
     for case in CASES:
-        checkpoint = styled(answerer.checkpoint, case.style)
+        checkpoint = styled(answerer.checkpoint, case.style, case.temperature)
         prompt = build_prompt(checkpoint.tokenizer, TRUTH[case.clip]["question"], choices_of(case))
         gate = gate_of(checkpoint, case.gate)
         question = Question(tuple(prompt), choices_of(case), max_tokens=case.max_tokens, gate=gate)
@@ -142,7 +159,11 @@ def test_both_drivers_get_the_same_tokens_and_results(batched: list[AnswerResult
         assert ours.report.lowest == pytest.approx(theirs.report.lowest, abs=1e-3), case
         assert ours.report.confidences == pytest.approx(theirs.report.confidences, abs=1e-3), case
         # All else to the letter: texts, trace, termination, counts.
-        assert replace(ours, scores=(), report=theirs.report) == replace(theirs, scores=()), case
+        assert ours.confidence == pytest.approx(theirs.confidence, abs=1e-3), case
+        others = {"scores": (), "text_confidence": None}
+        assert replace(ours, report=theirs.report, **others) == replace(theirs, **others), case
+        is_rated = case.has_choices or case.temperature is not None
+        assert (ours.confidence is not None) == is_rated, case
 
 
 def test_the_cases_cover_what_the_drivers_could_do_differently(served: list[AnswerResult]) -> None:

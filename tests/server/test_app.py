@@ -165,6 +165,7 @@ def test_info_says_what_is_served(live: Live) -> None:
     assert (pause["mode"], pause["latent_tokens"], pause["max_pauses"]) == ("parallel", 64, 3)
     assert pause["tau_abort"] < pause["tau_pause"] and "REASONING" in pause["sections"] and not pause["is_calibrated"]
     assert pause["has_position_tokens"] is False
+    assert info["confidence"] == {"source": None, "choices": None, "open": None}
     document = live.client.get("/openapi.json").json()
     reply = document["paths"]["/v1/info"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     described = document["components"]["schemas"][reply["$ref"].rpartition("/")[2]]

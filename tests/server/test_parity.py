@@ -168,7 +168,10 @@ def test_twenty_clips_get_the_tokens_and_the_scores_of_a_plain_loop(host: VllmHo
             for token_id in written:
                 parser.feed(token_id)
             prefix = [*prompt, *written, *parser.ids_to_final_answer()]
-            scores = softmax(loop.score(waveform, prefix, tokenizer.choice_ids(choices, by_letter=False)))
+            logprobs = loop.score(waveform, prefix, tokenizer.choice_ids(choices, by_letter=False))
+            confidence = loop.checkpoint.manifest.confidence
+            assert confidence is not None and confidence.choices is not None
+            scores = softmax(logprobs, confidence.choices.temperature)
             worst = max(worst, float(np.abs(np.subtract(scores, result.scores)).max()))
     print(f"20 clips, {sum(num_pauses)} pauses; scores differ by at most {worst:.1e}")
     assert worst <= 1e-3

@@ -19,7 +19,9 @@ from training.cli.registry_option import Described, RegistryOption
 
 if TYPE_CHECKING:
     from hyper_model.checkpoint import Checkpoint
+    from hyper_model.manifest import ConfidenceFields
     from training.data.sources.voices import Split
+    from training.data.truth import Truth
     from training.rl.rollout import Prompt
 
 work_option = click.option(
@@ -312,9 +314,22 @@ def samples(work: Path, folder: Path) -> None:
 @click.option(
     "--wanted-aborts",
     type=float,
-    default=0.01,
+    default=0.005,
     show_default=True,
     help="Maximum share of aborted completions (low confidence throughout, or repetitions).",
+)
+@click.option(
+    "--wanted-wrong",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    help="Minimum share of wrong answers, without a pause, among completions aborted for low confidence. If no "
+    "threshold reaches it, low confidence aborts nothing.",
+)
+@click.option(
+    "--confidence-only",
+    is_flag=True,
+    help="Calibrate only the confidence of answers, and leave the gate as it is.",
 )
 @click.option(
     "--max-pauses", type=click.IntRange(1, 16), help="Maximum pauses per completion.  [default: the manifest's]"
@@ -328,6 +343,13 @@ def samples(work: Path, folder: Path) -> None:
     "--rest-tokens",
     type=click.IntRange(0),
     help="Minimum tokens between two pauses.  [default: the manifest's]",
+)
+@click.option(
+    "--max-closed-loops",
+    type=click.IntRange(0, 16),
+    default=8,
+    show_default=True,
+    help="Repetitions per completion that only end their section; a further one aborts the completion.",
 )
 @click.option("--latent-tokens", type=click.IntRange(1), help="Latent tokens per pause.  [default: the manifest's]")
 @click.option(
@@ -350,20 +372,22 @@ def calibrate(
     items: int,
     wanted: tuple[float, float],
     wanted_aborts: float,
+    wanted_wrong: float,
+    confidence_only: bool,
     sections: tuple[str, ...],
     png: Path | None,
     work: Path,
     workers: int,
     **fields: int | None,
 ) -> None:
-    """Calibrate the pause thresholds of CHECKPOINT on a validation set.
+    """Calibrate the pause thresholds and the confidence of CHECKPOINT on a validation set.
 
-    The manifest gets the thresholds and their curve; the weights stay unchanged. If no threshold reaches both the pause
-    rate and the abort rate, the command reports its measurements and changes nothing. Then try another rate, other
-    sections or a higher --wanted-aborts.
+    The manifest gets the thresholds and their curve, and a temperature per kind of question. The weights stay
+    unchanged. If no threshold reaches both the pause rate and the abort rate, the command reports its measurements and
+    changes nothing. Then try another rate, other sections or a higher --wanted-aborts.
     """
     from hyper_model.checkpoint import open_checkpoint
-    from training.evaluation.calibrate import Wanted, draw_curve
+    from training.evaluation.calibrate import Wanted, calibrate_confidence, draw_curve
     from training.evaluation.calibrate import calibrate as run
 
     if not 0 <= wanted[0] < wanted[1]:
@@ -376,20 +400,46 @@ def calibrate(
         changes["sections"] = _gated(sections)
     opened = open_checkpoint(checkpoint)
     if examples is None:
-        prompts = _prompts_of_scenes(opened, items, work, workers)
+        prompts, truths = _prompts_of_scenes(opened, items, work, workers)
     else:
-        prompts = _prompts_of(opened, examples, audio_root, items)
+        prompts, truths = _prompts_of(opened, examples, audio_root, items)
     source = (
         f"{len(prompts)} synthetic scenes of the validation voices"
         if examples is None
         else f"{len(prompts)} questions of {examples.name}"
     )
-    updated, calibration = run(opened, prompts, source=source, wanted=Wanted(wanted, wanted_aborts), fields=changes)
+    if confidence_only:
+        _report_confidence(calibrate_confidence(opened, prompts, truths, source=source).manifest.confidence)
+        return
+    updated, calibration = run(
+        opened,
+        prompts,
+        truths,
+        source=source,
+        wanted=Wanted(wanted, wanted_aborts, wanted_wrong),
+        fields=changes,
+    )
     pause = updated.manifest.pause
     click.echo(f"tau_pause {pause.tau_pause:.4f}, tau_abort {pause.tau_abort:.4f}, budget {pause.max_pauses}")
     click.echo(f"{calibration.pauses:.2f} pauses per completion, {calibration.abort_rate:.1%} aborted, on {source}")
+    _report_confidence(updated.manifest.confidence)
     if png is not None:
         draw_curve(calibration, pause.tau_pause, png)
+
+
+def _report_confidence(fields: ConfidenceFields | None) -> None:
+    """Print the temperature and the calibration error of each kind of question."""
+    for name, kind in (
+        ("questions with choices", fields and fields.choices),
+        ("open questions", fields and fields.open),
+    ):
+        if kind is None:
+            click.echo(f"confidence of {name}: not calibrated, too few right or wrong answers")
+        else:
+            click.echo(
+                f"confidence of {name}: temperature {kind.temperature:g}, calibration error {kind.ece_before:.3f} "
+                f"before and {kind.ece_after:.3f} after, on {kind.num_answers} answers of {fields and fields.source}"
+            )
 
 
 def _gated(sections: tuple[str, ...]) -> list[str]:
@@ -402,8 +452,10 @@ def _gated(sections: tuple[str, ...]) -> list[str]:
     return names
 
 
-def _prompts_of_scenes(checkpoint: Checkpoint, num_items: int, work: Path, workers: int) -> list[Prompt]:
-    """Draw questions about scenes of the validation voices."""
+def _prompts_of_scenes(
+    checkpoint: Checkpoint, num_items: int, work: Path, workers: int
+) -> tuple[list[Prompt], list[Truth]]:
+    """Draw questions about scenes of the validation voices, and their truths."""
     from hyper_model.trace import build_prompt
     from training.data.clips import SEED_STRIDE
     from training.data.scenes import SceneBuilder
@@ -413,25 +465,31 @@ def _prompts_of_scenes(checkpoint: Checkpoint, num_items: int, work: Path, worke
 
     bank = bank_of("validation", work, workers)
     builder = SceneBuilder(bank, work / "assets" / SOUNDS_FOLDER, "validation")
-    return [
+    items = draw_items(builder, num_items=num_items, first_seed=SEED_STRIDE["validation"])
+    prompts = [
         Prompt(
             build_prompt(checkpoint.tokenizer, item.truth.question, item.truth.choices),
             item.load(),
             item.truth.choices,
         )
-        for item in draw_items(builder, num_items=num_items, first_seed=SEED_STRIDE["validation"])
+        for item in items
     ]
+    return prompts, [item.truth for item in items]
 
 
-def _prompts_of(checkpoint: Checkpoint, path: Path, audio_root: Path | None, num_items: int) -> list[Prompt]:
-    """Read questions and clips of a user's data set, in any supported format."""
+def _prompts_of(
+    checkpoint: Checkpoint, path: Path, audio_root: Path | None, num_items: int
+) -> tuple[list[Prompt], list[Truth]]:
+    """Read questions, clips and truths of a user's data set, in any supported format."""
     from hyper_model.errors import HyperError
     from hyper_model.trace import build_prompt
     from training.data.examples import ExampleError, read_clip, read_examples
+    from training.data.truth import Truth
     from training.rl.rollout import Prompt
 
     faults: list[ExampleError] = []
     prompts: list[Prompt] = []
+    truths: list[Truth] = []
     for example in islice(read_examples(path, audio_root=audio_root, on_fault=faults.append), num_items):
         try:
             samples_S = read_clip(example).samples_S
@@ -439,8 +497,9 @@ def _prompts_of(checkpoint: Checkpoint, path: Path, audio_root: Path | None, num
             raise click.ClickException(str(error)) from error
         token_ids = build_prompt(checkpoint.tokenizer, example.question, example.choices)
         prompts.append(Prompt(token_ids, samples_S, example.choices))
+        truths.append(example.truth if example.answer else Truth(example.question, ""))
     if faults:
         click.echo(f"{len(faults)} rows left out, the first: {faults[0]}", err=True)
     if not prompts:
         raise click.ClickException(f"{path}: no row can be used")
-    return prompts
+    return prompts, truths

@@ -1,4 +1,4 @@
-"""Write the report of an evaluation: the result as JSON, a page of tables and two plots. It measures nothing itself."""
+"""Write the report of an evaluation: the result as JSON, a page of tables and plots. It measures nothing itself."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 from hyper_model.files import write_whole
 from training.data.hard_sets import SNR_LEVELS_DB
-from training.evaluation.score import BREAKDOWNS, FIGURES, MAP
+from training.evaluation.confidence import draw_reliability
+from training.evaluation.score import BREAKDOWNS, ECE, FIGURES, MAP
 
 RESULT_FILE = "result.json"
 REPORT_FILE = "report.md"
 ACCURACY_FILE = "accuracy.png"
 SNR_FILE = "snr.png"
+RELIABILITY_FILE = "reliability.png"
 
 PLAIN_FIGURES = {
     "chance_accuracy": "accuracy of guessing among the choices",
@@ -67,6 +69,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _figures_table(results: Sequence[Mapping[str, Any]]) -> str:
     meanings = {figure.name: figure.meaning for figure in FIGURES}
     meanings[MAP] = "mean average precision of the labels that ENV names"
+    meanings[ECE] = "expected calibration error of the answers' confidence"
+    meanings |= {f"{ECE}_choices": "the same, of questions with choices", f"{ECE}_open": "the same, of open questions"}
     rows: list[list[str]] = []
     for name, meaning in {**meanings, **PLAIN_FIGURES}.items():
         if any(name in result for result in results):
@@ -125,7 +129,7 @@ def _probe_table(probe: Mapping[str, Any]) -> str:
 
 
 def draw(results: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
-    """Plot accuracy by group, and curves over SNR for suites with SNR levels; return the file names."""
+    """Plot accuracy by group, curves over SNR for suites with SNR levels, and reliability; return the file names."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -169,4 +173,12 @@ def draw(results: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
         figure.savefig(folder / SNR_FILE, dpi=150)
         pyplot.close(figure)
         names.append(SNR_FILE)
+    curves = [
+        (result["system"], [(each["confidence"], each["accuracy"], each["count"]) for each in result["reliability"]])
+        for result in results
+        if "reliability" in result
+    ]
+    if curves:
+        draw_reliability(curves, folder / RELIABILITY_FILE)
+        names.append(RELIABILITY_FILE)
     return names

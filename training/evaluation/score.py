@@ -21,7 +21,19 @@ import numpy as np
 from hyper_model.trace_parser import ParsedTrace, TraceFormat, parse_text
 from training.data.hard_sets import SNR_LEVELS_DB
 from training.data.truth import Truth
-from training.evaluation.statistics import Difference, Statistic, Sums, compare, figure, mean_average_precision, ratio
+from training.evaluation.statistics import (
+    NUM_BINS,
+    Difference,
+    Statistic,
+    Sums,
+    compare,
+    expected_calibration_error,
+    figure,
+    mean_average_precision,
+    ratio,
+    reliability,
+    reliability_row,
+)
 from training.evaluation.suites.around_speech import PARTS, SHORT_MS
 from training.evaluation.suites.item import Item
 from training.recipes import REWARD_WEIGHTS, LengthRange
@@ -44,6 +56,7 @@ class Reply:
         parsed: The trace; for a reply in prose, its words without any section.
         choice: Index of the chosen choice; None for no choice, or a question without choices.
         prediction: The answer in words, for rules on words.
+        confidence: Probability that the answer is right, by the system itself; None without one.
         has_tokens: True if the trace's tokens are counted; its reward needs them.
         ttft_s, e2e_s: Seconds to the first token and to the end; None if not measured.
         error: Reason for a missing reply, else None.
@@ -52,6 +65,7 @@ class Reply:
     parsed: ParsedTrace
     choice: int | None = None
     prediction: str = ""
+    confidence: float | None = None
     has_tokens: bool = False
     num_pauses: int | None = None
     is_aborted: bool | None = None
@@ -77,6 +91,9 @@ class ItemScores:
     free_is_right: bool | None = None
     contains_answer: bool | None = None
     """In a question without choices: True if the reply contains the words of an accepted answer."""
+
+    confidence: float | None = None
+    """Probability that the answer is right, by the system itself."""
 
     response_agrees: bool | None = None
     """True if RESPONSE names the chosen choice."""
@@ -128,6 +145,7 @@ def judge(item: Item, reply: Reply, *, reads: Reads = "trace") -> ItemScores:
         names_choice=reply.choice is not None if truth.choices else None,
         free_is_right=_free_is_right(reply, truth),
         contains_answer=_contains_answer(reply, truth),
+        confidence=reply.confidence,
         num_pauses=reply.num_pauses,
         is_aborted=reply.is_aborted,
         ttft_s=reply.ttft_s,
@@ -272,7 +290,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("quote_fidelity", lambda _, j: j.fidelity, meaning="agreement of quotes with the trace's transcript"),
     Figure("reward", lambda _, j: j.reward, meaning="Stage II reward"),
     Figure("pauses_per_sample", lambda _, j: j.num_pauses, meaning="pauses per completion"),
-    Figure("aborted_rate", lambda _, j: j.is_aborted, meaning="completions aborted by the gate"),
+    Figure("gave_up_rate", lambda _, j: j.is_aborted, meaning="completions aborted by the gate"),
     Figure("unread_answer_rate", lambda _, j: _no(j.names_choice), meaning="replies without a readable choice"),
     Figure("failed_rate", lambda _, j: j.error is not None, meaning="items without a reply"),
     Figure(
@@ -325,6 +343,9 @@ FIGURES: tuple[Figure, ...] = (
 """All figures except the mean average precision, in display order; each is a ratio of sums."""
 
 MAP = "environment_map"
+ECE = "ece"
+"""Expected calibration error of the answers with a confidence; `ece_choices` and `ece_open` are of one kind each."""
+
 DISAGREEMENT = "transcript_disagreement"
 """Word error rate between the transcripts of one clip under different questions."""
 
@@ -367,6 +388,11 @@ def summarize(items: Sequence[Item], item_scores: Sequence[ItemScores]) -> dict[
             add(each.name, sums)
     if (sums := _disagreement_sums(pairs)).clusters:
         add(DISAGREEMENT, sums)
+    for name, has_choices in ((ECE, None), (f"{ECE}_choices", True), (f"{ECE}_open", False)):
+        if (sums := _confidence_sums(pairs, has_choices=has_choices)).clusters:
+            add(name, sums, expected_calibration_error)
+            if name == ECE:
+                result["reliability"] = [asdict(each) for each in reliability(sums.values_NK.sum(0))]
     labels = sorted({label for item in items for label in label_set(item.truth.environment or "")})
     sums = _label_sums(pairs, labels)
     if sums.clusters:
@@ -412,6 +438,20 @@ def _sums(each: Figure, pairs: Sequence[tuple[Item, ItemScores]]) -> Sums:
             rows.append(value if isinstance(value, tuple) else (float(value), 1.0))
             clusters.append(getattr(item, each.cluster))
     return Sums(np.asarray(rows, np.float64).reshape(-1, 2), tuple(clusters))
+
+
+def _confidence_sums(pairs: Sequence[tuple[Item, ItemScores]], *, has_choices: bool | None) -> Sums:
+    """Return the addends of `reliability` of the answers with a confidence: of one kind, or of both for None."""
+    rows: list[np.ndarray] = []
+    clusters: list[str] = []
+    for item, scores in pairs:
+        if item.part != "main" or scores.confidence is None or has_choices not in (None, bool(item.truth.choices)):
+            continue
+        is_right = scores.is_right if item.truth.choices else scores.free_is_right
+        if is_right is not None:
+            rows.append(reliability_row(scores.confidence, is_right))
+            clusters.append(item.voice)
+    return Sums(np.asarray(rows, np.float64).reshape(-1, 3 * NUM_BINS), tuple(clusters))
 
 
 def _disagreement_sums(pairs: Sequence[tuple[Item, ItemScores]]) -> Sums:

@@ -20,6 +20,9 @@ import numpy as np
 from scipy.stats import binomtest
 
 NUM_DRAWS = 2_000
+NUM_BINS = 10
+"""Number of equal ranges of the confidence in a calibration error."""
+
 SEED = 0
 
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -43,6 +46,15 @@ class Sums:
         if len(set(self.clusters)) == 1:
             return tuple(map(str, range(len(self.clusters))))
         return self.clusters
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """The answers with a confidence in one tenth of 0 to 1: their mean confidence, share of right ones, and number."""
+
+    confidence: float
+    accuracy: float
+    count: int
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,32 @@ def mean_average_precision(sums: np.ndarray) -> np.ndarray:
     average_precision = recall * hits / np.maximum(named, 1e-12) + (1 - recall) * true / num_items
     is_there = true > 0
     return (average_precision * is_there).sum(-1) / np.maximum(is_there.sum(-1), 1)
+
+
+def reliability_row(confidence: float, is_right: bool) -> np.ndarray:
+    """Return an answer's addends to the sums of `reliability`: [3 * NUM_BINS]."""
+    row_BS = np.zeros((NUM_BINS, 3))
+    row_BS[min(int(confidence * NUM_BINS), NUM_BINS - 1)] = confidence, is_right, 1.0
+    return row_BS.reshape(-1)
+
+
+def reliability(sums: np.ndarray) -> list[ReliabilityBin]:
+    """Return the reliability curve of answers, without empty tenths, from the sums of their `reliability_row`."""
+    return [
+        ReliabilityBin(round(confidence / count, 4), round(num_right / count, 4), round(count))
+        for confidence, num_right, count in sums.reshape(NUM_BINS, 3).tolist()
+        if count
+    ]
+
+
+def expected_calibration_error(sums: np.ndarray) -> np.ndarray:
+    """Return the mean distance between confidence and accuracy over tenths of the confidence (Naeini et al. 2015).
+
+    Args:
+        sums: [..., 3 * NUM_BINS]: per tenth, the sum of confidences, the number of right answers and of answers.
+    """
+    parts = sums.reshape(*sums.shape[:-1], NUM_BINS, 3)
+    return np.abs(parts[..., 0] - parts[..., 1]).sum(-1) / np.maximum(parts[..., 2].sum(-1), 1e-12)
 
 
 def shares(outcomes: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> Sums:

@@ -77,7 +77,7 @@ class Rollout:
     Attributes:
         token_ids: All tokens, with spans, forced tags and the final token.
         logprobs: Log-probability of each token in the engine, over the allowed tokens; 0 for forced ones.
-        is_forced: True for tokens outside the policy's choice: pauses, spans, and the closing tags after an abort.
+        is_forced: True for tokens outside the policy's choice: pauses, spans, and closing tags of loops and aborts.
         gate: A gate after following the rollout; None without a gate.
         is_cut: True if the rollout reached the length limit.
     """
@@ -112,6 +112,7 @@ def follow(
     for token_id, confidence in zip(token_ids, confidences, strict=True):
         # A rollout cannot choose pauses, so a pause and its span are forced.
         forced = gate.is_pausing or bool(gate.forced) or token_id in (settings.open_id, settings.close_id)
+        forced = forced or gate.closes_loop(token_id)
         gate.push(token_id, None if forced else confidence)
         is_forced.append(forced)
     return gate, tuple(is_forced)
@@ -253,7 +254,6 @@ class VllmBackend:
         *,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         gate: GateSettings | None = None,
-        is_armed: bool = True,
         use_tqdm: bool = True,
     ) -> list[Completion]:
         """Answer every prompt greedily, as the service does.
@@ -261,7 +261,6 @@ class VllmBackend:
         Args:
             max_tokens: Maximum number of visible tokens of a trace; the context length may allow fewer.
             gate: The gate for pauses in traces; None disables pauses.
-            is_armed: False makes the gate only observe: it reports its decisions without any effect.
 
         Raises:
             PromptError: A prompt and its clip leave no tokens for an answer.
@@ -270,16 +269,12 @@ class VllmBackend:
         with tqdm(total=len(prompts), desc="questions", disable=not use_tqdm) as bar:
             for start in range(0, len(prompts), PROMPTS_AT_ONCE):
                 batch = prompts[start : start + PROMPTS_AT_ONCE]
-                completions += self._answer_some(batch, max_tokens, gate, is_armed=is_armed)
+                completions += self._answer_some(batch, max_tokens, gate)
                 bar.update(len(batch))
         return completions
 
-    def _answer_some(
-        self, prompts: Sequence[Prompt], max_tokens: int, gate: GateSettings | None, *, is_armed: bool
-    ) -> list[Completion]:
-        runs = [
-            _Run(prompt, self._procedure(prompt, max_tokens, gate if is_armed else None), gate) for prompt in prompts
-        ]
+    def _answer_some(self, prompts: Sequence[Prompt], max_tokens: int, gate: GateSettings | None) -> list[Completion]:
+        runs = [_Run(prompt, self._procedure(prompt, max_tokens, gate), gate) for prompt in prompts]
         while any(run.answering.next_step is not None for run in runs):
             self._generate_all(runs)
             self._score_all(runs)
@@ -362,7 +357,7 @@ class VllmBackend:
                 # vLLM would add the tokenizer's own end token.
                 ignore_eos=True,
                 detokenize=False,
-                logprobs=1 if has_logprobs else None,
+                logprobs=1 if has_logprobs else 0 if step.wants_logprobs else None,
                 logit_bias=dict.fromkeys(step.banned_token_ids, -100.0) or None,
                 extra_args=arguments(Gate(gate), f"rollout-{next(self.numbers)}") if gate else None,
             )
@@ -382,7 +377,7 @@ class _Run:
     """One prompt of a batch on its way through the procedure.
 
     Attributes:
-        gate: The deciding gate, or an observing one if the procedure has none.
+        gate: The gate of the procedure, or None.
         followed: This gate at the end of the trace, or None.
     """
 
@@ -402,7 +397,8 @@ class _Run:
             num_kept = self._receive_spans(step, step.gate, token_ids, confidences, reason)
         else:
             num_kept = len(token_ids)
-            self.answering.receive_tokens(token_ids, reason)
+            logprobs = _chosen_logprobs(output) if step.wants_logprobs else ()
+            self.answering.receive_tokens(token_ids, reason, logprobs=logprobs)
         if self.is_in_trace:
             self.is_in_trace = False
             self.written_ids, self.confidences = token_ids[:num_kept], confidences[:num_kept]
@@ -465,6 +461,13 @@ def num_kept(settings: GateSettings, token_ids: Sequence[int], max_visible: int)
         if num_visible == max_visible:
             return place + 1
     return len(token_ids)
+
+
+def _chosen_logprobs(output: Any) -> tuple[float, ...]:
+    """Return the log-probability of each token of a continuation."""
+    return tuple(
+        position[token_id].logprob for token_id, position in zip(output.token_ids, output.logprobs, strict=True)
+    )
 
 
 def _confidences(logprobs: Any) -> tuple[float, ...]:

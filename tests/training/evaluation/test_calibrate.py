@@ -23,6 +23,7 @@ from server.engines.scripted import scripted_checkpoint
 from tests.builders import answer_result
 from tests.process import ROOT
 from training.cli import data as commands
+from training.data.truth import Truth
 from training.evaluation.calibrate import (
     Wanted,
     calibrate,
@@ -92,12 +93,27 @@ def test_a_simulated_abort_ends_the_completion() -> None:
     assert gate.is_aborted and gate.num_pauses == 0
 
 
-def test_few_are_given_up() -> None:
+def test_only_completions_that_are_wrong_without_a_pause_are_aborted() -> None:
     gate = settings()
     made = completions(gate)
-    for wanted in (0.0, 0.01, 0.2):
-        tau = highest_abort(threshold_curve(gate, made), wanted)
-        assert sum(each.gate is not None and (each.gate.lowest or 1) <= tau for each in made) / len(made) <= wanted
+    lowest = sorted(each.gate.lowest for each in made if each.gate and each.gate.lowest is not None)
+    hopeless = lowest[len(lowest) // 4]
+    is_wrong = [each.gate is not None and (each.gate.lowest or 1) <= hopeless for each in made]
+    curve = threshold_curve(gate, made, is_wrong)
+    tau = highest_abort(curve, 0.5, 0.9, num_completions=len(made))
+    aborted = [
+        wrong for each, wrong in zip(made, is_wrong, strict=True) if each.gate and (each.gate.lowest or 1) <= tau
+    ]
+    assert hopeless <= tau < 1 and sum(aborted) / len(aborted) >= 0.9
+    assert highest_abort(curve, 0.05, 0.9, num_completions=len(made)) == 0, "too few below it for a judgement"
+
+
+@pytest.mark.parametrize("is_wrong", [None, False])
+def test_without_wrong_answers_low_confidence_aborts_nothing(is_wrong: bool | None) -> None:
+    gate = settings()
+    made = completions(gate)
+    curve = threshold_curve(gate, made, [is_wrong] * len(made))
+    assert highest_abort(curve, 1.0, 0.9, num_completions=len(made)) == 0
 
 
 def test_completions_without_a_window_make_no_curve() -> None:
@@ -121,12 +137,15 @@ def test_the_curve_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def engine(gain: float) -> Callable[[GateSettings, bool], list[Completion]]:
+TRUTHS = [Truth("Which?", "b")] * 60
+
+
+def engine(gain: float) -> Callable[[GateSettings], list[Completion]]:
     """Engine with an effect of pauses on later tokens, equal to a shift of every threshold."""
 
-    def complete(gate: GateSettings, is_armed: bool) -> list[Completion]:
+    def complete(gate: GateSettings) -> list[Completion]:
         made = completions(gate)
-        if not is_armed:
+        if not gate.max_pauses:
             return made
         moved = dataclasses.replace(gate, tau_pause=gate.tau_pause * gain)
         return [dataclasses.replace(each, gate=simulate(moved, each)) for each in made]
@@ -136,33 +155,35 @@ def engine(gain: float) -> Callable[[GateSettings, bool], list[Completion]]:
 
 @pytest.mark.parametrize("gain", [0.93, 1.0, 1.07])
 def test_the_threshold_is_moved_until_the_real_rate_is_the_wanted_one(gain: float) -> None:
-    fields, calibration = find_thresholds(settings(), engine(gain), source="made up", wanted=Wanted((0.45, 1.0)))
-    assert 0.45 <= calibration.pauses <= 1.0 and calibration.abort_rate <= 0.01
+    fields, calibration, last = find_thresholds(
+        settings(), engine(gain), TRUTHS, source="made up", wanted=Wanted((0.45, 1.0), abort_rate=0.2)
+    )
+    assert 0.45 <= calibration.pauses <= 1.0 and calibration.abort_rate <= 0.2 and len(last) == 60
     assert 0 <= fields["tau_abort"] <= fields["tau_pause"] < 1
     assert (calibration.num_completions, calibration.source) == (60, "made up") and len(calibration.curve) > 10
 
 
 def test_a_rate_that_no_threshold_gives_is_said_with_what_was_measured() -> None:
     with pytest.raises(CheckpointError, match=r"no threshold gave 5 to 6 pauses.*measured 3\.00 pauses"):
-        find_thresholds(settings(), engine(1.0), source="made up", wanted=Wanted((5.0, 6.0)))
+        find_thresholds(settings(), engine(1.0), TRUTHS, source="made up", wanted=Wanted((5.0, 6.0)))
 
 
 def test_where_completions_repeat_themselves_no_threshold_is_blamed() -> None:
-    def complete(gate: GateSettings, is_armed: bool) -> list[Completion]:
-        made = engine(1.0)(gate, is_armed)
-        for each in made[:3] if is_armed else ():
+    def complete(gate: GateSettings) -> list[Completion]:
+        made = engine(1.0)(gate)
+        for each in made[:3] if gate.max_pauses else ():
             assert each.gate is not None
             each.gate.is_aborted = True
         return made
 
-    with pytest.raises(CheckpointError, match="these repeat themselves for loop_tokens, 64 tokens"):
-        find_thresholds(settings(), complete, source="made up", wanted=Wanted())
+    with pytest.raises(CheckpointError, match="these repeat themselves for loop_tokens, 64 tokens, more than"):
+        find_thresholds(settings(), complete, TRUTHS, source="made up", wanted=Wanted())
 
 
 def test_more_pauses_than_the_budget_are_refused_before_anything_runs(copied: Path) -> None:
     with pytest.raises(CheckpointError, match="2 pauses are wanted of a budget of 1"):
         wanted = Wanted((2.0, 3.0))
-        calibrate(open_checkpoint(copied, verify=False), [], source="", wanted=wanted, fields={"max_pauses": 1})
+        calibrate(open_checkpoint(copied, verify=False), [], [], source="", wanted=wanted, fields={"max_pauses": 1})
 
 
 @pytest.mark.parametrize("mode", list(PauseMode))
@@ -184,7 +205,7 @@ def copied(tmp_path: Path) -> Path:
 def test_a_checkpoint_without_a_gate_is_refused_and_left_as_it_was(copied: Path) -> None:
     before = (copied / "hyper.json").read_bytes()
     with pytest.raises(CheckpointError, match="cannot be calibrated: no gate"):
-        calibrate(open_checkpoint(copied, verify=False), [], source="", wanted=Wanted(), fields={"max_pauses": 0})
+        calibrate(open_checkpoint(copied, verify=False), [], [], source="", wanted=Wanted(), fields={"max_pauses": 0})
     assert (copied / "hyper.json").read_bytes() == before
 
 
@@ -209,8 +230,20 @@ def test_the_command_calibrates_on_clips_of_ones_own_and_the_checkpoint_stays_wh
     pause = open_checkpoint(copied).manifest.pause
     assert pause.calibration and 0.3 <= pause.calibration.pauses <= 2 and pause.calibration.num_completions == 10
     assert (pause.max_pauses, pause.window_tokens, pause.sections) == (3, 6, ("REASONING", "ASR"))
+    assert pause.max_closed_loops == 8 and pause.calibration.wanted_wrong == 0.9 and pause.tau_abort == 0.0
+    assert "before and 0.069 after, on 148 answers of 600 synthetic scenes" in ran.stdout, "ten answers are too few"
     assert f"tau_pause {pause.tau_pause:.4f}" in ran.stdout and "10 questions of truth.json" in ran.stdout
     assert (copied.parent / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_confidence_alone_needs_enough_answers_and_then_leaves_the_manifest_as_it_was(copied: Path) -> None:
+    before = (copied / "hyper.json").read_bytes()
+    command = [sys.executable, "-m", "hyper_model.cli", "checkpoint", "calibrate", str(copied), "--confidence-only"]
+    command += ["--examples", str(CLIPS / "truth.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert ran.returncode and "too few answers" in ran.stderr, ran.stderr[-2000:]
+    assert (copied / "hyper.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -158,13 +158,32 @@ def test_the_truth_earns_every_figure(suite: list[Item]) -> None:
     # No reward without token counts, no pauses without a gate, and no figures of other suites.
     parts = {item.part for item in suite}
     others = {each.name for each in FIGURES if each.part not in parts} | {"contained_answer_accuracy"}
-    assert names - set(result) == {"reward", "pauses_per_sample", "aborted_rate"} | others
+    assert names - set(result) == {"reward", "pauses_per_sample", "gave_up_rate"} | others
     perfect = {"choice_accuracy", "environment_accuracy", "free_answer_accuracy", "accuracy_snr_5", MAP}
     assert {name: result[name] for name in perfect} == dict.fromkeys(perfect, 1.0)
     assert result["wer"] == result["cer"] == result["invented_speech_rate"] == result["wer_snr_0"] == 0.0
     assert set(result["interval_95"]) <= set(result)
     assert result["items"][suite[0].id]["digest"] == suite[0].digest()
     assert result["num_items"] == 60
+
+
+def test_the_confidence_of_answers_is_compared_with_their_accuracy(suite: list[Item], tmp_path: Path) -> None:
+    main = [item for item in suite if item.part == "main"]
+    rates = {True: 0.0, False: 0.0}
+    for has_choices in rates:
+        of_kind = [item for item in main if bool(item.truth.choices) == has_choices]
+        rates[has_choices] = len(of_kind) / len(main)
+    replies = [replace(gold(item), confidence=0.95 if item.truth.choices else 0.75) for item in suite]
+    result = result_of(suite, replies)
+    assert result["ece_choices"] == pytest.approx(0.05) and result["ece_open"] == pytest.approx(0.25)
+    assert result["ece"] == pytest.approx(0.05 * rates[True] + 0.25 * rates[False], abs=1e-4)
+    low, high = result["interval_95"]["ece"]
+    assert 0.05 <= low <= result["ece"] <= high <= 0.25
+    assert [(each["confidence"], each["accuracy"]) for each in result["reliability"]] == [(0.75, 1.0), (0.95, 1.0)]
+    assert sum(each["count"] for each in result["reliability"]) == len(main)
+    write([result], tmp_path)
+    assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert "| `ece` |" in (tmp_path / "report.md").read_text()
 
 
 def test_naming_one_class_always_earns_no_average_precision(suite: list[Item]) -> None:

@@ -97,6 +97,7 @@ def _reply(completion: Completion) -> Reply:
         result.parsed,
         result.choice_index,
         result.text,
+        result.confidence,
         has_tokens=True,
         num_pauses=result.num_pauses,
         is_aborted=result.parsed.termination is Termination.ABORTED,

@@ -94,13 +94,14 @@ class Received:
 
     Attributes:
         text: The model's own text; from a HyPeR service, the trace with its tags.
-        answer, choice_index, num_pauses, is_aborted: Further fields of a HyPeR service.
+        answer, choice_index, confidence, num_pauses, is_aborted: Further fields of a HyPeR service.
         ttft_s, e2e_s: Latencies of the successful try.
     """
 
     text: str = ""
     answer: str | None = None
     choice_index: int | None = None
+    confidence: float | None = None
     num_pauses: int | None = None
     is_aborted: bool | None = None
     model: str | None = None
@@ -207,6 +208,7 @@ def read(item: Item, received: Received, api: Api) -> Reply:
         choice,
         # A letter alone would match no rule on words.
         answer.strip() if named is None else choices[named],
+        received.confidence,
         num_pauses=received.num_pauses,
         is_aborted=received.is_aborted,
         ttft_s=received.ttft_s,
@@ -347,6 +349,7 @@ def _from_service(reply: Any, ttft_s: float | None, e2e_s: float) -> Received:
             text=reply["trace"]["raw"] or "",
             answer=reply["answer"]["text"],
             choice_index=reply["answer"]["choice_index"],
+            confidence=reply["answer"]["confidence"],
             num_pauses=reply["pause"]["count"],
             is_aborted=reply["termination"] == "aborted",
             model=reply["model"],
