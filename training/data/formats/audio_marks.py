@@ -28,8 +28,10 @@ _NAME = (
     rf"|(?:begin|end|start){_SPACE}{_NOUN}|im{_SPACE}media{_SPACE}\w+|sosp|eosp)"
 )
 _MARK = re.compile(rf"{_OPEN}\s*/?\s*\|?\s*/?{_NAME}\s*\|?\s*/?\s*{_CLOSE}", re.IGNORECASE)
-# Only in upper case, or in braces: "[music]" in a question is a word of subtitles.
-_BRACKETED = re.compile(r"\[/?(?:BEGIN_|END_)?AUDIO(?:_\w+)?\]|\{\{?\s*audio\s*\}?\}")
+# Other nouns in brackets are words of subtitles: "[music]".
+_BRACKETED = re.compile(
+    r"\[/?(?:BEGIN_|END_)?AUDIO(?:[_ ]\w+)?\]|\$?\{\{?\s*audio\s*\}?\}|%audio%|\$audio\b", re.IGNORECASE
+)
 _BEGINS = re.compile(rf"bos|start|begin|sosp|{_OPEN}\s*\|?\s*{_NOUN}\s*\|?\s*{_CLOSE}", re.IGNORECASE)
 _ENDS = re.compile(r"eos\b|eos\||end|eosp|/\s*\|?\s*[a-z]", re.IGNORECASE)
 _PATH = re.compile(r"[^\s<>]{1,300}")
@@ -45,7 +47,15 @@ _OTHER_MEDIA = re.compile(
     rf"\s*\|?\s*{_CLOSE}",
     re.IGNORECASE,
 )
-_SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]{1,40}\|>")
+# Tags with attributes, other names with a noun of sound in them, and links to a file.
+_OTHER_MARK = re.compile(
+    r"[<＜](?=\S)[^<>＜＞\n]{0,60}?(?:audio|speech|sound|voice|wav|media)[^<>＜＞\n]{0,60}?(?<=\S)[>＞]"
+    r"|!?\[[^\]\n]{0,60}\]\([^)\s]{1,200}\.(?:wav|mp3|flac|ogg|opus|m4a|webm)\)",
+    re.IGNORECASE,
+)
+_SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")
+# Characters without width, and line breaks that were escaped twice.
+_REMAINS = re.compile(r"^(?:[\u200b\u200c\u200d\u2060\ufeff]|\\[nrt])+|(?:[\u200b\u200c\u200d\u2060\ufeff]|\\[nrt])+$")
 _NEEDS_NOUN = re.compile(r"\b(?:in|of|to|from|with|on|about|for|at|into|by)\s*$", re.IGNORECASE)
 _WORDS = "the audio"
 
@@ -63,12 +73,13 @@ def remove_marks(text: str) -> str:
     Raises:
         AudioMarkError: The text has marks of several clips or of other media, a broken mark, or a special token.
     """
-    slots = _slots(text)
+    plain = _REMAINS.sub("", text)
+    slots = _slots(plain)
     if len(slots) > 1:
         raise AudioMarkError(f"has marks of {len(slots)} clips where one is supported")
     if slots:
         start, end = slots[0]
-        before, after = text[:start], text[end:]
+        before, after = plain[:start], plain[end:]
         if label := _LABEL.search(before):
             before = before[: label.start()]
         is_inside = bool(before.strip()) and not re.search(r"\n[ \t]*$", before)
@@ -80,6 +91,7 @@ def remove_marks(text: str) -> str:
         else:
             gap = "" if re.match(r"\s*[.,;:?!]", after) else " "
             text = f"{before.rstrip(' ')}{gap}{after.lstrip(' ')}" if before.strip() else after.lstrip(" \t\n:,.;-")
+        text = _REMAINS.sub("", text.strip())
     require_no_marks(text)
     return text.strip()
 
@@ -94,6 +106,7 @@ def require_no_marks(text: str) -> None:
         (_OTHER_MEDIA, "has the mark of a picture or a video"),
         (_MARK, "has the mark of a clip at a place where none is supported"),
         (_BROKEN, "has a broken mark of a clip"),
+        (_OTHER_MARK, "has a mark of a clip that is not supported"),
         (_SPECIAL_TOKEN, "has a special token of a chat template"),
     ):
         if (match := pattern.search(text)) is not None:

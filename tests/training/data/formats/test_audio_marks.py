@@ -40,6 +40,13 @@ RECOGNISED = (
     "< audio >{}",
     "{{{{audio}}}} {}",
     "<audio>: {}",
+    "[audio]{}",
+    "[Audio 1] {}",
+    "${{audio}} {}",
+    "%audio% {}",
+    "<|audio|>\u200b{}",
+    "\ufeff<audio>{}",
+    "<audio>\\n{}",
 )
 REFUSED = (
     "<audio><audio>Which of the two is louder?",
@@ -56,6 +63,16 @@ REFUSED = (
     "<|vision_start|><|image_pad|><|vision_end|>Who?",
     "<video>Who?",
     "<|im_start|>user\nWho?",
+    "[INST]<audio>Who?[/INST]",
+    "<s><audio>Who?</s>",
+    "<input_audio>Who?",
+    "<audio_features>Who?",
+    "<audios>Who?",
+    '<audio src="x.wav"/>Who?',
+    "<__media__>Who?",
+    "＜audio＞Who?",
+    "![](clip.wav) Who?",
+    "[clip](https://x.example/a.mp3) Who?",
 )
 QUESTION = "Who married Henry?"
 
@@ -82,6 +99,8 @@ def test_several_clips_other_media_and_broken_marks_are_refused(text: str) -> No
         ("Is a sound > 50 dB? (see [music])", "Is a sound > 50 dB? (see [music])"),
         ("Is x < y and the audio good?", "Is x < y and the audio good?"),
         ("What does <3 mean?", "What does <3 mean?"),
+        ("If a < b, is the sound > c?", "If a < b, is the sound > c?"),
+        ("Who says «audio» [laughter]?", "Who says «audio» [laughter]?"),
     ],
 )
 def test_a_mark_inside_a_sentence_becomes_words_and_other_words_stay(text: str, expected: str) -> None:
