@@ -62,6 +62,12 @@ RAY_VARIABLES = {
 }
 """Variables for every process of the cluster; Ray reads them when it is imported."""
 
+OWN_CLUSTER_VARIABLES = {
+    # Ray replaces a loopback address by an outside one, unless clusters of several machines are off.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+"""Further variables of a cluster that this command starts: it has one machine, so its ports are bound to loopback."""
+
 
 @dataclass(frozen=True)
 class Fleet:
@@ -275,12 +281,13 @@ def deployment(settings: Settings, fleet: Fleet, variables: Mapping[str, str]) -
 
 
 def prepare_environment(fleet: Fleet) -> None:
-    """Set Ray's variables before Ray is imported; a cluster on this machine gets a new token.
+    """Set Ray's variables before Ray is imported; a cluster of its own gets a new token and ports on loopback.
 
     Raises:
         HyperError: If a running cluster is named without its token.
     """
-    os.environ.update({name: value for name, value in RAY_VARIABLES.items() if name not in os.environ})
+    variables = RAY_VARIABLES if fleet.address is not None else RAY_VARIABLES | OWN_CLUSTER_VARIABLES
+    os.environ.update({name: value for name, value in variables.items() if name not in os.environ})
     if "RAY_AUTH_TOKEN" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         if fleet.address is not None and os.environ["RAY_AUTH_MODE"] == "token":
             raise HyperError("RAY_AUTH_TOKEN_PATH is not set: name the file with the token of the Ray cluster")
@@ -312,7 +319,8 @@ def run(settings: Settings, fleet: Fleet) -> int:
     except ImportError as error:
         raise HyperError(f"hyper fleet needs Ray Serve ({error.name} is missing): install the extra `fleet`") from None
     num_cpus = math.ceil(fleet.num_cpus * fleet.max_replicas)
-    local: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "num_cpus": num_cpus}
+    # `local` starts a new cluster; without an address Ray joins the last one of this machine, even if it has ended.
+    local: dict[str, Any] = {"address": "local", "_node_ip_address": "127.0.0.1", "num_cpus": num_cpus}
     cluster = {"address": fleet.address} if fleet.address else local
     ray.init(**cluster, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING, namespace="serve")
     try:

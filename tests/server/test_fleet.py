@@ -24,7 +24,14 @@ import psutil
 import pytest
 
 from hyper_model.errors import HyperError
-from server.fleet import Fleet, open_metrics_port, prepare_environment, replica_variables, wanted_replicas
+from server.fleet import (
+    OWN_CLUSTER_VARIABLES,
+    Fleet,
+    open_metrics_port,
+    prepare_environment,
+    replica_variables,
+    wanted_replicas,
+)
 from server.settings import Settings
 from tests.paths import ROOT
 from tests.serving import tone, wait_for
@@ -84,6 +91,18 @@ def test_rays_ports_need_a_token_and_a_named_cluster_its_own(monkeypatch: pytest
     prepare_environment(Fleet(1, 1))
     assert environment["RAY_AUTH_MODE"] == "token" and len(environment["RAY_AUTH_TOKEN"]) == 64
     assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_only_a_cluster_of_its_own_is_bound_to_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in OWN_CLUSTER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "one")
+    environment = dict(os.environ)
+    monkeypatch.setattr(os, "environ", environment)
+    prepare_environment(Fleet(1, 1, address="10.0.0.1:6379"))
+    assert not set(OWN_CLUSTER_VARIABLES) & set(environment)
+    prepare_environment(Fleet(1, 1))
+    assert set(OWN_CLUSTER_VARIABLES) <= set(environment)
 
 
 @dataclass
