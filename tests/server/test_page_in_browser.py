@@ -131,11 +131,16 @@ def test_a_file_is_asked_about_and_the_sections_arrive_one_by_one(visit: Any, pa
     expect(page.locator("#clip-size")).to_contain_text("9.6 s")
     sha256s: list[str] = []
     page.on("request", lambda request: sha256s.append(request.headers.get("x-hyper-clip", "")))
-    ask(page, "What is heard?")
-    # The trace is on the page while the model writes it.
-    expect(page.locator("#trace li[data-section=PLANNING]")).to_contain_text("Measure")
-    assert page.locator("#answer-card").get_attribute("data-state") == "running"
-    expect(page.get_by_role("button", name="Cancel", exact=True)).to_be_visible()
+    # Slow at first, so that a busy machine sees the answer on its way.
+    slow_down(paced, 0.2)
+    try:
+        ask(page, "What is heard?")
+        # The trace is on the page while the model writes it.
+        expect(page.locator("#trace li[data-section=PLANNING]")).to_contain_text("Measure")
+        assert page.locator("#answer-card").get_attribute("data-state") == "running"
+        expect(page.get_by_role("button", name="Cancel", exact=True)).to_be_visible()
+    finally:
+        slow_down(paced, 0.003)
     assert answered(page) == "9.6 s of loud sound"
     titles = page.locator("#trace h3").all_inner_texts()
     assert titles == ["Plan", "Background", "Voices", "Words", "Description", "Reasoning", "Summary", "Response"]
