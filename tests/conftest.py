@@ -119,12 +119,16 @@ def vllm_host(random_checkpoint: Path) -> Iterator[VllmHost]:
 
 @pytest.fixture(scope="session")
 def pausing_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Embedded checkpoint with a gate that pauses at every full window, up to its budget."""
-    from hyper_model.checkpoint import update_pause
+    """Embedded checkpoint with a gate that pauses at every full window, up to its budget.
+
+    It receives each clip in one pass. Only the service recognises words in pieces; tests compare it with loops.
+    """
+    from hyper_model.checkpoint import update_manifest, update_pause
 
     directory = tmp_path_factory.mktemp("checkpoint") / "hyper-mini"
     shutil.copytree(EMBEDDED_CHECKPOINT, directory)
-    update_pause(directory, PAUSING | {"calibration": None})
+    opened = update_pause(directory, PAUSING | {"calibration": None})
+    update_manifest(directory, {"audio": opened.manifest.audio.model_dump(mode="json") | {"single_pass_s": None}})
     return directory
 
 
