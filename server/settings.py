@@ -92,7 +92,7 @@ class Settings(BaseSettings):
         default=16, ge=1, description="Maximum number of requests decoded together by the engine."
     )
     drafts: Literal["auto", "on", "off"] = Field(
-        default="off",
+        default="auto",
         description="CPU only: check drafted tokens, several per step; auto does so in small batches.",
     )
     scripted_token_interval_s: float = Field(
