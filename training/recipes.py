@@ -116,7 +116,7 @@ class Talk:
         scene_share: Share of scenes among the clips; a scene has a whole trace.
         foreign_share: Share of transcripts after a question and choices about another clip. The transcript then
             depends less on the question.
-        hint_share: Share of clips with a context in the prompt, right or wrong (`training/data/hints.py`).
+        hint_share: Share of clips with a context in the prompt, right or wrong (`training/sft/hints.py`).
     """
 
     num_clips: int

@@ -448,7 +448,7 @@ MODES = pytest.mark.parametrize(
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_happens_both_are_the_pure_gate_row_for_row(mode: str, is_fed: bool, bias: float, seed: int) -> None:
     # The manifest never defines whether spans are fed: each request does.
-    loops = {"loop_tokens": 3, "max_closed_loops": 2} if seed >= 2 else {}
+    loops: dict[str, Any] = {"loop_tokens": 3, "max_closed_loops": 2} if seed >= 2 else {}
     found = gate_settings(mode=mode, tau_pause=0.5, tau_abort=0.02 if seed % 2 else 0.0, acoustic_bias=bias, **loops)
     # In place of words like "tone", absent from a random text.
     found = replace(found, keyword_ids=((WORDS[1], WORDS[2]), (WORDS[3],)) if bias else ())

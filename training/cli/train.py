@@ -16,11 +16,14 @@ from training.cli.data import work_option
 _MAX_NAMED = 20
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from accelerate import PartialState
 
+    from training.data.clips import Clip
     from training.data.examples import Example
     from training.export import RunModel
-    from training.recipes import GrpoRecipe, SftRecipe
+    from training.recipes import GrpoRecipe, SftRecipe, Spelling
     from training.trainer import PolicyTrainer
 
 SEED = 0
@@ -425,7 +428,6 @@ def _sft(
     from training.data.sources.open_text import iter_texts
     from training.data.sources.voices import held_out_lines
     from training.data.text_scenes import SceneWriter
-    from training.sft.projector_ctc import teach_spelling
     from training.sft.trainer import ClipSequences, ExampleSequences, SftTrainer, read_clips, train_tokenizer_on
 
     if recipe.decoder is not None:
@@ -445,12 +447,7 @@ def _sft(
                 raise click.UsageError("vocab_size 0 uses the vocabulary of a checkpoint: set --base")
         model = _model(recipe, run_dir, base, work)
         if recipe.spelling is not None:
-            # Only the first rank trains it; the others receive its weights when the trainer wraps the policy.
-            with _ranks().main_process_first():
-                file, clips = run_dir / "spelling.safetensors", speech or scenes
-                spelled = teach_spelling(model.core, model.tokenizer, clips, recipe.spelling, file, seed=recipe.seed)
-            if spelled is not None:
-                click.echo(f"projector pre-training: word error {spelled.word_error:.3f} on {spelled.num_clips} clips")
+            _align(recipe.spelling, run_dir, model, speech or scenes, seed=recipe.seed)
         writer = None
         if recipe.read_size:
             turns = (turn for clip in (*scenes, *speech) for turn in clip.scene.turns)
@@ -463,7 +460,16 @@ def _sft(
             from hyper_model.compose import read_parts
 
             model.load_parts(read_parts(parts))
-        sequences = _talk(recipe, run_dir, model, work, is_trained=parts is not None)
+        if recipe.spelling is not None:
+            _align(
+                recipe.spelling,
+                run_dir,
+                model,
+                _aligned_clips(recipe.spelling, work / "clips/train"),
+                seed=recipe.seed,
+                keeps_scale=parts is not None,
+            )
+        sequences = _talk(recipe, model, work)
     else:
         if examples is None:
             raise click.UsageError(f"{recipe.name} needs a data set: set --data")
@@ -481,17 +487,43 @@ def _sft(
     return SftTrainer(model, recipe, run_dir, sequences, num_workers=num_workers)
 
 
-def _talk(recipe: SftRecipe, run_dir: Path, model: RunModel, work: Path, *, is_trained: bool) -> Any:
-    """Align the projector by CTC, and return the sequences of the alignment.
+def _align(
+    spelling: Spelling, run_dir: Path, model: RunModel, clips: Sequence[Clip], *, seed: int, keeps_scale: bool = False
+) -> None:
+    """Pretrain the projector by CTC and print its accuracy.
 
     Args:
-        is_trained: The decoder is trained already.
+        keeps_scale: As in `projector_ctc.teach_spelling`.
     """
+    from training.sft.projector_ctc import teach_spelling
+
+    file = run_dir / "spelling.safetensors"
+    # Only the first rank trains it; the others receive its weights when the trainer wraps the policy.
+    with _ranks().main_process_first():
+        spelled = teach_spelling(model.core, model.tokenizer, clips, spelling, file, seed=seed, keeps_scale=keeps_scale)
+    if spelled is not None:
+        click.echo(f"projector pre-training: word error {spelled.word_error:.3f} on {spelled.num_clips} clips")
+        if spelled.sound_accuracy is not None:
+            click.echo(f"it names the background of {spelled.sound_accuracy:.3f} of them")
+
+
+def _aligned_clips(spelling: Spelling, folder: Path) -> list[Clip]:
+    """Open the clips of the projector's pretraining; scenes have more kinds of background than talk."""
+    from training.data.clips import BASE_ENCODER_WIDTH, open_clips
+
+    clips = [*open_clips(folder, BASE_ENCODER_WIDTH, kind="talk")]
+    if spelling.sound_weight:
+        clips += open_clips(folder, BASE_ENCODER_WIDTH, kind="base-scene")
+    return clips
+
+
+def _talk(recipe: SftRecipe, model: RunModel, work: Path) -> Any:
+    """Return the sequences of a pretrained decoder behind Whisper base."""
     import random
 
     import torch
 
-    from training.data.clips import BASE_ENCODER_WIDTH, BASE_LAYERS, open_clips
+    from training.data.clips import BASE_LAYERS
     from training.data.encoder import ClipEncoder, load_base_encoder
     from training.data.reading import Reader
     from training.data.scenes import SceneBuilder
@@ -500,28 +532,9 @@ def _talk(recipe: SftRecipe, run_dir: Path, model: RunModel, work: Path, *, is_t
     from training.data.sources.voices import Bank, held_out_lines
     from training.data.talk import TalkBuilder
     from training.data.text_scenes import SceneWriter
-    from training.sft.projector_ctc import teach_spelling
     from training.sft.talk import ClipsByIndex, TalkSequences
 
     assets, folder = work / "assets", work / "clips/train"
-    if recipe.spelling is not None:
-        clips = [*open_clips(folder, BASE_ENCODER_WIDTH, kind="talk")]
-        if recipe.spelling.sound_weight:
-            clips += open_clips(folder, BASE_ENCODER_WIDTH, kind="base-scene")
-        with _ranks().main_process_first():
-            spelled = teach_spelling(
-                model.core,
-                model.tokenizer,
-                clips,
-                recipe.spelling,
-                run_dir / "spelling.safetensors",
-                seed=recipe.seed,
-                keeps_scale=is_trained,
-            )
-        if spelled is not None:
-            click.echo(f"the projector alone spells {spelled.num_clips} clips with word error {spelled.word_error:.3f}")
-            if spelled.sound_accuracy is not None:
-                click.echo(f"it names the background of {spelled.sound_accuracy:.3f} of them")
     if not torch.cuda.is_available():
         # On CPU the fused attention's backward pass takes three times as long as plain products (docs/LOG.md). No row
         # of these sequences has branches, whose mask plain attention would not take.

@@ -313,16 +313,25 @@ def _teach(
     num_errors, num_words = word_errors(transcripts, found)
     sounds = _sound_accuracy(speller, checked, tokenizer, width, stack, classes) if classes else None
     spelled = Spelled(num_errors / max(1, num_words), sounds, len(checked))
+    scale = rms / _output_rms(speller.projector, _batch(checked, tokenizer, width, stack))
+    _save(speller, file, scale=scale if spelling.freezes_embedding else None)
+    return spelled
+
+
+def _save(speller: _Speller, file: Path, *, scale: float | None) -> None:
+    """Write the trained classifier.
+
+    Args:
+        scale: Factor of the projector over a frozen embedding; None if the embedding was trained too.
+    """
     saved = {"weight": speller.projector.weight.detach(), "bias": speller.projector.bias.detach()}
-    if spelling.freezes_embedding:
-        scale = rms / _output_rms(speller.projector, _batch(checked, tokenizer, width, stack))
-        saved = {name: tensor * scale for name, tensor in saved.items()}
-    else:
+    if scale is None:
         saved["embedding"] = speller.embedding_VH.detach()
+    else:
+        saved = {name: tensor * scale for name, tensor in saved.items()}
     saved |= {name: getattr(speller, name).detach() for name in _OWN}
     with replacing(file) as partial:
         save_file(saved, partial)
-    return spelled
 
 
 @torch.no_grad()

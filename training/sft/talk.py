@@ -21,10 +21,10 @@ from hyper_model.trace import PauseMode, Section, Trace, TraceTokenizer, render
 from training.data.clips import BASE_ENCODER_WIDTH, CLIPS_PER_SHARD, Clip, ClipKind, first_seed, open_clips
 from training.data.encoder import ClipEncoder
 from training.data.examples import Order
-from training.data.hints import draw_hint
 from training.data.reading import Reader, ask, wordings
 from training.data.scenes import Scene
 from training.recipes import SftRecipe
+from training.sft.hints import draw_hint
 from training.sft.tokens import Encoded, Spans, encode_sequence
 
 _WINDOW_STEPS = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from training.data.hints import draw_hint
+from training.sft.hints import draw_hint
 from training.text_metrics import edit_distance, words
 
 OWN = "Emma cannot come on Friday because her train is late and the office is closed"
