@@ -237,3 +237,19 @@ def test_the_tower_of_a_7b_checkpoint_runs_in_shape() -> None:
         rows_AD, num_rows = encode(tower, mels)
     assert num_rows == [2, 125, 125, 625]
     assert rows_AD.shape == (877, 1280) and rows_AD.dtype == torch.bfloat16
+
+
+def test_an_early_layer_stands_behind_the_last_one_in_each_row(speech: np.ndarray) -> None:
+    tower = random_tower(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, num_mel_bins=80)
+    # A tower that ends after the first layer, with a norm that has no weights.
+    early = copy.deepcopy(tower)
+    early.layers = early.layers[:1]
+    early.layer_norm.weight.fill_(1.0)
+    early.layer_norm.bias.zero_()
+    mels_MW = [LogMel(80)(speech[:16_000]), LogMel(80)(speech[:9_600])]
+    (last_AD, lengths), (early_AD, _) = encode(tower, mels_MW), encode(early, mels_MW)
+    joined_AD, _ = encode(tower, mels_MW, layers=(1,))
+    assert torch.allclose(joined_AD, torch.cat([last_AD, early_AD], -1), atol=1e-5)
+    stacked_AD, stacked_lengths = encode(tower, mels_MW, stack=2, layers=(1,))
+    assert stacked_lengths == [-(-length // 2) for length in lengths]
+    assert torch.equal(stacked_AD[0], joined_AD[:2].flatten())
