@@ -209,7 +209,7 @@ class AnswerRun:
                 # Words of a piece are missing; the trace of the whole clip is better than part of its words.
                 self.pieces = []
             else:
-                # A voice of one piece is told from that of another by the whole clip alone.
+                # Only the whole clip tells the voices of two pieces apart.
                 whole_clip = await self.hear(0, len(self.fitted.samples_S), Section.SPEAKER)
                 people = whole_clip.speakers if whole_clip else ()
                 question = replace(self.question, heard=join_heard([piece for piece in heard if piece], people))
